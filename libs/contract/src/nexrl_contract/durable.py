@@ -1,0 +1,86 @@
+"""Files and folders that are either wholly there or not: written beside their place, synced, renamed; and folders swapped in one step."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+from pathlib import Path
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+_CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Replace ``path`` by ``content``, synced; a crash leaves the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in ``folder`` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Put ``new`` (a folder, or a link) at ``path``, its sibling, and remove what was there.
+
+    Linux swaps the two in one step; elsewhere ``path`` is missing between two renames.
+    """
+    aside = _put(new, path)
+    sync_folder(path.parent)
+    if aside is not None:
+        remove_folder(aside)
+
+
+def _put(new: Path, path: Path) -> Path | None:
+    """Returns where the former ``path`` is now, None if nothing (or an empty folder) was there."""
+    try:
+        os.rename(new, path)
+        return None
+    except OSError as error:
+        if error.errno not in _OCCUPIED:
+            raise
+    if _exchange(new, path):
+        return new
+    aside = new.with_name(f"{new.name}.old")
+    os.rename(path, aside)
+    os.rename(new, path)
+    return aside
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder (or a link to one, never what it points to); a missing one is no error."""
+    if folder.is_symlink():
+        folder.unlink(missing_ok=True)
+        return
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        return
+
+
+def _exchange(left: Path, right: Path) -> bool:
+    """Swap two paths in one step; False where the system or its file system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    if rename(_AT_FDCWD, os.fsencode(left), _AT_FDCWD, os.fsencode(right), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _CANNOT_EXCHANGE:
+        return False
+    raise OSError(number, os.strerror(number), str(left), None, str(right))

@@ -1,0 +1,94 @@
+"""Names that cross a process boundary: Redis keys, queues, job functions, content types, patterns."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+
+IDENTIFIER_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
+KEY_PATTERN = r"^[A-Za-z0-9_.:-]{1,128}$"
+FRAME_TYPE = "application/vnd.nexrl.frame"
+JSON_TYPE = "application/json"
+CHECKSUM_HEADER = "X-Checksum-XXH3-128"
+FRAME_METADATA_KEY = "nexrl"
+
+AGENT_QUEUE = "agents"
+CHECKPOINT_QUEUE = "checkpoints"
+# What RQ calls a job's function. They name a bell, not code: no consumer of ours ever imports what a job hash says.
+RUN_JOB = "nexrl.run"
+PLACE_JOB = "nexrl.place"
+PUBLISH_JOB = "nexrl.publish"
+JOB_FUNCTIONS = frozenset({RUN_JOB, PLACE_JOB, PUBLISH_JOB})
+
+_PREFIX = "nexrl"
+GROUPS_KEY = f"{_PREFIX}:groups"
+AGENTS_KEY = f"{_PREFIX}:agents"
+CHECKPOINTERS_KEY = f"{_PREFIX}:checkpointers"
+JOBS_KEY = f"{_PREFIX}:jobs"
+ORDER_KEY = f"{_PREFIX}:order"
+CHECKPOINTS_KEY = f"{_PREFIX}:checkpoints"
+ENDED_CHANNEL = f"{_PREFIX}:ended"
+JANITOR_KEY = f"{_PREFIX}:janitor"
+
+RESULT_TTL_S = 24 * 3600
+TOMBSTONE_TTL_S = 8 * 24 * 3600
+
+_IDENTIFIER = re.compile(IDENTIFIER_PATTERN)
+_KEY = re.compile(KEY_PATTERN)
+
+
+def train_queue(identifier: str) -> str:
+    """The queue that the group's rank 0 consumes."""
+    return f"train:{identifier}"
+
+
+def group_key(identifier: str) -> str:
+    return f"{_PREFIX}:group:{identifier}"
+
+
+def agent_key(name: str) -> str:
+    return f"{_PREFIX}:agent:{name}"
+
+
+def checkpointer_key(name: str) -> str:
+    return f"{_PREFIX}:checkpointer:{name}"
+
+
+def job_key(job_id: str) -> str:
+    return f"{_PREFIX}:job:{job_id}"
+
+
+def idempotency_key(key: str) -> str:
+    return f"{_PREFIX}:key:{key}"
+
+
+def waiting_key(queue: str) -> str:
+    """Sorted set, order -> job id: the jobs of one queue that have not ended."""
+    return f"{_PREFIX}:waiting:{queue}"
+
+
+def applied_key(identifier: str) -> str:
+    """Sorted set, sequence number -> job id: what the group's weights contain."""
+    return f"{_PREFIX}:applied:{identifier}"
+
+
+def valid_identifier(text: str) -> bool:
+    return _IDENTIFIER.match(text) is not None
+
+
+def valid_idempotency_key(text: str) -> bool:
+    return _KEY.match(text) is not None
+
+
+def new_job_id() -> str:
+    """32 hex digits that begin with the time in milliseconds (the layout of UUIDv7), so ids sort by age."""
+    milliseconds = int(time.time() * 1000)
+    return f"{milliseconds:012x}7{uuid.uuid4().hex[:19]}"
+
+
+def job_age_s(job_id: str) -> float | None:
+    """Seconds since ``job_id`` was made, None where the id is not one of ours."""
+    if re.fullmatch(r"[0-9a-f]{12}7[0-9a-f]{19}", job_id) is None:
+        return None
+    return time.time() - int(job_id[:12], 16) / 1000

@@ -1,0 +1,119 @@
+"""What the ledger stores and the HTTP interface shows: groups, jobs, agents. Frozen; made from and to flat Redis hashes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict
+
+JobState = Literal["queued", "running", "finished", "failed", "cancelled", "rolled_back"]
+GroupState = Literal["placing", "starting", "up", "ready", "down", "destroyed"]
+FINAL_STATES: frozenset[str] = frozenset({"finished", "failed", "cancelled", "rolled_back"})
+
+
+class Record(BaseModel):
+    """A flat Redis hash: strings as they are, everything else as JSON; None is an absent field."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    def to_hash(self) -> dict[str, str]:
+        """Fields as Redis stores them."""
+        return encode_fields(self.model_dump(mode="json"))
+
+    @classmethod
+    def from_hash(cls, fields: dict[str, str]) -> Self:
+        """Inverse of :meth:`to_hash`."""
+        text = {name for name, info in cls.model_fields.items() if _is_text(info.annotation)}
+        return cls.model_validate(
+            {name: value if name in text else json.loads(value) for name, value in fields.items() if name in cls.model_fields}
+        )
+
+
+def encode_fields(fields: dict[str, Any]) -> dict[str, str]:
+    """Strings as they are, other values as compact JSON, None left out."""
+    return {
+        name: value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+        for name, value in fields.items()
+        if value is not None
+    }
+
+
+def _is_text(annotation: Any) -> bool:
+    return annotation in (str, str | None, JobState, GroupState)
+
+
+class PayloadRef(BaseModel):
+    """Where a payload lies in the store, and its size in bytes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    nbytes: int
+
+
+class JobRecord(Record):
+    """One operation: identity, state, and the result or error it ended with. Times are seconds since the epoch."""
+
+    id: str
+    operation: str
+    identifier: str
+    queue: str
+    state: JobState = "queued"
+    order: int = 0
+    params: dict[str, Any] = {}
+    payload: PayloadRef | None = None
+    rows: int | None = None
+    ignored: list[str] = []
+    key: str | None = None
+    fingerprint: str = ""
+    waits_for: str | None = None
+    attempt: int = 0
+    epoch: int | None = None
+    seq: int | None = None
+    created_at: float = 0.0
+    started_at: float | None = None
+    finished_at: float | None = None
+    result: dict[str, Any] | None = None
+    result_payload: PayloadRef | None = None
+    error: dict[str, Any] | None = None
+
+    @property
+    def final(self) -> bool:
+        """Whether the job has ended."""
+        return self.state in FINAL_STATES
+
+
+class GroupRecord(Record):
+    """One worker group. ``epoch`` counts its incarnations; ``seq`` the mutating operations its weights contain."""
+
+    identifier: str
+    state: GroupState = "placing"
+    role: str = "actor"
+    world_size: int = 1
+    config: dict[str, Any] = {}
+    ignored: list[str] = []
+    placement_job: str | None = None
+    agent: str | None = None
+    nodes: list[str] = []
+    epoch: int = 0
+    seq: int = 0
+    initialised: bool = False
+    heartbeat: float | None = None
+    running_job: str | None = None
+    cause: str | None = None
+    info: dict[str, Any] = {}
+    created_at: float = 0.0
+
+
+class AgentRecord(Record):
+    """One agent: its slots (total and free), the group it is kept for (if any), and the time it was last heard."""
+
+    name: str
+    host: str = ""
+    device: str = "cpu"
+    slots: int = 0
+    free: int = 0
+    identifier: str | None = None
+    pid: int = 0
+    heartbeat: float = 0.0

@@ -1,0 +1,43 @@
+"""Redis clients without hidden retries: a lost reply must surface, because a repeated command may act twice."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import redis
+from redis.backoff import NoBackoff
+from redis.exceptions import BusyLoadingError, OutOfMemoryError, ReadOnlyError
+from redis.retry import Retry
+
+Answer = TypeVar("Answer")
+_AWAY = (
+    redis.exceptions.ConnectionError,
+    redis.exceptions.TimeoutError,
+    BusyLoadingError,
+    OutOfMemoryError,
+    ReadOnlyError,
+)
+
+
+def connect(url: str, *, decode: bool = True, timeout_s: float | None = 2.0) -> redis.Redis:
+    """A client of ``url`` with redis-py's own retries off; ``timeout_s`` bounds every command, None for blocking reads."""
+    return redis.Redis.from_url(
+        url,
+        decode_responses=decode,
+        socket_timeout=timeout_s,
+        socket_connect_timeout=2.0,
+        retry=Retry(NoBackoff(), 0),
+        health_check_interval=30,
+    )
+
+
+def until_redis(act: Callable[[], Answer], *, while_waiting: Callable[[], None] = lambda: None) -> Answer:
+    """Repeat an *idempotent* ``act`` until Redis answers; ``while_waiting`` runs between attempts, half a second apart."""
+    while True:
+        try:
+            return act()
+        except _AWAY:
+            while_waiting()
+            time.sleep(0.5)

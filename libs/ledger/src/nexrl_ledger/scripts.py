@@ -1,0 +1,144 @@
+"""Every change of several keys is one Lua script, so that no client ever sees half of it.
+
+``now`` is given by the caller; job hashes hold strings and JSON (see ``nexrl_contract.records``). ``end_job`` is shared text:
+it gives an ended job its expiry, takes it off its queue and tells the waiters.
+"""
+
+_END_JOB = """
+local function end_job(id, fields)
+  local job = 'nexrl:job:' .. id
+  local queue = redis.call('HGET', job, 'queue')
+  redis.call('HSET', job, unpack(fields))
+  redis.call('HDEL', job, 'waits_for')
+  redis.call('EXPIRE', job, RESULT_TTL)
+  local key = redis.call('HGET', job, 'key')
+  if key then redis.call('EXPIRE', 'nexrl:key:' .. key, TOMBSTONE_TTL) end
+  redis.call('ZREM', 'nexrl:waiting:' .. queue, id)
+  redis.call('PUBLISH', 'nexrl:ended', id)
+end
+"""
+
+CLAIM = """
+-- KEYS: waiting, group ('' without one). ARGV: now, epoch ('' without a group), job id ('' takes the head), stale_before
+local id = ARGV[3]
+if id == '' then
+  local head = redis.call('ZRANGE', KEYS[1], 0, 0)
+  if #head == 0 then return {'NONE'} end
+  id = head[1]
+end
+local job = 'nexrl:job:' .. id
+if ARGV[2] ~= '' and redis.call('HGET', KEYS[2], 'epoch') ~= ARGV[2] then return {'FENCED'} end
+local state = redis.call('HGET', job, 'state')
+if not state then redis.call('ZREM', KEYS[1], id) return {'GONE'} end
+local started = tonumber(redis.call('HGET', job, 'lease_at') or '0')
+if state ~= 'queued' and not (state == 'running' and ARGV[4] ~= '' and started < tonumber(ARGV[4])) then return {'NONE'} end
+local attempt = redis.call('HINCRBY', job, 'attempt', 1)
+redis.call('HSET', job, 'state', 'running', 'started_at', ARGV[1], 'lease_at', ARGV[1])
+redis.call('HDEL', job, 'waits_for')
+if ARGV[2] ~= '' then
+  redis.call('HSET', job, 'epoch', ARGV[2])
+  redis.call('HSET', KEYS[2], 'running_job', id)
+end
+return {'OK', id, attempt}
+"""
+
+FINISH = (
+    _END_JOB
+    + """
+-- KEYS: job, group, applied. ARGV: job id, attempt, epoch ('' without a group), seq ('' if nothing was applied), field, value, ...
+if redis.call('HGET', KEYS[1], 'attempt') ~= ARGV[2] then return 'FENCED' end
+if ARGV[3] ~= '' and redis.call('HGET', KEYS[2], 'epoch') ~= ARGV[3] then return 'FENCED' end
+local state = redis.call('HGET', KEYS[1], 'state')
+if state ~= 'running' then return state == ARGV[6] and 'OK' or 'FENCED' end
+end_job(ARGV[1], {unpack(ARGV, 5)})
+if ARGV[3] ~= '' then redis.call('HDEL', KEYS[2], 'running_job') end
+if ARGV[4] ~= '' then
+  redis.call('HSET', KEYS[2], 'seq', ARGV[4])
+  redis.call('ZADD', KEYS[3], ARGV[4], ARGV[1])
+  redis.call('ZREMRANGEBYRANK', KEYS[3], 0, -4097)
+end
+return 'OK'
+"""
+)
+
+CANCEL = (
+    _END_JOB
+    + """
+-- KEYS: job. ARGV: job id, field, value, ...
+local state = redis.call('HGET', KEYS[1], 'state')
+if state ~= 'queued' then return state or '' end
+end_job(ARGV[1], {unpack(ARGV, 2)})
+return 'cancelled'
+"""
+)
+
+HAND_OVER = """
+-- A job leaves its group's queue and waits in another one, still running its second half there.
+-- KEYS: job, group, from, to. ARGV: job id, attempt, epoch, new queue, order, field, value, ...
+if redis.call('HGET', KEYS[1], 'attempt') ~= ARGV[2] then return 'FENCED' end
+if redis.call('HGET', KEYS[2], 'epoch') ~= ARGV[3] then return 'FENCED' end
+if redis.call('HGET', KEYS[1], 'queue') == ARGV[4] then return 'OK' end
+redis.call('HSET', KEYS[1], 'queue', ARGV[4], 'state', 'queued', unpack(ARGV, 6))
+redis.call('ZREM', KEYS[3], ARGV[1])
+redis.call('ZADD', KEYS[4], ARGV[5], ARGV[1])
+redis.call('HDEL', KEYS[2], 'running_job')
+return 'OK'
+"""
+
+UPDATE_GROUP = """
+-- KEYS: group. ARGV: epoch ('' for any), field, value, ... ; an empty value deletes the field
+if redis.call('EXISTS', KEYS[1]) == 0 then return 'FENCED' end
+if ARGV[1] ~= '' and redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return 'FENCED' end
+for i = 2, #ARGV, 2 do
+  if ARGV[i + 1] == '' then redis.call('HDEL', KEYS[1], ARGV[i]) else redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
+end
+return 'OK'
+"""
+
+START_EPOCH = """
+-- KEYS: group. ARGV: agent, nodes, now. Every incarnation of a group has a higher epoch; the old one is fenced off.
+if redis.call('EXISTS', KEYS[1]) == 0 then return -1 end
+local epoch = redis.call('HINCRBY', KEYS[1], 'epoch', 1)
+redis.call('HSET', KEYS[1], 'state', 'starting', 'agent', ARGV[1], 'nodes', ARGV[2], 'heartbeat', ARGV[3])
+redis.call('HDEL', KEYS[1], 'cause', 'running_job')
+return epoch
+"""
+
+END_GROUP = (
+    _END_JOB
+    + """
+-- The group goes down or is destroyed, and every job that still waits for it ends with a cause.
+-- KEYS: group, waiting, applied. ARGV: epoch ('' for any), state, cause ('' for none), spare job id, now, running error, queued error, group ttl ('' keeps it)
+if redis.call('EXISTS', KEYS[1]) == 0 then return 'FENCED' end
+if ARGV[1] ~= '' and redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return 'FENCED' end
+redis.call('HSET', KEYS[1], 'state', ARGV[2])
+if ARGV[3] ~= '' then redis.call('HSET', KEYS[1], 'cause', ARGV[3]) end
+for _, id in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do
+  if id ~= ARGV[4] then
+    local state = redis.call('HGET', 'nexrl:job:' .. id, 'state')
+    end_job(id, {'state', 'failed', 'finished_at', ARGV[5], 'error', state == 'running' and ARGV[6] or ARGV[7]})
+  end
+end
+redis.call('HDEL', KEYS[1], 'running_job')
+if ARGV[8] ~= '' then
+  redis.call('SREM', 'nexrl:groups', redis.call('HGET', KEYS[1], 'identifier'))
+  redis.call('EXPIRE', KEYS[1], ARGV[8])
+  redis.call('DEL', KEYS[3])
+end
+return 'OK'
+"""
+)
+
+ROLL_BACK = """
+-- Finished jobs whose effect is not in the restored weights say so. KEYS: group, applied. ARGV: epoch, restored seq. Returns how many.
+if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return -1 end
+local lost = redis.call('ZRANGEBYSCORE', KEYS[2], '(' .. ARGV[2], '+inf')
+local count = 0
+for _, id in ipairs(lost) do
+  if redis.call('EXISTS', 'nexrl:job:' .. id) == 1 then redis.call('HSET', 'nexrl:job:' .. id, 'state', 'rolled_back') end
+  count = count + 1
+end
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '(' .. ARGV[2], '+inf')
+redis.call('HSET', KEYS[1], 'seq', ARGV[2])
+return count
+"""

@@ -1,0 +1,88 @@
+"""What a configuration may say, and what a user reads when it says something else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from nexrl_contract.config import GroupConfig, differing_keys, parse_config
+from nexrl_contract.errors import ServiceError
+from nexrl_contract.yaml12 import load
+
+
+def parse(actor: dict[str, Any]) -> GroupConfig:
+    return parse_config({"actor": {"model": {"path": "/models/tiny"}, **actor}})
+
+
+def test_a_model_path_is_enough_and_the_rest_has_the_documented_defaults() -> None:
+    actor = parse({}).entry.actor
+
+    assert (actor.policy_loss, actor.loss_agg_mode, actor.clip_ratio) == ("ppo", "token-mean", 0.2)
+    assert (actor.optim.lr, actor.optim.betas, actor.optim.weight_decay) == (1e-6, (0.9, 0.999), 0.01)
+    assert (actor.grad_clip, actor.fsdp_config.model_dtype, actor.ppo_epochs) == (1.0, "float32", 1)
+
+
+@pytest.mark.parametrize(
+    ("actor", "key", "nearest"),
+    [
+        ({"optim": {"learning_rate": 1}}, "actor.optim.learning_rate", "actor.optim.lr"),
+        ({"zebra": 1}, "actor.zebra", None),
+        ({"clip_ration": 0.1}, "actor.clip_ration", "actor.clip_ratio"),
+        ({"fsdp_config": {"mixed_precison": {}}}, "actor.fsdp_config.mixed_precison", "actor.fsdp_config.mixed_precision"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_known_one(actor: dict[str, Any], key: str, nearest: str | None) -> None:
+    with pytest.raises(ServiceError) as caught:
+        parse(actor)
+
+    assert caught.value.code == "INVALID_CONFIG"
+    assert caught.value.details["key"] == key
+    assert caught.value.details.get("nearest") == nearest
+    assert key in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "actor",
+    [
+        {"optim": {"lr": -1}},
+        {"optim": {"lr": "fast"}},
+        {"clip_ratio_low": 2.0},
+        {"policy_loss": "dpo"},
+        {"optim": {"lr_scheduler": "cosine"}},
+        {"optim": {"lr": "${oc.env:LR}"}},
+        {"fsdp_config": {"model_dtype": "float8"}},
+    ],
+)
+def test_a_value_that_cannot_be_used_is_refused_by_its_key(actor: dict[str, Any]) -> None:
+    with pytest.raises(ServiceError) as caught:
+        parse(actor)
+
+    assert caught.value.code == "INVALID_CONFIG"
+    assert caught.value.details["key"].startswith("actor.")
+
+
+def test_known_keys_without_effect_are_accepted_and_listed() -> None:
+    config = parse({"ulysses_sequence_parallel_size": 2, "model": {"path": "/m", "use_liger": True}, "checkpoint_manager": "dcp"})
+
+    assert sorted(config.ignored) == ["actor.checkpoint_manager", "actor.model.use_liger", "actor.ulysses_sequence_parallel_size"]
+
+
+def test_names_of_the_field_mean_the_same_configuration() -> None:
+    ours = parse({"policy_loss": "importance_sampling", "fsdp_config": {"mixed_precision": {"param_dtype": "bfloat16"}}})
+    theirs = parse({"loss_func_type": "importance_sampling", "fsdp_config": {"mixed_precision": {"param_dtype": "bf16"}}})
+
+    assert ours.settings() == theirs.settings()
+
+
+def test_two_configurations_are_compared_by_their_effective_keys() -> None:
+    one, other = parse({"optim": {"lr": 1e-6}}).settings(), parse({"optim": {"lr": 2e-6}, "debug": {"x": 1}}).settings()
+
+    assert differing_keys(one, other) == ["optim.lr"]
+
+
+@pytest.mark.parametrize(("text", "value"), [("2e-6", 2e-6), ("1E3", 1000.0), (".5", 0.5), ("10", 10), ("-1.5e+2", -150.0), ("1e", "1e")])
+def test_yaml_numbers_are_those_of_yaml_1_2(text: str, value: object) -> None:
+    loaded = load(f"x: {text}")["x"]
+
+    assert loaded == value
+    assert type(loaded) is type(value)
