@@ -1,0 +1,234 @@
+"""The operations on checkpoints: which file work each rank does, where the ranks vote, and what is collective in between."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from nexrl_contract.durable import replace_folder, write_file
+from nexrl_contract.errors import ServiceError
+from nexrl_contract.manifest import FileEntry, Manifest, describe, fingerprint_text, index_name, write_manifest
+
+from nexrl_worker.checkpoint.huggingface import FolderWriter, Stamp, export
+from nexrl_worker.checkpoint.load import LoadPlan, inspect
+from nexrl_worker.checkpoint.publish import PlainPath, VersionedPath
+from nexrl_worker.checkpoint.readers import ShardReader
+from nexrl_worker.checkpoint.shards import (
+    MODEL_FILES,
+    GroupState,
+    discard_staging,
+    prepare_staging,
+    read_index,
+    staging_folder,
+    write_shards,
+)
+from nexrl_worker.outcome import Outcome
+from nexrl_worker.settings import GroupFolders, RankSettings
+from nexrl_worker.suspended import SEQ_FILE, suspended_seq
+from nexrl_worker.team import Team
+from nexrl_worker.training.engine import Engine
+from nexrl_worker.training.rng import seed_all
+
+if TYPE_CHECKING:
+    from nexrl_contract.config import ActorConfig
+
+
+class Checkpoints:
+    """Saves and loads one group's state. Every method is collective; a refused one has changed nothing."""
+
+    def __init__(self, settings: RankSettings, config: ActorConfig, team: Team) -> None:
+        self._settings = settings
+        self._config = config
+        self._team = team
+        self._source = Path(config.model.path)
+
+    # --- saving ---
+
+    def save(self, engine: Engine, job_id: str, params: dict[str, Any], seq: int) -> Outcome:
+        """Sharded: into staging, the checkpointer publishes. Hugging Face: published here, complete on return."""
+        step, path = int(params["global_step"]), Path(params["local_path"])
+        if not params["saved_fully_shared_ckpt"]:
+            return Outcome({"path": str(path), "kind": "huggingface", **self._export(engine, VersionedPath(path, self._name), step)})
+        staging = staging_folder(self._settings.data, job_id)
+        self._write_sharded(engine, staging, step, seq, weight_only=bool(params["save_weight_only"]))
+        return Outcome(
+            publish={
+                "staging": str(staging),
+                "path": str(path),
+                "step": step,
+                "kind": "sharded",
+                "weight_only": bool(params["save_weight_only"]),
+                "remove_previous": bool(params["remove_previous_ckpt"]),
+                "world_size": self._team.size,
+                "config_hash": self._config_hash(),
+                "fingerprint": fingerprint_text(engine.fingerprint()),
+                "result": {"weight_version": engine.weight_version},
+            }
+        )
+
+    def convert(self, engine: Engine, params: dict[str, Any]) -> Outcome:
+        """A published sharded checkpoint becomes its sibling ``-hf``; a path that does not exist yet gets the current weights."""
+        path = Path(params["local_path"])
+        if not os.path.lexists(path):
+            step = engine.optimizer_steps
+            return Outcome({"path": str(path), "kind": "huggingface", **self._export(engine, PlainPath(path, self._name), step)})
+        target = path.with_name(f"{path.name}-hf")
+        self._team.agree(lambda: self._convert_folder(path, PlainPath(target, self._name)) if self._team.rank == 0 else None)
+        return Outcome({"path": str(target), "kind": "huggingface"})
+
+    def _export(self, engine: Engine, path: VersionedPath | PlainPath, step: int) -> dict[str, Any]:
+        """Gather every tensor to rank 0, which writes and publishes the folder."""
+        first = self._team.rank == 0
+        self._team.agree(path.check if first else _nothing)
+        fingerprint = fingerprint_text(engine.fingerprint())
+        stamp = Stamp(self._name, step, engine.weight_version, fingerprint)
+        writer = self._team.agree(lambda: FolderWriter(path.begin(), self._source, stamp) if first else None)
+        failure = export(engine.full_weights(), writer)
+
+        def publish() -> None:
+            if failure is not None:
+                raise failure
+            if writer is not None:
+                writer.finish()
+                path.commit()
+
+        try:
+            self._team.agree(publish)
+        except ServiceError:
+            if first:
+                path.discard()
+            raise
+        return {"global_step": step, "weight_version": engine.weight_version, "fingerprint": fingerprint}
+
+    def _convert_folder(self, path: Path, target: PlainPath) -> None:
+        plan = inspect(path)
+        if not isinstance(plan.record, Manifest):
+            raise ServiceError("CHECKPOINT_INVALID", f"{path} is no sharded checkpoint of this service; there is nothing to convert")
+        plan.verify(0, 1)
+        target.check()
+        stamp = Stamp(plan.record.identifier, plan.record.step, plan.record.seq, plan.record.fingerprint or "")
+        try:
+            writer = FolderWriter(target.begin(), plan.folder / MODEL_FILES, stamp)
+            with ShardReader(plan.folder, plan.record) as reader:
+                for name, tensor in reader.weights():
+                    writer.add(name, tensor)
+                writer.finish()
+            target.commit()
+        except BaseException:
+            target.discard()
+            raise
+
+    def _write_sharded(self, engine: Engine, folder: Path, step: int, seq: int, *, weight_only: bool) -> None:
+        rank, size = self._team.rank, self._team.size
+        state = {
+            "scalars": engine.scalars(),
+            "step": step,
+            "seq": seq,
+            "seed": self._config.seed,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+        group = GroupState(state, self._source) if rank == 0 else None
+        self._team.agree(lambda: prepare_staging(folder) if rank == 0 else None)
+        try:
+            self._team.agree(
+                lambda: write_shards(
+                    folder, rank, size, engine.shards(optimizer=not weight_only), engine.rng_state(), group, weight_only=weight_only
+                )
+            )
+        except ServiceError:
+            if rank == 0:
+                discard_staging(folder)
+            raise
+
+    # --- loading ---
+
+    def load(self, engine: Engine, params: dict[str, Any]) -> Outcome:
+        """Everything is verified on all ranks before the first weight changes; any world size loads."""
+        plan = self._team.agree(lambda: inspect(Path(params["path"])))
+        self._team.agree(lambda: plan.verify(self._team.rank, self._team.size))
+        restored = self._load(engine, plan, weight_only=bool(params["load_weight_only"]))
+        step = {} if plan.step is None else {"global_step": plan.step}
+        return Outcome({"path": params["path"], "kind": plan.kind, **step, **restored}, applied=True)
+
+    def _load(self, engine: Engine, plan: LoadPlan, *, weight_only: bool) -> dict[str, Any]:
+        """``optimizer``: restored or kept as it was; ``rng``: restored, reseeded, or kept."""
+        reader = self._team.agree(plan.reader)
+        try:
+            full = plan.has_optimizer and not weight_only
+            needed = {part.name: part.global_shape for part in engine.shards(optimizer=full)}
+            self._team.agree(lambda: plan.check_fits(reader, needed))
+            state = self._team.agree(plan.state) if full else {}
+            rng = self._team.agree(lambda: plan.rng(self._team.rank, self._team.size)) if full else None
+            engine.load_shards(reader, optimizer=full)
+        finally:
+            reader.close()
+        if not full:
+            return {"optimizer": "kept", "rng": "kept"}
+        engine.load_scalars(state["scalars"])
+        if rng is not None:
+            engine.set_rng_state(rng)
+        else:
+            seed_all(int(state["seed"]), self._team.rank)
+        return {"optimizer": "restored", "rng": "restored" if rng is not None else "reseeded"}
+
+    # --- clean stop and start ---
+
+    def suspend(self, engine: Engine, seq: int) -> None:
+        """Keep the state for the next start of the group; nothing is written when it is there already."""
+        state = self._folders.state
+        if seq == 0 or self._team.agree(lambda: suspended_seq(state)) == seq:
+            return
+        folder = state.with_name("state.new")
+        self._write_sharded(engine, folder, engine.optimizer_steps, seq, weight_only=False)
+
+        def publish() -> None:
+            write_manifest(folder, self._suspended_manifest(folder, seq))
+            write_file(folder / SEQ_FILE, json.dumps({"seq": seq}).encode())
+            replace_folder(folder, state)
+
+        self._team.agree(publish if self._team.rank == 0 else _nothing)
+
+    def resume(self, engine: Engine) -> None:
+        """Load what :meth:`suspend` kept, if anything."""
+        if self._team.agree(lambda: suspended_seq(self._folders.state)) > 0:
+            plan = self._team.agree(lambda: inspect(self._folders.state))
+            self._load(engine, plan, weight_only=False)
+
+    def _suspended_manifest(self, folder: Path, seq: int) -> Manifest:
+        files: list[FileEntry] = []
+        for rank in range(self._team.size):
+            files += [FileEntry(**entry) for entry in read_index(folder, rank, self._team.size)["files"]]
+            files.append(describe(folder, index_name(rank, self._team.size)))
+        return Manifest(
+            identifier=self._name,
+            job_id="suspended",
+            step=0,
+            seq=seq,
+            world_size=self._team.size,
+            config_hash=self._config_hash(),
+            weight_only=False,
+            created=time.time(),
+            files=tuple(files),
+        )
+
+    @property
+    def _name(self) -> str:
+        return self._settings.identifier
+
+    @property
+    def _folders(self) -> GroupFolders:
+        return GroupFolders(self._settings.data, self._settings.identifier)
+
+    def _config_hash(self) -> str:
+        text = json.dumps(self._settings.config, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+_nothing: Callable[[], None] = lambda: None  # noqa: E731 - what a rank without work does in a vote

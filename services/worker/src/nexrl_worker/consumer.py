@@ -1,0 +1,140 @@
+"""Rank 0's loop: take the head of the group's queue, run it with all ranks, write how it ended."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from typing import Any
+
+import redis
+from nexrl_contract import names
+from nexrl_contract.errors import ServiceError
+from nexrl_contract.names import FRAME_METADATA_KEY, train_queue
+from nexrl_contract.records import JobRecord, PayloadRef
+from nexrl_ledger import Ledger, ResidentWorker, connect, until_redis
+from nexrl_payloads import PayloadStore
+from tensor_codec import encode
+
+from nexrl_worker.operations import Operations
+from nexrl_worker.outcome import Outcome, Request
+from nexrl_worker.settings import GroupFolders, RankSettings
+from nexrl_worker.team import Team
+
+HEARTBEAT_S = 5.0
+INLINE_RESULT_BYTES = 1024
+_log = logging.getLogger(__name__)
+
+
+class Consumer:
+    """Runs in rank 0's main thread until the agent asks to stop, or a ``destroy`` ends the group."""
+
+    def __init__(self, settings: RankSettings, team: Team, operations: Operations, store: PayloadStore, *, seq: int) -> None:
+        self._settings = settings
+        self._team = team
+        self._operations = operations
+        self._store = store
+        self._seq = seq
+        self._folders = GroupFolders(settings.data, settings.identifier)
+        self._ledger = Ledger(connect(settings.redis_url))
+        self._queue = train_queue(settings.identifier)
+        self._worker = ResidentWorker(
+            self._queue,
+            connect(settings.redis_url, decode=False, timeout_s=None),
+            name=f"{settings.identifier}-e{settings.epoch}",
+            on_bell=lambda _: self._drain(),
+            on_tick=self._tick,
+        )
+
+    def run(self, *, ready: bool) -> None:
+        """Announce the group and consume; returns after the ranks were told to stop. Raises Fenced when it was replaced."""
+        state = {"state": "ready", "initialised": True} if ready else {"state": "up"}
+        until_redis(lambda: self._update(**state, info=self._info(), heartbeat=time.time()))
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+        self._worker.run()
+
+    def _tick(self) -> None:
+        if self._folders.stop_request.exists():
+            self._team.broadcast({"do": "stop", "seq": self._seq})
+            self._operations.suspend(self._seq)
+            self._worker.stop()
+        else:
+            self._drain()
+
+    def _drain(self) -> None:
+        while not self._worker.stopping and not self._folders.stop_request.exists():
+            job = self._ledger.claim(self._queue, identifier=self._settings.identifier, epoch=self._settings.epoch)
+            if job is None:
+                return
+            self._run(job)
+
+    def _run(self, job: JobRecord) -> None:
+        if job.operation == "destroy":
+            self._team.broadcast({"do": "destroy"})
+            self._folders.destroyed.write_text(json.dumps({"job_id": job.id}))
+            self._worker.stop()
+            return
+        started = time.perf_counter()
+        request = Request(job.id, job.operation, job.params, self._seq, job.payload.id if job.payload else None, job.ignored)
+        self._team.broadcast({"do": "run", "request": _as_json(request)})
+        try:
+            outcome = self._operations.run(request)
+        except ServiceError as error:
+            self._finish(job, error={**error.body(), "identifier": job.identifier, "job_id": job.id})
+        else:
+            self._conclude(job, outcome)
+        _log.info("job.ended job_id=%s operation=%s elapsed_s=%.3f", job.id, job.operation, time.perf_counter() - started)
+
+    def _conclude(self, job: JobRecord, outcome: Outcome) -> None:
+        if outcome.publish is not None:
+            publish = outcome.publish
+            epoch = self._settings.epoch
+            until_redis(
+                lambda: self._ledger.hand_over(
+                    job, names.CHECKPOINT_QUEUE, names.PUBLISH_JOB, epoch=epoch, params={**publish, "seq": self._seq}
+                )
+            )
+            return
+        if outcome.applied:
+            self._seq += 1
+        result, payload = self._stored(job, outcome)
+        if job.operation == "init_model":
+            until_redis(lambda: self._update(state="ready", initialised=True, info=self._info()))
+        self._finish(job, result=result, result_payload=payload, seq=self._seq if outcome.applied else None)
+
+    def _stored(self, job: JobRecord, outcome: Outcome) -> tuple[dict[str, Any] | None, PayloadRef | None]:
+        """Small results go into the record, tensors and long metrics into the payload store."""
+        text = json.dumps(outcome.result)
+        if not outcome.tensors and len(text) <= INLINE_RESULT_BYTES:
+            return outcome.result, None
+        frame = encode(outcome.tensors, {FRAME_METADATA_KEY: json.dumps({"version": 1, **outcome.result})})
+        stored = self._store.put(f"{job.id}.result", frame)
+        return None, PayloadRef(id=stored.id, nbytes=stored.nbytes)
+
+    def _finish(self, job: JobRecord, **ending: Any) -> None:
+        until_redis(lambda: self._ledger.finish(job, epoch=self._settings.epoch, **ending))
+        if job.payload is not None:
+            self._store.delete(job.payload.id)
+
+    def _update(self, **fields: Any) -> None:
+        self._ledger.update_group(self._settings.identifier, self._settings.epoch, **fields)
+
+    def _info(self) -> dict[str, Any]:
+        return {**self._operations.info(), "host": socket.gethostname(), "pid": os.getpid()}
+
+    def _beat(self) -> None:
+        """Says that the process lives, also while an operation runs; on a connection of its own."""
+        ledger = Ledger(connect(self._settings.redis_url))
+        while True:
+            try:
+                ledger.update_group(self._settings.identifier, self._settings.epoch, heartbeat=time.time())
+            except redis.exceptions.RedisError:
+                _log.warning("heartbeat.missed")
+            time.sleep(HEARTBEAT_S)
+
+
+def _as_json(request: Request) -> dict[str, Any]:
+    return {name: getattr(request, name) for name in Request.__slots__}

@@ -1,0 +1,186 @@
+"""The processes of one incarnation of a group: torchrun and its ranks, how they start, and what is known when they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from nexrl_contract.processes import die_with_parent
+from nexrl_contract.records import GroupRecord
+
+from nexrl_worker.settings import AgentSettings, GroupFolders
+
+_LOG_TAIL_BYTES = 2000
+
+
+class GroupProcess:
+    """Start it from the agent's main thread: the children die with the thread that forked them."""
+
+    def __init__(self, settings: AgentSettings, group: GroupRecord, epoch: int, gpus: tuple[str, ...]) -> None:
+        self.identifier = group.identifier
+        self.world_size = group.world_size
+        self.epoch = epoch
+        self.gpus = gpus
+        self.folders = GroupFolders(settings.data, group.identifier)
+        shutil.rmtree(self.folders.run, ignore_errors=True)
+        self.folders.run.mkdir(parents=True)
+        self.folders.logs.mkdir(parents=True, exist_ok=True)
+        with (self.folders.logs / "torchrun.log").open("ab") as log:
+            self._torchrun = subprocess.Popen(
+                _torchrun(group.world_size),
+                env=_environment(settings, group, epoch, gpus),
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                preexec_fn=die_with_parent,
+            )
+        self._watched: dict[int, int] = {}
+
+    def poll_failure(self) -> tuple[str, int | None] | None:
+        """``(cause, rank)`` once a rank or torchrun has died without being asked to."""
+        code = self._torchrun.poll()
+        if code == 0:
+            return None
+        dead = [rank for rank, descriptor in self._descriptors().items() if _ended(descriptor)]
+        if not dead and code is None:
+            return None
+        if dead and code is None and self._clean_exit_under_way():
+            return None
+        return self._cause(dead, code)
+
+    @property
+    def ended_cleanly(self) -> bool:
+        """Every rank returned after a stop or a destroy."""
+        return self._torchrun.poll() == 0
+
+    def destroy_job(self) -> str | None:
+        """The ``destroy`` job that ended the group, None when it was something else."""
+        try:
+            return str(json.loads(self.folders.destroyed.read_text())["job_id"])
+        except FileNotFoundError:
+            return None
+
+    def request_stop(self) -> None:
+        """Ask the ranks to end after the current operation, keeping their state."""
+        self.folders.stop_request.touch()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether torchrun has ended within ``timeout_s``."""
+        try:
+            self._torchrun.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def kill(self) -> None:
+        """End torchrun at once; its ranks die with it."""
+        self._torchrun.kill()
+        self._torchrun.wait()
+        for descriptor in self._descriptors().values():
+            select.select([descriptor], [], [], 5.0)
+        self.close()
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        for descriptor in self._watched.values():
+            os.close(descriptor)
+        self._watched.clear()
+
+    def _clean_exit_under_way(self) -> bool:
+        return self.folders.destroyed.exists() or self.folders.stop_request.exists()
+
+    def _descriptors(self) -> dict[int, int]:
+        """A pidfd for each rank that has told its process id: it becomes readable when the rank ends."""
+        if not hasattr(os, "pidfd_open"):
+            return {}
+        for rank in range(self.world_size):
+            if rank not in self._watched:
+                try:
+                    self._watched[rank] = os.pidfd_open(int(self.folders.pid(rank).read_text()))
+                except (FileNotFoundError, ProcessLookupError, ValueError):
+                    continue
+        return self._watched
+
+    def _cause(self, dead: list[int], code: int | None) -> tuple[str, int | None]:
+        """The words of the first rank that left any; the others failed because it did."""
+        time.sleep(0.2)
+        left = [words for rank in range(self.world_size) if (words := _read(self.folders.error(rank))) is not None]
+        if left:
+            first = min(left, key=lambda words: float(words["time"]))
+            return f"rank {first['rank']}: {first['message']}", int(first["rank"])
+        if dead:
+            return f"rank {dead[0]} was killed or crashed without a message; see its log (nexrl logs {self.identifier})", dead[0]
+        tail = _tail(self.folders.logs / "torchrun.log")
+        return f"the launcher ended with {_exit_text(code)}: {tail}", None
+
+
+def _torchrun(world_size: int) -> list[str]:
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={world_size}"),
+        *("--master-addr=127.0.0.1", f"--master-port={_free_port()}", "--max-restarts=0"),
+        *("-m", "nexrl_worker.rank"),
+    ]
+
+
+def _environment(settings: AgentSettings, group: GroupRecord, epoch: int, gpus: tuple[str, ...]) -> dict[str, str]:
+    document: dict[str, Any] = {
+        "identifier": group.identifier,
+        "epoch": epoch,
+        "role": group.role,
+        "config": group.config,
+        "redis_url": settings.redis_url,
+        "data": str(settings.data),
+        "payloads": settings.payloads,
+        "fsync": settings.fsync,
+        "restore": group.initialised,
+        "seq": group.seq,
+    }
+    threads = max(1, (os.cpu_count() or 1) // group.world_size)
+    return {
+        **os.environ,
+        "NEXRL_GROUP": json.dumps(document),
+        "CUDA_VISIBLE_DEVICES": ",".join(gpus),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _ended(descriptor: int) -> bool:
+    return bool(select.select([descriptor], [], [], 0)[0])
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return {**json.loads(path.read_text()), "time": path.stat().st_mtime}
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def _tail(path: Path) -> str:
+    with path.open("rb") as log:
+        log.seek(max(0, path.stat().st_size - _LOG_TAIL_BYTES))
+        lines = log.read().decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "no output"
+
+
+def _exit_text(code: int | None) -> str:
+    return f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"

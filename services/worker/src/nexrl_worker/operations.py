@@ -1,0 +1,177 @@
+"""The operations of a group, run by all ranks together.
+
+Each is: local work in :meth:`Team.agree` (an error there fails the job and leaves the group in step), then the collective part.
+What raises outside a vote has left the ranks out of step: it ends the process, and with it this incarnation of the group.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from nexrl_contract.errors import ServiceError
+from nexrl_contract.operations import OPERATIONS
+from nexrl_payloads import PayloadStore
+
+from nexrl_worker.checkpoints import Checkpoints
+from nexrl_worker.model_folder import check_model_folder
+from nexrl_worker.outcome import Outcome, Request
+from nexrl_worker.rows import PayloadRows
+from nexrl_worker.settings import RankSettings
+from nexrl_worker.team import Team
+from nexrl_worker.training.engine import Engine
+from nexrl_worker.training.plan import Plan
+
+
+class Operations:
+    """The group's model and what can be done with it; the same calls in the same order on every rank."""
+
+    def __init__(self, settings: RankSettings, config: Any, team: Team, store: PayloadStore, device: torch.device) -> None:
+        self._settings = settings
+        self._config = config
+        self._team = team
+        self._store = store
+        self._device = device
+        self._engine: Engine | None = None
+        self._checkpoints = Checkpoints(settings, config, team)
+        self._table: dict[str, Callable[[Request], Outcome]] = {
+            "init_model": self._init_model,
+            "update_actor": self._update,
+            "update_actor_with_distillation": self._update,
+            "forward_backward": self._forward_backward,
+            "optim_step": self._optim_step,
+            "compute_log_prob": lambda request: self._log_probs(request, "old_log_probs", reference=False),
+            "compute_ref_log_prob": lambda request: self._log_probs(request, "ref_log_prob", reference=True),
+            "save_checkpoint": self._save,
+            "load_checkpoint": lambda request: self._checkpoints.load(self._sound_engine("load"), request.params),
+            "convert_checkpoint_to_huggingface": lambda request: self._checkpoints.convert(self._model(), request.params),
+            "barrier": self._barrier,
+        }
+
+    def run(self, request: Request) -> Outcome:
+        """Run one operation; raises ServiceError on every rank alike when it was refused and nothing changed."""
+        return self._table[request.operation](request)
+
+    def restore(self) -> None:
+        """Build the model and load the state of a clean stop, if there is one. Collective."""
+        self._build()
+        self._checkpoints.resume(self._model())
+
+    def suspend(self, seq: int) -> bool:
+        """Write the state for the next start; False where there is nothing to keep. Collective."""
+        if self._engine is None or self._engine.pending:
+            return False
+        self._checkpoints.suspend(self._engine, seq)
+        return True
+
+    def info(self) -> dict[str, Any]:
+        """What ``worker_info`` shows of the model."""
+        return self._engine.info() if self._engine is not None else {}
+
+    def _model(self) -> Engine:
+        if self._engine is None:
+            raise ServiceError("GROUP_NOT_READY", "the group has no model yet; call init_model first")
+        return self._engine
+
+    def _sound_engine(self, verb: str) -> Engine:
+        engine = self._model()
+        if engine.pending:
+            raise ServiceError(
+                "GRADIENTS_PENDING",
+                f"cannot {verb} while gradients of forward_backward are pending; call optim_step (or optim_step(discard=True)) first",
+            )
+        return engine
+
+    def _build(self) -> None:
+        self._engine = Engine.build(self._config, self._settings.role, self._device)
+
+    def _init_model(self, request: Request) -> Outcome:
+        if self._engine is not None:
+            return Outcome({"already": True, **self.info()})
+        self._team.agree(lambda: check_model_folder(self._config.model.path))
+        self._build()
+        return Outcome({"already": False, **self.info()})
+
+    def _save(self, request: Request) -> Outcome:
+        return self._checkpoints.save(self._sound_engine("save"), request.job_id, request.params, request.seq)
+
+    def _barrier(self, request: Request) -> Outcome:
+        self._team.barrier()
+        return Outcome()
+
+    def _update(self, request: Request) -> Outcome:
+        return self._with_batch(request, lambda engine, plan, rows: self._measured(engine.update, plan, rows, request.params))
+
+    def _forward_backward(self, request: Request) -> Outcome:
+        return self._with_batch(request, lambda engine, plan, rows: self._measured(engine.accumulate, plan, rows, request.params))
+
+    def _measured(self, run: Callable[..., dict[str, Any]], *arguments: Any) -> Outcome:
+        return Outcome({"metrics": run(*arguments)}, applied=True)
+
+    def _optim_step(self, request: Request) -> Outcome:
+        engine = self._model()
+        return self._timed(request, lambda: Outcome({"metrics": engine.step(**request.params)}, applied=True))
+
+    def _log_probs(self, request: Request, name: str, *, reference: bool) -> Outcome:
+        def run(engine: Engine, plan: Plan, rows: PayloadRows) -> Outcome:
+            if reference:
+                self._team.agree(lambda: check_model_folder(self._config.ref.model.path or self._config.model.path))
+            parts = engine.log_probs(plan, rows, request.params, reference=reference)
+            full = self._in_row_order(parts, rows.size)
+            return Outcome({"metrics": {}}, tensors={name: full} if full is not None else {})
+
+        return self._with_batch(request, run)
+
+    def _in_row_order(self, parts: list[tuple[list[int], torch.Tensor]], size: int) -> torch.Tensor | None:
+        """Rank 0 gets ``[B, R]`` in the caller's row order."""
+        mine = [row for rows, _ in parts for row in rows]
+        width = max((values.shape[1] for _, values in parts), default=0)
+        values = torch.cat([values for _, values in parts]) if mine else torch.empty(0, width)
+        order = self._team.gather_lengths(mine)
+        every = self._team.collect(values)
+        if order is None or every is None:
+            return None
+        full = torch.zeros(size, max(part.shape[1] for part in every), dtype=torch.float32)
+        for rows, part in zip(order, every, strict=True):
+            if rows:
+                full[torch.tensor(rows)] = part.to(torch.float32)
+        return full
+
+    def _with_batch(self, request: Request, run: Callable[[Engine, Plan, PayloadRows], Outcome]) -> Outcome:
+        engine = self._model()
+        operation = OPERATIONS[request.operation]
+        assert request.payload is not None
+        with self._team.agree(lambda: PayloadRows(self._store, str(request.payload), operation)) as rows:
+            plan = self._plan(engine, request, rows)
+            self._team.agree(lambda: engine.check(request.operation, plan, rows, request.params))
+            return self._timed(request, lambda: run(engine, plan, rows))
+
+    def _timed(self, request: Request, run: Callable[[], Outcome]) -> Outcome:
+        started = time.perf_counter()
+        outcome = run()
+        outcome.result["meta_info"] = {"timing": {"ranks_s": time.perf_counter() - started}, "ignored": request.ignored}
+        return outcome
+
+    def _plan(self, engine: Engine, request: Request, rows: PayloadRows) -> Plan:
+        """Rank 0 cuts the batch, every rank checks the cut it was sent."""
+        lengths = self._lengths(rows) if self._config.use_dynamic_bsz else None
+        cut = self._team.agree(
+            lambda: engine.plan(request.operation, rows.size, lengths).to_dict() if self._team.rank == 0 else {}
+        )
+        cut = self._team.broadcast(cut)
+        return self._team.agree(lambda: Plan.from_dict(cut))
+
+    def _lengths(self, rows: PayloadRows) -> list[int] | None:
+        """Tokens of every row on rank 0; each rank reads its part of the mask only."""
+        size, rank, ranks = rows.size, self._team.rank, self._team.size
+        part = slice(size * rank // ranks, size * (rank + 1) // ranks)
+
+        def count() -> list[int]:
+            if not rows.has("attention_mask"):
+                return [rows.shape("input_ids")[1]] * (part.stop - part.start)
+            return [int(length) for length in rows.tensor("attention_mask", part).sum(dim=1).tolist()]
+
+        every = self._team.gather_lengths(self._team.agree(count))
+        return None if every is None else [length for lengths in every for length in lengths]

@@ -1,0 +1,54 @@
+"""A batch in the payload store as one rank sees it: only the rows that it asks for are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from nexrl_contract.names import FRAME_METADATA_KEY
+from nexrl_contract.operations import Operation
+from nexrl_payloads import PayloadStore
+
+
+class PayloadRows:
+    """The tensors of a stored batch that one operation reads; what else was sent is invisible."""
+
+    def __init__(self, store: PayloadStore, payload_id: str, operation: Operation) -> None:
+        self._payload = store.open(payload_id)
+        header = self._payload.header
+        self._names = [name for name in operation.reads if name in header.tensors]
+        self._shapes = {name: tuple(header.tensors[name].shape) for name in self._names}
+        document: dict[str, Any] = json.loads(header.metadata.get(FRAME_METADATA_KEY, "{}"))
+        self.metadata: Mapping[str, Any] = document.get("metadata") or {}
+        self.size = self._shapes["input_ids"][0]
+
+    def has(self, name: str) -> bool:
+        """Whether the batch holds ``name`` and the operation reads it."""
+        return name in self._shapes
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The whole batch's shape of one tensor."""
+        return self._shapes[name]
+
+    def tensor(self, name: str, rows: Sequence[int] | slice) -> torch.Tensor:
+        """``[len(rows), ...]`` on CPU, mapped from the store where the rows are contiguous."""
+        return self._payload.torch(name, _contiguous(rows))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._payload.__exit__(kind, error, trace)
+
+
+def _contiguous(rows: Sequence[int] | slice) -> list[int] | slice:
+    """A slice where the rows are a run, so that nothing has to be gathered."""
+    if isinstance(rows, slice):
+        return rows
+    first = rows[0] if rows else 0
+    if list(rows) == list(range(first, first + len(rows))):
+        return slice(first, first + len(rows))
+    return list(rows)

@@ -1,0 +1,135 @@
+"""What the agent and its ranks read from the environment, once, at their entry points."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+_DEFAULT_CPU_SLOTS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class AgentSettings:
+    """``identifier`` and ``world_size`` keep the agent for one fixed group; ``gpus`` is empty on CPU."""
+
+    name: str
+    redis_url: str
+    data: Path
+    payloads: str
+    slots: int
+    gpus: tuple[str, ...]
+    identifier: str | None
+    fsync: bool
+
+    @classmethod
+    def from_env(cls) -> Self:
+        """Raises ValueError naming the variable that does not fit."""
+        data = Path(os.environ.get("NEXRL_DATA", "data")).absolute()
+        gpus = _gpus()
+        fixed = os.environ.get("NEXRL_IDENTIFIER") or None
+        world_size = _integer("NEXRL_WORLD_SIZE", 1) if fixed else None
+        slots = world_size or _integer("NEXRL_SLOTS", len(gpus) or _DEFAULT_CPU_SLOTS)
+        if gpus and slots > len(gpus):
+            raise ValueError(f"{slots} slots were asked for (NEXRL_SLOTS or NEXRL_WORLD_SIZE), but there are {len(gpus)} GPUs")
+        return cls(
+            name=os.environ.get("NEXRL_AGENT_NAME") or socket.gethostname(),
+            redis_url=os.environ.get("NEXRL_REDIS_URL", "redis://127.0.0.1:6379/0"),
+            data=data,
+            payloads=os.environ.get("NEXRL_PAYLOADS") or f"file://{data}/.nexrl/payloads",
+            slots=slots,
+            gpus=gpus,
+            identifier=fixed,
+            fsync=os.environ.get("NEXRL_FSYNC", "0") == "1",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RankSettings:
+    """One rank of one incarnation of a group.
+
+    ``restore`` builds the model at once and loads the suspended state, if any; ``seq`` operations are in that state.
+    """
+
+    identifier: str
+    epoch: int
+    role: str
+    config: dict[str, Any]
+    rank: int
+    world_size: int
+    redis_url: str
+    data: Path
+    payloads: str
+    fsync: bool
+    restore: bool
+    seq: int
+
+    @classmethod
+    def from_env(cls) -> Self:
+        """The agent writes ``NEXRL_GROUP``; torchrun adds ``RANK`` and ``WORLD_SIZE``."""
+        group = json.loads(os.environ["NEXRL_GROUP"])
+        return cls(
+            **{**group, "data": Path(group["data"])},
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class GroupFolders:
+    """Where a group's own files lie below the data folder."""
+
+    data: Path
+    identifier: str
+
+    @property
+    def run(self) -> Path:
+        """Files between agent and ranks of one incarnation."""
+        return self.data / ".nexrl" / "groups" / self.identifier / "run"
+
+    @property
+    def state(self) -> Path:
+        """The state of a group that was stopped cleanly."""
+        return self.data / ".nexrl" / "groups" / self.identifier / "state"
+
+    @property
+    def logs(self) -> Path:
+        """One log a rank."""
+        return self.data / ".nexrl" / "logs" / "groups" / self.identifier
+
+    @property
+    def stop_request(self) -> Path:
+        """The agent asks the ranks to stop after the current operation."""
+        return self.run / "stop"
+
+    @property
+    def destroyed(self) -> Path:
+        """Rank 0 tells the agent which ``destroy`` job ended the group."""
+        return self.run / "destroyed.json"
+
+    def pid(self, rank: int) -> Path:
+        """A rank's process id."""
+        return self.run / f"rank{rank}.pid"
+
+    def error(self, rank: int) -> Path:
+        """What killed a rank, in its own words."""
+        return self.run / f"rank{rank}.error.json"
+
+
+def _integer(name: str, default: int) -> int:
+    text = os.environ.get(name) or str(default)
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError(f"{name} must be a positive integer, not {text!r}")
+    return int(text)
+
+
+def _gpus() -> tuple[str, ...]:
+    if shutil.which("nvidia-smi") is None:
+        return ()
+    listed = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True)
+    return tuple(listed.stdout.split()) if listed.returncode == 0 else ()

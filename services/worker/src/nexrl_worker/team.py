@@ -1,0 +1,116 @@
+"""How the ranks of a group talk besides the mathematics: commands from rank 0, votes, and gathering rows, on a gloo group of their own."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from nexrl_contract.errors import ServiceError
+
+from nexrl_worker.training.errors import InvalidValue
+
+Answer = TypeVar("Answer")
+_IDLE_LIMIT = timedelta(days=7)
+_MAX_ERROR_BYTES = 4096
+_log = logging.getLogger(__name__)
+
+
+class Team:
+    """The control group of all ranks. Every public method is collective: all ranks call it, in the same order."""
+
+    def __init__(self) -> None:
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+        self._group = dist.new_group(backend="gloo", timeout=_IDLE_LIMIT)
+
+    def broadcast(self, message: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Rank 0's message, on every rank; JSON, because nothing that crosses a process is unpickled."""
+        if self.size == 1:
+            assert message is not None
+            return message
+        length = torch.zeros(1, dtype=torch.int64)
+        if self.rank == 0:
+            data = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
+            length[0] = data.numel()
+        dist.broadcast(length, src=0, group=self._group)
+        if self.rank != 0:
+            data = torch.empty(int(length[0]), dtype=torch.uint8)
+        dist.broadcast(data, src=0, group=self._group)
+        return dict(json.loads(data.numpy().tobytes()))
+
+    def agree(self, act: Callable[[], Answer]) -> Answer:
+        """Run a *local* ``act`` on every rank and vote: its answer, or on all ranks the first failing rank's error.
+
+        The error is a ServiceError with that rank's number, so a failed operation leaves the group in step and alive.
+        """
+        answer: Answer | None = None
+        error: ServiceError | None = None
+        try:
+            answer = act()
+        except Exception as caught:
+            error = _as_service_error(caught, self.rank)
+        fine = torch.tensor([error is None], dtype=torch.int32)
+        if self.size > 1:
+            dist.all_reduce(fine, op=dist.ReduceOp.MIN, group=self._group)
+        if not fine.item():
+            raise self._first_error(error)
+        return answer  # type: ignore[return-value] # act() returned it
+
+    def _first_error(self, mine: ServiceError | None) -> ServiceError:
+        if self.size == 1:
+            assert mine is not None
+            return mine
+        text = json.dumps(mine.body() if mine else None, default=str).encode()
+        if len(text) > _MAX_ERROR_BYTES:
+            assert mine is not None
+            text = json.dumps(ServiceError(mine.code, mine.message[:1000], rank=self.rank).body()).encode()
+        data = torch.frombuffer(bytearray(text.ljust(_MAX_ERROR_BYTES)), dtype=torch.uint8)
+        every = [torch.empty_like(data) for _ in range(self.size)]
+        dist.all_gather(every, data, group=self._group)
+        bodies = (json.loads(one.numpy().tobytes()) for one in every)
+        return ServiceError.from_body(next(body for body in bodies if body is not None))
+
+    def gather_lengths(self, mine: list[int]) -> list[list[int]] | None:
+        """Rank 0 gets every rank's list of integers, in rank order; the others None."""
+        parts = self.collect(torch.tensor(mine, dtype=torch.int64))
+        return None if parts is None else [part.tolist() for part in parts]
+
+    def collect(self, mine: torch.Tensor) -> list[torch.Tensor] | None:
+        """Rank 0 gets every rank's CPU tensor (same dtype and rank of shape, any first dimension), in rank order; the others None."""
+        if self.size == 1:
+            return [mine]
+        if self.rank != 0:
+            dist.send(torch.tensor(mine.shape, dtype=torch.int64), dst=0, group=self._group)
+            if mine.numel():
+                dist.send(mine.contiguous(), dst=0, group=self._group)
+            return None
+        every = [mine]
+        for rank in range(1, self.size):
+            shape = torch.empty(mine.dim(), dtype=torch.int64)
+            dist.recv(shape, src=rank, group=self._group)
+            part = torch.empty(shape.tolist(), dtype=mine.dtype)
+            if part.numel():
+                dist.recv(part, src=rank, group=self._group)
+            every.append(part)
+        return every
+
+    def barrier(self) -> None:
+        """Every rank has come here."""
+        dist.barrier(group=self._group)
+
+
+def _as_service_error(error: Exception, rank: int) -> ServiceError:
+    if isinstance(error, ServiceError):
+        return ServiceError(error.code, error.message, **{**error.details, "rank": rank})
+    if isinstance(error, InvalidValue):
+        return ServiceError("INVALID_VALUE", error.message, rank=rank, **error.details())
+    _log.exception("operation.refused rank=%d", rank)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ServiceError("NO_SPACE", f"rank {rank}: no space left for {error.filename}", rank=rank)
+    return ServiceError("OPERATION_FAILED", f"rank {rank}: {type(error).__name__}: {error}", rank=rank)
