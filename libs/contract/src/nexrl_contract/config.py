@@ -44,8 +44,8 @@ class ModelConfig(Section):
 class MixedPrecisionConfig(Section):
     """``actor.fsdp_config.mixed_precision``: null takes float32 on CPU, bfloat16 parameters and float32 reduction on CUDA."""
 
-    param_dtype: Dtype | None = None
-    reduce_dtype: Dtype | None = None
+    param_dtype: Dtype | None = Field(default=None, description="Dtype of the forward and backward.")
+    reduce_dtype: Dtype | None = Field(default=None, description="Dtype in which gradients are reduced over ranks.")
     buffer_dtype: Any = _inert()
 
 
@@ -64,14 +64,14 @@ class FsdpConfig(Section):
 class OptimConfig(Section):
     """``actor.optim``: AdamW and its schedule, counted in optimizer steps."""
 
-    lr: float = Field(default=1e-6, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.01, ge=0)
+    lr: float = Field(default=1e-6, ge=0, description="Peak learning rate.")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="Decay of the first and second moment.")
+    eps: float = Field(default=1e-8, gt=0, description="Added to the root of the second moment.")
+    weight_decay: float = Field(default=0.01, ge=0, description="Decoupled; applied to every parameter.")
     lr_warmup_steps: int = Field(default=0, ge=0, description="The first step of a warm-up of n uses lr/n.")
-    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    lr_scheduler: Literal["constant", "linear", "cosine"] = Field(default="constant", description="Shape after the warm-up.")
     total_training_steps: int | None = Field(default=None, ge=1, description="Where linear and cosine end.")
-    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1, description="Where linear and cosine end, as a share of lr.")
     lr_warmup_steps_ratio: Any = _inert()
     warmup_style: Any = _inert()
 
@@ -112,23 +112,29 @@ class ActorConfig(Section):
     fsdp_config: FsdpConfig = FsdpConfig()
     rollout: RolloutConfig = RolloutConfig()
     ref: RefConfig = RefConfig()
-    policy_loss: Literal["ppo", "grpo", "importance_sampling", "reinforce", "cross_entropy"] = "ppo"
-    loss_agg_mode: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"] = "token-mean"
-    clip_ratio: float = Field(default=0.2, ge=0)
+    policy_loss: Literal["ppo", "grpo", "importance_sampling", "reinforce", "cross_entropy"] = Field(
+        default="ppo", description="Also accepted as loss_func_type."
+    )
+    loss_agg_mode: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"] = Field(
+        default="token-mean", description="How tokens are summed; the denominator is that of the whole mini-batch."
+    )
+    clip_ratio: float = Field(default=0.2, ge=0, description="The ratio is clipped to 1 - low, 1 + high.")
     clip_ratio_low: float | None = Field(default=None, ge=0, le=1, description="Null takes clip_ratio.")
     clip_ratio_high: float | None = Field(default=None, ge=0, description="Null takes clip_ratio.")
     clip_ratio_c: float | None = Field(default=None, gt=1, description="Dual clip for negative advantages; off by default.")
-    entropy_coeff: float = 0.0
-    use_kl_loss: bool = False
-    kl_loss_coef: float = 0.001
-    kl_loss_type: Literal["k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl"] = "low_var_kl"
+    entropy_coeff: float = Field(default=0.0, description="The loss is lowered by this times the entropy.")
+    use_kl_loss: bool = Field(default=False, description="Add the KL term, against ref_log_prob or the frozen reference.")
+    kl_loss_coef: float = Field(default=0.001, description="Weight of the KL term.")
+    kl_loss_type: Literal["k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl"] = Field(
+        default="low_var_kl", description="Estimator; kl is k1, mse is k2, low_var_kl is k3."
+    )
     ppo_mini_batch_size: int | None = Field(default=None, ge=1, description="Prompts per optimizer step; null: all.")
-    ppo_epochs: int = Field(default=1, ge=1)
-    shuffle: bool = False
-    seed: int = 0
+    ppo_epochs: int = Field(default=1, ge=1, description="Passes over the batch in one update.")
+    shuffle: bool = Field(default=False, description="Draw the rows of a mini-batch at random, by seed.")
+    seed: int = Field(default=0, description="Seeds shuffling and the ranks' generators.")
     ppo_micro_batch_size_per_gpu: int | None = Field(default=None, ge=1, description="Rows per forward; null: all.")
     use_dynamic_bsz: bool = Field(default=False, description="Micro-batches by token budget instead of rows.")
-    ppo_max_token_len_per_gpu: int = Field(default=16384, ge=1)
+    ppo_max_token_len_per_gpu: int = Field(default=16384, ge=1, description="That budget; a longer row stands alone.")
     grad_clip: float = Field(default=1.0, gt=0, description="Largest gradient norm (L2, all parameters).")
     ppo_micro_batch_size: Any = _inert()
     ulysses_sequence_parallel_size: Any = _inert()
@@ -154,7 +160,7 @@ class ActorConfig(Section):
 class ResourceConfig(Section):
     """``resource``: how many ranks."""
 
-    world_size: int | None = Field(default=None, ge=1)
+    world_size: int | None = Field(default=None, ge=1, description="Ranks, where initialize_worker names no world_size.")
     gpus_per_pod: Any = _inert()
     memory_per_gpu: Any = _inert()
 

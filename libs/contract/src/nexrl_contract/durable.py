@@ -1,7 +1,8 @@
-"""Files and folders that are either wholly there or not: written beside their place, synced, renamed; and folders swapped in one step."""
+"""Files and folders that are wholly there or not: written beside their place, synced, renamed or swapped."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -35,14 +36,15 @@ def sync_folder(folder: Path) -> None:
 
 
 def replace_folder(new: Path, path: Path) -> None:
-    """Put ``new`` (a folder, or a link) at ``path``, its sibling, and remove what was there.
+    """Put ``new`` (a folder, or a link) at ``path``, its sibling, synced; then remove what was there, if it can be.
 
     Linux swaps the two in one step; elsewhere ``path`` is missing between two renames.
     """
     aside = _put(new, path)
     sync_folder(path.parent)
     if aside is not None:
-        remove_folder(aside)
+        with contextlib.suppress(OSError):
+            remove_folder(aside)
 
 
 def _put(new: Path, path: Path) -> Path | None:

@@ -1,4 +1,4 @@
-"""What a published checkpoint says about itself: ``manifest.json`` in a sharded one, ``nexrl.json`` in a Hugging Face folder.
+"""What a checkpoint says about itself: ``manifest.json`` in a sharded one, ``nexrl.json`` in a Hugging Face folder.
 
 A folder without its manifest is not a checkpoint: it is written last, before the folder gets its name.
 """
@@ -18,7 +18,6 @@ from nexrl_contract.errors import ServiceError
 
 MANIFEST = "manifest.json"
 EXPORT = "nexrl.json"
-SCHEMA_VERSION = 1
 _SCAN_DEPTH = 4
 
 
@@ -43,7 +42,7 @@ class FileEntry(Described):
 
 
 class _Checkpoint(Described):
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     identifier: str
     step: int
     fingerprint: str | None = None
@@ -110,7 +109,10 @@ def write_manifest(folder: Path, manifest: Manifest | Export) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a sharded checkpoint, None where there is none; raises ``CHECKPOINT_INVALID`` for an unreadable one."""
+    """The manifest of a sharded checkpoint, None where there is none.
+
+    Raises ``CHECKPOINT_INVALID`` for an unreadable one.
+    """
     return _read(folder / MANIFEST, Manifest)
 
 
@@ -135,7 +137,9 @@ def verify_files(folder: Path, files: Iterable[FileEntry]) -> None:
     for entry in files:
         check_size(folder, entry)
         if describe(folder, entry.name).sha256 != entry.sha256:
-            raise ServiceError("CHECKPOINT_INVALID", f"{folder / entry.name} is corrupt: its sha256 is not the recorded one")
+            raise ServiceError(
+                "CHECKPOINT_INVALID", f"{folder / entry.name} is corrupt: its sha256 is not the recorded one"
+            )
 
 
 def check_size(folder: Path, entry: FileEntry) -> None:
@@ -150,7 +154,9 @@ def check_size(folder: Path, entry: FileEntry) -> None:
 
 
 def published(roots: Iterable[Path]) -> list[Published]:
-    """Every published checkpoint under ``roots`` (hidden folders and what lies deeper than four levels left out), oldest first."""
+    """Every published checkpoint under ``roots`` (hidden folders and what lies deeper than four levels left out),
+    oldest first.
+    """
     found = {item.path: item for root in roots for item in _scan(root, _SCAN_DEPTH)}
     return sorted(found.values(), key=lambda item: (item.checkpoint.created, item.path))
 

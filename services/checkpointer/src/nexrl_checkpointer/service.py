@@ -1,0 +1,141 @@
+"""The checkpointer's loop: take a save off the queue, publish it, say how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import redis
+from nexrl_contract.errors import ServiceError
+from nexrl_contract.manifest import Manifest
+from nexrl_contract.names import CHECKPOINT_QUEUE
+from nexrl_contract.records import JobRecord
+from nexrl_ledger import Fenced, Ledger, ResidentWorker, connect, until_redis
+
+from nexrl_checkpointer.previous import replace_previous
+from nexrl_checkpointer.publish import discard, publish
+from nexrl_checkpointer.pulse import LEASE_S, Pulse
+from nexrl_checkpointer.request import PublishRequest
+from nexrl_checkpointer.settings import Settings
+
+_log = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
+
+
+class Checkpointer:
+    """Runs in the main thread until :meth:`stop`; one job at a time."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._ledger = Ledger(connect(settings.redis_url))
+        self._pulse = Pulse(Ledger(connect(settings.redis_url)), settings.name)
+        self._stopping = False
+        self._worker: ResidentWorker | None = None
+
+    def run(self) -> None:
+        """Consume until stopped; waits wherever Redis is away."""
+        _log.info("checkpointer.started name=%s staging=%s", self._settings.name, self._settings.staging)
+        self._pulse.start()
+        try:
+            self._worker = self._until_redis(self._make_worker)
+            if not self._stopping:
+                self._worker.run()
+        finally:
+            self._pulse.stop()
+            with contextlib.suppress(redis.exceptions.RedisError):
+                self._ledger.sign_off(self._settings.name, checkpointer=True)
+
+    def stop(self) -> None:
+        """Finish the current job, then return from :meth:`run`."""
+        self._stopping = True
+        if self._worker is not None:
+            self._worker.stop()
+
+    def _until_redis(self, act: Callable[[], Answer]) -> Answer:
+        return until_redis(act, while_waiting=self._leave_if_stopping)
+
+    def _leave_if_stopping(self) -> None:
+        """Redis is away and the operator wants us gone: another attempt finds the job as it is now."""
+        if self._stopping:
+            raise SystemExit(0)
+
+    def _make_worker(self) -> ResidentWorker:
+        return ResidentWorker(
+            CHECKPOINT_QUEUE,
+            connect(self._settings.redis_url, decode=False, timeout_s=None),
+            name=f"checkpointer-{self._settings.name}",
+            on_bell=lambda _: self._drain(),
+            on_tick=self._drain,
+        )
+
+    def _drain(self) -> None:
+        """Groups side by side, the saves of one group in their order: "previous" means the one before."""
+        taken: set[str] = set()
+        for waiting in self._ledger.waiting(CHECKPOINT_QUEUE):
+            if self._stopping:
+                return
+            if waiting.identifier in taken:
+                continue
+            stale = time.time() - LEASE_S
+            job = self._ledger.claim(CHECKPOINT_QUEUE, job_id=waiting.id, stale_before=stale)
+            if job is None or not self._run(job):
+                taken.add(waiting.identifier)
+
+    def _run(self, job: JobRecord) -> bool:
+        """False when another checkpointer took the job over."""
+        started = time.monotonic()
+        try:
+            with self._pulse.holding(job):
+                self._work(job)
+        except Fenced as fenced:
+            _log.warning("job.fenced job_id=%s reason=%s", job.id, fenced)
+            return False
+        _log.info("job.ended job_id=%s elapsed_s=%.3f", job.id, time.monotonic() - started)
+        return True
+
+    def _work(self, job: JobRecord) -> None:
+        request: PublishRequest | None = None
+
+        def check_claim() -> None:
+            self._until_redis(lambda: self._pulse.check_claim(job))
+
+        try:
+            request = PublishRequest.of(job, self._settings.staging)
+            manifest = publish(request, check_claim)
+        except Fenced:
+            raise
+        except Exception as error:
+            refusal = _as_service_error(error, job)
+            check_claim()
+            if request is not None:
+                discard(request)
+            self._until_redis(lambda: self._ledger.finish(job, error=refusal.body()))
+            return
+        self._until_redis(lambda: replace_previous(self._ledger.client, request))
+        self._until_redis(lambda: self._ledger.finish(job, result=_result(request, manifest)))
+
+
+def _result(request: PublishRequest, manifest: Manifest) -> dict[str, object]:
+    return {
+        **request.result,
+        "path": str(request.path),
+        "global_step": manifest.step,
+        "kind": manifest.kind,
+        "nbytes": manifest.nbytes,
+        "world_size": manifest.world_size,
+    }
+
+
+def _as_service_error(error: Exception, job: JobRecord) -> ServiceError:
+    about = {"identifier": job.identifier, "job_id": job.id}
+    if isinstance(error, ServiceError):
+        return ServiceError(error.code, error.message, **{**error.details, **about})
+    _log.exception("publish.failed job_id=%s", job.id)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ServiceError("NO_SPACE", "no space is left to publish the checkpoint; free some and save again", **about)
+    reason = error.strerror if isinstance(error, OSError) else type(error).__name__
+    return ServiceError("OPERATION_FAILED", f"the checkpoint could not be published: {reason}", **about)

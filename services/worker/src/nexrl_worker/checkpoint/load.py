@@ -1,0 +1,121 @@
+"""What a checkpoint path holds and whether it can be loaded:
+
+Everything that can go wrong, before any weight changes. All local.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nexrl_contract.errors import ServiceError
+from nexrl_contract.manifest import Export, Manifest, check_size, read_export, read_manifest, verify_files
+
+from nexrl_worker.checkpoint.model_files import CONFIG
+from nexrl_worker.checkpoint.readers import HuggingFaceReader, ShardReader, TensorReader, weight_files
+from nexrl_worker.checkpoint.shards import OPTIMIZER_PREFIX, STATE, read_index
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """A checkpoint that is all there. ``record`` is None for a Hugging Face folder that others made."""
+
+    folder: Path
+    record: Manifest | Export | None
+
+    @property
+    def kind(self) -> str:
+        """``sharded`` or ``huggingface``."""
+        return "sharded" if isinstance(self.record, Manifest) else "huggingface"
+
+    @property
+    def has_optimizer(self) -> bool:
+        """Whether moments, schedule and random state can be restored, not only weights."""
+        return isinstance(self.record, Manifest) and not self.record.weight_only
+
+    @property
+    def step(self) -> int | None:
+        """The trainer's step it was saved at, where it is known."""
+        return self.record.step if self.record is not None else None
+
+    def verify(self, rank: int, world_size: int) -> None:
+        """Hash this rank's share of the files (``files[rank::world_size]``).
+
+        Raises ``CHECKPOINT_INVALID`` naming one.
+        """
+        if self.record is not None:
+            verify_files(self.folder, self.record.files[rank::world_size])
+
+    def reader(self) -> TensorReader:
+        """Opens the tensors; raises ``CHECKPOINT_INVALID``. Close it after loading."""
+        return (
+            ShardReader(self.folder, self.record)
+            if isinstance(self.record, Manifest)
+            else HuggingFaceReader(self.folder)
+        )
+
+    def check_fits(self, reader: TensorReader, needed: Mapping[str, tuple[int, ...]]) -> None:
+        """``needed``: the group's tensors and global shapes.
+
+        Raises ``CHECKPOINT_INVALID`` where it is another model's checkpoint.
+        """
+        for name, shape in needed.items():
+            if name.startswith(OPTIMIZER_PREFIX) and not self.has_optimizer:
+                continue
+            if not reader.has(name):
+                raise ServiceError(
+                    "CHECKPOINT_INVALID", f"{self.folder} has no tensor {name}: it is of another model", tensor=name
+                )
+            if reader.shapes[name] != tuple(shape):
+                raise ServiceError(
+                    "CHECKPOINT_INVALID",
+                    f"{self.folder}: {name} has shape {list(reader.shapes[name])}, the model's has {list(shape)}",
+                    tensor=name,
+                )
+
+    def state(self) -> dict[str, Any]:
+        """What rank 0 wrote of the group (scalars, seq, step, seed, threads); raises ``CHECKPOINT_INVALID``.
+
+        Sharded only.
+        """
+        path = self.folder / STATE
+        try:
+            return dict(json.loads(path.read_bytes()))
+        except (OSError, ValueError, TypeError):
+            raise ServiceError("CHECKPOINT_INVALID", f"{path} is not the state of a group") from None
+
+    def rng(self, rank: int, world_size: int) -> dict[str, Any] | None:
+        """The rank's saved random state, None where another world size wrote it (reseed from the saved seed).
+
+        Sharded only.
+        """
+        if not isinstance(self.record, Manifest) or self.record.world_size != world_size:
+            return None
+        return dict(read_index(self.folder, rank, world_size)["rng"])
+
+
+def inspect(path: Path) -> LoadPlan:
+    """Find out what lies at ``path`` (a link is followed once); raises ``CHECKPOINT_INVALID`` with what is wrong.
+
+    Looks at names, sizes and headers; :meth:`LoadPlan.verify` hashes.
+    """
+    folder = path.resolve()
+    if not folder.is_dir():
+        raise ServiceError("CHECKPOINT_INVALID", f"there is no checkpoint at {path}")
+    record = read_manifest(folder) or read_export(folder)
+    for entry in record.files if record is not None else ():
+        check_size(folder, entry)
+    if record is None:
+        _check_foreign(folder)
+    return LoadPlan(folder, record)
+
+
+def _check_foreign(folder: Path) -> None:
+    if any(folder.glob("model.rank*-of-*.safetensors")):
+        raise ServiceError("CHECKPOINT_INVALID", f"{folder} has shards but no manifest: its save was never finished")
+    if not (folder / CONFIG).is_file():
+        raise ServiceError("CHECKPOINT_INVALID", f"{folder} has neither a manifest nor a Hugging Face config.json")
+    weight_files(folder)

@@ -1,0 +1,273 @@
+"""Publishing: a save killed at any point leaves a checkpoint that loads, and a second attempt completes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from nexrl_checkpointer.previous import replace_previous
+from nexrl_checkpointer.publish import publish
+from nexrl_checkpointer.request import PublishRequest
+from nexrl_contract import durable
+from nexrl_contract.errors import ServiceError
+from nexrl_contract.manifest import describe, published, read_manifest
+from nexrl_ledger import connect
+from toy_checkpoints import leftovers, loads, make_request, make_state
+
+OLD, NEW = make_state(1), make_state(2)
+
+
+def run(client: redis.Redis, request: PublishRequest) -> None:
+    """What the service does with a request."""
+    publish(request, lambda: None)
+    replace_previous(client, request)
+
+
+def run_until_killed(url: str, request: PublishRequest, at: int) -> bool:
+    """Do it in a child that is killed with SIGKILL before its ``at``-th call that touches a file; False if it got to the end."""
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def before(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal count
+            writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            if writes or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "ctypes.dlopen", "shutil.rmtree"):
+                count += 1
+                if count == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        client = connect(url)
+        client.ping()
+        sys.addaudithook(before)
+        try:
+            run(client, request)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # the forked child only touches files
+@pytest.mark.parametrize("same_path", [True, False], ids=["replacing", "removing-previous"])
+def test_killed_anywhere_a_checkpoint_loads_and_the_next_attempt_completes(
+    tmp_path: Path, redis_url: str, same_path: bool
+) -> None:
+    """At every file operation: what is visible is whole, the old or the new one; afterwards the new one alone is left."""
+    client, at, killed = connect(redis_url), 0, True
+    while killed:
+        at += 1
+        data = tmp_path / str(at)
+        first = make_request(data, data / "ckpt" / "step_1", OLD)
+        run(client, first)
+        path = first.path if same_path else data / "ckpt" / "step_2"
+        second = make_request(data, path, NEW, remove_previous=True, step=2)
+        killed = run_until_killed(redis_url, second, at)
+        visible = published([data / "ckpt"])
+        assert visible, f"killed at {at}: nothing to load"
+        assert all(loads(Path(found.path), OLD, NEW) for found in visible)
+        run(client, second.model_copy(update={"attempt": 2}))
+        assert [found.path for found in published([data / "ckpt"])] == [str(path)]
+        assert loads(path, NEW) and leftovers(data) == []
+        shutil.rmtree(data)
+    assert at > 15
+
+
+def test_the_manifest_says_what_the_checkpoint_is(tmp_path: Path) -> None:
+    """Every field, and every file with its size and hash."""
+    request = make_request(tmp_path, tmp_path / "a" / "b" / "step_1", fingerprint="0123456789abcdef")
+    manifest = publish(request, lambda: None)
+    fields = json.loads((request.path / "manifest.json").read_bytes())
+    assert {name: fields[name] for name in ("schema_version", "kind", "identifier", "step", "seq", "world_size")} == {
+        "schema_version": 1,
+        "kind": "sharded",
+        "identifier": "student",
+        "step": 1,
+        "seq": 5,
+        "world_size": 3,
+    }
+    assert (fields["config_hash"], fields["weight_only"], fields["fingerprint"]) == (
+        "c0ffee",
+        False,
+        "0123456789abcdef",
+    )
+    there = {str(path.relative_to(request.path)) for path in request.path.rglob("*") if path.is_file()}
+    assert {entry.name for entry in manifest.files} | {"manifest.json"} == there
+    assert all(describe(request.path, entry.name) == entry for entry in manifest.files)
+
+
+def test_publishing_twice_is_once(tmp_path: Path) -> None:
+    """A repeated job finds its own manifest and leaves the checkpoint alone."""
+    request = make_request(tmp_path, tmp_path / "ckpt", NEW)
+    first = publish(request, lambda: None)
+    assert publish(request.model_copy(update={"attempt": 2}), lambda: None) == first
+
+
+def test_an_attempt_that_was_replaced_publishes_nothing(tmp_path: Path) -> None:
+    """A process that was paused after its last check finds nothing under its own name when it wakes."""
+    request = make_request(tmp_path, tmp_path / "ckpt", NEW)
+
+    def overtaken() -> None:
+        publish(request.model_copy(update={"attempt": 2}), lambda: None)
+
+    with pytest.raises(FileNotFoundError):
+        publish(request, overtaken)
+    assert loads(tmp_path / "ckpt", NEW) and leftovers(tmp_path) == []
+
+
+def damage(folder: Path, what: str) -> None:
+    if what == "flipped byte":
+        file = folder / "model.rank1-of-3.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    elif what == "missing rank":
+        (folder / "rank2-of-3.json").unlink()
+    elif what == "missing file":
+        (folder / "optim.rank0-of-3.safetensors").unlink()
+    else:
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("flipped byte", r"model\.rank1-of-3\.safetensors is corrupt"),
+        ("missing rank", "rank 2 of 3 saved nothing"),
+        ("missing file", r"optim\.rank0-of-3\.safetensors is missing"),
+        ("missing staging", "is gone; save again"),
+    ],
+)
+def test_a_damaged_save_is_never_published(tmp_path: Path, what: str, message: str) -> None:
+    """It is refused by name, and the checkpoint that was there stays."""
+    publish(make_request(tmp_path, tmp_path / "ckpt", OLD), lambda: None)
+    request = make_request(tmp_path, tmp_path / "ckpt", NEW)
+    damage(request.staging, what)
+    with pytest.raises(ServiceError, match=message):
+        publish(request, lambda: None)
+    assert loads(tmp_path / "ckpt", OLD)
+
+
+def foreign(path: Path, what: str) -> None:
+    if what == "file":
+        path.write_text("x")
+    elif what == "link":
+        path.symlink_to("elsewhere")
+    else:
+        path.mkdir()
+        (path / ("manifest.json" if what == "other manifest" else "notes.txt")).write_text('{"name": "a web app"}')
+
+
+@pytest.mark.parametrize("what", ["folder", "file", "link", "other manifest"])
+def test_what_we_did_not_write_is_refused(tmp_path: Path, what: str) -> None:
+    """Nothing of others is ever replaced: 422 PATH_REFUSED."""
+    foreign(tmp_path / "ckpt", what)
+    with pytest.raises(ServiceError, match="PATH_REFUSED"):
+        publish(make_request(tmp_path, tmp_path / "ckpt"), lambda: None)
+    assert os.path.lexists(tmp_path / "ckpt") and leftovers(tmp_path / "ckpt") == []
+
+
+def test_a_path_through_a_file_is_refused(tmp_path: Path) -> None:
+    """A parent that cannot be a folder is the caller's error."""
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ServiceError, match="PATH_REFUSED"):
+        publish(make_request(tmp_path, tmp_path / "file" / "ckpt"), lambda: None)
+
+
+@pytest.fixture
+def other_file_system(tmp_path: Path) -> Iterator[Path]:
+    """A folder that no rename reaches from ``tmp_path``."""
+    shared_memory = Path("/dev/shm")
+    if not shared_memory.is_dir() or shared_memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second file system to copy to")
+    folder = Path(tempfile.mkdtemp(dir=shared_memory))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_another_file_system_gets_a_copy(tmp_path: Path, other_file_system: Path) -> None:
+    """Same result as a rename: whole, verified, nothing left behind on either side."""
+    request = make_request(tmp_path, other_file_system / "ckpt", NEW)
+    publish(request, lambda: None)
+    assert loads(request.path, NEW) and leftovers(tmp_path, other_file_system) == []
+
+
+def test_without_an_exchange_two_renames_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """File systems that cannot swap folders still get the new checkpoint, and no leftovers."""
+    monkeypatch.setattr(durable, "_exchange", lambda *_: False)
+    publish(make_request(tmp_path, tmp_path / "ckpt", OLD), lambda: None)
+    publish(make_request(tmp_path, tmp_path / "ckpt", NEW), lambda: None)
+    assert loads(tmp_path / "ckpt", NEW) and leftovers(tmp_path) == []
+
+
+class Saves:
+    """Saves one after the other, as one group's queue gives them."""
+
+    def __init__(self, data: Path, client: redis.Redis) -> None:
+        self.data = data
+        self.client = client
+
+    def __call__(self, name: str, **changes: Any) -> Path:
+        path = self.data / name
+        run(self.client, make_request(self.data, path, NEW, **{"remove_previous": True, **changes}))
+        return path
+
+    def left(self) -> set[str]:
+        return {str(Path(found.path).relative_to(self.data)) for found in published([self.data])}
+
+
+@pytest.fixture
+def saves(tmp_path: Path, redis_url: str) -> Saves:
+    return Saves(tmp_path, connect(redis_url))
+
+
+def test_a_new_save_removes_the_one_before(saves: Saves) -> None:
+    """Only when asked to, and only the previous one."""
+    saves("step_1")
+    saves("step_2", remove_previous=False)
+    saves("step_3")
+    assert saves.left() == {"step_1", "step_3"}
+
+
+def test_kinds_and_groups_do_not_remove_one_another(saves: Saves) -> None:
+    """A weight-only save is not the previous one of a full save, and another group's is nobody's."""
+    saves("full")
+    saves("weights", weight_only=True)
+    saves("teacher", identifier="teacher")
+    saves("weights_2", weight_only=True)
+    assert saves.left() == {"full", "teacher", "weights_2"}
+
+
+def test_what_took_the_previous_ones_place_stays(saves: Saves) -> None:
+    """A folder or a weight-sync link that now has the old name is not what was recorded, so it is kept."""
+    path = saves("step_1")
+    shutil.rmtree(path)
+    (path.parent / ".step_1.v1").mkdir()
+    path.symlink_to(".step_1.v1")
+    saves("step_2")
+    assert path.is_symlink() and (path.parent / ".step_1.v1").is_dir()
+
+
+def test_a_checkpoint_inside_the_previous_one_does_not_remove_itself(saves: Saves) -> None:
+    """A path below the previous checkpoint's keeps it."""
+    saves("run")
+    saves("run/step_2")
+    assert read_manifest(saves.data / "run" / "step_2") is not None and "run" in saves.left()
+
+
+def test_the_same_path_again_is_not_its_own_previous(saves: Saves) -> None:
+    """Saving twice to one path leaves one checkpoint there."""
+    saves("latest")
+    saves("latest")
+    assert saves.left() == {"latest"}
