@@ -1,0 +1,131 @@
+"""TrainServiceClient: the interface that trainers program against."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Self, TypeAlias
+
+from ._handle import JobHandle
+
+BatchLike: TypeAlias = Mapping[str, Any]
+
+
+class TrainServiceClient(ABC):
+    """Heavy parts of training, done elsewhere. B rows, S positions, R of them responses.
+
+    A batch is {"tensors", "values", "metadata"}, {"batch", "non_tensor_batch", "meta_info"} or a flat dict of tensors
+    (torch or NumPy). Its result: {"batch": {name: tensor}, "metrics": {...}, "meta_info": {"metrics": the same, ...}}.
+    Every blocking method waits at most request_timeout seconds, then raises ServiceTimeout; the job goes on.
+    """
+
+    request_timeout: float | None = 200
+    """Seconds that one call waits for its result, uploading not counted; read at every call. None: no limit."""
+
+    @property
+    @abstractmethod
+    def identifier(self) -> str | None:
+        """The worker group; None means the only one there is."""
+
+    @abstractmethod
+    def initialize_worker(
+        self,
+        config_path: str | None = None,
+        config_dict: Mapping[str, Any] | None = None,
+        role: str = "actor",
+        world_size: int | None = None,
+        zmq_base_port: int | None = None,
+        dispatch_mode: str | None = None,
+    ) -> dict[str, Any]:
+        """Start the worker group, or find it running with the same settings ("already": True).
+
+        config_path is a YAML file of this machine, a whole service's or one entry; config_dict wins over it.
+        world_size None takes the configuration's. zmq_base_port and dispatch_mode come back under "ignored".
+        """
+
+    @abstractmethod
+    def init_model(self) -> dict[str, Any]:
+        """Load the model; on a group that has one, nothing changes ("already": True)."""
+
+    @abstractmethod
+    def barrier(self) -> dict[str, Any]:
+        """Return once every earlier job of the group has ended and all its ranks have met."""
+
+    @abstractmethod
+    def destroy(self) -> dict[str, Any]:
+        """Stop the group; its slots are free when this returns."""
+
+    @abstractmethod
+    def update_actor(self, batch: BatchLike) -> dict[str, Any]:
+        """One policy update of the whole batch; metrics over all ranks, such as "actor/grad_norm"."""
+
+    @abstractmethod
+    def update_actor_with_distillation(self, batch: BatchLike) -> dict[str, Any]:
+        """One update towards the batch's teacher_log_probs [B, S] or [B, R]."""
+
+    @abstractmethod
+    def compute_log_prob(self, batch: BatchLike) -> dict[str, Any]:
+        """Log-probabilities under the current weights: batch["old_log_probs"] is [B, R] float32, rows in order."""
+
+    @abstractmethod
+    def compute_ref_log_prob(self, batch: BatchLike) -> dict[str, Any]:
+        """Log-probabilities under the reference weights: batch["ref_log_prob"] is [B, R] float32, rows in order."""
+
+    @abstractmethod
+    def forward_backward(self, batch: BatchLike, loss: str | None = None) -> dict[str, Any]:
+        """Add the batch's gradients to the pending ones; loss None takes the group's policy loss."""
+
+    @abstractmethod
+    def optim_step(
+        self, lr: float | None = None, grad_clip: float | None = None, discard: bool = False
+    ) -> dict[str, Any]:
+        """Apply the pending gradients, normalised over all of them; lr and grad_clip hold for this step alone.
+
+        discard=True drops them instead.
+        """
+
+    @abstractmethod
+    def save_checkpoint(
+        self,
+        local_path: str,
+        hdfs_path: str | None = None,
+        global_step: int = 0,
+        saved_fully_shared_ckpt: bool = True,
+        save_weight_only: bool = False,
+        remove_previous_ckpt: bool = True,
+    ) -> dict[str, Any]:
+        """Save under the service's checkpoint root; published, complete and safe to load when this returns.
+
+        saved_fully_shared_ckpt=True is sharded and can be resumed from, False a Hugging Face folder.
+        """
+
+    @abstractmethod
+    def load_checkpoint(
+        self, path: str, del_local_after_load: bool = True, load_weight_only: bool = False
+    ) -> dict[str, Any]:
+        """Load a published checkpoint; del_local_after_load removes only a copy that the load itself fetched."""
+
+    @abstractmethod
+    def convert_checkpoint_to_huggingface(self, local_path: str) -> dict[str, Any]:
+        """Make a Hugging Face folder of a sharded checkpoint, or of the current weights at a new path; see "path"."""
+
+    @abstractmethod
+    def health_check(self) -> dict[str, Any]:
+        """What the service says of itself, asked once: {"status": "healthy" or "degraded", ...}."""
+
+    @abstractmethod
+    def get_models(self) -> dict[str, Any]:
+        """All worker groups: {"identifiers": [...], "count": n, "models": {identifier: {...}}}."""
+
+    @abstractmethod
+    def worker_info(self) -> dict[str, Any]:
+        """The record of this client's group."""
+
+    @abstractmethod
+    def actor_context(self) -> AbstractContextManager[Self]:
+        """A context that does nothing, for trainers that were written around one; yields the client."""
+
+    @abstractmethod
+    def submit(self, operation: str, batch: BatchLike | None = None, **params: Any) -> JobHandle:
+        """Start an operation (a method's name, with its arguments) and return at once, after the upload."""

@@ -1,0 +1,97 @@
+"""One call of an operation, made ready to be sent: its path, its parameters, its frame."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import tensor_codec
+from nexrl_contract.names import FRAME_METADATA_KEY
+from nexrl_contract.operations import OPERATIONS
+from tensor_codec import Encoded
+
+from ._batch import Batch, json_object, normalise
+from ._body import Part, cut
+from ._setup import setup_params
+from .errors import ClientError, InvalidBatch, UnknownOperation
+
+MAX_REQUEST_BYTES = 100 * 1024 * 1024
+INITIALIZE = "initialize_worker"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """frame is None for operations without a batch; key makes repeating the call harmless."""
+
+    operation: str
+    params: dict[str, Any]
+    batch: Batch | None = None
+    frame: Encoded | None = None
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def path(self) -> str:
+        """Where the call is posted."""
+        return "/initialize" if self.operation == INITIALIZE else f"/{self.operation}"
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """What of the caller's batch does not travel."""
+        return self.batch.ignored if self.batch else ()
+
+
+def prepare(operation: str, batch: object, params: Mapping[str, Any], identifier: str | None) -> Call:
+    """Check what can be checked without the service, and encode. Raises subclasses of ClientError."""
+    if operation == INITIALIZE:
+        _refuse_batch(operation, batch)
+        return Call(operation, json_object(setup_params(identifier, **params), "argument"))
+    kind = OPERATIONS.get(operation)
+    if kind is None:
+        raise UnknownOperation(f"there is no operation {operation!r}{_did_you_mean(operation)}")
+    sent = json_object(params, "argument")
+    if not kind.takes_batch:
+        _refuse_batch(operation, batch)
+        return Call(operation, sent)
+    if batch is None:
+        raise InvalidBatch(f"{operation} needs a batch")
+    normal = normalise(batch, kind.reads)
+    return Call(operation, sent, normal, encode(normal, sent))
+
+
+def encode(batch: Batch, params: Mapping[str, Any]) -> Encoded:
+    """The request frame: a header, and views of the tensors. Raises InvalidBatch."""
+    text = json.dumps({"version": 1, "metadata": batch.metadata, "params": params}, separators=(",", ":"))
+    try:
+        return tensor_codec.encode(batch.tensors, {FRAME_METADATA_KEY: text})
+    except tensor_codec.CodecError as error:
+        raise InvalidBatch(str(error)) from error
+
+
+def split_for_requests(request: object, max_size: int = MAX_REQUEST_BYTES) -> list[Part]:
+    """Cut an encoded frame, bytes, or a batch (its frame, with every tensor) into parts of at most max_size bytes.
+
+    A part views the tensors' memory: iterate it for its bytes, len() is their number. Joined in order the parts are
+    one frame, and one operation. Raises ClientError for a size below 1, InvalidBatch for what cannot be encoded.
+    """
+    if max_size < 1:
+        raise ClientError(f"max_size is {max_size}; give the bytes of the largest part, 1 or more")
+    if isinstance(request, Encoded):
+        return cut(list(request), max_size)
+    if isinstance(request, bytes | bytearray | memoryview):
+        return cut([memoryview(request)], max_size)
+    return cut(list(encode(normalise(request, None), {})), max_size)
+
+
+def _refuse_batch(operation: str, batch: object) -> None:
+    if batch is not None:
+        raise InvalidBatch(f"{operation} takes no batch; give its arguments by name")
+
+
+def _did_you_mean(word: str) -> str:
+    known = [*OPERATIONS, INITIALIZE]
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"

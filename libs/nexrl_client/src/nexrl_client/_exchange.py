@@ -1,0 +1,133 @@
+"""An exchange that is repeated until it is answered or its time is spent."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from ._errors_status import status_error
+from ._transport import Request, Response, Transport
+from .errors import InvalidAnswer, ServiceFault, ServiceTimeout, StatusError, Unreachable
+
+MAX_WAIT_S = 25.0
+FIRST_BACK_OFF_S, MAX_BACK_OFF_S = 0.1, 5.0
+
+
+class Budget:
+    """Seconds that one call may take, uploads not counted; None is no limit."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._total = math.inf if seconds is None else float(seconds)
+        self._start = time.monotonic()
+
+    @property
+    def endless(self) -> bool:
+        """Whether there is no limit."""
+        return math.isinf(self._total)
+
+    def exclude(self, seconds: float) -> None:
+        """Do not count these seconds."""
+        self._start += seconds
+
+    def remaining(self) -> float:
+        """Seconds left; 0 when spent, inf without a limit."""
+        return max(0.0, self._total - (time.monotonic() - self._start))
+
+    def wait_s(self) -> float:
+        """How long the service may hold the next answer back."""
+        return min(MAX_WAIT_S, self.remaining())
+
+    def grace_s(self) -> float:
+        """How much later than that the answer may still come: a busy host is no lost one."""
+        return min(10.0, max(2.0, self._total / 4))
+
+
+class Exchange:
+    """Sends requests through a transport, and again after what may pass: lost connections, 429, 502, 503, 504."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def send(self, build: Callable[[float], Request], budget: Budget) -> Response:
+        """The first 2xx answer; build makes the request from the seconds that its answer may be held back.
+
+        Raises Unreachable, ServiceTimeout or the StatusError that was left when the budget was spent.
+        """
+        attempt = 0
+        while True:
+            try:
+                return self.send_once(build(budget.wait_s()), budget)
+            except (Unreachable, ServiceTimeout, StatusError) as error:
+                delay = max(_back_off_s(attempt), error.details.get("retry_after_s", 0.0))
+                if not _passes(error) or delay >= budget.remaining():
+                    raise
+            time.sleep(delay)
+            attempt += 1
+
+    def send_once(self, request: Request, budget: Budget) -> Response:
+        """One attempt."""
+        try:
+            response = self._transport.send(request, budget.wait_s() + budget.grace_s())
+        finally:
+            if request.body is not None:
+                budget.exclude(request.body.take_seconds())
+        return checked(request, response)
+
+
+def checked(request: Request, response: Response) -> Response:
+    """The response if it is 2xx, else raises what it says."""
+    if 200 <= response.status < 300:
+        return response
+    raise _error_of(request, response)
+
+
+def _passes(error: ServiceFault) -> bool:
+    """Whether the same request may be answered otherwise in a while."""
+    if not isinstance(error, StatusError):
+        return True
+    if error.job_id is not None:  # how that job ended; asking again does not change it
+        return False
+    if error.code is None:
+        return error.status in (429, 502, 503, 504)
+    return bool(error.details["retryable"]) and (error.status in (429, 502, 503) or error.code == "CHECKSUM_MISMATCH")
+
+
+def _back_off_s(attempt: int) -> float:
+    longest = min(MAX_BACK_OFF_S, FIRST_BACK_OFF_S * 2 ** min(attempt, 10))
+    return random.uniform(longest / 2, longest)
+
+
+def _error_of(request: Request, response: Response) -> ServiceFault:
+    if 300 <= response.status < 400:
+        target = response.headers.get("location", "nowhere")
+        return InvalidAnswer(f"{request.path} was redirected to {target}; give the client that address")
+    error = status_error(response.status, _error_body(response))
+    if "retry-after" in response.headers:
+        error.details["retry_after_s"] = _retry_after_s(response.headers["retry-after"])
+    return error
+
+
+def _error_body(response: Response) -> dict[str, Any]:
+    """The service's error object; of anything else (a proxy's page) its first characters as the message."""
+    text = bytes(response.body[:65536]).decode(errors="replace").strip()
+    try:
+        body = json.loads(text)["error"]
+        return body if isinstance(body, dict) else {"message": text[:200]}
+    except (ValueError, KeyError, TypeError):
+        return {"message": " ".join(text[:200].split())}
+
+
+def _retry_after_s(text: str) -> float:
+    try:
+        return max(0.0, float(text))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except ValueError:
+        return 0.0

@@ -1,0 +1,170 @@
+"""HTTPTrainServiceClient: the service over HTTP. A call goes _run -> _upload.post -> _exchange -> _transport."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from nexrl_contract.names import FRAME_TYPE, JSON_TYPE
+
+from ._api import BatchLike
+from ._call import MAX_REQUEST_BYTES, Call, prepare
+from ._exchange import Budget, Exchange, checked
+from ._handle import JobHandle
+from ._methods import OperationMethods
+from ._result import read_json, read_result
+from ._transport import HTTPTransport, Request, Response, Transport, normalise_url
+from ._upload import post
+from .errors import ClientError, InvalidAnswer, JobRunning, ServiceFault, ServiceTimeout, Unreachable
+
+_HEALTH_TIMEOUT_S = 10.0
+_POLL_S = 0.05
+_JSON = {"Accept": JSON_TYPE}
+_ANY = {"Accept": f"{FRAME_TYPE}, {JSON_TYPE}"}
+
+
+class HTTPTrainServiceClient(OperationMethods):
+    """A client of one worker group. Threads may share it; pickled, it connects anew. Close it, or use it in a with.
+
+    Lost connections, 429, 502 and 503 are retried until request_timeout is spent, under one idempotency key per call,
+    so that nothing runs twice. Batches above max_request_bytes travel in parts of that size, and run as one.
+    progress shows a bar while a batch is uploaded. transport replaces the network; see nexrl_client.testing.
+    """
+
+    def __init__(
+        self,
+        base_url: str = "http://localhost:8000",
+        identifier: str | None = None,
+        *,
+        request_timeout: float | None = 200,
+        max_request_bytes: int = MAX_REQUEST_BYTES,
+        progress: bool = False,
+        transport: Transport | None = None,
+    ) -> None:
+        super().__init__(identifier, request_timeout)
+        if max_request_bytes < 1:
+            raise ClientError(f"max_request_bytes is {max_request_bytes}; give the bytes of the largest request")
+        self.base_url = normalise_url(base_url)
+        self._max_request_bytes = max_request_bytes
+        self._progress = progress
+        self._transport = transport or HTTPTransport(self.base_url)
+        self._exchange = Exchange(self._transport)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(base_url={self.base_url!r}, identifier={self.identifier!r})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections; jobs go on. Later calls raise ClientClosed."""
+        self._transport.close()
+
+    def submit(self, operation: str, batch: BatchLike | None = None, **params: Any) -> JobHandle:
+        call = prepare(operation, batch, params, self.identifier)
+        return self._handle(self._post(call, wait=False)[0], call)
+
+    def _run(self, operation: str, batch: BatchLike | None, params: Mapping[str, Any]) -> dict[str, Any]:
+        call = prepare(operation, batch, params, self.identifier)
+        response, budget = self._post(call, wait=True)
+        if response.status == 202:
+            return self._await(self._handle(response, call), budget)
+        return read_result(response, call.ignored)
+
+    def health_check(self) -> dict[str, Any]:
+        timeout = _HEALTH_TIMEOUT_S if self.request_timeout is None else min(_HEALTH_TIMEOUT_S, self.request_timeout)
+        request = Request("GET", "/health", headers=_JSON)
+        response = self._transport.send(request, timeout)
+        body = read_json(response if response.status == 503 else checked(request, response))
+        if "status" not in body:
+            raise InvalidAnswer(f"/health answered {response.status} without a status; is this the service's address?")
+        return body
+
+    def get_models(self) -> dict[str, Any]:
+        return self._json("GET", "/get_models")
+
+    def worker_info(self) -> dict[str, Any]:
+        return self._json("GET", "/worker_info", self._query())
+
+    def jobs(self, limit: int = 100) -> list[dict[str, Any]]:
+        """The last jobs of this client's group (of all groups without an identifier), newest first."""
+        answer = self._json("GET", "/jobs", self._query() | {"limit": str(limit)})
+        if not isinstance(answer.get("jobs"), list):
+            raise InvalidAnswer("/jobs answered without jobs; is this the service's address?")
+        jobs: list[dict[str, Any]] = answer["jobs"]
+        return jobs
+
+    def job(self, job_id: str) -> JobHandle:
+        """The handle of a job whose id was kept; raises JobNotFound or Expired."""
+        return JobHandle(job_id, str(self.job_view(job_id).get("operation", "")), self)
+
+    def job_view(self, job_id: str) -> dict[str, Any]:
+        """The job's record; see JobHandle.status."""
+        return self._json("GET", f"/jobs/{job_id}")
+
+    def cancel_job(self, job_id: str) -> dict[str, Any]:
+        """See JobHandle.cancel."""
+        return self._json("DELETE", f"/jobs/{job_id}")
+
+    def job_result(self, job: JobHandle, timeout: float | None) -> dict[str, Any]:
+        """See JobHandle.result."""
+        return self._await(job, Budget(timeout))
+
+    def _await(self, job: JobHandle, budget: Budget) -> dict[str, Any]:
+        """Ask for the job's result until it is there; an outage is borne for request_timeout seconds."""
+        while True:
+            outage = Budget(self.request_timeout) if budget.endless else budget
+            asked = time.monotonic()
+            try:
+                return read_result(self._exchange.send(self._result_request(job), outage), job.ignored)
+            except JobRunning:
+                if budget.remaining() <= 0:
+                    raise _timeout(job, "has no result yet") from None
+            except (Unreachable, ServiceTimeout) as error:
+                raise _timeout(job, f"cannot be asked for ({error.message})") from error
+            except ServiceFault as error:
+                error.job = job
+                raise
+            if time.monotonic() - asked < _POLL_S:  # the answer was not held back: the gateway is stopping
+                time.sleep(min(_POLL_S, budget.remaining()))
+
+    def _result_request(self, job: JobHandle) -> Callable[[float], Request]:
+        path = f"/jobs/{job.id}/result"
+        return lambda wait_s: Request("GET", path, {"wait": f"{wait_s:.3g}"}, _ANY)
+
+    def _post(self, call: Call, *, wait: bool) -> tuple[Response, Budget]:
+        return post(
+            self._exchange,
+            call,
+            self._query(),
+            wait=wait,
+            timeout_s=self.request_timeout,
+            max_request_bytes=self._max_request_bytes,
+            progress=self._progress,
+        )
+
+    def _handle(self, response: Response, call: Call) -> JobHandle:
+        # 200 is what initialize_worker gets for a group that already runs: the job that made it.
+        job_id = read_json(response).get("id" if response.status == 202 else "job_id")
+        if not isinstance(job_id, str):
+            raise InvalidAnswer(f"{call.path} answered {response.status} without a job; is this the service's address?")
+        return JobHandle(job_id, call.operation, self, call.ignored)
+
+    def _json(self, method: str, path: str, query: Mapping[str, str] | None = None) -> dict[str, Any]:
+        request = Request(method, path, query or {}, _JSON)
+        return read_json(self._exchange.send(lambda _: request, Budget(self.request_timeout)))
+
+    def _query(self) -> dict[str, str]:
+        return {} if not self.identifier else {"identifier": self.identifier}
+
+
+def _timeout(job: JobHandle, why: str) -> ServiceTimeout:
+    message = f"{job.operation} {why}; the job goes on, and .job.result() of this error waits for it"
+    return ServiceTimeout(message, job_id=job.id, job=job)

@@ -1,0 +1,152 @@
+"""MockTrainServiceClient: the interface without a service, for trying a trainer's loop."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from nexrl_contract.operations import OPERATIONS
+
+from ._api import BatchLike
+from ._call import Call, prepare
+from ._handle import JobHandle
+from ._methods import OperationMethods
+from ._tensors import zeros
+from .errors import InvalidTensor, JobFinal, JobNotFound
+
+_LOG_PROBS = {"compute_log_prob": "old_log_probs", "compute_ref_log_prob": "ref_log_prob"}
+_WHOLE = ("attention_mask", "position_ids", "loss_mask", "scoring_attention_mask")
+
+
+class MockTrainServiceClient(OperationMethods):
+    """Answers at once, in the service's shapes: log-probabilities and metrics are 0, nothing is trained or written.
+
+    Batches are checked for required tensors and fitting shapes, and refused as the service would.
+    """
+
+    def __init__(
+        self,
+        url: str = "mock://localhost",
+        identifier: str | None = None,
+        *,
+        request_timeout: float | None = 200,
+    ) -> None:
+        super().__init__(identifier, request_timeout)
+        self.base_url = url
+        self._results: dict[str, dict[str, Any]] = {}
+        self._operations: dict[str, str] = {}
+
+    def submit(self, operation: str, batch: BatchLike | None = None, **params: Any) -> JobHandle:
+        call = prepare(operation, batch, params, self.identifier)
+        if call.batch is not None:
+            _check_shapes(call)
+        job_id = uuid.uuid4().hex
+        self._results[job_id] = self._answer(call, job_id)
+        self._operations[job_id] = operation
+        return JobHandle(job_id, operation, self)
+
+    def _run(self, operation: str, batch: BatchLike | None, params: Mapping[str, Any]) -> dict[str, Any]:
+        job = self.submit(operation, batch, **params)
+        try:
+            return job.result()
+        finally:
+            del self._results[job.id], self._operations[job.id]
+
+    def health_check(self) -> dict[str, Any]:
+        return {"status": "healthy", "groups": {self._name: "ready"}}
+
+    def get_models(self) -> dict[str, Any]:
+        models = {self._name: self.worker_info()}
+        return {"status": "success", "identifiers": [*models], "count": len(models), "models": models}
+
+    def worker_info(self) -> dict[str, Any]:
+        return {"identifier": self._name, "world_size": 1, "role": "actor", "state": "ready", "initialised": True}
+
+    def job_view(self, job_id: str) -> dict[str, Any]:
+        """See JobHandle.status; every job of the mock has finished."""
+        self._find(job_id)
+        return {"id": job_id, "operation": self._operations[job_id], "identifier": self._name, "state": "finished"}
+
+    def job_result(self, job: JobHandle, timeout: float | None) -> dict[str, Any]:
+        """See JobHandle.result; never waits."""
+        return self._find(job.id)
+
+    def cancel_job(self, job_id: str) -> dict[str, Any]:
+        """See JobHandle.cancel; always too late."""
+        self._find(job_id)
+        raise JobFinal(f"job {job_id} has finished already", status=409, job_id=job_id)
+
+    @property
+    def _name(self) -> str:
+        return self.identifier or "default"
+
+    def _find(self, job_id: str) -> dict[str, Any]:
+        if job_id not in self._results:
+            raise JobNotFound(f"there is no job {job_id}", status=404, job_id=job_id)
+        return self._results[job_id]
+
+    def _answer(self, call: Call, job_id: str) -> dict[str, Any]:
+        head = {"status": "success", "identifier": self._name, "job_id": job_id}
+        if call.batch is None:
+            return head | _other_fields(call)
+        metrics: dict[str, Any] = {}
+        batch: dict[str, Any] = {}
+        rows, columns = _response_shape(call)
+        if call.operation in _LOG_PROBS:
+            batch[_LOG_PROBS[call.operation]] = zeros(rows, columns)
+        else:
+            metrics |= {"actor/pg_loss": 0.0, "actor/grad_norm": 0.0, "actor/lr": 0.0}
+        meta = {
+            "metrics": metrics,
+            "job_id": job_id,
+            "identifier": self._name,
+            "operation": call.operation,
+            "timing": {"queued_s": 0.0, "run_s": 0.0},
+            "ignored": list(call.ignored),
+        }
+        return {"batch": batch, "metrics": metrics, "meta_info": meta}
+
+
+def _other_fields(call: Call) -> dict[str, Any]:
+    params = call.params
+    if call.operation == "initialize_worker":
+        inert = [name for name in ("zmq_base_port", "dispatch_mode") if name in params]
+        size = params.get("world_size", 1)
+        fields = {"role": params["role"], "world_size": size, "ignored": inert, "already": False}
+        return {"identifier": params["identifier"], **fields}
+    if call.operation == "save_checkpoint":
+        kind = "sharded" if params.get("saved_fully_shared_ckpt", True) else "huggingface"
+        return {"path": params["local_path"], "global_step": params.get("global_step", 0), "kind": kind}
+    if call.operation == "convert_checkpoint_to_huggingface":
+        return {"path": f"{params['local_path']}-hf"}
+    return {"step_applied": False, "metrics": {}} if call.operation == "optim_step" else {}
+
+
+def _response_shape(call: Call) -> tuple[int, int]:
+    """B and R of the batch."""
+    tensors = call.batch.tensors if call.batch else {}
+    rows, length = (int(size) for size in tensors["input_ids"].shape)
+    return rows, int(tensors["responses"].shape[1]) if "responses" in tensors else length - 1
+
+
+def _check_shapes(call: Call) -> None:
+    """Required tensors, [B, S] of what is whole, and one B for all; raises InvalidTensor."""
+    tensors = call.batch.tensors if call.batch else {}
+    for name in OPERATIONS[call.operation].required:
+        if name not in tensors:
+            given = ", ".join(tensors) or "none"
+            raise _refused(name, f"{call.operation} needs the tensor {name}; the batch has {given}")
+    shapes = {name: tuple(int(size) for size in tensor.shape) for name, tensor in tensors.items()}
+    whole = shapes["input_ids"]
+    if len(whole) != 2 or "int" not in str(tensors["input_ids"].dtype):
+        raise _refused("input_ids", f"input_ids has shape {list(whole)}; it must be integers of [B, S]")
+    for name, shape in shapes.items():
+        if shape[:1] != whole[:1]:
+            raise _refused(name, f"{name} has shape {list(shape)}; input_ids has {whole[0]} rows")
+        if name in _WHOLE and shape != whole:
+            raise _refused(name, f"{name} has shape {list(shape)}; it must be that of input_ids, {list(whole)}")
+
+
+def _refused(name: str, message: str) -> InvalidTensor:
+    return InvalidTensor(message, status=422, details={"tensor": name})

@@ -1,0 +1,56 @@
+"""Tensors of the caller's kind: torch where it is installed, NumPy else. Torch is imported when the first is made."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+import tensor_codec
+from tensor_codec import Frame, JSONTensor
+
+
+def tensor_to_data(tensor: Any) -> JSONTensor:
+    """A torch or NumPy tensor as JSON: {"data", "shape", "dtype", "encoding": "base64"}. Raises CodecError."""
+    return tensor_codec.to_json(tensor)
+
+
+def data_to_tensor(data: object) -> Any:
+    """The inverse of tensor_to_data: a writable CPU tensor, of torch where that is installed, else of NumPy.
+
+    bfloat16 becomes float32 in NumPy. Raises tensor_codec.CodecError for what is no such JSON.
+    """
+    raw = tensor_codec.from_json(data)
+    return raw.torch() if has_torch() else raw.numpy(widen=True).copy()
+
+
+def frame_tensor(frame: Frame, name: str) -> Any:
+    """A tensor of a frame, viewing its memory."""
+    return frame.torch(name) if has_torch() else frame.numpy(name, widen=True)
+
+
+def zeros(rows: int, columns: int) -> Any:
+    """[rows, columns] float32."""
+    array = np.zeros((rows, columns), np.float32)
+    if not has_torch():
+        return array
+    import torch
+
+    return torch.from_numpy(array)
+
+
+def is_tensor(value: object) -> bool:
+    """Whether the value is a NumPy array or a torch tensor."""
+    if isinstance(value, np.ndarray):
+        return True
+    module: Any = sys.modules.get("torch")  # a tensor cannot exist before torch was imported
+    return module is not None and isinstance(value, module.Tensor)
+
+
+def has_torch() -> bool:
+    """Whether results are torch tensors; imports torch."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return False
+    return True

@@ -1,0 +1,141 @@
+"""Batches: the forms that are taken, what travels, and what is named as ignored."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nexrl_client import HTTPTrainServiceClient, InvalidBatch, UnknownOperation, testing
+from nexrl_contract.operations import OPERATIONS
+
+
+def send(batch: object, operation: str = "compute_log_prob", **params: Any) -> tuple[testing.Recorded, dict[str, Any]]:
+    """What is sent for a batch, and the result."""
+    transport = testing.ScriptedTransport([testing.job_response("j1"), testing.result_response()])
+    job = HTTPTrainServiceClient(transport=transport).submit(operation, batch, **params)  # type: ignore[arg-type]
+    return transport.requests[0], job.result()
+
+
+def described(request: testing.Recorded) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(request.frame().header.metadata["nexrl"])
+    return content
+
+
+def test_three_forms_are_one(batch: dict[str, Any]) -> None:
+    """Both nested forms send the same bytes; a flat dict sends the same tensors."""
+    other = {"batch": batch["tensors"], "non_tensor_batch": batch["values"], "meta_info": batch["metadata"]}
+    nested, also, flat = (send(form)[0] for form in (batch, other, batch["tensors"]))
+    assert nested.content == also.content
+    assert described(nested) == {"version": 1, "metadata": {"temperature": 0.7}, "params": {}}
+    assert described(flat)["metadata"] == {}
+    for name in ("input_ids", "attention_mask", "loss_mask", "responses"):
+        assert np.array_equal(nested.frame().numpy(name), batch["tensors"][name])
+        assert np.array_equal(flat.frame().numpy(name), batch["tensors"][name])
+
+
+def test_only_what_is_read_travels(batch: dict[str, Any]) -> None:
+    """Tensors that the operation does not read, values and metadata that are no JSON stay, and are named."""
+    batch["tensors"]["returns"] = np.zeros((4, 3))
+    batch["tensors"]["uids"] = np.asarray(["a", "b", "c", "d"], object)
+    batch["metadata"] |= {"grpo_std": {"g1": torch.tensor(1.0)}, "seen": {1, 2}}
+    request, result = send(batch)
+    assert set(request.frame().header.tensors) == {"input_ids", "attention_mask", "loss_mask", "responses"}
+    assert set(result["meta_info"]["ignored"]) == {"prompts", "returns", "uids", "uid", "grpo_std", "seen"}
+
+
+@pytest.mark.parametrize("operation", [name for name, kind in OPERATIONS.items() if kind.takes_batch])
+def test_each_operation_sends_its_own_tensors(operation: str) -> None:
+    """Of a batch with every tensor there is, an operation sends exactly those it reads."""
+    every = sorted({name for kind in OPERATIONS.values() for name in kind.reads})
+    request, result = send({name: np.zeros((2, 3), np.float32) for name in every}, operation)
+    assert set(request.frame().header.tensors) == set(OPERATIONS[operation].reads)
+    assert set(result["meta_info"]["ignored"]) == set(every) - set(OPERATIONS[operation].reads)
+
+
+def test_tensors_travel_as_they_are() -> None:
+    """Dtypes are kept, torch and NumPy mix, and a view sends only its own elements."""
+    big = torch.arange(4000).reshape(4, 1000)
+    mask = torch.ones(4, 6, dtype=torch.bool, requires_grad=False)
+    old = torch.zeros(4, 6, dtype=torch.bfloat16)
+    request, _ = send(
+        {
+            "input_ids": big[:, 10:16],
+            "attention_mask": mask,
+            "loss_mask": np.ones((4, 6), np.int32),
+            "old_log_probs": old,
+        },
+        "update_actor",
+    )
+    frame = request.frame()
+    dtypes = {name: info.dtype for name, info in frame.header.tensors.items()}
+    assert dtypes == {"input_ids": "I64", "attention_mask": "BOOL", "loss_mask": "I32", "old_log_probs": "BF16"}
+    assert torch.equal(frame.torch("input_ids"), big[:, 10:16])
+    assert len(request.content) < 2000
+
+
+def test_metadata_becomes_plain_json() -> None:
+    """NumPy scalars are numbers, tuples lists, non-finite numbers their names."""
+    metadata = {
+        "temperature": np.float32(0.5),
+        "global_step": np.int64(7),
+        "global_token_num": (np.int32(1), 2),
+        "flags": {"x": np.bool_(True), 3: None},
+        "bad": [float("nan"), float("inf"), -float("inf")],
+    }
+    request, _ = send({"tensors": {"input_ids": np.zeros((1, 2), int)}, "metadata": metadata})
+    assert described(request)["metadata"] == {
+        "temperature": 0.5,
+        "global_step": 7,
+        "global_token_num": [1, 2],
+        "flags": {"x": True, "3": None},
+        "bad": ["NaN", "Infinity", "-Infinity"],
+    }
+
+
+def test_params_travel_in_the_frame(batch: dict[str, Any]) -> None:
+    """An operation's arguments go with its batch."""
+    request, _ = send(batch, "forward_backward", loss="cross_entropy")
+    assert described(request)["params"] == {"loss": "cross_entropy"}
+    assert (request.method, request.path) == ("POST", "/forward_backward")
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"input_ids": [[1, 2], [3, 4]]}, "'input_ids' is list.*NumPy array"),
+        ({"tensors": {"input_ids": [[1, 2]]}}, "'input_ids' is list"),
+        ({"input_ids": np.asarray([[1], [2, 3]], object)}, "'input_ids'.*objects.*pad"),
+        ({"input_ids": 3}, "'input_ids' is int"),
+        ({"input_ids": np.zeros((1, 2), complex)}, "complex"),
+        ({}, "is empty"),
+        ([1], "the batch is list"),
+        (None, "needs a batch"),
+        ({"tensors": {}, "batch": {}}, "both 'tensors' and 'batch'"),
+        ({"tensors": {}, "metdata": {"temperature": 1}}, "unknown keys metdata"),
+        ({"batch": None, "meta_info": {}}, "no dict of tensors"),
+        ({"tensors": {}, "values": [1]}, "'values' is list"),
+        ({"tensors": {}, "metadata": {"temperature": torch.tensor(1.0)}}, "temperature.*float"),
+        ({"tensors": {}, "metadata": {"note": "x" * 2_000_000}}, "header"),
+    ],
+)
+def test_what_cannot_be_sent(bad: object, message: str) -> None:
+    """A batch that cannot be sent as it is meant is refused, saying what to give."""
+    with pytest.raises(InvalidBatch, match=message) as caught:
+        send(bad)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_operations_that_take_no_batch(batch: dict[str, Any]) -> None:
+    """A batch for one of them is refused rather than dropped; a misspelt operation gets the nearest."""
+    client = HTTPTrainServiceClient(transport=testing.ScriptedTransport([]))
+    with pytest.raises(InvalidBatch, match="barrier takes no batch"):
+        client.submit("barrier", batch)
+    with pytest.raises(UnknownOperation, match="did you mean 'update_actor'"):
+        client.submit("update_actr", batch)
+    with pytest.raises(ValueError, match="known are barrier"):
+        client.submit("zzz")
+    with pytest.raises(ValueError, match="'lr'"):
+        client.submit("optim_step", lr=object())

@@ -1,0 +1,82 @@
+"""MockTrainServiceClient: the service's shapes without a service."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nexrl_client import InvalidTensor, JobFinal, JobNotFound, MockTrainServiceClient
+
+
+@pytest.fixture
+def mock() -> MockTrainServiceClient:
+    return MockTrainServiceClient(identifier="student")
+
+
+def test_a_trainers_loop(mock: MockTrainServiceClient, batch: dict[str, Any]) -> None:
+    """The calls of a training step work, with results of the service's shapes."""
+    started = mock.initialize_worker(config_dict={"actor": {}}, world_size=2, zmq_base_port=5555)
+    assert (started["status"], started["world_size"], started["ignored"]) == ("success", 2, ["zmq_base_port"])
+    assert mock.init_model()["status"] == "success"
+    result = mock.compute_log_prob(batch)
+    assert torch.equal(result["batch"]["old_log_probs"], torch.zeros(4, 3))
+    assert result["meta_info"]["ignored"] == ["prompts", "uid"]
+    assert mock.compute_ref_log_prob(batch)["batch"]["ref_log_prob"].dtype == torch.float32
+    batch["tensors"]["old_log_probs"] = result["batch"]["old_log_probs"]
+    updated = mock.update_actor(batch)
+    assert updated["metrics"]["actor/grad_norm"] == 0.0
+    assert updated["meta_info"]["metrics"] is updated["metrics"]
+    assert mock.forward_backward(batch, loss="cross_entropy")["metrics"]
+    assert mock.optim_step(lr=1e-3)["status"] == "success"
+    assert mock.save_checkpoint("ckpt/step_1", global_step=1)["path"] == "ckpt/step_1"
+    assert mock.load_checkpoint("ckpt/step_1")["status"] == "success"
+    assert mock.convert_checkpoint_to_huggingface("ckpt/step_1")["path"] == "ckpt/step_1-hf"
+    assert mock.get_models()["identifiers"] == ["student"]
+    assert mock.worker_info()["identifier"] == "student"
+    assert mock.barrier()["status"] == mock.destroy()["status"] == "success"
+
+
+def test_columns_without_responses(mock: MockTrainServiceClient) -> None:
+    """Without responses R is S - 1."""
+    assert mock.compute_log_prob({"input_ids": np.zeros((2, 7), np.int32)})["batch"]["old_log_probs"].shape == (2, 6)
+
+
+def test_submitted_jobs_are_done(mock: MockTrainServiceClient, batch: dict[str, Any]) -> None:
+    """A handle has its result at once, every time; it is too late to cancel."""
+    job = mock.submit("compute_log_prob", batch)
+    assert job.done()
+    assert job.status()["state"] == "finished"
+    assert job.result(timeout=0)["meta_info"]["job_id"] == job.result()["meta_info"]["job_id"] == job.id
+    with pytest.raises(JobFinal):
+        job.cancel()
+    job.id = "0" * 32
+    with pytest.raises(JobNotFound):
+        job.result()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_ids": None}, "needs the tensor input_ids"),
+        ({"input_ids": np.zeros(4, int)}, r"input_ids has shape \[4\]"),
+        ({"input_ids": np.zeros((4, 6))}, "must be integers"),
+        ({"attention_mask": np.ones((4, 5), int)}, "attention_mask.*that of input_ids"),
+        ({"responses": np.zeros((3, 3), int)}, "responses.*4 rows"),
+    ],
+)
+def test_bad_shapes(mock: MockTrainServiceClient, batch: dict[str, Any], change: dict[str, Any], message: str) -> None:
+    """A batch that the service would refuse is refused with the same class and the tensor's name."""
+    tensors = {name: value for name, value in (batch["tensors"] | change).items() if value is not None}
+    with pytest.raises(InvalidTensor, match=message) as caught:
+        mock.compute_log_prob(tensors)
+    assert caught.value.status == 422
+    assert caught.value.details["tensor"] == next(iter(change))
+
+
+def test_memory_does_not_grow(mock: MockTrainServiceClient, batch: dict[str, Any]) -> None:
+    """Blocking calls leave nothing behind."""
+    for _ in range(3):
+        mock.update_actor(batch)
+    assert mock._results == {}

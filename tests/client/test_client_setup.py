@@ -1,0 +1,112 @@
+"""initialize_worker: where the configuration comes from, and what names the group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nexrl_client import HTTPTrainServiceClient, InvalidSetup, testing
+
+SERVICE = """
+service:
+  train_service:
+    main_actor: {identifier: student, role: actor, actor: {model: {path: /m}, optim: {lr: 2e-6}}}
+    teacher: {role: teacher, actor: {model: {path: /t}}}
+"""
+ENTRY = "identifier: student\nactor: {model: {path: /m}}\n"
+
+
+def initialize(identifier: str | None = None, **arguments: Any) -> testing.Recorded:
+    """The request of one initialize_worker."""
+    transport = testing.ScriptedTransport([testing.json_response({"status": "success"})])
+    HTTPTrainServiceClient(identifier=identifier, transport=transport).initialize_worker(**arguments)
+    return transport.requests[0]
+
+
+def test_body_has_the_arguments() -> None:
+    """Everything that was given is sent under its own name; what was not is left to the service."""
+    config = {"actor": {"model": {"path": "/m"}}}
+    request = initialize(
+        "student", config_dict=config, role="teacher", world_size=2, zmq_base_port=5555, dispatch_mode="x"
+    )
+    assert (request.method, request.path, request.query) == ("POST", "/initialize", {"identifier": "student"})
+    assert request.json() == {
+        "config_dict": config,
+        "role": "teacher",
+        "identifier": "student",
+        "world_size": 2,
+        "zmq_base_port": 5555,
+        "dispatch_mode": "x",
+    }
+    bare = initialize("student", config_dict=config)
+    assert bare.json() == {"config_dict": config, "role": "actor", "identifier": "student"}
+
+
+@pytest.mark.parametrize(
+    ("text", "identifier", "path"),
+    [
+        (SERVICE, "student", "/m"),
+        (SERVICE, "teacher", "/t"),
+        (ENTRY, None, "/m"),
+        ("service: {train_service: {only: {identifier: x, actor: {model: {path: /o}}}}}", "other", "/o"),
+        ("service: {train_service: {identifier: x, backend: http, actor: {model: {path: /f}}}}", None, "/f"),
+    ],
+)
+def test_config_path(tmp_path: Path, text: str, identifier: str | None, path: str) -> None:
+    """The file is read here: one entry of a service's YAML by identifier or name or as the only one, or the entry itself."""
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    body = initialize(identifier, config_path=str(file)).json()
+    assert body["config_dict"]["actor"]["model"]["path"] == path
+    assert "config_path" not in body
+
+
+def test_yaml_numbers(tmp_path: Path) -> None:
+    """2e-6 is a number, as YAML 1.2 has it."""
+    file = tmp_path / "config.yaml"
+    file.write_text(SERVICE)
+    assert initialize("student", config_path=str(file)).json()["config_dict"]["actor"]["optim"]["lr"] == 2e-6
+
+
+def test_who_names_the_group(tmp_path: Path) -> None:
+    """The client's identifier wins over the configuration's; without both there is nothing to make."""
+    assert initialize("mine", config_dict={"identifier": "theirs"}).json()["identifier"] == "mine"
+    request = initialize(None, config_dict={"identifier": "theirs"})
+    assert (request.json()["identifier"], request.query) == ("theirs", {})
+    with pytest.raises(InvalidSetup, match="identifier"):
+        initialize(None, config_dict={"actor": {}})
+
+
+def test_config_dict_wins(tmp_path: Path) -> None:
+    """With both given the file is not even opened."""
+    body = initialize("student", config_path=str(tmp_path / "absent.yaml"), config_dict={"actor": {"x": 1}}).json()
+    assert body["config_dict"] == {"actor": {"x": 1}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (SERVICE, "main_actor, teacher"),
+        ("a: [1", "cannot be read"),
+        ("- 1", "must hold a mapping"),
+        ("trainer: {}", "neither service.train_service nor actor"),
+    ],
+)
+def test_unusable_files(tmp_path: Path, text: str, message: str) -> None:
+    """A file that is no, or no unambiguous, configuration is refused with its name."""
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(InvalidSetup, match=message) as caught:
+        initialize(None, config_path=str(file))
+    assert str(file) in str(caught.value)
+
+
+def test_nothing_given(tmp_path: Path) -> None:
+    """Neither path nor dict, and a path to nothing, are ValueErrors."""
+    with pytest.raises(ValueError, match="config_dict, or config_path"):
+        initialize("student")
+    with pytest.raises(ValueError, match=r"absent\.yaml"):
+        initialize("student", config_path=str(tmp_path / "absent.yaml"))
+    with pytest.raises(ValueError, match="config_dict"):
+        initialize("student", config_dict={"actor": {"path": Path("/m")}})
