@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -14,6 +15,7 @@ from nexrl_contract import names
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.records import AgentRecord, GroupRecord, JobRecord
 from nexrl_ledger import Fenced, Ledger, ResidentWorker, connect, until_redis
+from nexrl_payloads import open_store
 
 from nexrl_worker.group_process import GroupProcess
 from nexrl_worker.settings import AgentSettings, GroupFolders
@@ -33,6 +35,7 @@ class Agent:
     def __init__(self, settings: AgentSettings) -> None:
         self._settings = settings
         self._ledger = Ledger(connect(settings.redis_url))
+        self._store = open_store(settings.payloads)
         self._slots = Slots(settings.slots, settings.gpus)
         self._running: dict[str, GroupProcess] = {}
         self._watchers: list[threading.Thread] = []
@@ -51,6 +54,7 @@ class Agent:
             signal.signal(number, lambda *_: self._worker.stop())
         until_redis(self._beat)
         until_redis(self._bring_back)
+        until_redis(self._clear_staging)
         self._worker.run()
         self._stop_groups()
         self._ledger.sign_off(self._settings.name)
@@ -101,6 +105,13 @@ class Agent:
             else:
                 placement = self._ledger.claim(names.AGENT_QUEUE, job_id=group.placement_job or "-", stale_before=time.time())
                 self._start(group, placement)
+
+    def _clear_staging(self) -> None:
+        """Remove what saves that have ended left in staging: their ranks died before they could hand over."""
+        for folder in (self._settings.data / ".nexrl" / "staging").glob("*"):
+            job = self._ledger.job(folder.name)
+            if job is None or job.final:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _give_up(self, group: GroupRecord, kept: int) -> None:
         epoch = self._ledger.start_epoch(group.identifier, self._settings.name, [])
@@ -158,14 +169,20 @@ class Agent:
         process.kill()
         self._free(process)
         identifier, epoch = process.identifier, process.epoch
+        doomed = until_redis(lambda: self._ledger.waiting(names.train_queue(identifier)))
         if destroy_job is not None:
             until_redis(lambda: self._destroyed(identifier, epoch, destroy_job))
         elif failure is not None:
             cause, rank = failure
             _log.error("group.down identifier=%s epoch=%d %s", identifier, epoch, cause)
             until_redis(lambda: self._ledger.group_down(identifier, epoch, cause, rank=rank))
+            until_redis(self._clear_staging)
         else:
             until_redis(lambda: self._ledger.update_group(identifier, epoch, state="starting"))
+            return
+        for job in doomed:
+            if job.payload is not None:
+                self._store.delete(job.payload.id)
 
     def _destroyed(self, identifier: str, epoch: int, job_id: str) -> None:
         self._ledger.group_destroyed(identifier, epoch, spare_job=job_id)

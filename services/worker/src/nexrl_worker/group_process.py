@@ -20,6 +20,7 @@ from nexrl_contract.records import GroupRecord
 from nexrl_worker.settings import AgentSettings, GroupFolders
 
 _LOG_TAIL_BYTES = 2000
+_LAST_WORDS_S = 0.2
 
 
 class GroupProcess:
@@ -111,14 +112,16 @@ class GroupProcess:
         return self._watched
 
     def _cause(self, dead: list[int], code: int | None) -> tuple[str, int | None]:
-        """The words of the first rank that left any; the others failed because it did."""
-        time.sleep(0.2)
-        left = [words for rank in range(self.world_size) if (words := _read(self.folders.error(rank))) is not None]
-        if left:
-            first = min(left, key=lambda words: float(words["time"]))
-            return f"rank {first['rank']}: {first['message']}", int(first["rank"])
-        if dead:
-            return f"rank {dead[0]} was killed or crashed without a message; see its log (nexrl logs {self.identifier})", dead[0]
+        """The rank that began it: one that died without a word was killed, and its peers only lost their connection to it."""
+        time.sleep(_LAST_WORDS_S)
+        words = {rank: said for rank in range(self.world_size) if (said := _read(self.folders.error(rank))) is not None}
+        silent = [rank for rank in dead if rank not in words]
+        if silent:
+            log = f"see its log (nexrl logs {self.identifier})"
+            return f"rank {silent[0]} was killed or crashed without a message; {log}", silent[0]
+        if words:
+            rank, first = min(words.items(), key=lambda item: float(item[1]["time"]))
+            return f"rank {rank}: {first['message']}", rank
         tail = _tail(self.folders.logs / "torchrun.log")
         return f"the launcher ended with {_exit_text(code)}: {tail}", None
 

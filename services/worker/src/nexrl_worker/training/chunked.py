@@ -1,0 +1,118 @@
+"""Log-probabilities and entropies straight from hidden states: the LM head in chunks of tokens, never [T,V] at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Elements of one chunk's logits: large enough for a fast matrix product, small enough to stay a side note in memory.
+_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
+
+
+def chunk_length(vocabulary: int, device: torch.device) -> int:
+    """Tokens per chunk; depends on nothing but the model and the device, so that every operation cuts alike."""
+    return max(_ELEMENTS.get(device.type, 1 << 22) // vocabulary, 1)
+
+
+def active_chunks(wanted: Tensor, length: int) -> tuple[bool, ...]:
+    """Which chunks hold a wanted label (bool [T] on the CPU); the others are not computed."""
+    return tuple(bool(wanted[at : at + length].any()) for at in range(0, wanted.numel(), length))
+
+
+def head_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperature: float,
+    length: int,
+    active: tuple[bool, ...],
+    entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    """(log p(label), entropy) of softmax((hidden W^T + b) / temperature), each [T], at least float32.
+
+    Shapes: hidden [T,H], weight [V,H], labels [T]. Entropies are 0 unless asked for, and so is all of an inactive
+    chunk. Gradients reach hidden, weight and bias; the backward computes each chunk's logits again.
+    """
+    result: tuple[Tensor, Tensor] = _HeadLogProbs.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, labels, temperature, length, active, entropy
+    )
+    return result
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    logits = F.linear(hidden, weight, bias)
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+class _HeadLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        temperature: float,
+        length: int,
+        active: tuple[bool, ...],
+        entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        log_probs, normaliser, entropies = (hidden.new_zeros(hidden.shape[0], dtype=dtype) for _ in range(3))
+        for part in _parts(hidden.shape[0], length, active):
+            logits = _logits(hidden[part], weight, bias, temperature)
+            total = torch.logsumexp(logits, dim=-1)
+            log_probs[part] = logits.gather(1, labels[part, None]).squeeze(1) - total
+            normaliser[part] = total
+            if entropy:
+                shares = torch.exp(logits - total[:, None])
+                entropies[part] = total - shares.mul_(logits).sum(dim=-1)
+        ctx.save_for_backward(hidden, weight, bias, labels, normaliser, entropies.clone())
+        ctx.settings = (temperature, length, active)
+        ctx.set_materialize_grads(False)
+        return log_probs, entropies
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        by_log_prob, by_entropy = grads
+        hidden, weight, bias, labels, normaliser, entropies = ctx.saved_tensors
+        temperature, length, active = ctx.settings
+        wide = hidden.dtype if hidden.dtype == torch.float64 else torch.float32
+        hidden_grad = torch.zeros_like(hidden)
+        weight_grad = torch.zeros(weight.shape, dtype=wide, device=weight.device)
+        bias_grad = None if bias is None else torch.zeros(bias.shape, dtype=wide, device=bias.device)
+        for part in _parts(hidden.shape[0], length, active):
+            logits = _logits(hidden[part], weight, bias, temperature)
+            centred = logits.sub_(normaliser[part, None])
+            shares = centred.exp()
+            if by_entropy is None:
+                grad = torch.zeros_like(shares)
+            else:  # dH/dz = -p (log p + H)
+                grad = centred.add_(entropies[part, None]).mul_(shares).mul_(-by_entropy[part, None])
+            if by_log_prob is not None:  # dlp/dz = [z is the label's] - p
+                grad.addcmul_(shares, by_log_prob[part, None], value=-1.0)
+                grad.scatter_add_(1, labels[part, None], by_log_prob[part, None])
+            grad = grad.div_(temperature).to(weight.dtype)
+            hidden_grad[part] = grad @ weight
+            if wide == weight.dtype:
+                weight_grad.addmm_(grad.t(), hidden[part])
+            else:
+                weight_grad.add_(grad.t() @ hidden[part])
+            if bias_grad is not None:
+                bias_grad.add_(grad.sum(dim=0))
+        last = None if bias_grad is None else bias_grad.to(bias.dtype)
+        return hidden_grad, weight_grad.to(weight.dtype), last, None, None, None, None, None
+
+
+def _parts(count: int, length: int, active: tuple[bool, ...]) -> Iterator[slice]:
+    """The active chunks, as slices of the tokens."""
+    for number, used in enumerate(active):
+        if used:
+            yield slice(number * length, min((number + 1) * length, count))

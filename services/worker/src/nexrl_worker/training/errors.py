@@ -1,0 +1,31 @@
+"""The one error of the training package that is the caller's fault."""
+
+from __future__ import annotations
+
+
+class InvalidValue(ValueError):
+    """A batch, parameter or setting that cannot be used; nothing has been changed when it is raised.
+
+    `tensor`, `row` (index in the whole batch), `expected` and `actual` say where and what, when they are known.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        tensor: str | None = None,
+        row: int | None = None,
+        expected: str | None = None,
+        actual: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.tensor = tensor
+        self.row = row
+        self.expected = expected
+        self.actual = actual
+
+    def details(self) -> dict[str, str | int]:
+        """What is known about the place of the error, without the empty fields."""
+        fields = {"tensor": self.tensor, "row": self.row, "expected": self.expected, "actual": self.actual}
+        return {name: value for name, value in fields.items() if value is not None}

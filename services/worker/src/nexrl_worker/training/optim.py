@@ -1,0 +1,126 @@
+"""AdamW over a rank's own slices, and the learning-rate schedule.
+
+AdamW works element by element, so running it on the local parts gives what it would give on whole tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from nexrl_worker.training.errors import InvalidValue
+from nexrl_worker.training.weights import Shard, parameter_shards
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Schedule:
+    """Learning rate by number of optimizer steps already taken.
+
+    A warm-up of n steps uses lr (t+1)/n at step t; then constant, or linear or cosine decay from lr to
+    min_lr_ratio * lr, which is reached at total_training_steps.
+    """
+
+    def __init__(self, optim: Any) -> None:
+        self._lr = float(optim.lr)
+        self._warmup = max(int(optim.lr_warmup_steps or 0), 0)
+        self._kind = optim.lr_scheduler
+        self._total = optim.total_training_steps
+        self._floor = float(optim.min_lr_ratio)
+        if self._kind not in ("constant", "linear", "cosine"):
+            raise InvalidValue(f"unknown optim.lr_scheduler {self._kind!r}", expected="constant, linear, cosine")
+        if self._kind != "constant" and (self._total is None or self._total <= self._warmup):
+            raise InvalidValue(f"optim.lr_scheduler {self._kind} needs total_training_steps above lr_warmup_steps")
+
+    def lr(self, step: int) -> float:
+        """The learning rate of optimizer step `step`, counted from 0."""
+        if step < self._warmup:
+            return self._lr * (step + 1) / self._warmup
+        if self._kind == "constant":
+            return self._lr
+        done = min((step - self._warmup) / (self._total - self._warmup), 1.0)
+        left = 1.0 - done if self._kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+        return self._lr * (self._floor + (1.0 - self._floor) * left)
+
+
+class Optimizer:
+    """AdamW and gradient clipping for a sharded model; `hf` keeps its parameters and gradients."""
+
+    def __init__(self, hf: nn.Module, optim: Any) -> None:
+        self._params = dict(hf.named_parameters())
+        self._shards = {part.name: part for part in parameter_shards(hf)}
+        self._local = {name: part.local_tensor for name, part in self._shards.items()}
+        self._moments = {
+            name: {kind: torch.zeros_like(local) for kind in _MOMENTS} for name, local in self._local.items()
+        }
+        filled = [local for local in self._local.values() if local.numel()]
+        self._adamw: torch.optim.AdamW | None = None
+        if filled:
+            self._adamw = torch.optim.AdamW(
+                filled,
+                lr=float(optim.lr),
+                betas=(float(optim.betas[0]), float(optim.betas[1])),
+                eps=float(optim.eps),
+                weight_decay=float(optim.weight_decay),
+                fused=True,
+            )
+            for name, local in self._local.items():
+                if local.numel():
+                    start = torch.zeros((), dtype=torch.float32, device=local.device)
+                    self._adamw.state[local] = {"step": start, **self._moments[name]}
+        self._count = 0
+
+    @property
+    def steps(self) -> int:
+        """AdamW's own step count, which its bias correction uses."""
+        return self._count
+
+    @steps.setter
+    def steps(self, count: int) -> None:
+        self._count = count
+        if self._adamw is not None:
+            for state in self._adamw.state.values():
+                state["step"].fill_(float(count))
+
+    def grad_norm(self) -> float:
+        """L2 norm of the gradients as they stand, over all ranks. Collective."""
+        device = next(iter(self._local.values())).device
+        grads = [grad for grad in self._grads().values() if grad.numel()]
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        if grads:
+            total = torch.stack(torch._foreach_norm(grads)).double().square().sum()
+        dist.all_reduce(total)
+        return float(total.sqrt())
+
+    @torch.no_grad()
+    def step(self, scale: float, lr: float) -> None:
+        """One AdamW step on gradients times `scale`; the gradients are gone afterwards."""
+        for name, grad in self._grads().items():
+            if grad.numel():
+                self._local[name].grad = grad.mul_(scale)
+        if self._adamw is not None:
+            self._adamw.param_groups[0]["lr"] = lr
+            self._adamw.step()
+        self._count += 1
+        self.discard()
+
+    def discard(self) -> None:
+        """Drop all gradients."""
+        for name, param in self._params.items():
+            param.grad = None
+            self._local[name].grad = None
+
+    def shards(self) -> Iterator[Shard]:
+        """Both moments of every parameter, cut as the parameters are: `optim.exp_avg.<name>` and the square."""
+        for name, part in self._shards.items():
+            for kind in _MOMENTS:
+                yield Shard(f"optim.{kind}.{name}", self._moments[name][kind], part.global_shape, part.offset_dim0)
+
+    def _grads(self) -> dict[str, Tensor]:
+        return {name: param.grad.to_local() for name, param in self._params.items() if isinstance(param.grad, DTensor)}

@@ -1,0 +1,137 @@
+"""How a batch is cut: optimizer steps, rows per rank, micro-batches. Pure, made once, then broadcast."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nexrl_worker.training.errors import InvalidValue
+
+Micro = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class MiniBatch:
+    """The rows of one optimizer step: `ranks[r][m]` are the rows of rank r's m-th micro-batch.
+
+    Every rank has the same number of micro-batches; an empty one is a dummy that weighs nothing, so that
+    no rank ever runs one more collective than another.
+    """
+
+    ranks: tuple[tuple[Micro, ...], ...]
+
+    def rows(self) -> list[int]:
+        """All rows of this optimizer step, over all ranks."""
+        return [row for rank in self.ranks for micro in rank for row in micro]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cut of one operation over `world_size` ranks; `mini_batches` lists every epoch's, in order."""
+
+    operation: str
+    size: int
+    world_size: int
+    mini_batches: tuple[MiniBatch, ...]
+
+    def rows_of(self, rank: int) -> list[int]:
+        """The distinct rows that `rank` reads, ascending."""
+        return sorted({row for mini in self.mini_batches for micro in mini.ranks[rank] for row in micro})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form, for the broadcast."""
+        return {
+            "operation": self.operation,
+            "size": self.size,
+            "world_size": self.world_size,
+            "mini_batches": [[[list(micro) for micro in rank] for rank in mini.ranks] for mini in self.mini_batches],
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Plan:
+        """The plan that `to_dict` wrote; raises InvalidValue where ranks would run different collectives."""
+        minis = tuple(
+            MiniBatch(tuple(tuple(tuple(micro) for micro in rank) for rank in mini)) for mini in data["mini_batches"]
+        )
+        plan = cls(data["operation"], data["size"], data["world_size"], minis)
+        plan.verify()
+        return plan
+
+    def verify(self) -> None:
+        """Raise InvalidValue unless every rank has as many micro-batches as every other and rows are in range."""
+        for mini in self.mini_batches:
+            if len(mini.ranks) != self.world_size or len({len(rank) for rank in mini.ranks}) != 1:
+                raise InvalidValue("the plan gives ranks different numbers of micro-batches")
+            rows = mini.rows()
+            if len(set(rows)) != len(rows) or not all(0 <= row < self.size for row in rows):
+                raise InvalidValue("the plan names a row twice in one optimizer step, or one outside the batch")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The settings of a cut. `None` means: whole batch (mini), all rows of the rank (micro), no budget (tokens)."""
+
+    mini_rows: int | None = None
+    epochs: int = 1
+    micro_rows: int | None = None
+    token_budget: int | None = None
+    shuffle_seed: str | None = None
+
+
+def make_plan(operation: str, size: int, world_size: int, cut: Cut, lengths: Sequence[int] | None = None) -> Plan:
+    """Cut `size` rows. With a token budget, `lengths` (tokens per row) balances ranks and fills micro-batches."""
+    if size < 1:
+        raise InvalidValue("the batch has no rows", expected="at least 1 row", actual="0 rows")
+    if cut.token_budget is not None and (lengths is None or len(lengths) != size):
+        raise InvalidValue("token-budget micro-batches (use_dynamic_bsz) need the length of every row")
+    minis: list[MiniBatch] = []
+    for epoch in range(cut.epochs):
+        order = list(range(size))
+        if cut.shuffle_seed is not None:
+            random.Random(f"{cut.shuffle_seed}:{epoch}").shuffle(order)
+        step = cut.mini_rows or size
+        minis += [_mini_batch(order[at : at + step], world_size, cut, lengths) for at in range(0, size, step)]
+    return Plan(operation, size, world_size, tuple(minis))
+
+
+def _mini_batch(rows: list[int], world_size: int, cut: Cut, lengths: Sequence[int] | None) -> MiniBatch:
+    if cut.token_budget is not None and lengths is not None:
+        shares = _balanced(rows, world_size, lengths)
+        ranks = [_by_tokens(share, cut.token_budget, lengths, cut.micro_rows) for share in shares]
+    else:
+        count = len(rows)
+        bounds = [count * rank // world_size for rank in range(world_size + 1)]
+        ranks = [_by_rows(rows[bounds[r] : bounds[r + 1]], cut.micro_rows) for r in range(world_size)]
+    most = max(len(rank) for rank in ranks)
+    return MiniBatch(tuple(tuple(rank) + ((),) * (most - len(rank)) for rank in ranks))
+
+
+def _by_rows(rows: list[int], micro_rows: int | None) -> list[Micro]:
+    step = micro_rows or max(len(rows), 1)
+    return [tuple(rows[at : at + step]) for at in range(0, len(rows), step)]
+
+
+def _balanced(rows: list[int], world_size: int, lengths: Sequence[int]) -> list[list[int]]:
+    """Longest row first to the rank with the fewest tokens; each share stays longest first."""
+    shares: list[list[int]] = [[] for _ in range(world_size)]
+    loads = [0] * world_size
+    for row in sorted(rows, key=lambda row: (-lengths[row], row)):
+        rank = min(range(world_size), key=lambda r: (loads[r], len(shares[r]), r))
+        shares[rank].append(row)
+        loads[rank] += max(lengths[row], 1)
+    return shares
+
+
+def _by_tokens(rows: list[int], budget: int, lengths: Sequence[int], micro_rows: int | None) -> list[Micro]:
+    """Consecutive rows (longest first) whose padded size stays within the budget; a longer row stands alone."""
+    micros: list[Micro] = []
+    at = 0
+    while at < len(rows):
+        fits = max(budget // max(lengths[rows[at]], 1), 1)
+        if micro_rows is not None:
+            fits = min(fits, micro_rows)
+        micros.append(tuple(sorted(rows[at : at + fits])))
+        at += fits
+    return micros

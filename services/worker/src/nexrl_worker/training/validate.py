@@ -1,0 +1,77 @@
+"""Value checks of a batch on one rank: local, before the vote, on the rows that the rank will read.
+
+Values count only where a mask is 1: ids and numbers under a masked token are never looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nexrl_worker.training.batch import Layout, Masks, Rows, read_masks
+from nexrl_worker.training.errors import InvalidValue
+
+_MASKS = ("attention_mask", "loss_mask", "scoring_attention_mask")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the model can take: ids below `vocabulary`, positions below `positions` (None: no limit)."""
+
+    vocabulary: int
+    positions: int | None
+
+
+def check_rows(rows: Rows, layout: Layout, limits: Limits, names: Sequence[str], indices: Sequence[int]) -> None:
+    """Raise InvalidValue naming tensor and row for the first bad value among the rows `indices`."""
+    if not indices:
+        return
+    indices = list(indices)
+    for name in _MASKS:
+        if rows.has(name):
+            mask = rows.tensor(name, indices)
+            _refuse(name, mask, (mask != 0) & (mask != 1), "0 or 1", indices)
+    masks = read_masks(rows, layout, indices)
+    _check_ids(rows, layout, limits, masks, indices)
+    _check_positions(rows, limits, masks, indices)
+    for name in names:
+        values = layout.align(rows.tensor(name, indices))
+        _refuse(name, values, ~torch.isfinite(values) & masks.scored, "a finite number under the mask", indices)
+
+
+def _check_ids(rows: Rows, layout: Layout, limits: Limits, masks: Masks, indices: list[int]) -> None:
+    ids = rows.tensor("input_ids", indices)
+    if ids.dtype.is_floating_point:
+        raise InvalidValue("input_ids must be integers", tensor="input_ids", expected="int64", actual=str(ids.dtype))
+    needed = masks.attention.clone()
+    needed[:, layout.sequence - layout.response :] |= masks.scored
+    outside = ((ids < 0) | (ids >= limits.vocabulary)) & needed
+    _refuse("input_ids", ids, outside, f"token ids from 0 to {limits.vocabulary - 1}", indices)
+
+
+def _check_positions(rows: Rows, limits: Limits, masks: Masks, indices: list[int]) -> None:
+    if rows.has("position_ids"):
+        positions = rows.tensor("position_ids", indices)
+        name = "position_ids"
+    else:
+        positions = masks.attention.long().cumsum(dim=-1) - 1
+        name = "input_ids"
+    outside = positions < 0
+    expected = "positions from 0"
+    if limits.positions is not None:
+        outside = outside | (positions >= limits.positions)
+        expected = f"positions from 0 to {limits.positions - 1}, the model's maximum"
+    _refuse(name, positions, outside & masks.attention, expected, indices)
+
+
+def _refuse(name: str, values: Tensor, bad: Tensor, expected: str, indices: list[int]) -> None:
+    if not bool(bad.any()):
+        return
+    place = bad.nonzero()[0]
+    row = indices[int(place[0])]
+    actual = str(values[tuple(place)].item())
+    message = f"{name} holds {actual} in row {row}, expected {expected}"
+    raise InvalidValue(message, tensor=name, row=row, expected=expected, actual=actual)

@@ -1,0 +1,164 @@
+"""One rank in this process: model families, the probe of their logits, and what the package imports."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from nexrl_worker.training import Engine, InvalidValue
+from support import MemoryRows, batch, config, save_model
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen3Config,
+)
+
+COMMON = dict(
+    vocab_size=61, hidden_size=24, intermediate_size=28, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, max_position_embeddings=64, initializer_range=0.02, pad_token_id=0,
+)  # fmt: skip
+FAMILIES: dict[str, tuple[PretrainedConfig, bool]] = {
+    "qwen3": (Qwen3Config(**COMMON), True),
+    "mistral": (MistralConfig(**COMMON), True),
+    "gpt2": (GPT2Config(vocab_size=61, n_embd=24, n_layer=2, n_head=4, n_positions=64), True),
+    "gemma2": (Gemma2Config(**COMMON), False),
+    "cohere": (CohereConfig(**COMMON), False),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    meeting = tmp_path_factory.mktemp("group") / "meeting"
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def run(engine: Engine, operation: str, rows: MemoryRows) -> object:
+    plan = engine.plan(operation, rows.size, rows.lengths())
+    engine.check(operation, plan, rows, {})
+    return engine.update(plan, rows, {}) if operation == "update_actor" else engine.log_probs(plan, rows, {})[0][1]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_family(family: str, tmp_path: Path) -> None:
+    """Each family scores as its own logits do, takes a step, exports; scaled or capped logits are found out."""
+    made, chunked = FAMILIES[family]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(made)
+    model.save_pretrained(tmp_path)
+    engine = Engine.build(
+        config(str(tmp_path), dtype="float32", ppo_micro_batch_size_per_gpu=2, loss_agg_mode="token-mean"),
+        "actor",
+        torch.device("cpu"),
+    )
+    info = engine.info()
+    assert info["chunked_log_probs"] is chunked and (info["chunked_log_probs_reason"] is None) is chunked
+    ids = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(1))
+    rows = MemoryRows(
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids), "advantages": torch.ones(2)}, temperature=0.8
+    )
+    with torch.no_grad():
+        logs = torch.log_softmax(model.eval()(ids).logits.float() / 0.8, dim=-1)
+    wanted = logs[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+    assert torch.allclose(run(engine, "compute_log_prob", rows), wanted, atol=1e-5)  # type: ignore[arg-type]
+    before = engine.fingerprint()
+    result = run(engine, "update_actor", rows)
+    assert result["step_applied"] and result["actor/grad_norm"] > 0 and engine.fingerprint() != before  # type: ignore[index]
+    exported = {name for name, _ in engine.full_weights()}
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert exported <= saved.keys() and len(exported) == len({value.data_ptr() for value in saved.values()})
+
+
+def test_padding_side_does_not_matter(tmp_path: Path) -> None:
+    """The same tokens padded left or right get the same log-probabilities."""
+    engine = Engine.build(config(save_model(tmp_path)), "teacher", torch.device("cpu"))
+    ids = torch.randint(0, 61, (1, 6), generator=torch.Generator().manual_seed(1))
+    junk = torch.full((1, 3), 999)
+    one, zero = torch.ones(1, 6, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64)
+    left = MemoryRows({"input_ids": torch.cat([junk, ids], 1), "attention_mask": torch.cat([zero, one], 1)})
+    right = MemoryRows({"input_ids": torch.cat([ids, junk], 1), "attention_mask": torch.cat([one, zero], 1)})
+    scores = [run(engine, "compute_log_prob", rows) for rows in (left, right)]
+    assert torch.equal(scores[0][:, 3:], scores[1][:, :5])  # type: ignore[index]
+
+
+def test_bad_folders_and_positions(tmp_path: Path) -> None:
+    """A folder without safetensors, a float8 dtype, an unknown role and a sequence beyond the positions are refused."""
+    path = save_model(tmp_path / "good")
+    cpu = torch.device("cpu")
+    engine = Engine.build(config(path), "actor", cpu)
+    long = MemoryRows({"input_ids": torch.zeros(1, 65, dtype=torch.int64), "attention_mask": torch.ones(1, 65)})
+    with pytest.raises(InvalidValue, match="64"):
+        run(engine, "compute_log_prob", long)
+    (tmp_path / "good" / "model.safetensors").unlink()
+    for call in (
+        lambda: Engine.build(config(path), "actor", cpu),
+        lambda: Engine.build(config(str(tmp_path / "none")), "actor", cpu),
+        lambda: Engine.build(config(path, dtype="float8"), "actor", cpu),
+        lambda: Engine.build(config(path), "critic", cpu),
+    ):
+        with pytest.raises(InvalidValue):
+            call()
+
+
+def test_steps_without_old_log_probs(tmp_path: Path) -> None:
+    """Without old_log_probs one optimizer step starts at ratio 1; several are refused."""
+    path = save_model(tmp_path)
+    rows = batch()
+    del rows.tensors["old_log_probs"]
+    engine = Engine.build(config(path), "actor", torch.device("cpu"))
+    assert run(engine, "update_actor", rows)["actor/ratio_mean"] == 1.0  # type: ignore[index]
+    engine = Engine.build(config(path, ppo_epochs=2), "actor", torch.device("cpu"))
+    with pytest.raises(InvalidValue, match="old_log_probs"):
+        run(engine, "update_actor", rows)
+
+
+def test_kl_to_the_own_reference(tmp_path: Path) -> None:
+    """A KL term without ref_log_prob is measured to the weights on disk: 0 before the first step, more after it."""
+    rows = batch()
+    del rows.tensors["ref_log_prob"]
+    settings = {"use_kl_loss": True, "kl_loss_type": "k2", "entropy_coeff": 0.1}
+    engine = Engine.build(config(save_model(tmp_path), **settings), "actor", torch.device("cpu"))
+    apart = [run(engine, "update_actor", rows)["actor/kl_loss"] for _ in range(2)]  # type: ignore[index]
+    assert apart[0] == 0.0
+    assert apart[1] > 1e-6
+
+
+def test_an_error_midway_drops_the_gradients(tmp_path: Path) -> None:
+    """When reading the second micro-batch fails, nothing of the first one reaches a later step."""
+    rows, broken = batch(), batch()
+    cut = {"ppo_micro_batch_size_per_gpu": 3}
+    engines = [Engine.build(config(save_model(tmp_path), **cut), "actor", torch.device("cpu")) for _ in range(2)]
+    plan = engines[0].plan("forward_backward", rows.size, None)
+    whole = broken.tensor
+
+    def fail(name: str, wanted: Any) -> torch.Tensor:
+        if 3 in wanted and name == "input_ids":
+            raise OSError("the payload is gone")
+        return whole(name, wanted)
+
+    broken.tensor = fail  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="gone"):
+        engines[0].accumulate(plan, broken, {})
+    assert not engines[0].pending
+    for engine in engines:
+        run(engine, "update_actor", rows)
+    assert engines[0].fingerprint() == engines[1].fingerprint()
+
+
+def test_imports_stay_few() -> None:
+    """The mathematics runs on a machine without the service's other dependencies."""
+    heavy = "pydantic", "redis", "rq", "fastapi", "nexrl_contract"
+    code = f"import sys, nexrl_worker.training; sys.stdout.write(str([m for m in {heavy} if m in sys.modules]))"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "[]"

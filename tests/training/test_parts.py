@@ -1,0 +1,278 @@
+"""The pure parts: losses, aggregation, plan, schedule, chunked head, alignment, fingerprint."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from types import SimpleNamespace as Space
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nexrl_worker.training import InvalidValue, Plan, fingerprint_of
+from nexrl_worker.training.aggregate import aggregate, denominator, kl_terms
+from nexrl_worker.training.batch import BatchReader, Layout
+from nexrl_worker.training.chunked import active_chunks, head_log_probs
+from nexrl_worker.training.fingerprint import partial_fingerprint, weight_table
+from nexrl_worker.training.losses import LOSSES, Clip, policy_loss, select_tokens
+from nexrl_worker.training.optim import Schedule
+from nexrl_worker.training.plan import Cut, make_plan
+from support import MemoryRows, batch
+from torch import Tensor
+
+CPU = torch.device("cpu")
+
+
+# -- losses ----------------------------------------------------------------------------------------------------------
+
+
+def tokens(log_probs: list[float], old: list[float] | None, gains: list[float]) -> Any:
+    lp = torch.tensor([log_probs], dtype=torch.float64, requires_grad=True)
+    before = None if old is None else torch.tensor([old], dtype=torch.float64)
+    return lp, select_tokens(
+        lp, before, torch.tensor([gains], dtype=torch.float64), torch.ones(1, len(log_probs)).bool()
+    )
+
+
+def test_ppo_by_hand() -> None:
+    """Six tokens: inside, above and below the bounds, for either sign of the advantage."""
+    ratios, gains = [1.1, 1.5, 0.5, 1.1, 1.5, 0.5], [2.0, 2.0, 2.0, -2.0, -2.0, -2.0]
+    _, made = tokens([math.log(r) for r in ratios], [0.0] * 6, gains)
+    wanted = [-2.2, -2.6, -1.0, 2.2, 3.0, 1.8]
+    assert LOSSES["ppo"].function(made, Clip(0.1, 0.3)).tolist()[0] == pytest.approx(wanted)
+    wanted[4] = 2.8  # the dual clip bounds what a negative advantage can cost
+    assert LOSSES["ppo"].function(made, Clip(0.1, 0.3, dual=1.4)).tolist()[0] == pytest.approx(wanted)
+
+
+def test_other_losses_by_hand() -> None:
+    """importance_sampling -rA, reinforce -A lp, cross_entropy -lp."""
+    _, made = tokens([-1.0, -2.0], [-1.5, -1.0], [3.0, -4.0])
+    assert LOSSES["importance_sampling"].function(made, Clip()).tolist()[0] == pytest.approx(
+        [-3 * math.e**0.5, 4 / math.e]
+    )
+    assert LOSSES["reinforce"].function(made, Clip()).tolist()[0] == pytest.approx([3.0, -8.0])
+    assert LOSSES["cross_entropy"].function(made, Clip()).tolist()[0] == pytest.approx([1.0, 2.0])
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_gradients_are_finite_differences(name: str) -> None:
+    """Every loss's gradient is its slope, with old and the advantage held fixed."""
+    lp, _ = tokens([-1.0, -1.2, -0.4], None, [0.0] * 3)
+
+    def total(log_probs: Tensor) -> Tensor:
+        old, gains = torch.tensor([[-1.4, -1.1, -0.9]]).double(), torch.tensor([[1.0, -2.0, 0.5]]).double()
+        made = select_tokens(log_probs, old, gains, torch.ones(1, 3).bool())
+        return policy_loss(name).function(made, Clip(0.2, 0.2)).sum()
+
+    assert torch.autograd.gradcheck(total, (lp,))
+
+
+def test_masked_values_never_matter() -> None:
+    """NaN and infinity under the mask change neither loss nor gradient."""
+    lp = torch.tensor([[-1.0, -float("inf"), float("nan")]], dtype=torch.float64, requires_grad=True)
+    bad = torch.tensor([[-1.0, float("nan"), float("inf")]], dtype=torch.float64)
+    made = select_tokens(lp, bad, bad, torch.tensor([[True, False, False]]))
+    loss = aggregate(LOSSES["ppo"].function(made, Clip()), torch.tensor([[True, False, False]]), "token-mean")
+    loss.backward()
+    assert loss.item() == 1.0 and lp.grad is not None and lp.grad.tolist() == [[1.0, 0.0, 0.0]]
+
+
+def test_unknown_names_are_refused() -> None:
+    """A loss, a mode and a KL type that nobody knows are refused with the known ones."""
+    value, mask = torch.zeros(1, 1), torch.ones(1, 1).bool()
+    for call in (
+        lambda: policy_loss("dpo"),
+        lambda: aggregate(value, mask, "mean"),
+        lambda: kl_terms(value, value, "k9"),
+    ):
+        with pytest.raises(InvalidValue) as caught:
+            call()
+        assert caught.value.expected
+
+
+def test_aggregation_by_hand() -> None:
+    """Two rows of 3 and 1 scored tokens and one of none: three modes, three results."""
+    values = torch.tensor([[1.0, 2.0, 6.0], [10.0, float("nan"), 0.0], [7.0, 7.0, 7.0]])
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]]).bool()
+    wanted = {"token-mean": 19 / 4, "seq-mean-token-sum": 19 / 2, "seq-mean-token-mean": 13 / 2}
+    for mode, value in wanted.items():
+        assert (aggregate(values, mask, mode) / denominator(mask, mode)).item() == pytest.approx(value)
+
+
+def test_kl_types_by_formula() -> None:
+    """k1 = d, abs = |d|, k2 = d^2/2, k3 = exp(-d) - 1 + d, under both their names."""
+    d = np.array([-0.7, 0.0, 1.3])
+    wanted = {"k1": d, "abs": abs(d), "k2": d**2 / 2, "k3": np.exp(-d) - 1 + d}
+    wanted |= {"kl": wanted["k1"], "mse": wanted["k2"], "low_var_kl": wanted["k3"]}
+    for kind, value in wanted.items():
+        assert kl_terms(torch.from_numpy(d), torch.zeros(3).double(), kind).tolist() == pytest.approx(value.tolist())
+
+
+# -- plan ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    "cut", [Cut(), Cut(mini_rows=4, micro_rows=3, epochs=2), Cut(mini_rows=5, token_budget=20, shuffle_seed="1")]
+)
+def test_every_row_once_and_equal_collectives(world_size: int, cut: Cut) -> None:
+    """Each epoch holds each row once; all ranks have as many micro-batches; JSON brings the same plan back."""
+    lengths = [3, 9, 30, 1, 0, 7, 8, 12, 5, 2, 6]
+    plan = make_plan("update_actor", 11, world_size, cut, lengths)
+    assert Plan.from_dict(plan.to_dict()) == plan
+    assert sorted(row for mini in plan.mini_batches for row in mini.rows()) == sorted(list(range(11)) * cut.epochs)
+    assert plan == make_plan("update_actor", 11, world_size, cut, lengths)
+    if cut.token_budget:
+        micros = [m for mini in plan.mini_batches for rank in mini.ranks for m in rank if m]
+        assert all(len(m) == 1 or len(m) * max(lengths[row] for row in m) <= cut.token_budget for m in micros)
+
+
+def test_plan_balances_and_refuses() -> None:
+    """Token-budget cuts balance ranks by length; a plan with unequal ranks or a missing length is refused."""
+    plan = make_plan("update_actor", 8, 2, Cut(token_budget=100), [50, 1, 1, 1, 1, 20, 20, 10])
+    loads = [sum([50, 1, 1, 1, 1, 20, 20, 10][row] for m in rank for row in m) for rank in plan.mini_batches[0].ranks]
+    assert abs(loads[0] - loads[1]) <= 2
+    broken = plan.to_dict()
+    broken["mini_batches"][0][0].append([])
+    for call in (lambda: Plan.from_dict(broken), lambda: make_plan("update_actor", 8, 2, Cut(token_budget=9))):
+        with pytest.raises(InvalidValue):
+            call()
+
+
+def test_shuffle_changes_with_epoch_and_seed() -> None:
+    """A seeded shuffle is another order in each epoch and for another seed."""
+    one = make_plan("update_actor", 20, 1, Cut(epochs=2, shuffle_seed="0:0"))
+    two = make_plan("update_actor", 20, 1, Cut(epochs=2, shuffle_seed="0:1"))
+    orders = [mini.rows() for plan in (one, two) for mini in plan.mini_batches]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+# -- schedule --------------------------------------------------------------------------------------------------------
+
+
+def rates(**changes: Any) -> list[float]:
+    optim = Space(
+        **{
+            **dict(lr=2.0, lr_warmup_steps=0, lr_scheduler="constant", total_training_steps=None, min_lr_ratio=0.0),
+            **changes,
+        }
+    )
+    schedule = Schedule(optim)
+    return [schedule.lr(step) for step in range(9)]
+
+
+def test_schedules_by_formula() -> None:
+    """Warm-up starts at lr/n; decays reach min_lr_ratio at total_training_steps and stay there."""
+    assert rates() == [2.0] * 9
+    assert rates(lr_warmup_steps=4)[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
+    linear = rates(lr_warmup_steps=2, lr_scheduler="linear", total_training_steps=6, min_lr_ratio=0.5)
+    assert linear == pytest.approx([1.0, 2.0, 2.0, 1.75, 1.5, 1.25, 1.0, 1.0, 1.0])
+    cosine = rates(lr_scheduler="cosine", total_training_steps=8, min_lr_ratio=0.1)
+    assert cosine == pytest.approx([2 * (0.1 + 0.45 * (1 + math.cos(math.pi * t / 8))) for t in range(9)])
+    for wrong in ({"lr_scheduler": "step"}, {"lr_scheduler": "cosine"}):
+        with pytest.raises(InvalidValue):
+            rates(**wrong)
+
+
+# -- chunked head ----------------------------------------------------------------------------------------------------
+
+
+def head(count: int = 11, width: int = 5, vocabulary: int = 13, bias: bool = True) -> list[Any]:
+    random = torch.Generator().manual_seed(0)
+    made = [
+        torch.randn(shape, generator=random, dtype=torch.float64)
+        for shape in ((count, width), (vocabulary, width), (vocabulary,))
+    ]
+    return [*made[:2], made[2] if bias else None, torch.randint(0, vocabulary, (count,), generator=random)]
+
+
+@pytest.mark.parametrize("length", [1, 4, 11, 50])
+def test_chunks_equal_plain_log_softmax(length: int) -> None:
+    """Values, entropies and all gradients equal log_softmax of the full logits at temperature 0.6."""
+    hidden, weight, bias, labels = head()
+    leaves = [leaf.requires_grad_() for leaf in (hidden, weight, bias)]
+    active = active_chunks(torch.ones(11).bool(), length)
+    got = head_log_probs(hidden, weight, bias, labels, 0.6, length, active, True)
+    logs = torch.log_softmax((hidden @ weight.t() + bias) / 0.6, dim=-1)
+    wanted = logs.gather(1, labels[:, None])[:, 0], -(logs.exp() * logs).sum(dim=-1)
+    mix = torch.linspace(-1, 2, 11).double()
+    for one, other in zip(got, wanted, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-13)
+    grads = [torch.autograd.grad((lp * mix + entropy * mix.square()).sum(), leaves) for lp, entropy in (got, wanted)]
+    for one, other in zip(*grads, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-12)
+
+
+def test_inactive_chunks_cost_nothing_and_stay_connected() -> None:
+    """A chunk without a wanted label gives 0 and no gradient, yet every leaf gets a gradient tensor."""
+    hidden, weight, bias, labels = head()
+    leaves = [leaf.requires_grad_() for leaf in (hidden, weight, bias)]
+    wanted = torch.zeros(11).bool()
+    wanted[5] = True
+    active = active_chunks(wanted, 4)
+    assert active == (False, True, False)
+    log_probs, _ = head_log_probs(hidden, weight, bias, labels, 1.0, 4, active, False)
+    assert log_probs[:4].abs().max() == 0 and log_probs[4:8].abs().min() > 0
+    none = head_log_probs(hidden, weight, bias, labels, 1.0, 4, (False,) * 3, False)[0]
+    assert all(grad.abs().max() == 0 for grad in torch.autograd.grad(none.sum(), leaves))
+
+
+# -- alignment -------------------------------------------------------------------------------------------------------
+
+
+def test_alignment_and_mask_precedence() -> None:
+    """Label k is column S-R+k, predicted one column before; scoring mask, else loss x attention, else attention."""
+    ids = torch.arange(12).view(2, 6)
+    attention = torch.tensor([[0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
+    loss = torch.tensor([[1, 1, 1, 1, 0, 1], [0, 0, 0, 1, 0, 1]])
+    tensors = {"input_ids": ids, "attention_mask": attention, "responses": ids[:, 3:]}
+
+    def read(more: dict[str, Tensor]) -> Any:
+        rows = MemoryRows({**tensors, **more})
+        names = tuple(name for name in ("advantages",) if name in more)
+        return BatchReader(rows, Layout.of(rows), names, CPU, torch.float64).read([0, 1])
+
+    plain = read({})
+    assert plain.mask.int().tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert plain.labels.tolist() == [3, 4, 9, 10, 11]
+    assert plain.input_ids.flatten()[plain.index].tolist() == [2, 3, 8, 9, 10]
+    assert plain.scatter(plain.labels.double()).tolist() == [[3, 4, 0], [9, 10, 11]]
+    assert plain.position_ids.tolist() == [[0, 0, 1, 2, 3, 0], [0, 1, 2, 3, 4, 5]]
+    assert read({"loss_mask": loss}).mask.int().tolist() == [[1, 0, 0], [1, 0, 1]]
+    assert read({"loss_mask": loss, "scoring_attention_mask": attention * 0}).mask.sum() == 0
+    wide, narrow, per_row = torch.arange(12.0).view(2, 6), torch.arange(6.0).view(2, 3), torch.tensor([5.0, 6.0])
+    assert read({"advantages": wide}).values["advantages"].tolist() == [[3, 4, 5], [9, 10, 11]]
+    assert read({"advantages": narrow}).values["advantages"].tolist() == narrow.tolist()
+    assert read({"advantages": per_row}).values["advantages"].tolist() == [[5] * 3, [6] * 3]
+
+
+def test_padding_columns_are_not_computed() -> None:
+    """Columns that are padding in every row of a micro-batch are cut away; without responses R is S - 1."""
+    rows = batch()
+    reader = BatchReader(rows, Layout.of(rows), (), CPU, torch.float64)
+    alone, together = reader.read([0]), reader.read([0, 4])
+    assert alone.padded < together.padded / 2 and together.padded == 2 * 14
+    assert alone.input_ids.shape[1] <= alone.attended + 1
+    whole = MemoryRows({"input_ids": rows.tensors["input_ids"]})
+    assert Layout.of(whole).response == 13
+    for bad in (torch.zeros(7, 14), torch.zeros(7)):
+        with pytest.raises(InvalidValue):
+            Layout.of(MemoryRows({**rows.tensors, "responses": bad}))
+
+
+# -- fingerprint -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_fingerprint_of_pieces(dtype: torch.dtype) -> None:
+    """Any cut of a tensor sums to the whole's fingerprint; exchanging two elements or names changes it."""
+    tensor = torch.randn(200_003, generator=torch.Generator().manual_seed(0)).to(dtype)
+    whole = fingerprint_of([("a", tensor)])
+    table = weight_table(CPU)
+    cuts = [0, 1, 65_535, 65_536, 131_080, 200_003]
+    parts = [int(partial_fingerprint("a", tensor[i:j], i, table)) for i, j in itertools.pairwise(cuts)]
+    assert sum(parts) % (1 << 64) == whole and 0 <= whole < 1 << 64
+    swapped = tensor.clone()
+    swapped[[3, 70_000]] = tensor[[70_000, 3]]
+    assert len({whole, fingerprint_of([("a", swapped)]), fingerprint_of([("b", tensor)])}) == 3
