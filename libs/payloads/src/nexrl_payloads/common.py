@@ -1,0 +1,140 @@
+"""What both stores share: ids, sums, refusals, and reading a frame's header."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import xxhash
+from nexrl_contract.errors import ServiceError
+from tensor_codec import CodecError
+
+from .protocol import RESULT_SUFFIX
+
+PIECE = 1024 * 1024
+"""Bytes of one piece of a stream."""
+
+MAX_PARTS = 100_000
+_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,79}")
+_CHECKSUM = re.compile(r"[0-9a-f]{32}")
+Known = TypeVar("Known")
+
+
+def is_id(text: str) -> bool:
+    """Whether ``text`` may name a payload."""
+    return _ID.fullmatch(text) is not None
+
+
+def check_id(payload_id: str) -> str:
+    """Return the id, or raise INVALID_ARGUMENT: an id is a file's name, so it must not lead anywhere else."""
+    if not is_id(payload_id):
+        raise ServiceError(
+            "INVALID_ARGUMENT",
+            f"payload id {payload_id[:100]!a} is not valid: use 1 to 80 of A-Z a-z 0-9 _ . - without a leading dot",
+        )
+    return payload_id
+
+
+def check_part(n: int) -> int:
+    """Return the part's number, or raise INVALID_ARGUMENT."""
+    if not 0 <= n < MAX_PARTS:
+        raise ServiceError("INVALID_ARGUMENT", f"part {n} is not between 0 and {MAX_PARTS - 1}", part=n)
+    return n
+
+
+def check_count(payload_id: str, present: Sequence[int], count: int) -> None:
+    """Raise INVALID_ARGUMENT unless the parts present are exactly 0 to ``count - 1``."""
+    if not 1 <= count <= MAX_PARTS:
+        raise ServiceError("INVALID_ARGUMENT", f"parts must be between 1 and {MAX_PARTS}, not {count}")
+    missing = sorted(set(range(count)) - set(present))
+    if missing:
+        more = ", ..." if len(missing) > 20 else ""
+        named = ", ".join(map(str, missing[:20])) + more
+        raise ServiceError(
+            "INVALID_ARGUMENT",
+            f"payload {payload_id} lacks part {named} of {count}: send it with PUT /payloads/{payload_id}/parts/N",
+            missing=missing[:20],
+        )
+    if len(present) > count:
+        raise ServiceError(
+            "INVALID_ARGUMENT", f"payload {payload_id} has {len(present)} parts, not {count}: say how many were sent"
+        )
+
+
+def verify(computed: str, claimed: str | None, what: str) -> None:
+    """Raise unless the sender's checksum, where there is one, is that of the bytes."""
+    if claimed is None:
+        return
+    if _CHECKSUM.fullmatch(claimed.lower()) is None:
+        raise ServiceError("INVALID_ARGUMENT", f"the checksum of {what} must be the 32 hex digits of its xxh3-128")
+    if claimed.lower() != computed:
+        raise ServiceError("CHECKSUM_MISMATCH", f"{what} arrived with other bytes than were sent: send it again")
+
+
+def same_part(payload_id: str, n: int, known: Known, sent: Known) -> None:
+    """Raise INVALID_ARGUMENT if a part that is there was sent again with other content."""
+    if known != sent:
+        raise ServiceError(
+            "INVALID_ARGUMENT",
+            f"part {n} of payload {payload_id} is already there with other bytes: use a new payload id",
+            part=n,
+        )
+
+
+def joined_checksum(checksums: Sequence[str]) -> str:
+    """The checksum of a payload put together from parts with these."""
+    return str(xxhash.xxh3_128_hexdigest("".join(checksums).encode()))
+
+
+def not_found(payload_id: str) -> ServiceError:
+    """The refusal for a payload that is not there."""
+    return ServiceError(
+        "PAYLOAD_NOT_FOUND", f"payload {payload_id} is not there: it was never sent, has expired or was deleted"
+    )
+
+
+def age_limit(payload_id: str, result_age_s: float, upload_age_s: float) -> float:
+    """Seconds after which nobody needs the payload."""
+    return result_age_s if payload_id.endswith(RESULT_SUFFIX) else upload_age_s
+
+
+@contextmanager
+def as_malformed(payload_id: str) -> Iterator[None]:
+    """Turn the codec's refusals of a frame into MALFORMED."""
+    try:
+        yield
+    except CodecError as error:
+        raise ServiceError("MALFORMED", f"payload {payload_id} is no sound frame: {error}") from error
+
+
+class Tally:
+    """Counts and hashes what is written, and holds it against the length that was announced."""
+
+    def __init__(self, what: str, announced: int | None) -> None:
+        self.nbytes = 0
+        self._what = what
+        self._announced = announced
+        self._hash = xxhash.xxh3_128()
+
+    def add(self, chunks: Sequence[memoryview]) -> None:
+        """Take chunks into account before they are written. Raises MALFORMED above the announced length."""
+        for chunk in chunks:
+            self.nbytes += chunk.nbytes
+            self._hash.update(chunk)
+        if self._announced is not None and self.nbytes > self._announced:
+            raise ServiceError("MALFORMED", f"{self._what} is longer than the {self._announced} bytes announced")
+
+    def finish(self) -> str:
+        """The xxh3-128 hex. Raises MALFORMED below the announced length."""
+        if self._announced is not None and self.nbytes != self._announced:
+            raise ServiceError(
+                "MALFORMED", f"{self._what} ended after {self.nbytes} of {self._announced} bytes announced"
+            )
+        return str(self._hash.hexdigest())
+
+
+def byte_views(chunks: Sequence[bytes | bytearray | memoryview]) -> list[memoryview]:
+    """The non-empty chunks as flat views of bytes."""
+    return [memoryview(chunk).cast("B") for chunk in chunks if memoryview(chunk).nbytes]

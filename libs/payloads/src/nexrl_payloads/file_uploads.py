@@ -1,0 +1,66 @@
+"""A whole payload on its way into the folder: a temporary file, renamed when it is complete."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Self
+
+from nexrl_contract.errors import ServiceError
+
+from .common import Tally, byte_views
+from .files import create_file, disk_errors, reserve, sync_folder, unique, write_at
+from .protocol import Chunk, PayloadRef
+
+TEMPORARY = ".tmp-"
+
+
+class FileUpload:
+    """See :class:`nexrl_payloads.Upload`."""
+
+    def __init__(self, folder: Path, payload_id: str, nbytes: int | None, *, fsync: bool) -> None:
+        self._target = folder / payload_id
+        self._temporary = folder / unique(f"{TEMPORARY}{payload_id}-")
+        self._fsync = fsync
+        self._tally = Tally(f"payload {payload_id}", nbytes)
+        with disk_errors():
+            self._fd = create_file(self._temporary)
+        try:
+            with disk_errors():
+                reserve(self._fd, 0, nbytes or 0)
+        except ServiceError:
+            self.abort()
+            raise
+
+    def write(self, *chunks: Chunk) -> None:
+        views = byte_views(chunks)
+        offset = self._tally.nbytes
+        self._tally.add(views)
+        with disk_errors():
+            write_at(self._fd, views, offset)
+
+    def commit(self) -> PayloadRef:
+        checksum = self._tally.finish()
+        with disk_errors():
+            if self._fsync:
+                os.fsync(self._fd)
+            os.replace(self._temporary, self._target)
+            self._close()
+            if self._fsync:
+                sync_folder(self._target.parent)
+        return PayloadRef(self._target.name, self._tally.nbytes, checksum)
+
+    def abort(self) -> None:
+        if self._fd >= 0:
+            self._close()
+            self._temporary.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        os.close(self._fd)
+        self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.abort()

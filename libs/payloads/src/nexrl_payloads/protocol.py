@@ -1,0 +1,142 @@
+"""What a payload store is, whichever place it keeps its bytes in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias
+
+from tensor_codec import Header
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+Chunk: TypeAlias = bytes | bytearray | memoryview
+Rows: TypeAlias = slice | Sequence[int] | None
+
+RESULT_SUFFIX = ".result"
+"""Payloads whose id ends so are results: they are swept by ``result_age_s``."""
+
+
+@dataclass(frozen=True, slots=True)
+class PayloadRef:
+    """A payload that is there. ``checksum`` is the xxh3-128 hex of its bytes, or for one put together from parts the
+    xxh3-128 hex of its parts' checksums joined in order: equal requests have equal checksums."""
+
+    id: str
+    nbytes: int
+    checksum: str
+
+
+class Upload(Protocol):
+    """One payload being written by one caller. Leaving the ``with`` block without a commit aborts it."""
+
+    def write(self, *chunks: Chunk) -> None:
+        """Append chunks, in one system call where that helps; none is kept after the return. Raises NO_SPACE."""
+
+    def commit(self) -> PayloadRef:
+        """Make the payload visible, whole, under its id. Raises MALFORMED if it is not as long as announced."""
+
+    def abort(self) -> None:
+        """Leave nothing behind; harmless after a commit."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+class PartUpload(Protocol):
+    """One part being written by one caller. Leaving the ``with`` block without a commit aborts it."""
+
+    def write(self, *chunks: Chunk) -> None:
+        """As :meth:`Upload.write`."""
+
+    def commit(self, checksum: str | None) -> int:
+        """Make the part count and return its bytes; the same part again changes nothing.
+
+        ``checksum`` is the sender's xxh3-128 hex: CHECKSUM_MISMATCH, and the part is not there, if the bytes have
+        another. INVALID_ARGUMENT if the part is already there with other bytes.
+        """
+
+    def abort(self) -> None:
+        """Leave nothing behind; harmless after a commit."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+class Payload(Protocol):
+    """An open payload. Its tensors stay valid as long as they are referenced, also after ``close``."""
+
+    @property
+    def header(self) -> Header:
+        """The frame's header."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole frame."""
+
+    def torch(self, name: str, rows: Rows = None) -> torch.Tensor:
+        """A tensor, or rows of its dimension 0 (a slice of step above 0, or a list of indices); only these are read."""
+
+    def numpy(self, name: str, rows: Rows = None) -> NDArray[Any]:
+        """As :meth:`torch`, as an array."""
+
+    def close(self) -> None:
+        """End reading; memory is freed or kept for the next payload once no tensor views it."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+class PayloadStore(Protocol):
+    """Payloads by id (1 to 80 of ``A-Za-z0-9_.-``, no leading dot). Safe for threads and for several processes."""
+
+    def create(self, payload_id: str, nbytes: int | None = None) -> Upload:
+        """Begin to write a payload of ``nbytes`` (None: not known). Raises NO_SPACE, INVALID_ARGUMENT for the id."""
+
+    def put(self, payload_id: str, buffers: Iterable[Chunk]) -> PayloadRef:
+        """Write a whole payload at once, such as tensor_codec's ``Encoded``, replacing one of the same id."""
+
+    def put_part(self, payload_id: str, n: int, nbytes: int | None = None) -> PartUpload:
+        """Begin to write part ``n`` (from 0) of ``nbytes`` (None: unknown); parts come in any order, again, at once."""
+
+    def parts(self, payload_id: str) -> list[int]:
+        """The numbers of the parts that are there, ascending; empty for a payload without parts or unknown."""
+
+    def assemble(self, payload_id: str, count: int) -> PayloadRef:
+        """Make parts 0 to ``count - 1``, joined in order, the payload; again gives the same answer.
+
+        Raises INVALID_ARGUMENT naming the missing parts.
+        """
+
+    def open(self, payload_id: str) -> Payload:
+        """Open for reading. Raises PAYLOAD_NOT_FOUND, or MALFORMED where the bytes are no frame."""
+
+    def stream(self, payload_id: str) -> Iterator[bytes]:
+        """The bytes in pieces of 1 MiB. Raises PAYLOAD_NOT_FOUND at once, before the first piece."""
+
+    def nbytes(self, payload_id: str) -> int:
+        """Bytes of the payload, or of its parts so far. Raises PAYLOAD_NOT_FOUND."""
+
+    def local_path(self, payload_id: str) -> Path | None:
+        """The file that holds the payload, None where the store has no files. Raises PAYLOAD_NOT_FOUND."""
+
+    def delete(self, payload_id: str) -> None:
+        """Remove the payload and its parts, if there are any; tensors already read stay valid."""
+
+    def touch(self, payload_id: str) -> None:
+        """Renew the lease: the age that :meth:`sweep` sees begins again. Raises PAYLOAD_NOT_FOUND."""
+
+    def sweep(self, in_use: set[str], *, result_age_s: float, upload_age_s: float) -> list[str]:
+        """Remove results older than ``result_age_s`` and all else older than ``upload_age_s``, except ids ``in_use``.
+
+        Abandoned uploads and parts go by ``upload_age_s``. Returns the ids of which something was removed, sorted.
+        """
+
+    def check(self) -> None:
+        """Raise STORE_UNAVAILABLE unless a byte can be written."""

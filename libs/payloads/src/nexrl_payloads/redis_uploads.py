@@ -1,0 +1,110 @@
+"""A payload or a part on its way into Redis: chunks under a token of their own until a record names them."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Self
+
+import redis
+
+from .common import Tally, byte_views, same_part, verify
+from .files import unique
+from .protocol import Chunk, PayloadRef
+from .redis_client import CHUNK_BYTES, chunk_key, set_chunk
+from .redis_records import Record, Segment, store_part, store_record
+
+
+class _Chunks:
+    """Joins what is written to chunks and sends each by one SET; holds one chunk at the most."""
+
+    def __init__(self, client: redis.Redis, payload_id: str, nbytes: int | None, what: str) -> None:
+        self._client = client
+        self._payload_id = payload_id
+        self._token = unique("")
+        self._tally = Tally(what, nbytes)
+        self._joined = memoryview(bytearray(CHUNK_BYTES))
+        self._filled = 0
+        self._sent = 0
+        self._settled = False
+
+    def write(self, *chunks: Chunk) -> None:
+        views = byte_views(chunks)
+        self._tally.add(views)
+        for view in views:
+            while view.nbytes:
+                view = self._take(view)
+
+    def abort(self) -> None:
+        """Remove what was sent, as far as Redis answers; what stays has a TTL and is swept."""
+        if not self._settled:
+            self._settled = True
+            self._remove()
+
+    def _remove(self) -> None:
+        keys = [chunk_key(self._payload_id, self._token, chunk) for chunk in range(self._sent + 1)]
+        with suppress(redis.RedisError):
+            self._client.unlink(*keys)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.abort()
+
+    def _take(self, view: memoryview) -> memoryview:
+        """Take one chunk's worth and return the rest."""
+        if self._filled == 0 and view.nbytes >= CHUNK_BYTES:
+            self._send(view[:CHUNK_BYTES])
+            return view[CHUNK_BYTES:]
+        count = min(CHUNK_BYTES - self._filled, view.nbytes)
+        self._joined[self._filled : self._filled + count] = view[:count]
+        self._filled += count
+        if self._filled == CHUNK_BYTES:
+            self._flush()
+        return view[count:]
+
+    def _flush(self) -> None:
+        if self._filled:
+            self._send(self._joined[: self._filled])
+            self._filled = 0
+
+    def _send(self, chunk: memoryview) -> None:
+        set_chunk(self._client, chunk_key(self._payload_id, self._token, self._sent), chunk)
+        self._sent += 1
+
+    def _finish(self, claimed: str | None, what: str) -> Segment:
+        checksum = self._tally.finish()
+        verify(checksum, claimed, what)
+        self._flush()
+        self._settled = True  # from here on a lost answer may hide a success: only the sweep removes these chunks
+        return Segment(self._token, self._tally.nbytes, checksum)
+
+
+class RedisUpload(_Chunks):
+    """See :class:`nexrl_payloads.Upload`."""
+
+    def __init__(self, client: redis.Redis, payload_id: str, nbytes: int | None) -> None:
+        super().__init__(client, payload_id, nbytes, f"payload {payload_id}")
+
+    def commit(self) -> PayloadRef:
+        segment = self._finish(None, "")
+        record = Record(self._payload_id, segment.checksum, [segment])
+        store_record(self._client, record)
+        return record.ref
+
+
+class RedisPart(_Chunks):
+    """See :class:`nexrl_payloads.PartUpload`."""
+
+    def __init__(self, client: redis.Redis, payload_id: str, n: int, nbytes: int | None) -> None:
+        self._n = n
+        self._what = f"part {n} of payload {payload_id}"
+        super().__init__(client, payload_id, nbytes, self._what)
+
+    def commit(self, checksum: str | None) -> int:
+        segment = self._finish(checksum, self._what)
+        kept = store_part(self._client, self._payload_id, self._n, segment)
+        if kept != segment:
+            self._remove()
+            same_part(self._payload_id, self._n, kept[1:], segment[1:])
+        return segment.nbytes

@@ -1,0 +1,179 @@
+"""What only the store in a folder promises."""
+
+from __future__ import annotations
+
+import os
+import resource
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+from nexrl_contract.errors import ServiceError
+from nexrl_payloads import PayloadStore, open_store
+
+from .conftest import frame, send_part, some_bytes, url_of
+
+
+def entries(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+def test_in_order_parts_are_written_once(file_store: PayloadStore, folder: Path) -> None:
+    """Parts in order grow the very file that becomes the payload; nothing is copied."""
+    send_part(file_store, "a", 0, b"x" * 1000)
+    inode = (folder / ".parts-a" / "data-0").stat().st_ino
+    for n in range(1, 4):
+        with file_store.put_part("a", n, 1000) as part:
+            part.write(b"y" * 1000)
+            assert (folder / ".parts-a" / "data-0").stat().st_size == 1000 * (n + 1)
+            part.commit(None)
+        assert entries(folder / ".parts-a") == ["data-0", "index", "lock"]
+    file_store.assemble("a", 4)
+    path = file_store.local_path("a")
+    assert path is not None
+    assert path.stat().st_ino == inode
+
+
+def test_waiting_parts_are_merged_when_the_gap_closes(file_store: PayloadStore, folder: Path) -> None:
+    """Parts before their turn wait as files of their own, and are gone as soon as their turn has come."""
+    for n in (2, 1):
+        send_part(file_store, "a", n, b"x" * 1000)
+    assert sum(name.startswith("part-") for name in entries(folder / ".parts-a")) == 2
+    send_part(file_store, "a", 0, b"x" * 1000)
+    assert entries(folder / ".parts-a") == ["data-0", "index", "lock"]
+    assert (folder / ".parts-a" / "data-0").stat().st_size == 3000
+
+
+def test_replicas_and_restarts(file_store: PayloadStore, folder: Path) -> None:
+    """Every request may go to another gateway, or to one that has just started."""
+    for n in (0, 2, 1):
+        send_part(open_store(url_of(folder)), "a", n, bytes([n]) * 10)
+    ref = open_store(url_of(folder)).assemble("a", 3)
+    assert open_store(url_of(folder)).assemble("a", 3) == ref
+    assert b"".join(file_store.stream("a")) == b"\0" * 10 + b"\1" * 10 + b"\2" * 10
+
+
+def test_a_crash_between_index_and_rename(file_store: PayloadStore, folder: Path) -> None:
+    """A gateway that dies while putting a payload together leaves a state that the next request completes."""
+    send_part(file_store, "a", 0, b"whole")
+    ref = file_store.assemble("a", 1)
+    os.rename(folder / "a", folder / ".parts-a" / "data-0")
+    assert file_store.assemble("a", 1) == ref
+    assert b"".join(file_store.stream("a")) == b"whole"
+
+
+def test_private_to_the_owner(file_store: PayloadStore, folder: Path) -> None:
+    """Batches are nobody else's business: folders 0700, files 0600."""
+    file_store.put("a", [b"x"])
+    for n in (0, 2):
+        send_part(file_store, "b", n, b"x")
+    for path in [folder, *folder.rglob("*")]:
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
+
+
+def test_only_the_rows_are_mapped(file_store: PayloadStore, folder: Path) -> None:
+    """A rank that reads a quarter of the rows has a quarter of the file in memory (and what the kernel maps around)."""
+    quarter, around = 16 << 20, 4 << 20
+    file_store.put("a", [frame({"x": np.ones((64, quarter * 4 // 64 // 8))})])
+    with file_store.open("a") as payload:
+        rows = payload.torch("x", slice(16, 32))
+        assert _resident_bytes(folder / "a") <= around
+        assert rows.sum() == quarter // 8
+        assert quarter <= _resident_bytes(folder / "a") < quarter + 2 * around
+
+
+def _resident_bytes(path: Path) -> int:
+    """Bytes of the mapped file that are this process's memory."""
+    mapping = Path("/proc/self/smaps").read_text().split(f"{path}\n")[1]
+    resident = next(line for line in mapping.splitlines() if line.startswith("Rss:"))
+    return int(resident.split()[1]) * 1024
+
+
+def test_disk_full(small_disk: Path) -> None:
+    """Where there is no room, NO_SPACE comes before the bytes if the length was announced; nothing stays behind."""
+    store = open_store(url_of(small_disk / "payloads"))
+    with pytest.raises(ServiceError) as error:
+        store.create("a", 8 << 20)
+    assert error.value.code == "NO_SPACE"
+    with pytest.raises(ServiceError) as error, store.create("a") as upload:
+        for _ in range(8):
+            upload.write(bytes(1 << 20))
+    assert error.value.code == "NO_SPACE"
+    assert entries(small_disk / "payloads") == []
+    store.put("a", [bytes(3 << 20)])
+
+
+def test_disk_full_between_parts(small_disk: Path) -> None:
+    """A part without room is refused and gives its room back; parts that are there stay, and the payload is whole."""
+    store = open_store(url_of(small_disk / "payloads"))
+    send_part(store, "a", 0, b"x" * (1 << 20))
+    for n in (1, 2):
+        with pytest.raises(ServiceError) as error, store.put_part("a", n) as part:
+            for _ in range(8):
+                part.write(bytes(1 << 20))
+        assert error.value.code == "NO_SPACE"
+        with pytest.raises(ServiceError) as error:
+            store.put_part("a", n, 8 << 20)
+        assert error.value.code == "NO_SPACE"
+    assert store.parts("a") == [0]
+    send_part(store, "a", 1, b"y" * (1 << 20))
+    send_part(store, "a", 2, b"z" * (1 << 20))
+    store.assemble("a", 3)
+    assert b"".join(store.stream("a")) == b"x" * (1 << 20) + b"y" * (1 << 20) + b"z" * (1 << 20)
+
+
+def test_no_room_to_merge(small_disk: Path) -> None:
+    """Parts that arrived keep counting when there is no room to put them together; NO_SPACE says so until there is."""
+    store = open_store(url_of(small_disk / "payloads"))
+    store.put("other", [bytes(3 << 19)])
+    send_part(store, "a", 1, b"y" * (3 << 19))
+    send_part(store, "a", 0, b"x" * 1000)
+    assert store.parts("a") == [0, 1]
+    with pytest.raises(ServiceError) as error:
+        store.assemble("a", 2)
+    assert error.value.code == "NO_SPACE"
+    store.delete("other")
+    assert store.assemble("a", 2).nbytes == (3 << 19) + 1000
+    assert b"".join(store.stream("a")) == b"x" * 1000 + b"y" * (3 << 19)
+
+
+def test_file_size_limit(file_store: PayloadStore, folder: Path) -> None:
+    """A limit of the process is a full disk too."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        for announced in (None, 2 << 20):
+            with pytest.raises(ServiceError) as error, file_store.create("a", announced) as upload:
+                upload.write(some_bytes(2 << 20))
+            assert error.value.code == "NO_SPACE"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert entries(folder) == []
+
+
+def test_a_folder_that_went_away(file_store: PayloadStore, folder: Path) -> None:
+    """A store whose folder is gone says so in its check and when it is written to."""
+    folder.rmdir()
+    for attempt in (file_store.check, lambda: file_store.create("a"), lambda: file_store.put_part("a", 0)):
+        with pytest.raises(ServiceError) as error:
+            attempt()
+        assert error.value.code == "STORE_UNAVAILABLE"
+
+
+def test_fsync_changes_no_bytes(folder: Path) -> None:
+    """With fsync every way of writing gives the same payloads."""
+    store = open_store(url_of(folder), fsync=True)
+    store.put("a", [b"whole"])
+    for n in (1, 0):
+        send_part(store, "b", n, bytes([n]))
+    store.assemble("b", 2)
+    assert b"".join(store.stream("a")) == b"whole"
+    assert b"".join(store.stream("b")) == b"\0\1"
+
+
+def test_the_path_is_the_payload(file_store: PayloadStore, folder: Path) -> None:
+    """The gateway can send a result's file as it is."""
+    file_store.put("a.result", [b"bytes"])
+    assert file_store.local_path("a.result") == folder / "a.result"
+    assert (folder / "a.result").read_bytes() == b"bytes"
