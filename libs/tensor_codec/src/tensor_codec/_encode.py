@@ -18,6 +18,7 @@ class Encoded:
 
     The buffers are views: they keep the tensors' memory alive, and what is written to the tensors shows in them.
     Tensors without elements have no buffer. header is prefix, JSON and padding; nbytes is the whole frame.
+    Loop over it rather than list() or unpack it: these take len() as a hint and reserve a pointer for every byte.
     """
 
     header: bytes
@@ -33,7 +34,7 @@ class Encoded:
 
     def tobytes(self) -> bytes:
         """The whole frame in one new bytes object: the one copy this package makes of a contiguous tensor."""
-        return b"".join(self)
+        return b"".join([self.header, *self.buffers])
 
 
 def encode(tensors: Mapping[str, AnyTensor], metadata: Mapping[str, str] | None = None) -> Encoded:
