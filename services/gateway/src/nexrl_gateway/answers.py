@@ -1,0 +1,209 @@
+"""From a job to an HTTP answer: its result as JSON or frame, its error, or the promise of one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from anyio.to_thread import run_sync
+from fastapi.responses import StreamingResponse
+from nexrl_contract import names
+from nexrl_contract.errors import ServiceError
+from nexrl_contract.names import FRAME_METADATA_KEY, FRAME_TYPE
+from nexrl_contract.operations import OPERATIONS
+from nexrl_contract.records import GroupRecord, JobRecord
+from nexrl_ledger import Ledger
+from nexrl_payloads import PayloadStore
+from starlette.responses import Response
+from tensor_codec import ALIGNMENT, PREFIX_BYTES, Header, RawTensor, header_length, parse_header, to_json
+
+from nexrl_gateway.replies import finite, json_response
+from nexrl_gateway.services import Services
+from nexrl_gateway.wishes import Wishes
+
+
+async def answer(services: Services, job: JobRecord, wishes: Wishes, extra: dict[str, Any] | None = None) -> Response:
+    """Wait for the job as long as ``wishes`` and the gateway's limit allow, and say what has become of it.
+
+    ``extra`` is added to the JSON of operations without a batch. Raises the job's own error, or WAIT_LIMIT with its id.
+    """
+    limit = services.settings.wait_limit_s
+    wait_s = min(wishes.wait_s, limit) if wishes.respond_async else limit
+    if wait_s > 0 and not job.final:
+        job = await services.endings.final(services.ledger, job.id, wait_s)
+    if job.final:
+        return await result_response(services, job, wishes, extra)
+    if wishes.respond_async:
+        view = await run_sync(job_view, services.ledger, job)
+        return json_response(view, 202, {"Location": f"/jobs/{job.id}", "Preference-Applied": "respond-async"})
+    raise ServiceError(
+        "WAIT_LIMIT",
+        f"job {job.id} is {job.state}; the gateway waits no longer, the job goes on: GET /jobs/{job.id}/result",
+        job_id=job.id,
+        identifier=job.identifier,
+    )
+
+
+async def result_response(
+    services: Services, job: JobRecord, wishes: Wishes, extra: dict[str, Any] | None = None
+) -> Response:
+    """The answer of an ended job; raises its error, or JOB_RUNNING while it has not ended."""
+    _raise_unless_finished(job)
+    return await run_sync(_response, services.store, job, wishes.frame, extra or {})
+
+
+def initialized(group: GroupRecord, ignored: list[str]) -> Response:
+    """The answer of ``initialize`` for a group that is there already."""
+    return json_response(
+        {
+            "status": "success",
+            "identifier": group.identifier,
+            "job_id": group.placement_job,
+            "role": group.role,
+            "world_size": group.world_size,
+            "ignored": ignored,
+            "already": True,
+        }
+    )
+
+
+def job_view(ledger: Ledger, job: JobRecord) -> dict[str, Any]:
+    """What ``/jobs`` shows of a job; a queued one says why it waits."""
+    return {
+        "id": job.id,
+        "operation": job.operation,
+        "identifier": job.identifier,
+        "state": job.state,
+        "waits_for": _waits_for(ledger, job),
+        "attempt": job.attempt,
+        "epoch": job.epoch,
+        "created_at": job.created_at,
+        "started_at": job.started_at,
+        "finished_at": job.finished_at,
+        "error": job.error,
+        "result_url": f"/jobs/{job.id}/result" if job.final else None,
+    }
+
+
+def _waits_for(ledger: Ledger, job: JobRecord) -> str | None:
+    if job.state != "queued" or job.waits_for:
+        return job.waits_for
+    ahead: Any = ledger.client.zrank(names.waiting_key(job.queue), job.id)
+    if not ahead:
+        return f"the consumer of {job.queue}"
+    return f"{ahead} operation{'s' if ahead > 1 else ''} ahead of it in {job.queue}"
+
+
+def _raise_unless_finished(job: JobRecord) -> None:
+    about = {"job_id": job.id, "identifier": job.identifier}
+    if not job.final:
+        raise ServiceError("JOB_RUNNING", f"job {job.id} is {job.state}; ask again, or with ?wait=30", **about)
+    if job.state == "rolled_back":
+        raise ServiceError(
+            "JOB_ROLLED_BACK", f"job {job.id} was rolled back by a restart: its effect is not in the weights", **about
+        )
+    if job.state != "finished":
+        error = ServiceError.from_body(job.error or {"message": f"job {job.id} is {job.state}"})
+        raise ServiceError(
+            error.code, error.message, **{**about, **{k: v for k, v in error.details.items() if v is not None}}
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A result frame: its header, what was read with it, and what follows."""
+
+    header: Header
+    body: Iterator[bytes]
+
+    @property
+    def document(self) -> dict[str, Any]:
+        loaded: dict[str, Any] = json.loads(self.header.metadata.get(FRAME_METADATA_KEY, "{}"))
+        loaded.pop("version", None)
+        return loaded
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return self.header.total_size - self.header.data_start
+
+
+def _response(store: PayloadStore, job: JobRecord, frame: bool, extra: dict[str, Any]) -> Response:
+    stored = _stored(store, job)
+    result = {**(stored.document if stored else {}), **(job.result or {})}
+    if not OPERATIONS.get(job.operation, OPERATIONS["barrier"]).takes_batch:
+        ignored = {"ignored": job.ignored} if job.ignored or job.operation == "initialize_worker" else {}
+        return json_response(
+            {
+                "status": "success",
+                "identifier": job.identifier,
+                "job_id": job.id,
+                **ignored,
+                **_placed(job),
+                **result,
+                **extra,
+            }
+        )
+    metrics, meta_info = result.pop("metrics", {}), _meta_info(job, result)
+    if frame and stored is not None and stored.header.tensors:
+        return _frame_response(stored, {"version": 1, "metrics": metrics, "meta_info": meta_info})
+    batch = _json_tensors(stored) if stored else {}
+    return json_response({"batch": batch, "metrics": metrics, "meta_info": {"metrics": metrics, **meta_info}})
+
+
+def _placed(job: JobRecord) -> dict[str, Any]:
+    if job.operation != "initialize_worker":
+        return {}
+    return {"role": job.params.get("role"), "world_size": job.params.get("world_size"), "already": False}
+
+
+def _meta_info(job: JobRecord, result: dict[str, Any]) -> dict[str, Any]:
+    """What the ranks said besides metrics, and what the ledger knows of the job."""
+    said: dict[str, Any] = result.pop("meta_info", {}) or {}
+    started, ended = job.started_at or job.created_at, job.finished_at or 0.0
+    timing = {"queued_s": started - job.created_at, "run_s": ended - started, **said.get("timing", {})}
+    known = {"job_id": job.id, "identifier": job.identifier, "operation": job.operation, "ignored": job.ignored}
+    return {**said, **result, **known, "timing": timing}
+
+
+def _stored(store: PayloadStore, job: JobRecord) -> _Stored | None:
+    if job.result_payload is None:
+        return None
+    try:
+        pieces = store.stream(job.result_payload.id)
+    except ServiceError as error:
+        if error.code != "PAYLOAD_NOT_FOUND":
+            raise
+        raise ServiceError("EXPIRED", f"the result of job {job.id} has expired", job_id=job.id) from None
+    head = b""
+    for piece in pieces:
+        head += piece
+        if len(head) >= PREFIX_BYTES and len(head) >= header_length(head[:PREFIX_BYTES]):
+            break
+    header = parse_header(head)
+    return _Stored(header, chain([head[header.data_start :]], pieces))
+
+
+def _json_tensors(stored: _Stored) -> dict[str, Any]:
+    data = memoryview(b"".join(stored.body))
+    return {
+        name: to_json(RawTensor(info.dtype, info.shape, data[info.start : info.end]))
+        for name, info in stored.header.tensors.items()
+    }
+
+
+def _frame_response(stored: _Stored, document: dict[str, Any]) -> Response:
+    """The stored tensors under a header of our own, which says what only the ledger knows."""
+    entries: dict[str, Any] = {
+        "__metadata__": {FRAME_METADATA_KEY: json.dumps(finite(document), separators=(",", ":"))}
+    }
+    for name, info in stored.header.tensors.items():
+        entries[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [info.start, info.end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    length = len(text) + -(PREFIX_BYTES + len(text)) % ALIGNMENT
+    head = length.to_bytes(PREFIX_BYTES, "little") + text.ljust(length)
+    headers = {"Content-Length": str(len(head) + stored.nbytes)}
+    return StreamingResponse(chain([head], stored.body), media_type=FRAME_TYPE, headers=headers)

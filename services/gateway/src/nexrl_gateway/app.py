@@ -1,0 +1,47 @@
+"""The application: routes, error handlers, and what lives as long as the process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+from fastapi import FastAPI
+
+from nexrl_gateway.errors import add_error_handlers
+from nexrl_gateway.janitor import keep_clean
+from nexrl_gateway.routes import groups, health, jobs, operations, payloads
+from nexrl_gateway.services import Services
+from nexrl_gateway.settings import Settings
+
+_DESCRIPTION = """Training of language models on worker groups: make a group, load a model, send batches.
+
+Every operation answers when it is done; `Prefer: respond-async` answers 202 with a job to ask for. An `Idempotency-Key`
+makes a repeated request the same job. Errors have one shape: `{"error": {"code", "message", ...}}`."""
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """A gateway that its lifespan starts and ends. Several may live in one process."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        services = Services.start(settings)
+        app.state.services = services
+        janitor = asyncio.create_task(keep_clean(services))
+        try:
+            yield
+        finally:
+            janitor.cancel()
+            await services.close()
+
+    app = FastAPI(
+        title="NexRL Training Service",
+        version="0.1.0",
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
+    add_error_handlers(app)
+    for routes in (groups, operations, jobs, payloads, health):
+        app.include_router(routes.router)
+    return app

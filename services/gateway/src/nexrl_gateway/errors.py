@@ -1,0 +1,85 @@
+"""From whatever goes wrong to the one error body of the service; nothing internal leaks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import redis
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from nexrl_contract.config import nearest
+from nexrl_contract.errors import RETRY_AFTER_S, ServiceError
+from pydantic import ValidationError
+from redis.exceptions import BusyLoadingError, OutOfMemoryError, ReadOnlyError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from tensor_codec import CodecError
+
+from nexrl_gateway.replies import json_response
+
+REDIS_AWAY: tuple[type[Exception], ...] = (
+    redis.exceptions.ConnectionError,
+    redis.exceptions.TimeoutError,
+    BusyLoadingError,
+    OutOfMemoryError,
+    ReadOnlyError,
+)
+_BY_STATUS = {404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Every error leaves ``app`` as ``{"error": {...}}``; what nobody expected the server logs with its traceback."""
+    app.add_exception_handler(ServiceError, _answer)
+    app.add_exception_handler(CodecError, _answer)
+    app.add_exception_handler(RequestValidationError, _answer)
+    app.add_exception_handler(HTTPException, _answer)
+    app.add_exception_handler(ClientDisconnect, _answer)
+    for kind in REDIS_AWAY:
+        app.add_exception_handler(kind, _answer)
+    app.add_exception_handler(Exception, _answer)
+
+
+async def _answer(request: Request, error: Exception) -> Response:
+    return error_response(as_service_error(error, request))
+
+
+def error_response(error: ServiceError) -> Response:
+    """The error's body with its status; 429 and 503 say when to come again."""
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if error.kind.status in (429, 503) else {}
+    return json_response({"error": error.body()}, error.kind.status, headers)
+
+
+def as_service_error(error: Exception, request: Request) -> ServiceError:
+    """The error that a user may see for ``error``."""
+    match error:
+        case ServiceError():
+            return error
+        case CodecError():
+            return ServiceError("MALFORMED", str(error))
+        case RequestValidationError():
+            return argument_error([{**each, "loc": each["loc"][1:]} for each in error.errors()])
+        case HTTPException():
+            code = _BY_STATUS.get(error.status_code, "INTERNAL")
+            return ServiceError(code, f"{request.method} {request.url.path}: {error.detail}; /docs lists what there is")
+        case ClientDisconnect():
+            return ServiceError("MALFORMED", "the connection ended before the body did")
+    if isinstance(error, REDIS_AWAY):
+        return ServiceError("REDIS_UNAVAILABLE", "Redis does not answer; try again shortly")
+    return ServiceError("INTERNAL", "something unexpected went wrong in the gateway; its log has the details")
+
+
+def argument_error(errors: Any, known: Any = ()) -> ServiceError:
+    """INVALID_ARGUMENT for the first of pydantic's errors, naming the argument and the nearest of ``known``."""
+    first = errors[0]
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] != "extra_forbidden":
+        return ServiceError("INVALID_ARGUMENT", f"{key}: {first['msg']}", key=key)
+    close = nearest(key, known)
+    hint = f"did you mean {close}?" if close else f"known are {', '.join(known) or 'none'}"
+    return ServiceError("INVALID_ARGUMENT", f"unknown argument {key[:100]!a}; {hint}", key=key[:100], nearest=close)
+
+
+def checked_argument_error(error: ValidationError, known: Any) -> ServiceError:
+    """As :func:`argument_error`, from a model's ValidationError."""
+    return argument_error(error.errors(include_url=False, include_context=False, include_input=False), known)

@@ -1,0 +1,70 @@
+"""The request bodies that the OpenAPI page shows; a test sends each of them to a real gateway."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+from nexrl_contract.names import FRAME_TYPE, JSON_TYPE
+from nexrl_contract.operations import Operation
+from tensor_codec import RawTensor, to_json
+
+_B, _S, _R = 2, 4, 2
+_PATH = "/models/tiny"
+
+INITIALIZE: dict[str, Any] = {
+    "config_dict": {"actor": {"model": {"path": _PATH}, "optim": {"lr": 1e-3}}},
+    "role": "actor",
+    "world_size": 2,
+}
+PARTS: dict[str, Any] = {"payload": "0123456789abcdef0123456789abcdef", "parts": 3}
+
+
+def _integers(*values: int, width: int) -> Any:
+    return to_json(RawTensor("I64", (len(values) // width, width), struct.pack(f"<{len(values)}q", *values)))
+
+
+def _floats(*values: float, width: int) -> Any:
+    return to_json(RawTensor("F32", (len(values) // width, width), struct.pack(f"<{len(values)}f", *values)))
+
+
+_TENSORS: dict[str, Any] = {
+    "input_ids": _integers(5, 6, 7, 8, 5, 6, 9, 8, width=_S),
+    "attention_mask": _integers(*[1] * _B * _S, width=_S),
+    "responses": _integers(7, 8, 9, 8, width=_R),
+}
+_LEARNED = {
+    "advantages": _floats(0.5, 0.5, -0.5, -0.5, width=_R),
+    "old_log_probs": _floats(-1.0, -1.2, -0.9, -1.1, width=_R),
+}
+
+
+def batch_example(operation: Operation) -> dict[str, Any]:
+    """Two rows of four tokens, the last two being the response, with what the operation needs."""
+    tensors = dict(_TENSORS)
+    if "advantages" in operation.reads:
+        tensors |= _LEARNED
+    if "teacher_log_probs" in operation.required:
+        tensors["teacher_log_probs"] = _floats(-0.8, -1.0, -1.5, -1.0, width=_R)
+    return {"tensors": tensors, "metadata": {"temperature": 1.0}}
+
+
+def request_body(operation: Operation) -> dict[str, Any]:
+    """OpenAPI's description of what the operation takes."""
+    schema = operation.params.model_json_schema()
+    if not operation.takes_batch:
+        example = {name: info.examples[0] for name, info in operation.params.model_fields.items() if info.examples}
+        return {"content": {JSON_TYPE: {"schema": schema, "examples": {"typical": {"value": example}}}}}
+    schema = {**schema, "additionalProperties": True}
+    examples = {
+        "tensors": {"summary": "Tensors as base64", "value": batch_example(operation)},
+        "parts": {"summary": "After PUT /payloads/{payload}/parts/0, 1, 2", "value": PARTS},
+    }
+    frame = {
+        "schema": {
+            "type": "string",
+            "format": "binary",
+            "description": "A safetensors file; see libs/tensor_codec/SPEC.md",
+        }
+    }
+    return {"required": True, "content": {JSON_TYPE: {"schema": schema, "examples": examples}, FRAME_TYPE: frame}}

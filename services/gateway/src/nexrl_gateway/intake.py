@@ -1,0 +1,127 @@
+"""A request's batch on its way into the store. A frame is judged by its header and streamed: memory stays flat."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import anyio
+from anyio.to_thread import run_sync
+from fastapi import Request
+from nexrl_contract.errors import ServiceError
+from nexrl_contract.names import FRAME_METADATA_KEY
+from nexrl_payloads import PartUpload, PayloadRef, PayloadStore, Upload
+from tensor_codec import PREFIX_BYTES, CodecError, Header, RawTensor, encode, from_json, header_length, parse_header
+
+from nexrl_gateway.bodies import declared_length, pieces
+
+JOIN_BYTES = 1024 * 1024
+Verdict = TypeVar("Verdict")
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """What travels beside the tensors: the batch's metadata and the operation's arguments."""
+
+    metadata: dict[str, Any]
+    params: dict[str, Any]
+
+    def text(self) -> str:
+        """The JSON that a frame carries."""
+        return json.dumps(
+            {"version": 1, "metadata": self.metadata, "params": self.params}, sort_keys=True, separators=(",", ":")
+        )
+
+
+def envelope_of(header: Header) -> Envelope:
+    """The envelope in a frame's header, empty for a plain safetensors file; raises MALFORMED."""
+    try:
+        document = json.loads(header.metadata.get(FRAME_METADATA_KEY, '{"version":1}'))
+    except (ValueError, RecursionError):
+        raise ServiceError("MALFORMED", f"the frame's {FRAME_METADATA_KEY} metadata is not JSON") from None
+    if not isinstance(document, dict) or document.get("version") != 1:
+        raise ServiceError("MALFORMED", f"the frame's {FRAME_METADATA_KEY} metadata must be an object of version 1")
+    metadata, params = document.get("metadata") or {}, document.get("params") or {}
+    if not isinstance(metadata, dict) or not isinstance(params, dict):
+        raise ServiceError("MALFORMED", "the frame's metadata and params must be objects")
+    return Envelope(metadata, params)
+
+
+async def store_frame(
+    request: Request, store: PayloadStore, payload_id: str, limit: int, judge: Callable[[Header], Verdict]
+) -> tuple[Verdict, PayloadRef]:
+    """Stream the body into the store; ``judge`` sees the header before anything is stored and may refuse by raising.
+
+    Raises TOO_LARGE, MALFORMED, NO_SPACE; whatever is raised, nothing stays in the store.
+    """
+    advice = "send it in parts (PUT /payloads/{id}/parts/{n}), as nexrl_client does"
+    body = pieces(request, limit, advice)
+    head, header = await _read_header(body, declared_length(request))
+    verdict = judge(header)
+    if header.total_size > limit:
+        raise ServiceError(
+            "TOO_LARGE", f"the frame has {header.total_size} bytes and the limit is {limit}; {advice}", limit=limit
+        )
+    upload = await run_sync(store.create, payload_id, header.total_size)
+    try:
+        await write_joined(body, head, upload)
+        return verdict, await run_sync(upload.commit)
+    finally:
+        with anyio.CancelScope(shield=True):
+            await run_sync(upload.abort)
+
+
+async def store_tensors(
+    store: PayloadStore, payload_id: str, tensors: Mapping[str, RawTensor], envelope: Envelope
+) -> PayloadRef:
+    """Store tensors that came as JSON as the frame that a client would have sent."""
+    return await run_sync(lambda: store.put(payload_id, encode(tensors, {FRAME_METADATA_KEY: envelope.text()})))
+
+
+def decode_tensors(entries: Mapping[str, Any]) -> dict[str, RawTensor]:
+    """JSON tensors by name; raises MALFORMED naming the tensor."""
+    return {name: _decode(name, entry) for name, entry in entries.items()}
+
+
+def _decode(name: str, entry: Any) -> RawTensor:
+    try:
+        return from_json(entry)
+    except CodecError as error:
+        raise ServiceError("MALFORMED", f"tensor {name}: {error}", tensor=name) from None
+
+
+async def _read_header(body: AsyncIterator[bytes], total: int | None) -> tuple[bytearray, Header]:
+    """The bytes read so far, header included, and the header; raises CodecError."""
+    head = bytearray()
+    async for piece in body:
+        head += piece
+        if len(head) >= PREFIX_BYTES and len(head) >= header_length(head[:PREFIX_BYTES]):
+            break
+    return head, parse_header(head, total)
+
+
+async def write_joined(body: AsyncIterator[bytes], head: bytearray, upload: Upload | PartUpload) -> None:
+    """Write what arrives in joins of about 1 MiB, one being written while the next one arrives."""
+    joined: list[bytes | bytearray] = [head]
+    size = len(head)
+    writing: asyncio.Task[None] | None = None
+    try:
+        async for piece in body:
+            joined.append(piece)
+            size += len(piece)
+            if size < JOIN_BYTES:
+                continue
+            if writing is not None:
+                await writing
+            writing = asyncio.create_task(run_sync(upload.write, *joined))
+            joined, size = [], 0
+        if writing is not None:
+            await writing
+        await run_sync(upload.write, *joined)
+    finally:
+        if writing is not None:
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait({writing})

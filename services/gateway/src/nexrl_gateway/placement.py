@@ -1,0 +1,251 @@
+"""Making and ending groups: the two operations whose job may not run in a group."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from nexrl_contract import names
+from nexrl_contract.config import check_role, differing_keys, parse_config
+from nexrl_contract.errors import ServiceError
+from nexrl_contract.records import GroupRecord, JobRecord
+from nexrl_ledger import Fenced, Ledger
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from nexrl_gateway.errors import checked_argument_error
+from nexrl_gateway.paths import Roots
+from nexrl_gateway.services import Services
+from nexrl_gateway.submit import fingerprint, log_accepted
+
+_RACES = 5
+
+
+class InitializeBody(BaseModel):
+    """``POST /initialize``. ``config_dict`` is a whole service entry, or just ``{"actor": ...}``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    config_dict: dict[str, Any] | None = None
+    role: str = "actor"
+    world_size: int | None = Field(default=None, ge=1)
+    zmq_base_port: Any = None
+    dispatch_mode: Any = None
+    config_path: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A checked request for a group; ``settings`` are the effective ``actor`` keys with absolute model paths."""
+
+    identifier: str
+    role: str
+    world_size: int
+    settings: dict[str, Any]
+    ignored: list[str]
+
+    def differs(self, group: GroupRecord) -> list[str]:
+        """Names of the settings in which ``group`` is another one."""
+        keys = differing_keys(group.config, self.settings, "actor.")
+        keys += ["role"] if group.role != self.role else []
+        return keys + (["world_size"] if group.world_size != self.world_size else [])
+
+
+class _Appeared(Exception):
+    """Somebody else made the group in the meantime."""
+
+
+def read_wanted(document: dict[str, Any], identifier: str | None, roots: Roots) -> Wanted:
+    """Check ``initialize``'s body; raises INVALID_ARGUMENT, INVALID_CONFIG, PATH_REFUSED or IDENTIFIER_REQUIRED."""
+    try:
+        body = InitializeBody.model_validate(document)
+    except ValidationError as error:
+        raise checked_argument_error(error, list(InitializeBody.model_fields)) from None
+    if body.config_path is not None:
+        raise ServiceError(
+            "INVALID_ARGUMENT", "config_path is read by the client; send its content as config_dict", key="config_path"
+        )
+    if body.config_dict is None:
+        raise ServiceError(
+            "INVALID_ARGUMENT", "config_dict is missing; it needs at least actor.model.path", key="config_dict"
+        )
+    config = parse_config(body.config_dict)
+    world_size = body.world_size or config.entry.resource.world_size
+    if world_size is None:
+        raise ServiceError(
+            "INVALID_ARGUMENT", "give world_size, or resource.world_size in config_dict", key="world_size"
+        )
+    unused = [name for name in ("zmq_base_port", "dispatch_mode") if getattr(body, name) is not None]
+    return Wanted(
+        identifier=_checked_identifier(body.config_dict.get("identifier") if identifier is None else identifier),
+        role=check_role(body.role),
+        world_size=world_size,
+        settings=_with_model_paths(config.settings(), roots),
+        ignored=[*config.ignored, *unused],
+    )
+
+
+def initialize(services: Services, wanted: Wanted, key: str | None) -> tuple[GroupRecord, JobRecord | None, bool]:
+    """The group, the job that places it (None where that is forgotten), and whether the group was there already.
+
+    Raises GROUP_EXISTS, GROUP_DOWN, NO_SUCH_SLOTS and what the ledger raises.
+    """
+    ledger = services.ledger
+    mark = fingerprint(
+        "initialize_worker", wanted.identifier, {"wanted": [wanted.role, wanted.world_size, wanted.settings]}, ""
+    )
+    first = ledger.replay_of(key, mark) if key else None
+    if first is not None:
+        return _group_of(ledger, wanted, first.id), first, False
+    for _ in range(_RACES):
+        group = ledger.group(wanted.identifier)
+        if group is not None and group.state != "destroyed":
+            return _existing(ledger, group, wanted)
+        waits_for = _slots_awaited(ledger, wanted.world_size)
+        try:
+            return _place(ledger, wanted, key, mark, waits_for)
+        except _Appeared:
+            continue
+    raise ServiceError("GROUP_EXISTS", f"group {wanted.identifier!r} is being made and destroyed by others; try again")
+
+
+def destroy_idle(services: Services, job: JobRecord) -> None:
+    """Run a ``destroy`` job ourselves where the group has no ranks that could: it waits for slots, or is down.
+
+    Safe to repeat: a gateway that died half-way is made good by the next one that gets the same request.
+    """
+    ledger = services.ledger
+    group = ledger.group(job.identifier)
+    if group is None or group.state not in ("placing", "down", "destroyed") or job.final:
+        return
+    if group.state == "placing" and not _withdrawn(ledger, group):
+        return
+    claimed = ledger.claim(job.queue, job_id=job.id, stale_before=time.time() - 10)
+    if claimed is None:
+        return
+    if group.state != "destroyed":
+        try:
+            ledger.group_destroyed(job.identifier, group.epoch, spare_job=job.id)
+        except Fenced:
+            ledger.finish(
+                claimed, error=ServiceError("GROUP_DOWN", "the group was restarted meanwhile; try again").body()
+            )
+            return
+    ledger.finish(claimed, result={})
+
+
+def cancel(services: Services, job_id: str) -> JobRecord:
+    """Cancel a queued job and drop what it would have needed; raises JOB_RUNNING or JOB_FINAL."""
+    job = services.ledger.cancel(job_id)
+    if job.payload is not None:
+        services.store.delete(job.payload.id)
+    if job.operation == "initialize_worker":
+        services.ledger.group_destroyed(job.identifier, None)
+    return services.ledger.require_job(job_id)
+
+
+def _checked_identifier(identifier: Any) -> str:
+    if identifier is None:
+        raise ServiceError("IDENTIFIER_REQUIRED", "name the new group: ?identifier=student")
+    if not isinstance(identifier, str) or not names.valid_identifier(identifier):
+        raise ServiceError("INVALID_ARGUMENT", f"identifier must match {names.IDENTIFIER_PATTERN}", key="identifier")
+    return identifier
+
+
+def _with_model_paths(settings: dict[str, Any], roots: Roots) -> dict[str, Any]:
+    path = roots.model(settings["model"]["path"], "actor.model.path")
+    reference = settings["ref"]["model"]["path"]
+    if reference is not None:
+        reference = roots.model(reference, "actor.ref.model.path")
+    return {
+        **settings,
+        "model": {**settings["model"], "path": path},
+        "ref": {**settings["ref"], "model": {**settings["ref"]["model"], "path": reference}},
+    }
+
+
+def _existing(ledger: Ledger, group: GroupRecord, wanted: Wanted) -> tuple[GroupRecord, JobRecord | None, bool]:
+    about = {"identifier": group.identifier}
+    differing = wanted.differs(group)
+    if differing:
+        raise ServiceError(
+            "GROUP_EXISTS",
+            f"group {group.identifier!r} exists with other settings ({', '.join(differing)}); destroy it first",
+            keys=differing,
+            **about,
+        )
+    if group.state == "down":
+        message = f"group {group.identifier!r} is down: {group.cause or 'unknown cause'}; destroy and initialize it"
+        raise ServiceError("GROUP_DOWN", message, cause=group.cause, **about)
+    job = ledger.job(group.placement_job) if group.placement_job else None
+    if group.state in ("placing", "starting") and (job is None or job.final):
+        raise ServiceError("GROUP_DOWN", f"group {group.identifier!r} is being started; try again shortly", **about)
+    return group, job, True
+
+
+def _place(
+    ledger: Ledger, wanted: Wanted, key: str | None, mark: str, waits_for: str | None
+) -> tuple[GroupRecord, JobRecord, bool]:
+    job = JobRecord(
+        id=names.new_job_id(),
+        operation="initialize_worker",
+        identifier=wanted.identifier,
+        queue=names.AGENT_QUEUE,
+        params={"role": wanted.role, "world_size": wanted.world_size},
+        ignored=wanted.ignored,
+        key=key,
+        fingerprint=mark,
+        waits_for=waits_for,
+        created_at=time.time(),
+    )
+    recorded, replayed = ledger.submit(job, names.PLACE_JOB, check=_refuse_living, group=_record(wanted, job.id))
+    log_accepted(recorded, replayed)
+    return _group_of(ledger, wanted, recorded.id), recorded, False
+
+
+def _refuse_living(group: GroupRecord | None) -> None:
+    if group is not None and group.state != "destroyed":
+        raise _Appeared
+
+
+def _record(wanted: Wanted, job_id: str) -> GroupRecord:
+    return GroupRecord(
+        identifier=wanted.identifier,
+        role=wanted.role,
+        world_size=wanted.world_size,
+        config=wanted.settings,
+        ignored=wanted.ignored,
+        placement_job=job_id,
+        created_at=time.time(),
+    )
+
+
+def _group_of(ledger: Ledger, wanted: Wanted, job_id: str) -> GroupRecord:
+    return ledger.group(wanted.identifier) or _record(wanted, job_id)
+
+
+def _slots_awaited(ledger: Ledger, world_size: int) -> str | None:
+    """Why a group of this size has to wait, None if it need not; raises NO_SUCH_SLOTS where it would wait for ever."""
+    agents = ledger.agents()
+    if not agents:
+        raise ServiceError(
+            "GROUP_DOWN", "no worker agent is registered; start one (python -m nexrl_worker.agent) and try again"
+        )
+    largest, free = max(agent.slots for agent in agents), max(agent.free for agent in agents)
+    if world_size > largest:
+        message = f"world_size {world_size} is impossible: the largest agent has {largest} slots"
+        raise ServiceError("NO_SUCH_SLOTS", message, key="world_size", slots=largest)
+    if world_size > free:
+        return f"{world_size} free slots on one agent; at the moment the freest has {free}"
+    return None
+
+
+def _withdrawn(ledger: Ledger, group: GroupRecord) -> bool:
+    """Whether the job that would place the group is out of the way, so that no agent starts it any more."""
+    if group.placement_job is None:
+        return True
+    try:
+        ledger.cancel(group.placement_job)
+    except ServiceError as error:
+        return error.code != "JOB_RUNNING"
+    return True

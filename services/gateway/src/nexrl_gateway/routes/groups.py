@@ -1,0 +1,59 @@
+"""Worker groups: make one, and look at those that live."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response
+
+from nexrl_gateway.admission import named_identifier, resolve
+from nexrl_gateway.answers import answer, initialized
+from nexrl_gateway.bodies import content_kind, read_json
+from nexrl_gateway.docs import errors
+from nexrl_gateway.examples import INITIALIZE
+from nexrl_gateway.placement import InitializeBody, initialize, read_wanted
+from nexrl_gateway.replies import json_response
+from nexrl_gateway.routes.operations import Identifier
+from nexrl_gateway.services import Services, services_of
+from nexrl_gateway.status import models, worker_info
+from nexrl_gateway.wishes import Wishes, read_wishes
+
+Here = Annotated[Services, Depends(services_of)]
+router = APIRouter(tags=["groups"])
+_BODY = {"schema": InitializeBody.model_json_schema(), "examples": {"two ranks": {"value": INITIALIZE}}}
+
+
+@router.post(
+    "/initialize",
+    summary="Make a worker group",
+    responses={
+        202: {"description": "Accepted: the job, when the request prefers respond-async"},
+        **errors(400, 409, 422, 504),
+    },
+    openapi_extra={"requestBody": {"required": True, "content": {"application/json": _BODY}}},
+)
+async def initialize_worker(
+    request: Request, services: Here, wishes: Annotated[Wishes, Depends(read_wishes)], identifier: Identifier = None
+) -> Response:
+    """Waits for free slots and starts the ranks; a living group with equal settings answers ``already: true``."""
+    content_kind(request, frames=False)
+    document = await read_json(request)
+    wanted = await run_sync(read_wanted, document, named_identifier(identifier, document), services.roots)
+    group, job, already = await run_sync(initialize, services, wanted, wishes.key)
+    if job is None or (already and job.final):
+        return initialized(group, wanted.ignored)
+    return await answer(services, job, wishes, {"already": True} if already else None)
+
+
+@router.get("/get_models", summary="The living groups", responses=errors())
+async def get_models(services: Here) -> Response:
+    """Their roles, states and heartbeats."""
+    return json_response(await run_sync(models, services))
+
+
+@router.get("/worker_info", summary="One group in detail", responses=errors(400, 404))
+async def get_worker_info(services: Here, identifier: Identifier = None) -> Response:
+    """The group's record, and what its ranks say of themselves."""
+    return json_response(worker_info(await run_sync(resolve, services.ledger, identifier)))

@@ -1,0 +1,39 @@
+"""Is it alive, is it ready, what is it doing."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Depends
+from starlette.responses import PlainTextResponse, Response
+
+from nexrl_gateway.docs import errors
+from nexrl_gateway.replies import json_response
+from nexrl_gateway.services import Services, services_of
+from nexrl_gateway.status import health, metrics
+
+Here = Annotated[Services, Depends(services_of)]
+router = APIRouter(tags=["health"])
+
+
+@router.get("/health", summary="Redis, the payload store, each group and its last heartbeat")
+async def show_health(services: Here) -> Response:
+    """200 with ``status`` healthy, or degraded where a group is not well; 503 while Redis or the store is away."""
+    report, serving = await run_sync(health, services)
+    return json_response(report, 200 if serving else 503)
+
+
+@router.get("/ready", summary="Whether requests can be served")
+async def show_ready(services: Here) -> Response:
+    """200 or 503."""
+    report, serving = await run_sync(health, services)
+    return json_response(
+        {"ready": serving, "redis": report["redis"], "payload_store": report["payload_store"]}, 200 if serving else 503
+    )
+
+
+@router.get("/metrics", summary="Gauges for Prometheus", responses=errors())
+async def show_metrics(services: Here) -> Response:
+    """Prometheus' text format."""
+    return PlainTextResponse(await run_sync(metrics, services), media_type="text/plain; version=0.0.4")

@@ -1,0 +1,133 @@
+"""What is up: the truth behind ``/health``, ``/get_models`` and ``/metrics``."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from nexrl_contract import names
+from nexrl_contract.errors import ServiceError
+from nexrl_contract.records import AgentRecord, GroupRecord
+
+from nexrl_gateway.errors import REDIS_AWAY
+from nexrl_gateway.services import Services
+
+STALE_S = 20.0
+"""A live group beats every few seconds; older than this it is not believed to be well."""
+
+
+def health(services: Services) -> tuple[dict[str, Any], bool]:
+    """What ``/health`` shows, and whether requests can be served at all."""
+    report: dict[str, Any] = {"status": "degraded", "redis": "ok", "payload_store": _store_state(services)}
+    try:
+        services.ledger.client.ping()
+        groups = services.ledger.groups()
+        agents, checkpointers = services.ledger.agents(), services.ledger.checkpointers()
+    except REDIS_AWAY:
+        return {**report, "redis": "unavailable"}, False
+    serving = report["payload_store"] == "ok"
+    if serving and not any(group.state == "down" or _stale(group) for group in groups):
+        report["status"] = "healthy"
+    report["groups"] = {group.identifier: _brief(group) for group in groups}
+    report["agents"] = [_process(record) for record in agents]
+    report["checkpointers"] = [_process(record) for record in checkpointers]
+    report["slots"] = {"total": sum(a.slots for a in agents), "free": sum(a.free for a in agents)}
+    return report, serving
+
+
+def models(services: Services) -> dict[str, Any]:
+    """What ``/get_models`` shows."""
+    groups = services.ledger.groups()
+    return {
+        "status": "success",
+        "identifiers": [group.identifier for group in groups],
+        "count": len(groups),
+        "models": {group.identifier: _brief(group) for group in groups},
+    }
+
+
+def worker_info(group: GroupRecord) -> dict[str, Any]:
+    """What ``/worker_info`` shows: the record of a group, and what its ranks say of themselves."""
+    return {
+        "status": "success",
+        "identifier": group.identifier,
+        **_brief(group),
+        "seq": group.seq,
+        "nodes": group.nodes,
+        "running_job": group.running_job,
+        "ignored": group.ignored,
+        "config": group.config,
+        "created_at": group.created_at,
+        "info": group.info,
+    }
+
+
+def metrics(services: Services) -> str:
+    """Prometheus' text format. Times are seconds."""
+    ledger = services.ledger
+    groups, agents = ledger.groups(), ledger.agents()
+    queues = {group.identifier: names.train_queue(group.identifier) for group in groups}
+    queues |= {"agents": names.AGENT_QUEUE, "checkpoints": names.CHECKPOINT_QUEUE}
+    jobs = Counter((name, job.state) for name, queue in queues.items() for job in ledger.waiting(queue))
+    lines = _gauge(
+        "nexrl_gateway_uptime_seconds", "Since this gateway started.", [("", time.time() - services.started_at)]
+    )
+    lines += _gauge(
+        "nexrl_jobs",
+        "Jobs that have not ended.",
+        [(f'{{queue="{q}",state="{s}"}}', n) for (q, s), n in sorted(jobs.items())],
+    )
+    lines += _gauge(
+        "nexrl_group_state",
+        "1 for the state of a group.",
+        [(f'{{identifier="{g.identifier}",state="{g.state}"}}', 1) for g in groups],
+    )
+    lines += _gauge("nexrl_slots_total", "Slots of all agents.", [("", sum(agent.slots for agent in agents))])
+    lines += _gauge("nexrl_slots_free", "Slots without a rank.", [("", sum(agent.free for agent in agents))])
+    return "\n".join(lines) + "\n"
+
+
+def _gauge(name: str, meaning: str, values: Iterable[tuple[str, float]]) -> list[str]:
+    return [
+        f"# HELP {name} {meaning}",
+        f"# TYPE {name} gauge",
+        *(f"{name}{labels} {value:g}" for labels, value in values),
+    ]
+
+
+def _store_state(services: Services) -> str:
+    try:
+        services.store.check()
+    except ServiceError as error:
+        return error.message
+    return "ok"
+
+
+def _stale(group: GroupRecord) -> bool:
+    return group.state in ("up", "ready") and (group.heartbeat is None or time.time() - group.heartbeat > STALE_S)
+
+
+def _brief(group: GroupRecord) -> dict[str, Any]:
+    return {
+        "world_size": group.world_size,
+        "role": group.role,
+        "state": group.state,
+        "initialised": group.initialised,
+        "epoch": group.epoch,
+        "last_heartbeat": group.heartbeat,
+        "cause": group.cause,
+        "agent": group.agent,
+    }
+
+
+def _process(record: AgentRecord) -> dict[str, Any]:
+    return {
+        "name": record.name,
+        "host": record.host,
+        "device": record.device,
+        "slots": record.slots,
+        "free": record.free,
+        "last_heartbeat": record.heartbeat,
+    }

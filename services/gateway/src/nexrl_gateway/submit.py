@@ -1,0 +1,191 @@
+"""From a request to a job in the ledger: resolve the group, check the content, store the batch, submit once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import xxhash
+from anyio.to_thread import run_sync
+from fastapi import Request
+from nexrl_contract import names
+from nexrl_contract.config import nearest
+from nexrl_contract.errors import ServiceError
+from nexrl_contract.operations import LOSSES, Operation
+from nexrl_contract.records import GroupRecord, JobRecord, PayloadRef
+from nexrl_ledger import Ledger
+from pydantic import ValidationError
+from tensor_codec import Header
+
+from nexrl_gateway import intake
+from nexrl_gateway.admission import admit, named_identifier, resolve
+from nexrl_gateway.batches import Judged, judge
+from nexrl_gateway.bodies import content_kind, read_json
+from nexrl_gateway.documents import BatchDocument, PartsDocument, read_batch
+from nexrl_gateway.errors import checked_argument_error
+from nexrl_gateway.paths import settle
+from nexrl_gateway.services import Services
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A checked request that is not in the ledger yet; ``fingerprint`` is the same for the same request."""
+
+    job_id: str
+    fingerprint: str
+    params: dict[str, Any]
+    payload: PayloadRef | None = None
+    rows: int | None = None
+    ignored: list[str] = field(default_factory=list)
+    stored_here: bool = False
+    """The payload was made by this request, so a request that comes to nothing takes it away again."""
+
+
+async def submit_operation(
+    services: Services, operation: Operation, request: Request, identifier: str | None, key: str | None
+) -> JobRecord:
+    """The job of this request, or the first one of its key; raises ServiceError for whatever is refused.
+
+    The group is resolved and asked before the body is read, where the query names it.
+    """
+    kind = content_kind(request, frames=operation.takes_batch)
+    entrance = partial(_entrance, services.ledger, operation, key)
+    if kind == names.FRAME_TYPE:
+        group = await run_sync(entrance, identifier)
+        draft = await _frame_draft(services, operation, request, group)
+    else:
+        early = await run_sync(entrance, identifier) if identifier is not None else None
+        document = await read_json(request)
+        named = named_identifier(identifier, document)
+        group = early if early is not None else await run_sync(entrance, named)
+        if not operation.takes_batch:
+            draft = await run_sync(_plain_draft, services, operation, document, group)
+        else:
+            batch = read_batch(document)
+            if isinstance(batch, PartsDocument):
+                return await run_sync(_submit_parts, services, operation, batch, group, key)
+            draft = await _json_draft(services, operation, batch, group)
+    return await run_sync(submit_draft, services, operation, group, draft, key)
+
+
+def submit_draft(
+    services: Services, operation: Operation, group: GroupRecord, draft: Draft, key: str | None
+) -> JobRecord:
+    """Write the job; a draft that is refused or was here before leaves no payload behind."""
+    job = JobRecord(
+        id=draft.job_id,
+        operation=operation.name,
+        identifier=group.identifier,
+        queue=names.train_queue(group.identifier),
+        params=draft.params,
+        payload=draft.payload,
+        rows=draft.rows,
+        ignored=draft.ignored,
+        key=key,
+        fingerprint=draft.fingerprint,
+        created_at=time.time(),
+    )
+    taken = False
+    try:
+        recorded, replayed = services.ledger.submit(job, names.RUN_JOB, check=partial(admit, operation=operation))
+        taken = not replayed
+    finally:
+        if draft.stored_here and draft.payload is not None and not taken:
+            services.store.delete(draft.payload.id)
+    log_accepted(recorded, replayed)
+    return recorded
+
+
+def log_accepted(job: JobRecord, replayed: bool) -> None:
+    """The one line of a request that became, or was, a job."""
+    nbytes = job.payload.nbytes if job.payload else 0
+    event = "job.replayed" if replayed else "job.accepted"
+    _log.info("%s job_id=%s operation=%s identifier=%s nbytes=%d", event, job.id, job.operation, job.identifier, nbytes)
+
+
+def fingerprint(operation: str, identifier: str, params: Mapping[str, Any], content: str) -> str:
+    """xxh3-128 over everything that makes two requests the same."""
+    text = json.dumps([operation, identifier, params, content], sort_keys=True, separators=(",", ":"))
+    return str(xxhash.xxh3_128_hexdigest(text.encode()))
+
+
+def check_params(operation: Operation, given: dict[str, Any]) -> dict[str, Any]:
+    """The operation's arguments with defaults; raises INVALID_ARGUMENT naming the argument and the nearest one."""
+    try:
+        params = operation.params.model_validate(given).model_dump(mode="json")
+    except ValidationError as error:
+        raise checked_argument_error(error, list(operation.params.model_fields)) from None
+    loss = params.get("loss")
+    if loss is not None and loss not in LOSSES:
+        raise ServiceError(
+            "INVALID_ARGUMENT",
+            f"loss {loss[:100]!a} is not one of {', '.join(LOSSES)}",
+            key="loss",
+            nearest=nearest(loss, LOSSES),
+        )
+    return params
+
+
+def _entrance(ledger: Ledger, operation: Operation, key: str | None, identifier: str | None) -> GroupRecord:
+    """The group, if it can take the operation now; a repeated key is answered whatever has become of the group."""
+    group = resolve(ledger, identifier)
+    if key is None or not ledger.client.exists(names.idempotency_key(key)):
+        admit(group, operation)
+    return group
+
+
+async def _frame_draft(services: Services, operation: Operation, request: Request, group: GroupRecord) -> Draft:
+    job_id = names.new_job_id()
+
+    def verdict(header: Header) -> tuple[dict[str, Any], Judged]:
+        params = check_params(operation, intake.envelope_of(header).params)
+        return params, judge(header.tensors, operation, params, group.config)
+
+    limit = services.settings.max_body_bytes
+    (params, judged), ref = await intake.store_frame(request, services.store, job_id, limit, verdict)
+    mark = fingerprint(operation.name, group.identifier, params, ref.checksum)
+    payload = PayloadRef(id=ref.id, nbytes=ref.nbytes)
+    return Draft(job_id, mark, params, payload, judged.rows, judged.ignored, stored_here=True)
+
+
+async def _json_draft(services: Services, operation: Operation, batch: BatchDocument, group: GroupRecord) -> Draft:
+    params = check_params(operation, batch.params)
+    read = {name: entry for name, entry in batch.tensors.items() if name in operation.reads}
+    tensors = await run_sync(intake.decode_tensors, read)
+    unread = [name for name in batch.tensors if name not in read]
+    judged = judge(tensors, operation, params, group.config, [*unread, *batch.values])
+    job_id = names.new_job_id()
+    ref = await intake.store_tensors(services.store, job_id, tensors, intake.Envelope(batch.metadata, params))
+    mark = fingerprint(operation.name, group.identifier, params, ref.checksum)
+    payload = PayloadRef(id=ref.id, nbytes=ref.nbytes)
+    return Draft(job_id, mark, params, payload, judged.rows, judged.ignored, stored_here=True)
+
+
+def _plain_draft(services: Services, operation: Operation, document: dict[str, Any], group: GroupRecord) -> Draft:
+    params = settle(check_params(operation, document), services.roots)
+    return Draft(names.new_job_id(), fingerprint(operation.name, group.identifier, params, ""), params)
+
+
+def _submit_parts(
+    services: Services, operation: Operation, batch: PartsDocument, group: GroupRecord, key: str | None
+) -> JobRecord:
+    """The parts stay until a job has taken them, so the verb may be repeated; the id stands for their content."""
+    mark = fingerprint(operation.name, group.identifier, batch.params, f"parts:{batch.payload}:{batch.parts}")
+    first = services.ledger.replay_of(key, mark) if key is not None else None
+    if first is not None:
+        return first
+    ref = services.store.assemble(batch.payload, batch.parts)
+    with services.store.open(batch.payload) as payload:
+        header = payload.header
+    params = check_params(operation, {**intake.envelope_of(header).params, **batch.params})
+    judged = judge(header.tensors, operation, params, group.config, batch.values)
+    payload_ref = PayloadRef(id=ref.id, nbytes=ref.nbytes)
+    draft = Draft(names.new_job_id(), mark, params, payload_ref, judged.rows, judged.ignored)
+    return submit_draft(services, operation, group, draft, key)
