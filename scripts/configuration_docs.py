@@ -13,9 +13,9 @@ from pydantic.fields import FieldInfo
 TARGET = Path(__file__).parents[1] / "docs" / "configuration.md"
 HEAD = """# Configuration of a worker group
 
-`initialize_worker(config_dict=...)` takes `{"actor": {...}, "resource": {...}}`; only `actor.model.path` is required. An unknown key is refused with the
-nearest known one; `${...}` is refused by name. This page is generated from `libs/contract/src/nexrl_contract/config.py` by
-`scripts/configuration_docs.py`.
+`initialize_worker(config_dict=...)` takes `{"actor": {...}, "resource": {...}}`; only `actor.model.path` is required.
+An unknown key is refused with the nearest known one; `${...}` is refused by name. This page is generated from
+`libs/contract/src/nexrl_contract/config.py` by `scripts/configuration_docs.py`.
 
 | key | type | default | meaning |
 |---|---|---|---|
@@ -25,7 +25,10 @@ nearest known one; `${...}` is refused by name. This page is generated from `lib
 def document() -> str:
     """The page."""
     rows, inert = _walk(ServiceEntry, "")
-    tail = "\n## Known, and without effect here\n\nAccepted so that existing recipes run; the answer lists those you sent under `ignored`.\n\n"
+    tail = (
+        "\n## Known, and without effect here\n\n"
+        "Accepted so that existing recipes run; the answer lists those you sent under `ignored`.\n\n"
+    )
     return HEAD + "".join(rows) + tail + ", ".join(f"`{name}`" for name in inert) + "\n"
 
 
@@ -53,7 +56,9 @@ def _type(annotation: Any) -> str:
         return "two numbers"
     if inner:
         return f"{_type(inner[0])} or null"
-    return {"str": "text", "int": "integer", "float": "number", "bool": "true, false"}.get(annotation.__name__, annotation.__name__)
+    return {"str": "text", "int": "integer", "float": "number", "bool": "true, false"}.get(
+        annotation.__name__, annotation.__name__
+    )
 
 
 def _default(info: FieldInfo) -> str:

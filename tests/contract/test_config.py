@@ -28,10 +28,16 @@ def test_a_model_path_is_enough_and_the_rest_has_the_documented_defaults() -> No
         ({"optim": {"learning_rate": 1}}, "actor.optim.learning_rate", "actor.optim.lr"),
         ({"zebra": 1}, "actor.zebra", None),
         ({"clip_ration": 0.1}, "actor.clip_ration", "actor.clip_ratio"),
-        ({"fsdp_config": {"mixed_precison": {}}}, "actor.fsdp_config.mixed_precison", "actor.fsdp_config.mixed_precision"),
+        (
+            {"fsdp_config": {"mixed_precison": {}}},
+            "actor.fsdp_config.mixed_precison",
+            "actor.fsdp_config.mixed_precision",
+        ),
     ],
 )
-def test_an_unknown_key_is_named_with_the_nearest_known_one(actor: dict[str, Any], key: str, nearest: str | None) -> None:
+def test_an_unknown_key_is_named_with_the_nearest_known_one(
+    actor: dict[str, Any], key: str, nearest: str | None
+) -> None:
     with pytest.raises(ServiceError) as caught:
         parse(actor)
 
@@ -62,14 +68,24 @@ def test_a_value_that_cannot_be_used_is_refused_by_its_key(actor: dict[str, Any]
 
 
 def test_known_keys_without_effect_are_accepted_and_listed() -> None:
-    config = parse({"ulysses_sequence_parallel_size": 2, "model": {"path": "/m", "use_liger": True}, "checkpoint_manager": "dcp"})
+    config = parse(
+        {"ulysses_sequence_parallel_size": 2, "model": {"path": "/m", "use_liger": True}, "checkpoint_manager": "dcp"}
+    )
 
-    assert sorted(config.ignored) == ["actor.checkpoint_manager", "actor.model.use_liger", "actor.ulysses_sequence_parallel_size"]
+    assert sorted(config.ignored) == [
+        "actor.checkpoint_manager",
+        "actor.model.use_liger",
+        "actor.ulysses_sequence_parallel_size",
+    ]
 
 
 def test_names_of_the_field_mean_the_same_configuration() -> None:
-    ours = parse({"policy_loss": "importance_sampling", "fsdp_config": {"mixed_precision": {"param_dtype": "bfloat16"}}})
-    theirs = parse({"loss_func_type": "importance_sampling", "fsdp_config": {"mixed_precision": {"param_dtype": "bf16"}}})
+    ours = parse(
+        {"policy_loss": "importance_sampling", "fsdp_config": {"mixed_precision": {"param_dtype": "bfloat16"}}}
+    )
+    theirs = parse(
+        {"loss_func_type": "importance_sampling", "fsdp_config": {"mixed_precision": {"param_dtype": "bf16"}}}
+    )
 
     assert ours.settings() == theirs.settings()
 
@@ -80,7 +96,9 @@ def test_two_configurations_are_compared_by_their_effective_keys() -> None:
     assert differing_keys(one, other) == ["optim.lr"]
 
 
-@pytest.mark.parametrize(("text", "value"), [("2e-6", 2e-6), ("1E3", 1000.0), (".5", 0.5), ("10", 10), ("-1.5e+2", -150.0), ("1e", "1e")])
+@pytest.mark.parametrize(
+    ("text", "value"), [("2e-6", 2e-6), ("1E3", 1000.0), (".5", 0.5), ("10", 10), ("-1.5e+2", -150.0), ("1e", "1e")]
+)
 def test_yaml_numbers_are_those_of_yaml_1_2(text: str, value: object) -> None:
     loaded = load(f"x: {text}")["x"]
 

@@ -232,7 +232,14 @@ def test_ended_jobs_leave_no_key_without_an_expiry(ledger: Ledger, redis_url: st
 
     lasting = {key for key in ledger.client.keys("*") if ledger.client.ttl(key) == -1}
 
-    assert lasting <= {"nexrl:order", "nexrl:jobs", "rq:queues", "rq:workers", "rq:queue:agents", "nexrl:applied:student"}
+    assert lasting <= {
+        "nexrl:order",
+        "nexrl:jobs",
+        "rq:queues",
+        "rq:workers",
+        "rq:queue:agents",
+        "nexrl:applied:student",
+    }
 
 
 def test_a_record_stays_small(ledger: Ledger) -> None:

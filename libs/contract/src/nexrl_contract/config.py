@@ -16,7 +16,7 @@ from nexrl_contract.operations import ROLES
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 _DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
-_INERT = {"inert": True}
+_INERT: Any = {"inert": True}
 
 
 def _inert() -> Any:
@@ -69,7 +69,9 @@ class OptimConfig(Section):
     eps: float = Field(default=1e-8, gt=0, description="Added to the root of the second moment.")
     weight_decay: float = Field(default=0.01, ge=0, description="Decoupled; applied to every parameter.")
     lr_warmup_steps: int = Field(default=0, ge=0, description="The first step of a warm-up of n uses lr/n.")
-    lr_scheduler: Literal["constant", "linear", "cosine"] = Field(default="constant", description="Shape after the warm-up.")
+    lr_scheduler: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="Shape after the warm-up."
+    )
     total_training_steps: int | None = Field(default=None, ge=1, description="Where linear and cosine end.")
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1, description="Where linear and cosine end, as a share of lr.")
     lr_warmup_steps_ratio: Any = _inert()
@@ -121,9 +123,13 @@ class ActorConfig(Section):
     clip_ratio: float = Field(default=0.2, ge=0, description="The ratio is clipped to 1 - low, 1 + high.")
     clip_ratio_low: float | None = Field(default=None, ge=0, le=1, description="Null takes clip_ratio.")
     clip_ratio_high: float | None = Field(default=None, ge=0, description="Null takes clip_ratio.")
-    clip_ratio_c: float | None = Field(default=None, gt=1, description="Dual clip for negative advantages; off by default.")
+    clip_ratio_c: float | None = Field(
+        default=None, gt=1, description="Dual clip for negative advantages; off by default."
+    )
     entropy_coeff: float = Field(default=0.0, description="The loss is lowered by this times the entropy.")
-    use_kl_loss: bool = Field(default=False, description="Add the KL term, against ref_log_prob or the frozen reference.")
+    use_kl_loss: bool = Field(
+        default=False, description="Add the KL term, against ref_log_prob or the frozen reference."
+    )
     kl_loss_coef: float = Field(default=0.001, description="Weight of the KL term.")
     kl_loss_type: Literal["k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl"] = Field(
         default="low_var_kl", description="Estimator; kl is k1, mse is k2, low_var_kl is k3."
@@ -160,7 +166,9 @@ class ActorConfig(Section):
 class ResourceConfig(Section):
     """``resource``: how many ranks."""
 
-    world_size: int | None = Field(default=None, ge=1, description="Ranks, where initialize_worker names no world_size.")
+    world_size: int | None = Field(
+        default=None, ge=1, description="Ranks, where initialize_worker names no world_size."
+    )
     gpus_per_pod: Any = _inert()
     memory_per_gpu: Any = _inert()
 
@@ -217,7 +225,12 @@ def parse_config(config: dict[str, Any]) -> GroupConfig:
 def check_role(role: str) -> str:
     """``role`` if a group can have it; raises ``INVALID_ARGUMENT`` otherwise."""
     if role not in ROLES:
-        raise ServiceError("INVALID_ARGUMENT", f"role {role!r} is not one of {', '.join(ROLES)}", key="role", nearest=nearest(role, ROLES))
+        raise ServiceError(
+            "INVALID_ARGUMENT",
+            f"role {role!r} is not one of {', '.join(ROLES)}",
+            key="role",
+            nearest=nearest(role, ROLES),
+        )
     return role
 
 
@@ -228,7 +241,9 @@ def effective(section: Section) -> dict[str, Any]:
         if _is_inert(info):
             continue
         value = getattr(section, name)
-        values[name] = effective(value) if isinstance(value, Section) else list(value) if isinstance(value, tuple) else value
+        values[name] = (
+            effective(value) if isinstance(value, Section) else list(value) if isinstance(value, tuple) else value
+        )
     return values
 
 
@@ -263,7 +278,9 @@ def _refuse_interpolation(value: Any, path: str) -> None:
             _refuse_interpolation(inner, f"{path}[{index}]")
     elif isinstance(value, str) and "${" in value:
         raise ServiceError(
-            "INVALID_CONFIG", f"config key {path}: interpolation {value!r} is not resolved here; write the value", key=path
+            "INVALID_CONFIG",
+            f"config key {path}: interpolation {value!r} is not resolved here; write the value",
+            key=path,
         )
 
 
@@ -276,7 +293,11 @@ def _normalise(config: dict[str, Any]) -> dict[str, Any]:
     if "loss_func_type" in actor:
         alias = actor.pop("loss_func_type")
         if actor.setdefault("policy_loss", alias) != alias:
-            raise ServiceError("INVALID_CONFIG", "actor.loss_func_type and actor.policy_loss differ; keep one", key="actor.loss_func_type")
+            raise ServiceError(
+                "INVALID_CONFIG",
+                "actor.loss_func_type and actor.policy_loss differ; keep one",
+                key="actor.loss_func_type",
+            )
     fsdp = actor.get("fsdp_config")
     if isinstance(fsdp, dict):
         actor["fsdp_config"] = _short_dtypes(fsdp)
@@ -324,7 +345,7 @@ def _inert_keys(config: dict[str, Any], section: type[Section], prefix: str) -> 
 
 
 def _is_inert(info: Any) -> bool:
-    return info.json_schema_extra == _INERT
+    return bool(info.json_schema_extra == _INERT)
 
 
 def _section_of(info: Any) -> type[Section] | None:

@@ -91,7 +91,9 @@ OPERATIONS: dict[str, Operation] = {
     operation.name: operation
     for operation in (
         Operation("init_model", mutates=True, needs_model=False),
-        Operation("update_actor", takes_batch=True, mutates=True, roles=("actor",), reads=_POLICY, required=("input_ids",)),
+        Operation(
+            "update_actor", takes_batch=True, mutates=True, roles=("actor",), reads=_POLICY, required=("input_ids",)
+        ),
         Operation(
             "update_actor_with_distillation",
             DistillParams,

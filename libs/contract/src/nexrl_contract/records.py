@@ -26,7 +26,11 @@ class Record(BaseModel):
         """Inverse of :meth:`to_hash`."""
         text = {name for name, info in cls.model_fields.items() if _is_text(info.annotation)}
         return cls.model_validate(
-            {name: value if name in text else json.loads(value) for name, value in fields.items() if name in cls.model_fields}
+            {
+                name: value if name in text else json.loads(value)
+                for name, value in fields.items()
+                if name in cls.model_fields
+            }
         )
 
 

@@ -106,7 +106,9 @@ class ResidentWorker(rq.SimpleWorker):
         on_bell: Callable[[str], None],
         on_tick: Callable[[], None],
     ) -> None:
-        super().__init__([queue], name=name, connection=client, serializer=JSONSerializer, worker_ttl=60, log_job_description=False)
+        super().__init__(
+            [queue], name=name, connection=client, serializer=JSONSerializer, worker_ttl=60, log_job_description=False
+        )
         self._on_bell = on_bell
         self._on_tick = on_tick
         self._failure: BaseException | None = None
@@ -185,7 +187,7 @@ class ResidentWorker(rq.SimpleWorker):
 
     def run_maintenance_tasks(self) -> None:
         """RQ must not fail or requeue anything: the ledger decides."""
-        self.last_cleaned_at = rq.utils.now()
+        self.last_cleaned_at = rq.utils.now()  # type: ignore[assignment] # RQ annotates only its initial None
 
     def set_state(self, state: str, pipeline: Pipeline | None = None) -> None:
         """Kept in memory: the ledger says who runs what, and two round trips a job are saved."""

@@ -11,7 +11,6 @@ import redis
 from nexrl_contract import names
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.records import AgentRecord, GroupRecord, JobRecord, PayloadRef, encode_fields
-from redis.client import Pipeline
 
 from nexrl_ledger import scripts
 from nexrl_ledger.bell import Bell
@@ -29,7 +28,8 @@ class Ledger:
     """Reads and atomic changes of the records; safe to share between threads."""
 
     def __init__(self, client: redis.Redis) -> None:
-        self.client = client
+        # redis-py types replies as decoded or raw, single or nested; this client always decodes.
+        self.client: Any = client
         self.bell = Bell(client)
         ttls = {"RESULT_TTL": names.RESULT_TTL_S, "TOMBSTONE_TTL": names.TOMBSTONE_TTL_S}
         self._script = {name: client.register_script(_with_constants(text, ttls)) for name, text in _SCRIPTS.items()}
@@ -59,7 +59,9 @@ class Ledger:
                         return self._replayed(job, str(first)), True
                     check(self._group_in(pipe, group_key))
                     if (queued := pipe.zcard(names.waiting_key(job.queue))) >= MAX_QUEUED:
-                        raise ServiceError("TOO_MANY_QUEUED", f"{queued} operations wait for {job.identifier!r} already; try later")
+                        raise ServiceError(
+                            "TOO_MANY_QUEUED", f"{queued} operations wait for {job.identifier!r} already; try later"
+                        )
                     job = job.model_copy(update={"order": pipe.incr(names.ORDER_KEY)})
                     pipe.multi()
                     self._write_new(pipe, job, key, function, group)
@@ -71,7 +73,9 @@ class Ledger:
     def _replayed(self, job: JobRecord, first_id: str) -> JobRecord:
         first = self.job(first_id)
         if first is None:
-            raise ServiceError("EXPIRED", f"idempotency key {job.key!r} was used by a job whose result has expired; use a new key")
+            raise ServiceError(
+                "EXPIRED", f"idempotency key {job.key!r} was used by a job whose result has expired; use a new key"
+            )
         if first.fingerprint != job.fingerprint:
             raise ServiceError(
                 "IDEMPOTENCY_MISMATCH",
@@ -80,7 +84,7 @@ class Ledger:
             )
         return first
 
-    def _write_new(self, pipe: Pipeline, job: JobRecord, key: str | None, function: str, group: GroupRecord | None) -> None:
+    def _write_new(self, pipe: Any, job: JobRecord, key: str | None, function: str, group: GroupRecord | None) -> None:
         if group is not None:
             pipe.delete(names.group_key(group.identifier))
             pipe.hset(names.group_key(group.identifier), mapping=group.to_hash())
@@ -98,7 +102,9 @@ class Ledger:
         first = self.client.get(names.idempotency_key(key))
         if first is None:
             return None
-        return self._replayed(JobRecord(id="", operation="", identifier="", queue="", key=key, fingerprint=fingerprint), str(first))
+        return self._replayed(
+            JobRecord(id="", operation="", identifier="", queue="", key=key, fingerprint=fingerprint), str(first)
+        )
 
     def job(self, job_id: str) -> JobRecord | None:
         """The record of a job, None when there is none (any more)."""
@@ -112,7 +118,9 @@ class Ledger:
             return job
         age = names.job_age_s(job_id)
         if age is not None and age > names.RESULT_TTL_S:
-            raise ServiceError("EXPIRED", f"job {job_id} ended more than a day ago and its result is gone", job_id=job_id)
+            raise ServiceError(
+                "EXPIRED", f"job {job_id} ended more than a day ago and its result is gone", job_id=job_id
+            )
         raise ServiceError("JOB_NOT_FOUND", f"there is no job {job_id}", job_id=job_id)
 
     def jobs(self, identifier: str | None = None, limit: int = 100) -> list[JobRecord]:
@@ -206,7 +214,9 @@ class Ledger:
                 "error": ServiceError("JOB_CANCELLED", "the job was cancelled before it ran", job_id=job_id).body(),
             }
         )
-        state = self._script["cancel"](keys=[names.job_key(job_id)], args=[job_id, *(x for pair in fields.items() for x in pair)])
+        state = self._script["cancel"](
+            keys=[names.job_key(job_id)], args=[job_id, *(x for pair in fields.items() for x in pair)]
+        )
         if state == "running":
             raise ServiceError("JOB_RUNNING", f"job {job_id} is running and cannot be cancelled", job_id=job_id)
         if state != "cancelled":
@@ -266,7 +276,9 @@ class Ledger:
     def start_epoch(self, identifier: str, agent: str, nodes: list[str]) -> int:
         """Begin a new incarnation of a group on ``agent``; raises :class:`Fenced` when the group is gone."""
         epoch = int(
-            self._script["start_epoch"](keys=[names.group_key(identifier)], args=[agent, json.dumps(nodes), time.time()])
+            self._script["start_epoch"](
+                keys=[names.group_key(identifier)], args=[agent, json.dumps(nodes), time.time()]
+            )
         )
         if epoch < 0:
             raise Fenced(f"group {identifier!r} is gone")
@@ -274,7 +286,9 @@ class Ledger:
 
     def group_down(self, identifier: str, epoch: int | None, cause: str, *, rank: int | None = None) -> None:
         """The group has failed: state ``down`` with its cause, and every job that waits for it fails."""
-        running = ServiceError("OPERATION_FAILED", f"the group went down while it ran this: {cause}", identifier=identifier, rank=rank)
+        running = ServiceError(
+            "OPERATION_FAILED", f"the group went down while it ran this: {cause}", identifier=identifier, rank=rank
+        )
         queued = ServiceError("GROUP_DOWN", f"the group went down before it ran this: {cause}", identifier=identifier)
         self._end_group(identifier, epoch, "down", cause, "", running, queued, None)
 
@@ -327,8 +341,8 @@ class Ledger:
             raise Fenced(f"epoch {epoch} of {identifier!r} has been replaced")
         return count
 
-    def _group_in(self, pipe: Pipeline, key: str) -> GroupRecord | None:
-        fields: dict[str, str] = pipe.hgetall(key)  # type: ignore[assignment] # immediate while the pipeline watches
+    def _group_in(self, pipe: Any, key: str) -> GroupRecord | None:
+        fields = pipe.hgetall(key)  # immediate while the pipeline watches
         return GroupRecord.from_hash(fields) if "identifier" in fields else None
 
     # --- agents and checkpointers ---

@@ -108,7 +108,8 @@ END_GROUP = (
     _END_JOB
     + """
 -- The group goes down or is destroyed, and every job that still waits for it ends with a cause.
--- KEYS: group, waiting, applied. ARGV: epoch ('' for any), state, cause ('' for none), spare job id, now, running error, queued error, group ttl ('' keeps it)
+-- KEYS: group, waiting, applied. ARGV: epoch ('' for any), state, cause ('' for none), spare job id, now,
+-- error of the running job, error of queued ones, the group's ttl ('' keeps it)
 if redis.call('EXISTS', KEYS[1]) == 0 then return 'FENCED' end
 if ARGV[1] ~= '' and redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return 'FENCED' end
 redis.call('HSET', KEYS[1], 'state', ARGV[2])

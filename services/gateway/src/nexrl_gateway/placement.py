@@ -101,7 +101,7 @@ def initialize(services: Services, wanted: Wanted, key: str | None) -> tuple[Gro
         group = ledger.group(wanted.identifier)
         if group is not None and group.state != "destroyed":
             return _existing(ledger, group, wanted)
-        waits_for = _slots_awaited(ledger, wanted.world_size)
+        waits_for = _slots_awaited(ledger, wanted)
         try:
             return _place(ledger, wanted, key, mark, waits_for)
         except _Appeared:
@@ -224,9 +224,13 @@ def _group_of(ledger: Ledger, wanted: Wanted, job_id: str) -> GroupRecord:
     return ledger.group(wanted.identifier) or _record(wanted, job_id)
 
 
-def _slots_awaited(ledger: Ledger, world_size: int) -> str | None:
-    """Why a group of this size has to wait, None if it need not; raises NO_SUCH_SLOTS where it would wait for ever."""
-    agents = ledger.agents()
+def _slots_awaited(ledger: Ledger, wanted: Wanted) -> str | None:
+    """Why the group has to wait, None if it need not; raises NO_SUCH_SLOTS where it would wait for ever.
+
+    An agent that is kept for a fixed group (``NEXRL_IDENTIFIER``) takes no other.
+    """
+    world_size = wanted.world_size
+    agents = [agent for agent in ledger.agents() if agent.identifier in (None, wanted.identifier)]
     if not agents:
         raise ServiceError(
             "GROUP_DOWN", "no worker agent is registered; start one (python -m nexrl_worker.agent) and try again"

@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 import time
+from typing import Any
 
 import redis
 from nexrl_contract import names
@@ -84,11 +85,17 @@ class Agent:
         """Claim every placement job that fits; say why the others wait."""
         for job in self._ledger.waiting(names.AGENT_QUEUE):
             group = self._ledger.group(job.identifier)
-            if group is None or job.identifier in self._running or self._settings.identifier not in (None, job.identifier):
+            if (
+                group is None
+                or job.identifier in self._running
+                or self._settings.identifier not in (None, job.identifier)
+            ):
                 continue
             if group.world_size > self._slots.free:
                 self._ledger.explain_wait(job.id, self._slots.shortage(group.world_size, self._settings.name))
-            elif (claimed := self._ledger.claim(names.AGENT_QUEUE, job_id=job.id, stale_before=time.time() - LEASE_S)) is not None:
+            elif (
+                claimed := self._ledger.claim(names.AGENT_QUEUE, job_id=job.id, stale_before=time.time() - LEASE_S)
+            ) is not None:
                 self._start(group, claimed)
 
     def _bring_back(self) -> None:
@@ -98,12 +105,16 @@ class Agent:
                 continue
             if group.running_job and (job := self._ledger.job(group.running_job)) is not None and not job.final:
                 cause = "the agent stopped while this ran; whether it took effect is not known"
-                self._ledger.finish(job, error=ServiceError("OPERATION_FAILED", cause, identifier=group.identifier).body())
+                self._ledger.finish(
+                    job, error=ServiceError("OPERATION_FAILED", cause, identifier=group.identifier).body()
+                )
             kept = suspended_seq(GroupFolders(self._settings.data, group.identifier).state)
             if group.seq > kept:
                 self._give_up(group, kept)
             else:
-                placement = self._ledger.claim(names.AGENT_QUEUE, job_id=group.placement_job or "-", stale_before=time.time())
+                placement = self._ledger.claim(
+                    names.AGENT_QUEUE, job_id=group.placement_job or "-", stale_before=time.time()
+                )
                 self._start(group, placement)
 
     def _clear_staging(self) -> None:
@@ -130,7 +141,9 @@ class Agent:
         self._running[group.identifier] = process
         _log.info("group.started identifier=%s epoch=%d world_size=%d", group.identifier, epoch, group.world_size)
         self._beat()
-        watcher = threading.Thread(target=self._watch, args=(process, placement), name=f"watch-{group.identifier}", daemon=True)
+        watcher = threading.Thread(
+            target=self._watch, args=(process, placement), name=f"watch-{group.identifier}", daemon=True
+        )
         self._watchers.append(watcher)
         watcher.start()
 
@@ -153,8 +166,7 @@ class Agent:
         while process.poll_failure() is None and not process.ended_cleanly:
             group = until_redis(lambda: self._ledger.group(process.identifier))
             if group is not None and group.epoch == process.epoch and group.state in ("up", "ready"):
-                result = {"role": group.role, "world_size": group.world_size, "ignored": group.ignored, "already": False}
-                until_redis(lambda: self._ledger.finish(placement, result=result))
+                self._answer(placement, _placed(group))
                 return
             until_redis(lambda: self._ledger.renew(placement))
             time.sleep(WATCH_S)
@@ -162,6 +174,9 @@ class Agent:
         cause = failure[0] if failure else "the ranks were stopped before they had met"
         error = ServiceError("OPERATION_FAILED", f"the group did not start: {cause}", identifier=process.identifier)
         until_redis(lambda: self._ledger.finish(placement, error=error.body()))
+
+    def _answer(self, placement: JobRecord, result: dict[str, Any]) -> None:
+        until_redis(lambda: self._ledger.finish(placement, result=result))
 
     def _ended(self, process: GroupProcess) -> None:
         destroy_job = process.destroy_job()
@@ -213,6 +228,11 @@ class Agent:
                 process.kill()
         for watcher in self._watchers:
             watcher.join(timeout=5.0)
+
+
+def _placed(group: GroupRecord) -> dict[str, Any]:
+    """The result of ``initialize_worker``."""
+    return {"role": group.role, "world_size": group.world_size, "ignored": group.ignored, "already": False}
 
 
 def main() -> None:

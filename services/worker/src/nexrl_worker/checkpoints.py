@@ -54,7 +54,13 @@ class Checkpoints:
         """Sharded: into staging, the checkpointer publishes. Hugging Face: published here, complete on return."""
         step, path = int(params["global_step"]), Path(params["local_path"])
         if not params["saved_fully_shared_ckpt"]:
-            return Outcome({"path": str(path), "kind": "huggingface", **self._export(engine, VersionedPath(path, self._name), step)})
+            return Outcome(
+                {
+                    "path": str(path),
+                    "kind": "huggingface",
+                    **self._export(engine, VersionedPath(path, self._name), step),
+                }
+            )
         staging = staging_folder(self._settings.data, job_id)
         self._write_sharded(engine, staging, step, seq, weight_only=bool(params["save_weight_only"]))
         return Outcome(
@@ -77,9 +83,13 @@ class Checkpoints:
         path = Path(params["local_path"])
         if not os.path.lexists(path):
             step = engine.optimizer_steps
-            return Outcome({"path": str(path), "kind": "huggingface", **self._export(engine, PlainPath(path, self._name), step)})
+            return Outcome(
+                {"path": str(path), "kind": "huggingface", **self._export(engine, PlainPath(path, self._name), step)}
+            )
         target = path.with_name(f"{path.name}-hf")
-        self._team.agree(lambda: self._convert_folder(path, PlainPath(target, self._name)) if self._team.rank == 0 else None)
+        self._team.agree(
+            lambda: self._convert_folder(path, PlainPath(target, self._name)) if self._team.rank == 0 else None
+        )
         return Outcome({"path": str(target), "kind": "huggingface"})
 
     def _export(self, engine: Engine, path: VersionedPath | PlainPath, step: int) -> dict[str, Any]:
@@ -109,7 +119,9 @@ class Checkpoints:
     def _convert_folder(self, path: Path, target: PlainPath) -> None:
         plan = inspect(path)
         if not isinstance(plan.record, Manifest):
-            raise ServiceError("CHECKPOINT_INVALID", f"{path} is no sharded checkpoint of this service; there is nothing to convert")
+            raise ServiceError(
+                "CHECKPOINT_INVALID", f"{path} is no sharded checkpoint of this service; there is nothing to convert"
+            )
         plan.verify(0, 1)
         target.check()
         stamp = Stamp(plan.record.identifier, plan.record.step, plan.record.seq, plan.record.fingerprint or "")
@@ -139,7 +151,13 @@ class Checkpoints:
         try:
             self._team.agree(
                 lambda: write_shards(
-                    folder, rank, size, engine.shards(optimizer=not weight_only), engine.rng_state(), group, weight_only=weight_only
+                    folder,
+                    rank,
+                    size,
+                    engine.shards(optimizer=not weight_only),
+                    engine.rng_state(),
+                    group,
+                    weight_only=weight_only,
                 )
             )
         except ServiceError:

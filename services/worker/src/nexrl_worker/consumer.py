@@ -32,7 +32,9 @@ _log = logging.getLogger(__name__)
 class Consumer:
     """Runs in rank 0's main thread until the agent asks to stop, or a ``destroy`` ends the group."""
 
-    def __init__(self, settings: RankSettings, team: Team, operations: Operations, store: PayloadStore, *, seq: int) -> None:
+    def __init__(
+        self, settings: RankSettings, team: Team, operations: Operations, store: PayloadStore, *, seq: int
+    ) -> None:
         self._settings = settings
         self._team = team
         self._operations = operations
@@ -78,7 +80,9 @@ class Consumer:
             self._worker.stop()
             return
         started = time.perf_counter()
-        request = Request(job.id, job.operation, job.params, self._seq, job.payload.id if job.payload else None, job.ignored)
+        request = Request(
+            job.id, job.operation, job.params, self._seq, job.payload.id if job.payload else None, job.ignored
+        )
         self._team.broadcast({"do": "run", "request": _as_json(request)})
         try:
             outcome = self._operations.run(request)
@@ -86,7 +90,9 @@ class Consumer:
             self._finish(job, error={**error.body(), "identifier": job.identifier, "job_id": job.id})
         else:
             self._conclude(job, outcome)
-        _log.info("job.ended job_id=%s operation=%s elapsed_s=%.3f", job.id, job.operation, time.perf_counter() - started)
+        _log.info(
+            "job.ended job_id=%s operation=%s elapsed_s=%.3f", job.id, job.operation, time.perf_counter() - started
+        )
 
     def _conclude(self, job: JobRecord, outcome: Outcome) -> None:
         if outcome.publish is not None:

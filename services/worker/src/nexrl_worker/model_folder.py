@@ -12,10 +12,18 @@ def check_model_folder(path: str) -> None:
     """Raises ``INVALID_CONFIG`` saying what is missing or not understood. Reads the configuration, no weights."""
     folder = Path(path)
     if not (folder / "config.json").is_file():
-        raise ServiceError("INVALID_CONFIG", f"{path} has no config.json: it is no Hugging Face model folder", key="actor.model.path")
+        raise ServiceError(
+            "INVALID_CONFIG", f"{path} has no config.json: it is no Hugging Face model folder", key="actor.model.path"
+        )
     if not any(folder.glob("*.safetensors")):
-        raise ServiceError("INVALID_CONFIG", f"{path} has no .safetensors file; other weight formats are not read", key="actor.model.path")
+        raise ServiceError(
+            "INVALID_CONFIG",
+            f"{path} has no .safetensors file; other weight formats are not read",
+            key="actor.model.path",
+        )
     try:
         AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
-        raise ServiceError("INVALID_CONFIG", f"{path}/config.json is not understood: {error}", key="actor.model.path") from error
+        raise ServiceError(
+            "INVALID_CONFIG", f"{path}/config.json is not understood: {error}", key="actor.model.path"
+        ) from error

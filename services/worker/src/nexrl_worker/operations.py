@@ -28,7 +28,9 @@ from nexrl_worker.training.plan import Plan
 class Operations:
     """The group's model and what can be done with it; the same calls in the same order on every rank."""
 
-    def __init__(self, settings: RankSettings, config: Any, team: Team, store: PayloadStore, device: torch.device) -> None:
+    def __init__(
+        self, settings: RankSettings, config: Any, team: Team, store: PayloadStore, device: torch.device
+    ) -> None:
         self._settings = settings
         self._config = config
         self._team = team
@@ -46,7 +48,9 @@ class Operations:
             "compute_ref_log_prob": lambda request: self._log_probs(request, "ref_log_prob", reference=True),
             "save_checkpoint": self._save,
             "load_checkpoint": lambda request: self._checkpoints.load(self._sound_engine("load"), request.params),
-            "convert_checkpoint_to_huggingface": lambda request: self._checkpoints.convert(self._model(), request.params),
+            "convert_checkpoint_to_huggingface": lambda request: self._checkpoints.convert(
+                self._model(), request.params
+            ),
             "barrier": self._barrier,
         }
 
@@ -102,10 +106,14 @@ class Operations:
         return Outcome()
 
     def _update(self, request: Request) -> Outcome:
-        return self._with_batch(request, lambda engine, plan, rows: self._measured(engine.update, plan, rows, request.params))
+        return self._with_batch(
+            request, lambda engine, plan, rows: self._measured(engine.update, plan, rows, request.params)
+        )
 
     def _forward_backward(self, request: Request) -> Outcome:
-        return self._with_batch(request, lambda engine, plan, rows: self._measured(engine.accumulate, plan, rows, request.params))
+        return self._with_batch(
+            request, lambda engine, plan, rows: self._measured(engine.accumulate, plan, rows, request.params)
+        )
 
     def _measured(self, run: Callable[..., dict[str, Any]], *arguments: Any) -> Outcome:
         return Outcome({"metrics": run(*arguments)}, applied=True)
@@ -145,6 +153,7 @@ class Operations:
         assert request.payload is not None
         with self._team.agree(lambda: PayloadRows(self._store, str(request.payload), operation)) as rows:
             plan = self._plan(engine, request, rows)
+            rows.keep(plan.rows_of(self._team.rank))
             self._team.agree(lambda: engine.check(request.operation, plan, rows, request.params))
             return self._timed(request, lambda: run(engine, plan, rows))
 

@@ -106,7 +106,11 @@ def _log_to(path: Path) -> None:
 
 
 def _leave_word(path: Path, rank: int, error: BaseException) -> None:
-    words: dict[str, Any] = {"rank": rank, "message": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+    words: dict[str, Any] = {
+        "rank": rank,
+        "message": f"{type(error).__name__}: {error}",
+        "trace": traceback.format_exc(),
+    }
     path.write_text(json.dumps(words))
 
 

@@ -18,6 +18,8 @@ class PayloadRows:
 
     def __init__(self, store: PayloadStore, payload_id: str, operation: Operation) -> None:
         self._payload = store.open(payload_id)
+        self._remote = store.local_path(payload_id) is None
+        self._kept = _Kept(())
         header = self._payload.header
         self._names = [name for name in operation.reads if name in header.tensors]
         self._shapes = {name: tuple(header.tensors[name].shape) for name in self._names}
@@ -33,15 +35,44 @@ class PayloadRows:
         """The whole batch's shape of one tensor."""
         return self._shapes[name]
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Say which rows (ascending) this rank works on: a store without files is then asked once for each tensor's."""
+        self._kept = _Kept(tuple(rows) if self._remote else ())
+
     def tensor(self, name: str, rows: Sequence[int] | slice) -> torch.Tensor:
-        """``[len(rows), ...]`` on CPU, mapped from the store where the rows are contiguous."""
-        return self._payload.torch(name, _contiguous(rows))
+        """``[len(rows), ...]`` on CPU; a view of the mapped store, or of what is kept, where the rows are contiguous."""
+        rows = _contiguous(rows)
+        places = self._kept.places(rows, self.size)
+        if places is None:
+            return self._payload.torch(name, rows)
+        if name not in self._kept.tensors:
+            self._kept.tensors[name] = self._payload.torch(name, _contiguous(self._kept.rows))
+        return self._kept.tensors[name][places]
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._kept = _Kept(())
         self._payload.__exit__(kind, error, trace)
+
+
+class _Kept:
+    """Some rows of a batch, each tensor's read when it is first asked for."""
+
+    def __init__(self, rows: tuple[int, ...]) -> None:
+        self.rows = rows
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._place = {row: place for place, row in enumerate(rows)}
+
+    def places(self, rows: Sequence[int] | slice, size: int) -> list[int] | slice | None:
+        """Where ``rows`` are among those kept, None unless all of them are."""
+        wanted = range(*rows.indices(size)) if isinstance(rows, slice) else rows
+        if not wanted or not all(row in self._place for row in wanted):
+            return None
+        return _contiguous([self._place[row] for row in wanted])
 
 
 def _contiguous(rows: Sequence[int] | slice) -> list[int] | slice:

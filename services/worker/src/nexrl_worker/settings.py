@@ -36,7 +36,9 @@ class AgentSettings:
         world_size = _integer("NEXRL_WORLD_SIZE", 1) if fixed else None
         slots = world_size or _integer("NEXRL_SLOTS", len(gpus) or _DEFAULT_CPU_SLOTS)
         if gpus and slots > len(gpus):
-            raise ValueError(f"{slots} slots were asked for (NEXRL_SLOTS or NEXRL_WORLD_SIZE), but there are {len(gpus)} GPUs")
+            raise ValueError(
+                f"{slots} slots were asked for (NEXRL_SLOTS or NEXRL_WORLD_SIZE), but there are {len(gpus)} GPUs"
+            )
         return cls(
             name=os.environ.get("NEXRL_AGENT_NAME") or socket.gethostname(),
             redis_url=os.environ.get("NEXRL_REDIS_URL", "redis://127.0.0.1:6379/0"),
@@ -131,5 +133,7 @@ def _integer(name: str, default: int) -> int:
 def _gpus() -> tuple[str, ...]:
     if shutil.which("nvidia-smi") is None:
         return ()
-    listed = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True)
+    listed = subprocess.run(
+        ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True
+    )
     return tuple(listed.stdout.split()) if listed.returncode == 0 else ()

@@ -124,9 +124,7 @@ class Engine:
             names = needed_tensors(spec, rows, layout)
             self._training().check(plan, rows, spec, accumulates=operation not in UPDATES)
         limits = self._limits()
-        indices = plan.rows_of(dist.get_rank())
-        for at in range(0, len(indices), 256):
-            check_rows(rows, layout, limits, names, indices[at : at + 256])
+        check_rows(rows, layout, limits, names, plan.rows_of(dist.get_rank()))
 
     # -- training ---------------------------------------------------------------------------------------------------
 

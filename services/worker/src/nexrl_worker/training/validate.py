@@ -15,6 +15,7 @@ from nexrl_worker.training.batch import Layout, Masks, Rows, read_masks
 from nexrl_worker.training.errors import InvalidValue
 
 _MASKS = ("attention_mask", "loss_mask", "scoring_attention_mask")
+_CHECKED_TOKENS = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,16 @@ class Limits:
 
 
 def check_rows(rows: Rows, layout: Layout, limits: Limits, names: Sequence[str], indices: Sequence[int]) -> None:
-    """Raise InvalidValue naming tensor and row for the first bad value among the rows `indices`."""
-    if not indices:
-        return
-    indices = list(indices)
+    """Raise InvalidValue naming tensor and row for the first bad value among the rows `indices`.
+
+    Some rows at a time, so that checking takes little memory beside the batch.
+    """
+    step = max(_CHECKED_TOKENS // layout.sequence, 1)
+    for at in range(0, len(indices), step):
+        _check_some(rows, layout, limits, names, list(indices[at : at + step]))
+
+
+def _check_some(rows: Rows, layout: Layout, limits: Limits, names: Sequence[str], indices: list[int]) -> None:
     for name in _MASKS:
         if rows.has(name):
             mask = rows.tensor(name, indices)

@@ -1,0 +1,137 @@
+"""``nexrl up``: checks, starts and keeps the whole stack until it is asked to stop."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+
+import redis
+import requests
+from nexrl_ledger import Ledger, connect
+
+from nexrl_stack import embedded_redis
+from nexrl_stack.data_folder import Refused, forget, locked
+from nexrl_stack.services import StackSettings, stack_services
+from nexrl_stack.supervisor import Supervisor
+
+Tell = Callable[[str], None]
+_POLL_S = 0.1
+_NOTE_EVERY_S = 15.0
+_PROBE_S = 2.0
+
+
+def run_stack(settings: StackSettings, *, fresh: bool, ready: Tell, say: Tell) -> None:
+    """Run until a stop signal, then stop all; ``ready(url)`` is called once.
+
+    Raises Refused before anything is started, GaveUp when a process cannot be kept alive.
+    """
+    with locked(settings.own_folder):
+        _check_port(settings.host, settings.port)
+        if settings.redis_url is not None:
+            _check_redis(settings.redis_url)
+        if fresh:
+            forget(settings.own_folder)
+        supervisor = Supervisor(settings.own_folder / "logs", say)
+        try:
+            _keep(supervisor, settings, ready, say)
+        finally:
+            supervisor.stop()
+
+
+def service_url(host: str, port: int) -> str:
+    """The gateway's address as a client writes it."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port of ``host`` that nothing listens on."""
+    return _bind(host, 0)
+
+
+def _keep(supervisor: Supervisor, settings: StackSettings, ready: Tell, say: Tell) -> None:
+    redis_url = settings.redis_url
+    if redis_url is None:
+        port = free_port()
+        redis_url = embedded_redis.redis_url(port)
+        supervisor.start(embedded_redis.redis_service(settings.own_folder / "redis", port))
+        if not supervisor.watch(lambda: embedded_redis.answers(redis_url), every_s=_POLL_S):
+            return
+    for service in stack_services(settings, redis_url):
+        supervisor.start(service)
+    if not supervisor.watch(_Readiness(settings, redis_url, supervisor, say), every_s=_POLL_S):
+        return
+    ready(service_url(settings.host, settings.port))
+    supervisor.watch()
+    say("stopping")
+
+
+class _Readiness:
+    """Whether the gateway is ready and agent and checkpointers are registered; says now and then what is missing."""
+
+    def __init__(self, settings: StackSettings, redis_url: str, supervisor: Supervisor, say: Tell) -> None:
+        self._settings = settings
+        self._ledger = Ledger(connect(redis_url))
+        self._supervisor = supervisor
+        self._say = say
+        self._http = requests.Session()
+        # A proxy of the environment has no way to this machine's loopback.
+        self._http.trust_env = False
+        self._note_at = time.monotonic() + _NOTE_EVERY_S
+
+    def __call__(self) -> bool:
+        missing = self._missing()
+        if missing and time.monotonic() >= self._note_at:
+            self._note_at += _NOTE_EVERY_S
+            self._say(f"still waiting for {', '.join(missing)}; logs: {self._settings.own_folder / 'logs'}")
+        return not missing
+
+    def _missing(self) -> list[str]:
+        """Services that are not ready; records of an earlier run, which Redis keeps a while, do not count."""
+        try:
+            agents = {record.name: record.heartbeat for record in self._ledger.agents()}
+            checkpointers = {record.name: record.heartbeat for record in self._ledger.checkpointers()}
+        except redis.exceptions.RedisError:
+            return ["redis"]
+        expected = {"agent": agents.get(self._settings.agent_name, 0.0)}
+        for number, name in enumerate(self._settings.checkpointer_names, start=1):
+            expected[f"checkpointer-{number}"] = checkpointers.get(name, 0.0)
+        missing = [name for name, heartbeat in expected.items() if heartbeat < self._supervisor.started_at(name)]
+        return missing or ([] if self._gateway_ready() else ["gateway"])
+
+    def _gateway_ready(self) -> bool:
+        # An address that means "every interface" is reached through loopback.
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._settings.host, self._settings.host)
+        url = service_url(host, self._settings.port)
+        try:
+            return self._http.get(f"{url}/ready", timeout=_PROBE_S).status_code == 200
+        except requests.RequestException:
+            return False
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        _bind(host, port)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise Refused(
+            f"port {port} on {host} cannot be used ({reason}); give another --port, 0 for a free one"
+        ) from error
+
+
+def _check_redis(url: str) -> None:
+    try:
+        there = embedded_redis.answers(url)
+    except ValueError as error:
+        raise Refused(f"--redis: {error}") from error
+    if not there:
+        raise Refused("no Redis answers at --redis; start it first, or leave --redis out for the embedded one")
+
+
+def _bind(host: str, port: int) -> int:
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        # As the gateway will bind: connections of an earlier run that still linger in the kernel do not count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(address)
+        return int(probe.getsockname()[1])
