@@ -5,25 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 
 from nexrl_contract.errors import ServiceError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 
 def check_model_folder(path: str) -> None:
-    """Raises ``INVALID_CONFIG`` saying what is missing or not understood. Reads the configuration, no weights."""
+    """Raises ``INVALID_CONFIG`` saying what is missing, unreadable or not understood. Reads configuration and headers, no weights."""
     folder = Path(path)
     if not (folder / "config.json").is_file():
-        raise ServiceError(
-            "INVALID_CONFIG", f"{path} has no config.json: it is no Hugging Face model folder", key="actor.model.path"
-        )
-    if not any(folder.glob("*.safetensors")):
-        raise ServiceError(
-            "INVALID_CONFIG",
-            f"{path} has no .safetensors file; other weight formats are not read",
-            key="actor.model.path",
-        )
+        raise _refused(f"{path} has no config.json: it is no Hugging Face model folder")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise _refused(f"{path} has no .safetensors file; other weight formats are not read")
+    for file in weights:
+        try:
+            with file.open("rb"), safe_open(str(file), framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise _refused(f"{file} cannot be read: {error}") from error
     try:
         AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
-        raise ServiceError(
-            "INVALID_CONFIG", f"{path}/config.json is not understood: {error}", key="actor.model.path"
-        ) from error
+        raise _refused(f"{path}/config.json is not understood: {error}") from error
+
+
+def _refused(message: str) -> ServiceError:
+    return ServiceError("INVALID_CONFIG", message, key="actor.model.path")
