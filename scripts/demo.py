@@ -1,0 +1,45 @@
+"""``make demo``: start the stack, run the trainer of ``examples/grpo.py`` against it, stop the stack."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+from nexrl_contract.processes import die_with_parent
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "data" / "demo"
+READY = "nexrl ready "
+STOP_S = 120.0
+
+
+def main() -> int:
+    """Exit status of the trainer; further arguments are passed on to it."""
+    stack = subprocess.Popen(
+        [sys.executable, "-m", "nexrl_stack", "up", "--port", "0", "--data", str(DATA), "--fresh"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=partial(die_with_parent, os.getpid()),
+    )
+    try:
+        assert stack.stdout is not None
+        line = stack.stdout.readline()
+        if not line.startswith(READY):
+            return stack.wait(STOP_S) or 1
+        url = line.removeprefix(READY).strip()
+        print(f"The stack runs at {url}; its logs are in {(DATA / '.nexrl' / 'logs').relative_to(ROOT)}", flush=True)
+        trainer = [sys.executable, "examples/grpo.py", "--url", url, *sys.argv[1:]]
+        return subprocess.run(trainer, cwd=ROOT, check=False).returncode
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        stack.terminate()
+        stack.wait(STOP_S)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

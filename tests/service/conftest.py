@@ -1,0 +1,64 @@
+"""One whole stack for the folder: real Redis, gateway, agent, ranks and checkpointer, and a tiny model to train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nexrl_client import HTTPTrainServiceClient
+from running_stack import Stack
+from service_kit import VOCABULARY, StartGroup, leftovers
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A stack with six slots; after all tests nothing may have leaked, and no process may be left."""
+    stack = Stack(tmp_path_factory.mktemp("service") / "data", "--slots", "6")
+    try:
+        yield stack.until_ready()
+        assert leftovers(stack) == []
+    finally:
+        assert stack.stop() == 0
+        assert not stack.processes()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen2 with random weights: biases, grouped heads, tied embeddings."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def start_group(stack: Stack, tiny_model: Path) -> StartGroup:
+    """start_group("student", world_size=2, role="actor", lr=1e-3): a client of a group that holds the tiny model."""
+
+    def start(identifier: str, *, world_size: int = 1, role: str = "actor", **actor: Any) -> HTTPTrainServiceClient:
+        client = HTTPTrainServiceClient(stack.url, identifier)
+        config = {"actor": {"model": {"path": str(tiny_model)}, "optim": {"lr": 1e-3}, **actor}}
+        client.initialize_worker(config_dict=config, role=role, world_size=world_size)
+        client.init_model()
+        return client
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def student(start_group: StartGroup) -> HTTPTrainServiceClient:
+    """The group that most tests share: two ranks. Tests say what they change, none relies on the weights of another."""
+    return start_group("student", world_size=2)

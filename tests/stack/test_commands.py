@@ -1,0 +1,97 @@
+"""``nexrl status|jobs|logs|checkpoints``: what they show, and what they say when they cannot."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import pytest
+from nexrl_contract.manifest import Manifest, describe, write_manifest
+
+pytestmark = pytest.mark.timeout(180)
+Nexrl = Callable[..., CompletedProcess[str]]
+
+
+def test_status_and_jobs_of_an_empty_stack(shared_stack: Any, nexrl: Nexrl) -> None:
+    """Tables for people and JSON for programs, both of a real gateway."""
+    stack = shared_stack
+    shown = nexrl("status", "--url", stack.url)
+    assert shown.returncode == 0, shown.stderr
+    assert "slots: 3 of 3 free" in shown.stdout
+    assert "no worker groups" in shown.stdout
+
+    status = json.loads(nexrl("status", "--url", stack.url, "--json").stdout)
+    assert status["status"] == "healthy"
+    assert status["slots"] == {"total": 3, "free": 3}
+    assert status["groups"] == []
+
+    assert nexrl("jobs", "--url", stack.url).stdout == "no jobs\n"
+    assert json.loads(nexrl("jobs", "--url", stack.url, "--json").stdout) == {"jobs": []}
+
+
+@pytest.mark.parametrize("command", ["status", "jobs"])
+def test_gateway_that_does_not_answer(command: str, nexrl: Nexrl) -> None:
+    """Exit status 1 and a message that says what to do."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    answer = nexrl(command, "--url", url)
+    assert answer.returncode == 1
+    assert f"no gateway answers at {url}; start one with `nexrl up`" in answer.stderr
+    assert answer.stdout == ""
+
+
+def test_logs_carry_the_rank(tmp_path: Path, nexrl: Nexrl) -> None:
+    """Every line of every rank, in the order of ranks (10 after 2), a last line without its end included."""
+    folder = tmp_path / ".nexrl" / "logs" / "groups" / "student"
+    folder.mkdir(parents=True)
+    for rank, text in ((0, "first\nsecond\n"), (2, "two\n"), (10, "unfinished")):
+        (folder / f"rank{rank}.log").write_text(text)
+    answer = nexrl("logs", "student", "--data", str(tmp_path))
+    assert answer.stdout.splitlines() == ["[0] first", "[0] second", "[2] two", "[10] unfinished"]
+
+
+@pytest.mark.parametrize(("identifier", "message"), [("nobody", "there are no logs"), ("../x", "is no identifier")])
+def test_logs_of_no_group(identifier: str, message: str, tmp_path: Path, nexrl: Nexrl) -> None:
+    """An unknown group and what is no identifier are refused with a message."""
+    answer = nexrl("logs", identifier, "--data", str(tmp_path))
+    assert answer.returncode == 1
+    assert message in answer.stderr
+
+
+def test_checkpoints_lists_what_is_published(tmp_path: Path, nexrl: Nexrl) -> None:
+    """Folders with a manifest under the data folder and the roots; what is not published is not shown."""
+    data, root = tmp_path / "data", tmp_path / "root"
+    for folder, step in ((data / "ckpt" / "step_1", 1), (root / "step_2", 2)):
+        _publish(folder, step)
+    (data / "ckpt" / "half").mkdir()
+    answer = nexrl("checkpoints", "--data", str(data), "--checkpoint-root", str(root), "--json")
+    found = json.loads(answer.stdout)["checkpoints"]
+    assert [(item["path"], item["checkpoint"]["step"]) for item in found] == [
+        (str(data / "ckpt" / "step_1"), 1),
+        (str(root / "step_2"), 2),
+    ]
+    table = nexrl("checkpoints", "--data", str(data), "--checkpoint-root", str(root)).stdout
+    assert "step_1" in table
+    assert "step_2" in table
+    assert "half" not in table
+
+
+def _publish(folder: Path, step: int) -> None:
+    folder.mkdir(parents=True)
+    (folder / "rank0.safetensors").write_bytes(b"weights")
+    manifest = Manifest(
+        identifier="student",
+        step=step,
+        created=float(step),
+        files=(describe(folder, "rank0.safetensors"),),
+        job_id="0" * 32,
+        seq=step,
+        world_size=1,
+        config_hash="0" * 16,
+        weight_only=False,
+    )
+    write_manifest(folder, manifest)

@@ -1,0 +1,136 @@
+"""``nexrl up``: one line, everything restarted, nothing left behind."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+import requests
+from conftest import wait_until
+
+pytestmark = pytest.mark.timeout(180)
+StartStack = Callable[..., Any]
+
+
+def test_ready_line_restarts_and_clean_stop(start_stack: StartStack) -> None:
+    """One line on stdout once all are ready; what dies is started again; Ctrl-C ends all."""
+    stack = start_stack("--checkpointers", "2").until_ready()
+    assert re.fullmatch(r"nexrl ready http://127\.0\.0\.1:\d+\n", stack.out)
+    assert requests.get(f"{stack.url}/ready", timeout=5).status_code == 200
+    health = stack.status()
+    assert len(health["agents"]) == 1
+    assert len(health["checkpointers"]) == 2
+
+    for module in ("nexrl_gateway", "valkey-server"):
+        _kill_and_wait_for_another(stack, module)
+    wait_until(lambda: _ready(stack.url), 30, "a gateway that is ready again")
+    assert "gateway died (signal SIGKILL)" in stack.err
+    assert "redis died (signal SIGKILL)" in stack.err
+
+    assert stack.stop(signal.SIGINT) == 0
+    assert stack.processes() == []
+    assert stack.out.count("\n") == 1
+    assert "killed" not in stack.err
+
+
+@pytest.mark.slow
+def test_killed_outright_it_leaves_no_process(start_stack: StartStack) -> None:
+    """kill -9 of ``nexrl up`` takes every process of the stack with it, and the folder can be used again at once."""
+    stack = start_stack().until_ready()
+    assert len(stack.processes()) >= 4
+    stack.process.kill()
+    stack.process.wait()
+    wait_until(lambda: not stack.processes(), 5, "the end of all processes")
+    assert start_stack().until_ready().stop(signal.SIGTERM) == 0
+
+
+@pytest.mark.slow
+def test_records_outlive_the_stack_until_fresh(start_stack: StartStack) -> None:
+    """The same folder brings the records back; --fresh forgets them and leaves the user's files alone."""
+    stack = start_stack().until_ready()
+    redis.Redis.from_url(stack.redis_url).set("nexrl:test:kept", "yes")
+    (stack.data / "checkpoint").write_text("mine")
+    assert stack.stop() == 0
+
+    stack = start_stack().until_ready()
+    assert redis.Redis.from_url(stack.redis_url).get("nexrl:test:kept") == b"yes"
+    assert stack.stop() == 0
+
+    stack = start_stack("--fresh").until_ready()
+    assert redis.Redis.from_url(stack.redis_url).get("nexrl:test:kept") is None
+    assert (stack.data / "checkpoint").read_text() == "mine"
+
+
+def test_data_folder_in_use_is_refused(shared_stack: Any, nexrl: Callable[..., Any]) -> None:
+    """A second stack on the same folder is refused before it starts anything, and the first one goes on."""
+    stack = shared_stack
+    before = {process.pid for process in stack.processes()}
+    second = nexrl("up", "--port", "0", "--fresh", "--data", str(stack.data))
+    assert second.returncode == 1
+    assert f"is in use by another `nexrl up` (process {stack.process.pid})" in second.stderr
+    assert second.stdout == ""
+    assert {process.pid for process in stack.processes()} == before
+    assert requests.get(f"{stack.url}/ready", timeout=5).status_code == 200
+
+
+def test_port_in_use_is_refused(tmp_path: Path, nexrl: Callable[..., Any]) -> None:
+    """A port that is taken is refused with its number before anything is started."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        refused = nexrl("up", "--port", str(port), "--data", str(tmp_path / "data"))
+    assert refused.returncode == 1
+    assert f"port {port} on 127.0.0.1 cannot be used" in refused.stderr
+    assert not (tmp_path / "data" / ".nexrl" / "redis").exists()
+
+
+def test_redis_that_is_away_is_refused(tmp_path: Path, nexrl: Callable[..., Any]) -> None:
+    """A Redis given with --redis must answer."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    refused = nexrl("up", "--redis", f"redis://127.0.0.1:{port}/0", "--port", "0", "--data", str(tmp_path / "data"))
+    assert refused.returncode == 1
+    assert "no Redis answers at --redis" in refused.stderr
+
+
+def test_external_redis_is_used_and_left_running(start_stack: StartStack, redis_url: str) -> None:
+    """With --redis no embedded server is started, and the given one is not stopped."""
+    stack = start_stack("--redis", redis_url).until_ready()
+    assert _pid_of(stack, "valkey-server") is None
+    assert stack.stop() == 0
+    assert redis.Redis.from_url(redis_url).ping()
+
+
+@pytest.mark.slow
+def test_a_process_that_cannot_live_ends_the_stack_with_its_log(start_stack: StartStack) -> None:
+    """Five deaths right after the start: the end of the log on stderr, exit status 1, no process left."""
+    stack = start_stack("--payloads", "nonsense://nowhere")
+    assert stack.process.wait(60) == 1
+    assert "died 5 times right after its start" in stack.err
+    assert "the payload store must be" in stack.err
+    assert stack.processes() == []
+    assert stack.out == ""
+
+
+def _kill_and_wait_for_another(stack: Any, module: str) -> None:
+    victim = stack.process_of(module)
+    old = victim.pid
+    victim.kill()
+    wait_until(lambda: _pid_of(stack, module) not in (None, old), 10, f"another {module}")
+
+
+def _pid_of(stack: Any, module: str) -> int | None:
+    pids = [process.pid for process in stack.processes() if module in " ".join(process.cmdline())]
+    return pids[0] if pids else None
+
+
+def _ready(url: str) -> bool:
+    try:
+        return requests.get(f"{url}/ready", timeout=2).status_code == 200
+    except requests.RequestException:
+        return False
