@@ -1,7 +1,8 @@
 """The operation ledger: jobs, groups and agents in Redis, and the bell that wakes whoever runs them."""
 
+from nexrl_ledger.base import Fenced
 from nexrl_ledger.bell import Bell, ResidentWorker
 from nexrl_ledger.connection import connect, until_redis
-from nexrl_ledger.ledger import Fenced, Ledger
+from nexrl_ledger.ledger import Ledger
 
 __all__ = ["Bell", "Fenced", "Ledger", "ResidentWorker", "connect", "until_redis"]

@@ -1,0 +1,105 @@
+"""The records of groups: incarnations, ends, and what a restart has lost."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from nexrl_contract import names
+from nexrl_contract.errors import ServiceError
+from nexrl_contract.records import GroupRecord, encode_fields
+
+from nexrl_ledger.base import Fenced, LedgerPart, optional
+
+
+class GroupRecords(LedgerPart):
+    """See :class:`nexrl_ledger.Ledger`."""
+
+    def identifiers(self) -> list[str]:
+        """Names of the living groups, sorted."""
+        return sorted(self.client.smembers(names.GROUPS_KEY))
+
+    def group(self, identifier: str) -> GroupRecord | None:
+        """The record of a group, None when it is unknown; a destroyed one is kept for a day."""
+        fields = self.client.hgetall(names.group_key(identifier))
+        return GroupRecord.from_hash(fields) if "identifier" in fields else None
+
+    def groups(self) -> list[GroupRecord]:
+        """All living groups, by name."""
+        return [group for name in self.identifiers() if (group := self.group(name)) is not None]
+
+    def update_group(self, identifier: str, epoch: int | None = None, **fields: Any) -> None:
+        """Set fields of a group (None deletes one); raises :class:`Fenced` when ``epoch`` is not the current one."""
+        encoded = encode_fields(fields)
+        flat = [item for name in fields for item in (name, encoded.get(name, ""))]
+        if self._script["update_group"](keys=[names.group_key(identifier)], args=[optional(epoch), *flat]) != "OK":
+            raise Fenced(f"epoch {epoch} of {identifier!r} has been replaced")
+
+    def start_epoch(self, identifier: str, agent: str, nodes: list[str]) -> int:
+        """Begin a new incarnation of a group on ``agent``; raises :class:`Fenced` when the group is gone."""
+        epoch = int(
+            self._script["start_epoch"](
+                keys=[names.group_key(identifier)], args=[agent, json.dumps(nodes), time.time()]
+            )
+        )
+        if epoch < 0:
+            raise Fenced(f"group {identifier!r} is gone")
+        return epoch
+
+    def group_down(self, identifier: str, epoch: int | None, cause: str, *, rank: int | None = None) -> None:
+        """The group has failed: state ``down`` with its cause, and every job that waits for it fails."""
+        running = ServiceError(
+            "OPERATION_FAILED", f"the group went down while it ran this: {cause}", identifier=identifier, rank=rank
+        )
+        queued = ServiceError("GROUP_DOWN", f"the group went down before it ran this: {cause}", identifier=identifier)
+        self._end_group(identifier, epoch, "down", cause, "", running, queued, None)
+
+    def group_destroyed(self, identifier: str, epoch: int | None, *, spare_job: str = "") -> None:
+        """The group is gone; its record stays for a day, jobs that still wait fail, ``spare_job`` is left to its caller."""
+        error = ServiceError("GROUP_NOT_READY", "the group was destroyed before it ran this", identifier=identifier)
+        self._end_group(identifier, epoch, "destroyed", "", spare_job, error, error, names.RESULT_TTL_S)
+        self.bell.silence(names.train_queue(identifier))
+
+    def _end_group(
+        self,
+        identifier: str,
+        epoch: int | None,
+        state: str,
+        cause: str,
+        spare_job: str,
+        running: ServiceError,
+        queued: ServiceError,
+        ttl_s: int | None,
+    ) -> None:
+        answer = self._script["end_group"](
+            keys=[
+                names.group_key(identifier),
+                names.waiting_key(names.train_queue(identifier)),
+                names.applied_key(identifier),
+            ],
+            args=[
+                optional(epoch),
+                state,
+                cause,
+                spare_job,
+                time.time(),
+                json.dumps(running.body()),
+                json.dumps(queued.body()),
+                optional(ttl_s),
+            ],
+        )
+        if answer != "OK":
+            raise Fenced(f"epoch {epoch} of {identifier!r} has been replaced")
+
+    def roll_back(self, identifier: str, epoch: int, seq: int) -> int:
+        """Mark what was applied after ``seq`` as rolled back and set the group's ``seq``; returns how many jobs that were."""
+        count = int(
+            self._script["roll_back"](
+                keys=[names.group_key(identifier), names.applied_key(identifier)],
+                args=[epoch, seq],
+            )
+        )
+        if count < 0:
+            raise Fenced(f"epoch {epoch} of {identifier!r} has been replaced")
+        return count

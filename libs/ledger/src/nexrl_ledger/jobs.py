@@ -1,0 +1,236 @@
+"""The records of jobs: submitted once, claimed in order, ended once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import redis
+from nexrl_contract import names
+from nexrl_contract.errors import ServiceError
+from nexrl_contract.records import GroupRecord, JobRecord, PayloadRef, encode_fields
+
+from nexrl_ledger.base import Fenced, LedgerPart, optional
+
+MAX_QUEUED = 64
+_LISTED_JOBS = 10_000
+
+
+class JobRecords(LedgerPart):
+    """See :class:`nexrl_ledger.Ledger`."""
+
+    def submit(
+        self,
+        job: JobRecord,
+        function: str,
+        *,
+        check: Callable[[GroupRecord | None], None] = lambda group: None,
+        group: GroupRecord | None = None,
+    ) -> tuple[JobRecord, bool]:
+        """Record ``job`` and ring its queue in one transaction; a repeated key gives ``(the first job, True)``.
+
+        ``check`` sees the group's current record and may refuse by raising; ``group`` is a new group made together with the job.
+        Raises ServiceError ``IDEMPOTENCY_MISMATCH``, ``EXPIRED``, ``TOO_MANY_QUEUED`` or what ``check`` raised.
+        """
+        group_key = names.group_key(job.identifier)
+        key = names.idempotency_key(job.key) if job.key else None
+        with self.client.pipeline() as pipe:
+            while True:
+                try:
+                    pipe.watch(group_key, *([key] if key else []))
+                    if key and (first := pipe.get(key)) is not None:
+                        return self._replayed(job, str(first)), True
+                    check(_group_in(pipe, group_key))
+                    if (queued := pipe.zcard(names.waiting_key(job.queue))) >= MAX_QUEUED:
+                        raise ServiceError(
+                            "TOO_MANY_QUEUED", f"{queued} operations wait for {job.identifier!r} already; try later"
+                        )
+                    job = job.model_copy(update={"order": pipe.incr(names.ORDER_KEY)})
+                    pipe.multi()
+                    self._write_new(pipe, job, key, function, group)
+                    pipe.execute()
+                    return job, False
+                except redis.WatchError:
+                    continue
+
+    def _replayed(self, job: JobRecord, first_id: str) -> JobRecord:
+        first = self.job(first_id)
+        if first is None:
+            raise ServiceError(
+                "EXPIRED", f"idempotency key {job.key!r} was used by a job whose result has expired; use a new key"
+            )
+        if first.fingerprint != job.fingerprint:
+            raise ServiceError(
+                "IDEMPOTENCY_MISMATCH",
+                f"idempotency key {job.key!r} was used for other content; use a new key for a new request",
+                job_id=first.id,
+            )
+        return first
+
+    def _write_new(self, pipe: Any, job: JobRecord, key: str | None, function: str, group: GroupRecord | None) -> None:
+        if group is not None:
+            pipe.delete(names.group_key(group.identifier))
+            pipe.hset(names.group_key(group.identifier), mapping=group.to_hash())
+            pipe.sadd(names.GROUPS_KEY, group.identifier)
+        pipe.hset(names.job_key(job.id), mapping=job.to_hash())
+        pipe.zadd(names.waiting_key(job.queue), {job.id: job.order})
+        pipe.zadd(names.JOBS_KEY, {job.id: job.created_at})
+        pipe.zremrangebyscore(names.JOBS_KEY, "-inf", time.time() - names.TOMBSTONE_TTL_S)
+        if key:
+            pipe.set(key, job.id)
+        self.bell.ring(pipe, job.queue, function, job.id)
+
+    def replay_of(self, key: str, fingerprint: str) -> JobRecord | None:
+        """The job that first used an idempotency key, None when the key is new; raises as :meth:`submit` does."""
+        first = self.client.get(names.idempotency_key(key))
+        if first is None:
+            return None
+        return self._replayed(
+            JobRecord(id="", operation="", identifier="", queue="", key=key, fingerprint=fingerprint), str(first)
+        )
+
+    def job(self, job_id: str) -> JobRecord | None:
+        """The record of a job, None when there is none (any more)."""
+        fields = self.client.hgetall(names.job_key(job_id))
+        return JobRecord.from_hash(fields) if "id" in fields else None
+
+    def require_job(self, job_id: str) -> JobRecord:
+        """The record of a job; raises ``JOB_NOT_FOUND``, or ``EXPIRED`` where the id itself says that it is old."""
+        job = self.job(job_id)
+        if job is not None:
+            return job
+        age = names.job_age_s(job_id)
+        if age is not None and age > names.RESULT_TTL_S:
+            raise ServiceError(
+                "EXPIRED", f"job {job_id} ended more than a day ago and its result is gone", job_id=job_id
+            )
+        raise ServiceError("JOB_NOT_FOUND", f"there is no job {job_id}", job_id=job_id)
+
+    def jobs(self, identifier: str | None = None, limit: int = 100) -> list[JobRecord]:
+        """Newest first; at most ``limit``."""
+        found: list[JobRecord] = []
+        for job_id in self.client.zrevrange(names.JOBS_KEY, 0, _LISTED_JOBS):
+            job = self.job(job_id)
+            if job is not None and identifier in (None, job.identifier):
+                found.append(job)
+            if len(found) == limit:
+                break
+        return found
+
+    def waiting(self, queue: str) -> list[JobRecord]:
+        """The jobs of a queue that have not ended, in order."""
+        jobs = (self.job(job_id) for job_id in self.client.zrange(names.waiting_key(queue), 0, -1))
+        return [job for job in jobs if job is not None]
+
+    def queue_length(self, queue: str) -> int:
+        """How many jobs of a queue have not ended."""
+        return int(self.client.zcard(names.waiting_key(queue)))
+
+    def claim(
+        self,
+        queue: str,
+        *,
+        job_id: str = "",
+        identifier: str = "",
+        epoch: int | None = None,
+        stale_before: float | None = None,
+    ) -> JobRecord | None:
+        """Take a queued job: the head of ``queue``, or ``job_id``; None when there is nothing to take.
+
+        A group's consumer gives its ``epoch`` and raises :class:`Fenced` when it has been replaced. ``stale_before`` also takes a
+        running job whose lease is older than that time.
+        """
+        while True:
+            answer = self._script["claim"](
+                keys=[names.waiting_key(queue), names.group_key(identifier)],
+                args=[time.time(), optional(epoch), job_id, optional(stale_before)],
+            )
+            if answer[0] == "FENCED":
+                raise Fenced(f"epoch {epoch} of {identifier!r} has been replaced")
+            if answer[0] == "GONE" and not job_id:
+                continue
+            return self.job(answer[1]) if answer[0] == "OK" else None
+
+    def renew(self, job: JobRecord) -> None:
+        """Extend the lease of a claimed job."""
+        self.client.hset(names.job_key(job.id), "lease_at", str(time.time()))
+
+    def finish(
+        self,
+        job: JobRecord,
+        *,
+        result: dict[str, Any] | None = None,
+        result_payload: PayloadRef | None = None,
+        error: dict[str, Any] | None = None,
+        seq: int | None = None,
+        epoch: int | None = None,
+    ) -> None:
+        """End a claimed job, failed if there is an ``error``; ``seq`` counts it among what the weights contain.
+
+        Idempotent, so it may be repeated until Redis answers; raises :class:`Fenced` when the claim is no longer the current one.
+        """
+        fields = encode_fields(
+            {
+                "state": "failed" if error else "finished",
+                "finished_at": time.time(),
+                "result": result,
+                "result_payload": result_payload.model_dump() if result_payload else None,
+                "error": error,
+                "seq": seq,
+            }
+        )
+        flat = [item for pair in fields.items() for item in pair]
+        answer = self._script["finish"](
+            keys=[names.job_key(job.id), names.group_key(job.identifier), names.applied_key(job.identifier)],
+            args=[job.id, job.attempt, optional(epoch), optional(seq), *flat],
+        )
+        if answer != "OK":
+            raise Fenced(f"job {job.id} attempt {job.attempt} has been replaced")
+
+    def cancel(self, job_id: str) -> JobRecord:
+        """Cancel a queued job; raises ``JOB_RUNNING`` or ``JOB_FINAL`` when it is past that."""
+        job = self.require_job(job_id)
+        fields = encode_fields(
+            {
+                "state": "cancelled",
+                "finished_at": time.time(),
+                "error": ServiceError("JOB_CANCELLED", "the job was cancelled before it ran", job_id=job_id).body(),
+            }
+        )
+        state = self._script["cancel"](
+            keys=[names.job_key(job_id)], args=[job_id, *(x for pair in fields.items() for x in pair)]
+        )
+        if state == "running":
+            raise ServiceError("JOB_RUNNING", f"job {job_id} is running and cannot be cancelled", job_id=job_id)
+        if state != "cancelled":
+            raise ServiceError("JOB_FINAL", f"job {job_id} is {state} already", job_id=job_id)
+        return job.model_copy(update={"state": "cancelled"})
+
+    def hand_over(self, job: JobRecord, queue: str, function: str, *, epoch: int, params: dict[str, Any]) -> None:
+        """Move a claimed job to another queue for its second half; its group is free for the next one."""
+        flat = [item for pair in encode_fields({"params": params}).items() for item in pair]
+        answer = self._script["hand_over"](
+            keys=[
+                names.job_key(job.id),
+                names.group_key(job.identifier),
+                names.waiting_key(job.queue),
+                names.waiting_key(queue),
+            ],
+            args=[job.id, job.attempt, epoch, queue, job.order, *flat],
+        )
+        if answer != "OK":
+            raise Fenced(f"job {job.id} attempt {job.attempt} has been replaced")
+        with self.client.pipeline() as pipe:
+            self.bell.ring(pipe, queue, function, job.id)
+            pipe.execute()
+
+    def explain_wait(self, job_id: str, reason: str) -> None:
+        """Say why a queued job waits."""
+        if self.client.hget(names.job_key(job_id), "state") == "queued":
+            self.client.hset(names.job_key(job_id), "waits_for", reason)
+
+
+def _group_in(pipe: Any, key: str) -> GroupRecord | None:
+    fields = pipe.hgetall(key)  # immediate while the pipeline watches
+    return GroupRecord.from_hash(fields) if "identifier" in fields else None
