@@ -1,0 +1,113 @@
+"""A rank without mathematics: the real consumer, ledger and rows, and a reader where the model would be.
+
+``digest``: reads every byte of the batch once and says when it had. ``update``: reads what one update reads, in the
+same order and pieces (the checks of all values, the masks, then each micro-batch), and says what memory that took.
+Started like a real rank, with ``NEXRL_GROUP`` and torchrun's variables.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from nexrl_contract.operations import OPERATIONS
+from nexrl_contract.processes import die_with_parent
+from nexrl_payloads import PayloadStore, open_store
+from nexrl_worker.consumer import Consumer
+from nexrl_worker.outcome import Outcome, Request
+from nexrl_worker.rank import follow
+from nexrl_worker.rows import PayloadRows
+from nexrl_worker.settings import RankSettings
+from nexrl_worker.team import Team
+from nexrl_worker.training.batch import BatchReader, Layout
+from nexrl_worker.training.plan import Cut, make_plan
+from nexrl_worker.training.validate import Limits, check_rows
+
+from benchmarks import machine
+from benchmarks.batches import NAMES, digest
+
+_LIMITS = Limits(vocabulary=1000, positions=None)
+_MICRO_ROWS = 2
+# The kernel's own ageing of pages may mark the neighbours of a touched one, so of some looks the lowest counts.
+_LOOKS = 3
+
+
+class Reader:
+    """Takes the place of ``nexrl_worker.operations.Operations``."""
+
+    def __init__(self, team: Team, store: PayloadStore, folder: Path, kind: str) -> None:
+        self._team = team
+        self._store = store
+        self._folder = folder
+        self._kind = kind
+
+    def run(self, request: Request) -> Outcome:
+        """Read the request's batch; metrics say how it went."""
+        before = machine.reset_peak(os.getpid())
+        operation = OPERATIONS[request.operation]
+        assert request.payload is not None
+        payload = request.payload
+        with self._team.agree(lambda: PayloadRows(self._store, payload, operation)) as rows:
+            found = self._digest(rows) if self._kind == "digest" else self._update(rows)
+            grown = machine.peak(os.getpid()) - before
+            touched = self._touched(rows, payload)
+        return Outcome({"metrics": {**found, "ranks": self._team.gather_lengths([grown, touched])}})
+
+    def _touched(self, rows: PayloadRows, payload: str) -> int:
+        """Bytes of the store's files, if it has any, that an update touches, found by doing it again."""
+        if self._kind != "update" or self._store.local_path(payload) is None:
+            return 0
+        found = []
+        for _ in range(_LOOKS):
+            machine.forget_touched(os.getpid())
+            self._update(rows)
+            found.append(machine.touched(os.getpid(), self._folder))
+        return min(found)
+
+    def _digest(self, rows: PayloadRows) -> dict[str, Any]:
+        seen = digest({name: rows.tensor(name, slice(0, rows.size)) for name in NAMES})
+        return {"read_at": time.monotonic(), "digest": seen}
+
+    def _update(self, rows: PayloadRows) -> dict[str, Any]:
+        plan = make_plan("update_actor", rows.size, self._team.size, Cut(micro_rows=_MICRO_ROWS))
+        layout, mine = Layout.of(rows), plan.rows_of(self._team.rank)
+        names = ("advantages", "old_log_probs")
+        rows.keep(mine)
+        check_rows(rows, layout, _LIMITS, names, mine)
+        reader = BatchReader(rows, layout, names, torch.device("cpu"), torch.float32)
+        micros = plan.mini_batches[0].ranks[self._team.rank]
+        scored = sum(int(reader.read_scored(micro).sum()) for micro in micros)
+        labels = sum(reader.read(micro).labels.numel() for micro in micros)
+        return {"scored": scored, "labels": labels}
+
+    def info(self) -> dict[str, Any]:
+        """As the real one."""
+        return {}
+
+    def suspend(self, seq: int) -> bool:
+        """There is no state."""
+        return False
+
+
+def main(kind: str) -> None:
+    """Serve until the run ends."""
+    die_with_parent(os.getppid())
+    settings = RankSettings.from_env()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    team = Team()
+    store = open_store(settings.payloads)
+    reader: Any = Reader(team, store, settings.data, kind)
+    if settings.rank == 0:
+        Consumer(settings, team, reader, store, seq=0).run(ready=True)
+    else:
+        follow(team, reader)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
