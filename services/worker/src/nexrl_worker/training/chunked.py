@@ -11,6 +11,8 @@ from torch import Tensor
 
 # Elements of one chunk's logits: large enough for a fast matrix product, small enough to stay a side note in memory.
 _ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
+# Elements of logits kept for the backward, which computes the others again: on CPU 64 MiB save a small model a product.
+_KEPT = {"cpu": 1 << 24}
 
 
 def chunk_length(vocabulary: int, device: torch.device) -> int:
@@ -36,7 +38,7 @@ def head_log_probs(
     """(log p(label), entropy) of softmax((hidden W^T + b) / temperature), each [T], at least float32.
 
     Shapes: hidden [T,H], weight [V,H], labels [T]. Entropies are 0 unless asked for, and so is all of an inactive
-    chunk. Gradients reach hidden, weight and bias; the backward computes each chunk's logits again.
+    chunk. Gradients reach hidden, weight and bias; the backward computes again what logits were not kept.
     """
     result: tuple[Tensor, Tensor] = _HeadLogProbs.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, labels, temperature, length, active, entropy
@@ -66,16 +68,22 @@ class _HeadLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         log_probs, normaliser, entropies = (hidden.new_zeros(hidden.shape[0], dtype=dtype) for _ in range(3))
+        kept: dict[int, Tensor] = {}
+        room = _KEPT.get(hidden.device.type, 0)
         for part in _parts(hidden.shape[0], length, active):
             logits = _logits(hidden[part], weight, bias, temperature)
+            if logits.numel() <= room:
+                kept[part.start] = logits
+                room -= logits.numel()
             total = torch.logsumexp(logits, dim=-1)
             log_probs[part] = logits.gather(1, labels[part, None]).squeeze(1) - total
             normaliser[part] = total
             if entropy:
-                shares = torch.exp(logits - total[:, None])
+                shares = (logits - total[:, None]).exp_()
                 entropies[part] = total - shares.mul_(logits).sum(dim=-1)
         ctx.save_for_backward(hidden, weight, bias, labels, normaliser, entropies.clone())
         ctx.settings = (temperature, length, active)
+        ctx.kept = kept
         ctx.set_materialize_grads(False)
         return log_probs, entropies
 
@@ -89,17 +97,24 @@ class _HeadLogProbs(torch.autograd.Function):
         weight_grad = torch.zeros(weight.shape, dtype=wide, device=weight.device)
         bias_grad = None if bias is None else torch.zeros(bias.shape, dtype=wide, device=bias.device)
         for part in _parts(hidden.shape[0], length, active):
-            logits = _logits(hidden[part], weight, bias, temperature)
+            logits = ctx.kept.pop(part.start, None)  # used up below: a second backward computes it again
+            if logits is None:
+                logits = _logits(hidden[part], weight, bias, temperature)
             centred = logits.sub_(normaliser[part, None])
             shares = centred.exp()
-            if by_entropy is None:
-                grad = torch.zeros_like(shares)
-            else:  # dH/dz = -p (log p + H)
+            if by_entropy is not None:  # dH/dz = -p (log p + H)
                 grad = centred.add_(entropies[part, None]).mul_(shares).mul_(-by_entropy[part, None])
+                if by_log_prob is not None:
+                    grad.addcmul_(shares, by_log_prob[part, None], value=-1.0)
+            elif by_log_prob is not None:
+                grad = shares.mul_(-by_log_prob[part, None])
+            else:
+                continue
             if by_log_prob is not None:  # dlp/dz = [z is the label's] - p
-                grad.addcmul_(shares, by_log_prob[part, None], value=-1.0)
                 grad.scatter_add_(1, labels[part, None], by_log_prob[part, None])
-            grad = grad.div_(temperature).to(weight.dtype)
+            if temperature != 1.0:
+                grad.div_(temperature)
+            grad = grad.to(weight.dtype)
             hidden_grad[part] = grad @ weight
             if wide == weight.dtype:
                 weight_grad.addmm_(grad.t(), hidden[part])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from nexrl_worker.training.weights import (
     persistent_buffers,
 )
 
+Agree = Callable[[Callable[[], Any]], Any]
 UPDATES = ("update_actor", DISTILLATION)
 SCORES = ("compute_log_prob", "compute_ref_log_prob")
 
@@ -47,22 +48,26 @@ class Engine:
         self._scorer = scorer
         self._probe = outcome
         self._reference: Scorer | None = None
-        self._trainer = Trainer(scorer, actor, device, self._frozen) if role == "actor" else None
+        self._trainer = Trainer(scorer, actor, device, self.reference) if role == "actor" else None
         self.weight_version = 0
 
     @classmethod
-    def build(cls, actor: Any, role: str, device: torch.device) -> Engine:
-        """Load `actor.model.path` over all ranks of the default process group. Roles: actor, teacher. Collective."""
+    def build(cls, actor: Any, role: str, device: torch.device, agree: Agree = lambda act: act()) -> Engine:
+        """Load `actor.model.path` over all ranks of the default process group. Roles: actor, teacher. Collective.
+
+        `agree` runs what is local, and may raise on all ranks what one of them raises.
+        """
         if role not in ("actor", "teacher"):
             raise InvalidValue(f"unknown role {role!r}", expected="actor, teacher", actual=role)
         if role == "actor":
-            Schedule(actor.optim)  # refuses a bad schedule before anything is loaded
+            agree(lambda: Schedule(actor.optim))  # refuses a bad schedule before anything is loaded
         precision = Precision.of(actor.fsdp_config, device)
-        scorer = _build(actor, actor.model.path, device, trainable=role == "actor")
+        scorer: Scorer = agree(lambda: _build(actor, actor.model.path, device, trainable=role == "actor"))
         outcome = probe(scorer, device, precision.param)
         scorer.fallback = outcome.reason
         release(scorer)
-        return cls(actor, role, device, scorer, outcome)
+        engine: Engine = agree(lambda: cls(actor, role, device, scorer, outcome))
+        return engine
 
     def info(self) -> dict[str, Any]:
         """What this group runs: sizes, dtypes, and whether log-probabilities are chunked (or why not)."""
@@ -123,8 +128,12 @@ class Engine:
             spec = self._spec(operation, rows, params)
             names = needed_tensors(spec, rows, layout)
             self._training().check(plan, rows, spec, accumulates=operation not in UPDATES)
-        limits = self._limits()
+        limits = self._limits(self._uses_reference(operation, rows, params))
         check_rows(rows, layout, limits, names, plan.rows_of(dist.get_rank()))
+
+    def lacks_reference(self, operation: str, rows: Rows, params: Mapping[str, Any]) -> bool:
+        """Whether `reference` has to come before this operation; raises InvalidValue for bad parameters. Local."""
+        return self._reference is None and self._uses_reference(operation, rows, params)
 
     # -- training ---------------------------------------------------------------------------------------------------
 
@@ -170,7 +179,7 @@ class Engine:
 
         `reference` scores with the frozen weights of `ref.model.path` (else `model.path`), read at first use.
         """
-        scorer = self._frozen() if reference else self._scorer
+        scorer = self.reference() if reference else self._scorer
         temperature = temperature_of(self._actor, rows, params)
         reader = BatchReader(rows, Layout.of(rows), (), self._device, self._float())
         answers: list[tuple[list[int], Tensor]] = []
@@ -249,11 +258,21 @@ class Engine:
             raise InvalidValue(f"a group of role {self._role} does not train")
         return self._trainer
 
-    def _frozen(self) -> Scorer:
+    def _uses_reference(self, operation: str, rows: Rows, params: Mapping[str, Any]) -> bool:
+        if operation in SCORES:
+            return operation == "compute_ref_log_prob"
+        return self._spec(operation, rows, params).uses_kl and not rows.has("ref_log_prob")
+
+    def reference(self) -> Scorer:
+        """The frozen model, read at first use; raises InvalidValue where that of `ref.model.path` does not fit. Local."""
         if self._reference is None:
             path = (self._actor.ref.model.path if self._actor.ref else None) or self._actor.model.path
-            self._reference = _build(self._actor, path, self._device, trainable=False)
-            self._reference.fallback = self._scorer.fallback
+            reference = _build(self._actor, path, self._device, trainable=False)
+            known, needed = reference.vocabulary, self._scorer.vocabulary
+            if known < needed:
+                raise InvalidValue(f"the reference model in {path} knows {known} tokens, the group's model {needed}")
+            reference.fallback = self._scorer.fallback
+            self._reference = reference
         return self._reference
 
     def _spec(self, operation: str, rows: Rows, params: Mapping[str, Any]) -> LossSpec:
@@ -267,9 +286,10 @@ class Engine:
         precision = Precision.of(self._actor.fsdp_config, self._device)
         return torch.float64 if precision.model == torch.float64 else torch.float32
 
-    def _limits(self) -> Limits:
-        positions = getattr(self._scorer.hf.config, "max_position_embeddings", None)
-        return Limits(self._scorer.vocabulary, positions)
+    def _limits(self, with_reference: bool = False) -> Limits:
+        scorers = [self._scorer, self._reference] if with_reference and self._reference else [self._scorer]
+        known = [getattr(scorer.hf.config, "max_position_embeddings", None) for scorer in scorers]
+        return Limits(self._scorer.vocabulary, min((most for most in known if most is not None), default=None))
 
 
 def _build(actor: Any, path: str, device: torch.device, trainable: bool) -> Scorer:

@@ -1,0 +1,49 @@
+"""A rank's rows of a stored batch: a store without files is asked once for each tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import redis
+import torch
+from nexrl_contract.operations import OPERATIONS
+from nexrl_payloads import open_store
+from nexrl_worker.rows import PayloadRows
+from tensor_codec import encode
+
+IDS = torch.arange(8 * 6).reshape(8, 6)
+BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "advantages": torch.randn(8)}
+
+
+def asked(url: str) -> int:
+    """How often the server was asked for a range of a value."""
+    with redis.Redis.from_url(url) as client:
+        return int(client.info("commandstats").get("cmdstat_getrange", {"calls": 0})["calls"])
+
+
+@pytest.mark.parametrize("kept", [[2, 3, 4, 5], [0, 3, 6]])
+@pytest.mark.parametrize("wanted", [slice(3, 5), [3], [5, 3], [6, 0]])
+def test_kept_rows_are_the_rows_of_the_batch(redis_url: str, kept: list[int], wanted: Sequence[int] | slice) -> None:
+    """Whatever is kept, and whether the rows wanted are among it or not, their values are those that were sent."""
+    store = open_store(redis_url)
+    store.put("batch", encode(BATCH))
+    with PayloadRows(store, "batch", OPERATIONS["update_actor"]) as rows:
+        rows.keep(kept)
+        for name, tensor in BATCH.items():
+            assert torch.equal(rows.tensor(name, wanted), tensor[wanted])
+
+
+def test_kept_rows_are_fetched_once(redis_url: str) -> None:
+    """Checks, masks and micro-batches read the same rows; over the network they go once."""
+    store = open_store(redis_url)
+    store.put("batch", encode(BATCH))
+    with PayloadRows(store, "batch", OPERATIONS["update_actor"]) as rows:
+        rows.keep([2, 3, 4, 5])
+        rows.tensor("input_ids", [2])
+        before = asked(redis_url)
+        for wanted in ([2, 3], [4, 5], slice(3, 5), [5, 2]):
+            rows.tensor("input_ids", wanted)
+        assert asked(redis_url) == before
+        rows.tensor("input_ids", [7])
+        assert asked(redis_url) > before
