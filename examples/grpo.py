@@ -135,8 +135,7 @@ def main() -> int:
     report = RunReport(folder, recipe.supervised_steps, recipe.steps, recipe.target)
 
     client = create_train_service_client(backend="self-hosted", url=options.url, identifier=options.identifier)
-    optim = {"lr": recipe.lr, "lr_warmup_steps": recipe.warmup_steps}
-    config = {"actor": {"model": {"path": str(model)}, "optim": optim}}
+    config = {"actor": {"model": {"path": str(model)}, "optim": recipe.optim}}
     with report.clock("group start"):
         client.initialize_worker(config_dict=config, role="actor", world_size=options.world_size)
     try:

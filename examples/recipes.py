@@ -26,6 +26,13 @@ class Recipe:
     target: float
 
     @property
+    def optim(self) -> dict[str, object]:
+        """The service's optimizer settings: a decay to 0, so that the last noisy steps do not undo the earlier ones."""
+        total = self.supervised_steps + self.steps
+        schedule = {"lr_warmup_steps": self.warmup_steps, "lr_scheduler": "linear", "total_training_steps": total}
+        return {"lr": self.lr, **schedule}
+
+    @property
     def shown(self) -> list[Prompt]:
         """A few held-out prompts whose answers are printed before and after."""
         held_out = self.task.held_out
@@ -42,7 +49,7 @@ def tiny_recipe() -> Recipe:
         prompts_per_step=64,
         samples_per_prompt=8,
         max_new_tokens=2,
-        lr=5e-4,
+        lr=7e-4,
         warmup_steps=5,
         evaluate_every=10,
         checkpoint_every=20,
