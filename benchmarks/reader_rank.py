@@ -20,8 +20,8 @@ from nexrl_contract.processes import die_with_parent
 from nexrl_payloads import PayloadStore, open_store
 from nexrl_worker.consumer import Consumer
 from nexrl_worker.outcome import Outcome, Request
-from nexrl_worker.rank import follow
 from nexrl_worker.rows import PayloadRows
+from nexrl_worker.serving import follow
 from nexrl_worker.settings import RankSettings
 from nexrl_worker.team import Team
 from nexrl_worker.training.batch import BatchReader, Layout

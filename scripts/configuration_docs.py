@@ -51,6 +51,8 @@ def _walk(section: type[Section], prefix: str) -> tuple[list[str], list[str]]:
 def _type(annotation: Any) -> str:
     if typing.get_origin(annotation) is typing.Literal:
         return ", ".join(f"`{value}`" for value in typing.get_args(annotation))
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _type(typing.get_args(annotation)[0])
     inner = [part for part in typing.get_args(annotation) if part is not type(None)]
     if typing.get_origin(annotation) is tuple:
         return "two numbers"

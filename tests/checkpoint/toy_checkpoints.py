@@ -121,8 +121,8 @@ def hand_over(ledger: Ledger, data: Path, path: Path, state: State, **changes: A
         created_at=time.time(),
     )
     stage(data, job.id, state)
-    epoch = 1
-    ledger.submit(job, RUN_JOB, group=GroupRecord(identifier=identifier, state="ready", epoch=epoch))
+    ledger.submit(job, RUN_JOB, group=GroupRecord(identifier=identifier, state="ready"))
+    epoch = next(group.epoch for group in ledger.groups() if group.identifier == identifier)
     claimed = ledger.claim(queue, identifier=identifier, epoch=epoch)
     assert claimed is not None and claimed.id == job.id
     params = publish_params(data, job.id, path, **changes)

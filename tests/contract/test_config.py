@@ -55,6 +55,14 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(
         {"clip_ratio_low": 2.0},
         {"policy_loss": "dpo"},
         {"optim": {"lr_scheduler": "cosine"}},
+        {"optim": {"lr_scheduler": "cosine", "total_training_steps": 10, "lr_warmup_steps": 10}},
+        {"optim": {"lr_warmup_steps": 10**400}},
+        {"optim": {"betas": [0.9, 1.0]}},
+        {"optim": {"betas": [-0.1, 0.9]}},
+        {"optim": {"lr": float("nan")}},
+        {"optim": None},
+        {"seed": -1},
+        {"ppo_epochs": 10**9},
         {"optim": {"lr": "${oc.env:LR}"}},
         {"fsdp_config": {"model_dtype": "float8"}},
     ],
@@ -65,6 +73,16 @@ def test_a_value_that_cannot_be_used_is_refused_by_its_key(actor: dict[str, Any]
 
     assert caught.value.code == "INVALID_CONFIG"
     assert caught.value.details["key"].startswith("actor.")
+
+
+def test_a_configuration_may_be_nested_as_deep_as_it_likes() -> None:
+    """A key without effect can hold anything; a variable is found in it all the same."""
+    deep: Any = "${HOME}"
+    for _ in range(5000):
+        deep = {"a": deep}
+
+    with pytest.raises(ServiceError, match="interpolation"):
+        parse({"debug": deep})
 
 
 def test_known_keys_without_effect_are_accepted_and_listed() -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import rq
 from conftest import wait_until
 from nexrl_contract import names
 from nexrl_contract.errors import ServiceError
@@ -154,6 +155,50 @@ def test_what_was_lost_with_the_weights_is_marked_rolled_back(ledger: Ledger) ->
     assert [ledger.require_job(job_id).state for job_id in ids] == ["finished", "rolled_back", "rolled_back"]
 
 
+def test_a_destroyed_group_takes_nothing_more_and_stays_destroyed(ledger: Ledger) -> None:
+    """Its destroy is finished with it: left behind, it would stand before every job of the next group of that name."""
+    destroy, _ = ledger.submit(job("destroy"), names.RUN_JOB)
+    claim(ledger)
+
+    ledger.group_destroyed(GROUP, 1, spare_job=destroy.id)
+
+    assert ledger.require_job(destroy.id).state == "finished"
+    assert ledger.queue_length(QUEUE) == 0
+    with pytest.raises(Fenced):
+        claim(ledger)
+    with pytest.raises(Fenced):
+        ledger.group_down(GROUP, 1, "rank 0 was killed")
+    group = ledger.group(GROUP)
+    assert group is not None
+    assert group.state == "destroyed"
+
+
+def test_epochs_go_on_when_a_name_is_used_again(ledger: Ledger) -> None:
+    """What the former group's processes still write is fenced off."""
+    ledger.group_destroyed(GROUP, 1)
+    ledger.submit(
+        job("initialize_worker", queue=names.AGENT_QUEUE),
+        names.PLACE_JOB,
+        group=GroupRecord(identifier=GROUP, created_at=time.time()),
+    )
+
+    assert ledger.start_epoch(GROUP, "agent", ["host"]) > 1
+    for late in (ledger.group_destroyed, ledger.update_group):
+        with pytest.raises(Fenced):
+            late(GROUP, 1)
+
+
+def test_a_save_that_waits_for_the_checkpointer_cannot_be_cancelled(ledger: Ledger) -> None:
+    """It has run by half: what the ranks wrote would stay in staging."""
+    submit(ledger)
+    saved = claim(ledger)
+    assert saved is not None
+    ledger.hand_over(saved, names.CHECKPOINT_QUEUE, names.PUBLISH_JOB, epoch=1, params={})
+
+    with pytest.raises(ServiceError, match="JOB_RUNNING"):
+        ledger.cancel(saved.id)
+
+
 def test_a_full_queue_is_refused_until_there_is_room(ledger: Ledger) -> None:
     submit(ledger, 64)
 
@@ -214,10 +259,8 @@ def test_with_the_bell_tripled_a_job_runs_once(ledger: Ledger, redis_url: str) -
 
 
 def test_a_job_hash_that_names_other_code_is_refused_and_the_group_goes_on(ledger: Ledger, redis_url: str) -> None:
-    import rq
-    from rq.serializers import JSONSerializer
-
-    rq.Queue(QUEUE, connection=connect(redis_url, decode=False), serializer=JSONSerializer).enqueue("os.mkdir", "pwned")
+    for serializer in ("json", "pickle"):
+        rq.Queue(QUEUE, connection=connect(redis_url, decode=False), serializer=serializer).enqueue("os.mkdir", "pwned")
     (job_id,) = submit(ledger)
 
     with Group(redis_url) as group:

@@ -7,7 +7,7 @@ A key marked :func:`_inert` is known, so that existing recipes are accepted, and
 from __future__ import annotations
 
 import difflib
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -17,6 +17,9 @@ from nexrl_contract.operations import ROLES
 Dtype = Literal["float32", "bfloat16", "float64"]
 _DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
 _INERT: Any = {"inert": True}
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Steps = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _inert() -> Any:
@@ -65,14 +68,14 @@ class OptimConfig(Section):
     """``actor.optim``: AdamW and its schedule, counted in optimizer steps."""
 
     lr: float = Field(default=1e-6, ge=0, description="Peak learning rate.")
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="Decay of the first and second moment.")
+    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.999), description="Decay of the first and second moment.")
     eps: float = Field(default=1e-8, gt=0, description="Added to the root of the second moment.")
     weight_decay: float = Field(default=0.01, ge=0, description="Decoupled; applied to every parameter.")
-    lr_warmup_steps: int = Field(default=0, ge=0, description="The first step of a warm-up of n uses lr/n.")
+    lr_warmup_steps: Steps = Field(default=0, description="The first step of a warm-up of n uses lr/n.")
     lr_scheduler: Literal["constant", "linear", "cosine"] = Field(
         default="constant", description="Shape after the warm-up."
     )
-    total_training_steps: int | None = Field(default=None, ge=1, description="Where linear and cosine end.")
+    total_training_steps: Count | None = Field(default=None, description="Where linear and cosine end.")
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1, description="Where linear and cosine end, as a share of lr.")
     lr_warmup_steps_ratio: Any = _inert()
     warmup_style: Any = _inert()
@@ -81,7 +84,7 @@ class OptimConfig(Section):
 class RolloutConfig(Section):
     """``actor.rollout``: what the trainer's rollouts used."""
 
-    n: int = Field(default=1, ge=1, description="Responses per prompt; a mini-batch is ppo_mini_batch_size x n rows.")
+    n: Count = Field(default=1, description="Responses per prompt; a mini-batch is ppo_mini_batch_size x n rows.")
     temperature: float = Field(default=1.0, gt=0, description="Used where a batch's metadata has no temperature.")
     log_prob_micro_batch_size: Any = _inert()
     log_prob_micro_batch_size_per_gpu: Any = _inert()
@@ -134,13 +137,13 @@ class ActorConfig(Section):
     kl_loss_type: Literal["k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl"] = Field(
         default="low_var_kl", description="Estimator; kl is k1, mse is k2, low_var_kl is k3."
     )
-    ppo_mini_batch_size: int | None = Field(default=None, ge=1, description="Prompts per optimizer step; null: all.")
-    ppo_epochs: int = Field(default=1, ge=1, description="Passes over the batch in one update.")
+    ppo_mini_batch_size: Count | None = Field(default=None, description="Prompts per optimizer step; null: all.")
+    ppo_epochs: int = Field(default=1, ge=1, le=1000, description="Passes over the batch in one update.")
     shuffle: bool = Field(default=False, description="Draw the rows of a mini-batch at random, by seed.")
-    seed: int = Field(default=0, description="Seeds shuffling and the ranks' generators.")
-    ppo_micro_batch_size_per_gpu: int | None = Field(default=None, ge=1, description="Rows per forward; null: all.")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Seeds shuffling and the ranks' generators.")
+    ppo_micro_batch_size_per_gpu: Count | None = Field(default=None, description="Rows per forward; null: all.")
     use_dynamic_bsz: bool = Field(default=False, description="Micro-batches by token budget instead of rows.")
-    ppo_max_token_len_per_gpu: int = Field(default=16384, ge=1, description="That budget; a longer row stands alone.")
+    ppo_max_token_len_per_gpu: Count = Field(default=16384, description="That budget; a longer row stands alone.")
     grad_clip: float = Field(default=1.0, gt=0, description="Largest gradient norm (L2, all parameters).")
     ppo_micro_batch_size: Any = _inert()
     ulysses_sequence_parallel_size: Any = _inert()
@@ -166,9 +169,7 @@ class ActorConfig(Section):
 class ResourceConfig(Section):
     """``resource``: how many ranks."""
 
-    world_size: int | None = Field(
-        default=None, ge=1, description="Ranks, where initialize_worker names no world_size."
-    )
+    world_size: Count | None = Field(default=None, description="Ranks, where initialize_worker names no world_size.")
     gpus_per_pod: Any = _inert()
     memory_per_gpu: Any = _inert()
 
@@ -202,7 +203,7 @@ _ROUTING = ("identifier", "role", "backend", "url")
 
 def parse_config(config: dict[str, Any]) -> GroupConfig:
     """Check a ``config_dict``; raises ``INVALID_CONFIG`` naming the key (and the nearest known one, if it is unknown)."""
-    _refuse_interpolation(config, "")
+    _refuse_interpolation(config)
     config = _normalise(config)
     _refuse_unknown(config, ServiceEntry, "")
     try:
@@ -212,12 +213,10 @@ def parse_config(config: dict[str, Any]) -> GroupConfig:
         key = ".".join(str(part) for part in first["loc"])
         raise ServiceError("INVALID_CONFIG", f"config key {key}: {first['msg']}", key=key) from None
     actor = entry.actor
-    if actor.optim.lr_scheduler != "constant" and actor.optim.total_training_steps is None:
-        raise ServiceError(
-            "INVALID_CONFIG",
-            f"actor.optim.lr_scheduler {actor.optim.lr_scheduler!r} needs actor.optim.total_training_steps",
-            key="actor.optim.total_training_steps",
-        )
+    optim = actor.optim
+    if optim.lr_scheduler != "constant" and (optim.total_training_steps or 0) <= optim.lr_warmup_steps:
+        message = f"actor.optim.lr_scheduler {optim.lr_scheduler!r} needs total_training_steps above lr_warmup_steps"
+        raise ServiceError("INVALID_CONFIG", message, key="actor.optim.total_training_steps")
     ignored = [name for name in _inert_keys(config, ServiceEntry, "") if name not in _ROUTING]
     return GroupConfig(entry=entry, ignored=tuple(ignored))
 
@@ -269,19 +268,17 @@ def nearest(word: str, known: Any) -> str | None:
     return matches[0] if matches else None
 
 
-def _refuse_interpolation(value: Any, path: str) -> None:
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            _refuse_interpolation(inner, f"{path}.{name}" if path else str(name))
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            _refuse_interpolation(inner, f"{path}[{index}]")
-    elif isinstance(value, str) and "${" in value:
-        raise ServiceError(
-            "INVALID_CONFIG",
-            f"config key {path}: interpolation {value!r} is not resolved here; write the value",
-            key=path,
-        )
+def _refuse_interpolation(config: dict[str, Any]) -> None:
+    pending: list[tuple[str, Any]] = [("", config)]  # no recursion: the depth is the sender's choice
+    while pending:
+        path, value = pending.pop()
+        if isinstance(value, dict):
+            pending += [(f"{path}.{name}" if path else str(name), inner) for name, inner in value.items()]
+        elif isinstance(value, list):
+            pending += [(f"{path}[{index}]", inner) for index, inner in enumerate(value)]
+        elif isinstance(value, str) and "${" in value:
+            message = f"config key {path}: interpolation {value!r} is not resolved here; write the value"
+            raise ServiceError("INVALID_CONFIG", message, key=path)
 
 
 def _normalise(config: dict[str, Any]) -> dict[str, Any]:

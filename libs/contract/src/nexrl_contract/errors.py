@@ -6,7 +6,7 @@ Every error a user meets is a :class:`ServiceError`; its :meth:`~ServiceError.bo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class ServiceError(Exception):
         }
 
     @classmethod
-    def from_body(cls, body: dict[str, Any]) -> ServiceError:
+    def from_body(cls, body: dict[str, Any]) -> Self:
         """The inverse of :meth:`body`; an unknown code becomes ``INTERNAL``."""
         details = {key: value for key, value in body.items() if key not in ("code", "message", "retryable")}
         code = str(body.get("code", "INTERNAL"))

@@ -20,10 +20,15 @@ from rq.exceptions import StopRequested
 from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq.timeouts import BaseDeathPenalty
+from rq.worker_registration import REDIS_WORKER_KEYS, WORKERS_BY_QUEUE_KEY
 
 IDLE_TICK_S = 1
 _SOCKET_MARGIN_S = 4
 _HEARTBEAT_S = 10
+
+
+class ForeignBell(Exception):
+    """Something in a queue that this service did not put there."""
 
 
 class BellJob(Job):
@@ -34,10 +39,14 @@ class BellJob(Job):
         raise PermissionError("bell jobs are not called: the consumer runs what the ledger says")
 
     def job_id_argument(self) -> str:
-        """The ledger's job id this bell rings for; raises PermissionError for a foreign job."""
-        if self.func_name not in JOB_FUNCTIONS or len(self.args) != 1 or not isinstance(self.args[0], str):
-            raise PermissionError(f"refused a job that is not a bell: {self.func_name!r}")
-        return self.args[0]
+        """The ledger's job id this bell rings for; raises ForeignBell for anything else."""
+        try:
+            function, args = self.func_name, self.args
+        except Exception as error:  # RQ's own, or whatever the serializer raises for bytes of another one
+            raise ForeignBell(f"refused a job that is not a bell: {error}") from None
+        if function not in JOB_FUNCTIONS or len(args) != 1 or not isinstance(args[0], str):
+            raise ForeignBell(f"refused a job that is not a bell: {function!r}")
+        return args[0]
 
 
 class Bell:
@@ -68,12 +77,16 @@ class Bell:
         return self._queues[name]
 
     def silence(self, queue: str) -> None:
-        """Delete a queue that nobody will consume again, with the bells in it."""
+        """Delete a queue that nobody will consume again, with the bells in it and the names of its killed consumers."""
         doomed = self._queue(queue)
         for job_id in doomed.get_job_ids():
             self._client.delete(BellJob.key_for(job_id))
         self._client.delete(doomed.key, doomed.intermediate_queue_key)
         self._client.srem(rq.Queue.redis_queues_keys, doomed.key)
+        consumers = WORKERS_BY_QUEUE_KEY % queue
+        if gone := self._client.smembers(consumers):
+            self._client.srem(REDIS_WORKER_KEYS, *gone)
+            self._client.delete(consumers)
 
 
 class _NoDeathPenalty(BaseDeathPenalty):
@@ -158,7 +171,8 @@ class ResidentWorker(rq.SimpleWorker):
     def heartbeat(self, timeout: int | None = None, pipeline: Pipeline | None = None) -> None:
         """RQ calls this between dequeues: the idle tick, and at most every ten seconds the real heartbeat."""
         if pipeline is None:
-            self._guarded(self._on_tick)
+            if not self._stop_requested:  # it would raise while Redis is away, and nobody would ever stop
+                self._guarded(self._on_tick)
             if self._stop_requested:
                 raise StopRequested
         if pipeline is not None or time.monotonic() - self._beat_at >= _HEARTBEAT_S:
@@ -168,7 +182,7 @@ class ResidentWorker(rq.SimpleWorker):
     def _guarded(self, callback: Callable[[], None]) -> None:
         try:
             callback()
-        except PermissionError as error:
+        except ForeignBell as error:
             self.log.error("bell.refused %s", error)
         except redis.exceptions.RedisError:
             raise

@@ -49,16 +49,21 @@ class GroupRecords(LedgerPart):
 
     def group_down(self, identifier: str, epoch: int | None, cause: str, *, rank: int | None = None) -> None:
         """The group has failed: state ``down`` with its cause, and every job that waits for it fails."""
-        running = ServiceError(
-            "OPERATION_FAILED", f"the group went down while it ran this: {cause}", identifier=identifier, rank=rank
-        )
+        running = _went_down(identifier, cause, rank)
         queued = ServiceError("GROUP_DOWN", f"the group went down before it ran this: {cause}", identifier=identifier)
         self._end_group(identifier, epoch, "down", cause, "", running, queued, None)
 
-    def group_destroyed(self, identifier: str, epoch: int | None, *, spare_job: str = "") -> None:
-        """The group is gone; its record stays for a day, jobs that still wait fail, ``spare_job`` is left to its caller."""
-        error = ServiceError("GROUP_NOT_READY", "the group was destroyed before it ran this", identifier=identifier)
-        self._end_group(identifier, epoch, "destroyed", "", spare_job, error, error, names.RESULT_TTL_S)
+    def group_destroyed(
+        self, identifier: str, epoch: int | None, *, spare_job: str = "", cause: str | None = None
+    ) -> None:
+        """The group is gone; its record stays for a day, jobs that still wait fail, ``spare_job`` (the destroy) is finished.
+
+        All at once: a destroy that stayed behind unfinished would stand before every job of the next group of that name.
+        ``cause`` says why the job that was running failed, where the group went down before it was destroyed.
+        """
+        queued = ServiceError("GROUP_NOT_READY", "the group was destroyed before it ran this", identifier=identifier)
+        running = queued if cause is None else _went_down(identifier, cause)
+        self._end_group(identifier, epoch, "destroyed", "", spare_job, running, queued, names.RESULT_TTL_S)
         self.bell.silence(names.train_queue(identifier))
 
     def _end_group(
@@ -103,3 +108,8 @@ class GroupRecords(LedgerPart):
         if count < 0:
             raise Fenced(f"epoch {epoch} of {identifier!r} has been replaced")
         return count
+
+
+def _went_down(identifier: str, cause: str, rank: int | None = None) -> ServiceError:
+    message = f"the group went down while it ran this: {cause}"
+    return ServiceError("OPERATION_FAILED", message, identifier=identifier, rank=rank)

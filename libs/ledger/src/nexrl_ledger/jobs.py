@@ -31,24 +31,32 @@ class JobRecords(LedgerPart):
         """Record ``job`` and ring its queue in one transaction; a repeated key gives ``(the first job, True)``.
 
         ``check`` sees the group's current record and may refuse by raising; ``group`` is a new group made together with the job.
-        Raises ServiceError ``IDEMPOTENCY_MISMATCH``, ``EXPIRED``, ``TOO_MANY_QUEUED`` or what ``check`` raised.
+        Epochs go on where a former group of that name ended. Raises ServiceError ``IDEMPOTENCY_MISMATCH``, ``EXPIRED``,
+        ``TOO_MANY_QUEUED`` or what ``check`` raised.
         """
         group_key = names.group_key(job.identifier)
         key = names.idempotency_key(job.key) if job.key else None
+        sent = False
         with self.client.pipeline() as pipe:
             while True:
                 try:
                     pipe.watch(group_key, *([key] if key else []))
+                    if sent and (written := self.job(job.id)) is not None:
+                        return written, False  # redis-py reports a lost reply as a WatchError, too
                     if key and (first := pipe.get(key)) is not None:
                         return self._replayed(job, str(first)), True
-                    check(_group_in(pipe, group_key))
+                    former = _group_in(pipe, group_key)
+                    check(former)
                     if (queued := pipe.zcard(names.waiting_key(job.queue))) >= MAX_QUEUED:
                         raise ServiceError(
                             "TOO_MANY_QUEUED", f"{queued} operations wait for {job.identifier!r} already; try later"
                         )
                     job = job.model_copy(update={"order": pipe.incr(names.ORDER_KEY)})
+                    if group is not None and former is not None:
+                        group = group.model_copy(update={"epoch": former.epoch + 1})
                     pipe.multi()
                     self._write_new(pipe, job, key, function, group)
+                    sent = True
                     pipe.execute()
                     return job, False
                 except redis.WatchError:

@@ -8,6 +8,7 @@ _END_JOB = """
 local function end_job(id, fields)
   local job = 'nexrl:job:' .. id
   local queue = redis.call('HGET', job, 'queue')
+  if not queue then return end
   redis.call('HSET', job, unpack(fields))
   redis.call('HDEL', job, 'waits_for')
   redis.call('EXPIRE', job, RESULT_TTL)
@@ -20,6 +21,10 @@ end
 
 CLAIM = """
 -- KEYS: waiting, group ('' without one). ARGV: now, epoch ('' without a group), job id ('' takes the head), stale_before
+if ARGV[2] ~= '' then
+  local group = redis.call('HMGET', KEYS[2], 'epoch', 'state')
+  if group[1] ~= ARGV[2] or group[2] == 'down' or group[2] == 'destroyed' then return {'FENCED'} end
+end
 local id = ARGV[3]
 if id == '' then
   local head = redis.call('ZRANGE', KEYS[1], 0, 0)
@@ -27,7 +32,6 @@ if id == '' then
   id = head[1]
 end
 local job = 'nexrl:job:' .. id
-if ARGV[2] ~= '' and redis.call('HGET', KEYS[2], 'epoch') ~= ARGV[2] then return {'FENCED'} end
 local state = redis.call('HGET', job, 'state')
 if not state then redis.call('ZREM', KEYS[1], id) return {'GONE'} end
 local started = tonumber(redis.call('HGET', job, 'lease_at') or '0')
@@ -64,8 +68,9 @@ return 'OK'
 CANCEL = (
     _END_JOB
     + """
--- KEYS: job. ARGV: job id, field, value, ...
+-- KEYS: job. ARGV: job id, field, value, ... ; one that was handed over has run by half
 local state = redis.call('HGET', KEYS[1], 'state')
+if state == 'queued' and redis.call('HEXISTS', KEYS[1], 'started_at') == 1 then return 'running' end
 if state ~= 'queued' then return state or '' end
 end_job(ARGV[1], {unpack(ARGV, 2)})
 return 'cancelled'
@@ -75,9 +80,10 @@ return 'cancelled'
 HAND_OVER = """
 -- A job leaves its group's queue and waits in another one, still running its second half there.
 -- KEYS: job, group, from, to. ARGV: job id, attempt, epoch, new queue, order, field, value, ...
+-- After a lost reply the new queue's consumer may have taken it (another attempt) before this is repeated.
+if redis.call('HGET', KEYS[1], 'queue') == ARGV[4] then return 'OK' end
 if redis.call('HGET', KEYS[1], 'attempt') ~= ARGV[2] then return 'FENCED' end
 if redis.call('HGET', KEYS[2], 'epoch') ~= ARGV[3] then return 'FENCED' end
-if redis.call('HGET', KEYS[1], 'queue') == ARGV[4] then return 'OK' end
 redis.call('HSET', KEYS[1], 'queue', ARGV[4], 'state', 'queued', unpack(ARGV, 6))
 redis.call('ZREM', KEYS[3], ARGV[1])
 redis.call('ZADD', KEYS[4], ARGV[5], ARGV[1])
@@ -97,7 +103,8 @@ return 'OK'
 
 START_EPOCH = """
 -- KEYS: group. ARGV: agent, nodes, now. Every incarnation of a group has a higher epoch; the old one is fenced off.
-if redis.call('EXISTS', KEYS[1]) == 0 then return -1 end
+local state = redis.call('HGET', KEYS[1], 'state')
+if not state or state == 'destroyed' then return -1 end
 local epoch = redis.call('HINCRBY', KEYS[1], 'epoch', 1)
 redis.call('HSET', KEYS[1], 'state', 'starting', 'agent', ARGV[1], 'nodes', ARGV[2], 'heartbeat', ARGV[3])
 redis.call('HDEL', KEYS[1], 'cause', 'running_job')
@@ -107,18 +114,23 @@ return epoch
 END_GROUP = (
     _END_JOB
     + """
--- The group goes down or is destroyed, and every job that still waits for it ends with a cause.
--- KEYS: group, waiting, applied. ARGV: epoch ('' for any), state, cause ('' for none), spare job id, now,
+-- The group goes down (its first cause stays) or is destroyed, and every job that still waits for it ends:
+-- the destroy job finished, the others failed with a cause.
+-- KEYS: group, waiting, applied. ARGV: epoch ('' for any), state, cause ('' for none), id of the destroy job, now,
 -- error of the running job, error of queued ones, the group's ttl ('' keeps it)
-if redis.call('EXISTS', KEYS[1]) == 0 then return 'FENCED' end
+local before = redis.call('HGET', KEYS[1], 'state')
+if not before or (before == 'destroyed' and ARGV[2] ~= before) then return 'FENCED' end
 if ARGV[1] ~= '' and redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return 'FENCED' end
 redis.call('HSET', KEYS[1], 'state', ARGV[2])
-if ARGV[3] ~= '' then redis.call('HSET', KEYS[1], 'cause', ARGV[3]) end
+if ARGV[3] ~= '' and before ~= ARGV[2] then redis.call('HSET', KEYS[1], 'cause', ARGV[3]) end
 for _, id in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do
-  if id ~= ARGV[4] then
+  if id == ARGV[4] then
+    end_job(id, {'state', 'finished', 'finished_at', ARGV[5], 'result', '{}'})
+  else
     local state = redis.call('HGET', 'nexrl:job:' .. id, 'state')
     end_job(id, {'state', 'failed', 'finished_at', ARGV[5], 'error', state == 'running' and ARGV[6] or ARGV[7]})
   end
+  redis.call('ZREM', KEYS[2], id)
 end
 redis.call('HDEL', KEYS[1], 'running_job')
 if ARGV[8] ~= '' then

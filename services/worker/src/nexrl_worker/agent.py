@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import shutil
 import signal
 import socket
+import sys
 import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import TypeVar
 
 import redis
 from nexrl_contract import names
@@ -22,11 +24,12 @@ from nexrl_worker.group_process import GroupProcess
 from nexrl_worker.settings import AgentSettings, GroupFolders
 from nexrl_worker.slots import Slots
 from nexrl_worker.suspended import suspended_seq
+from nexrl_worker.watch import GroupWatch, clear_staging
 
 BEAT_S = 5.0
-WATCH_S = 0.1
 STOP_LIMIT_S = 50.0
 LEASE_S = 60.0
+Answer = TypeVar("Answer")
 _log = logging.getLogger(__name__)
 
 
@@ -53,18 +56,19 @@ class Agent:
         """Serve until SIGTERM or SIGINT, then stop the groups so that they can come back."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._worker.stop())
-        until_redis(self._beat)
-        until_redis(self._bring_back)
-        until_redis(self._clear_staging)
+        self._patiently(self._beat)
+        self._patiently(self._bring_back)
         self._worker.run()
         self._stop_groups()
-        self._ledger.sign_off(self._settings.name)
+        with contextlib.suppress(redis.exceptions.RedisError):
+            self._ledger.sign_off(self._settings.name)
 
     # --- placing ---
 
     def _tick(self) -> None:
         if time.monotonic() - self._beat_at >= BEAT_S:
             self._beat()
+            clear_staging(self._ledger, self._settings.data)
         self._place_waiting()
 
     def _beat(self) -> None:
@@ -84,45 +88,108 @@ class Agent:
     def _place_waiting(self) -> None:
         """Claim every placement job that fits; say why the others wait."""
         for job in self._ledger.waiting(names.AGENT_QUEUE):
-            group = self._ledger.group(job.identifier)
-            if (
-                group is None
-                or job.identifier in self._running
-                or self._settings.identifier not in (None, job.identifier)
-            ):
+            if job.identifier in self._running or self._settings.identifier not in (None, job.identifier):
                 continue
-            if group.world_size > self._slots.free:
+            group = self._ledger.group(job.identifier)
+            if group is not None and group.state == "destroyed":
+                group = None
+            if group is not None and group.world_size > self._slots.free:
                 self._ledger.explain_wait(job.id, self._slots.shortage(group.world_size, self._settings.name))
-            elif (
-                claimed := self._ledger.claim(names.AGENT_QUEUE, job_id=job.id, stale_before=time.time() - LEASE_S)
-            ) is not None:
+                continue
+            stale = time.time() - LEASE_S
+            claimed = self._ledger.claim(names.AGENT_QUEUE, job_id=job.id, stale_before=stale)
+            if claimed is None:
+                continue
+            try:
+                if group is None:
+                    raise Fenced(f"group {job.identifier!r} is gone")
                 self._start(group, claimed)
+            except Fenced as error:
+                _log.warning("placement.fenced job_id=%s %s", job.id, error)
+                self._refuse(claimed, "GROUP_NOT_READY", "the group was destroyed before it was started")
+
+    def _start(self, group: GroupRecord, placement: JobRecord | None) -> None:
+        """A group that this machine cannot start is down, with the cause; raises Fenced where it is gone."""
+        identifier = group.identifier
+        epoch = self._ledger.start_epoch(identifier, self._settings.name, [socket.gethostname()])
+        gpus = self._slots.take(group.world_size)
+        try:
+            process = GroupProcess(self._settings, group, epoch, gpus)
+        except OSError as error:
+            self._slots.give_back(group.world_size, gpus)
+            cause = f"its processes could not be started on agent {self._settings.name}: {error}"
+            _log.error("group.down identifier=%s epoch=%d %s", identifier, epoch, cause)
+            self._patiently(lambda: self._ledger.group_down(identifier, epoch, cause))
+            if placement is not None:
+                self._refuse(placement, "OPERATION_FAILED", cause)
+            return
+        self._running[identifier] = process
+        _log.info("group.started identifier=%s epoch=%d world_size=%d", identifier, epoch, group.world_size)
+        watch = GroupWatch(self._ledger, self._store, process, placement, self._release)
+        watcher = threading.Thread(target=watch.run, name=f"watch-{identifier}", daemon=True)
+        self._watchers = [each for each in self._watchers if each.is_alive()] + [watcher]
+        watcher.start()
+        self._show_slots()
+
+    def _refuse(self, placement: JobRecord, code: str, reason: str) -> None:
+        error = ServiceError(code, reason, identifier=placement.identifier).body()
+        try:
+            self._patiently(lambda: self._ledger.finish(placement, error=error))
+        except Fenced as replaced:
+            _log.warning("placement.fenced job_id=%s %s", placement.id, replaced)
+
+    def _release(self, process: GroupProcess) -> None:
+        """A group's processes are gone. Called from the thread that watched it."""
+        self._slots.give_back(process.world_size, process.gpus)
+        self._running.pop(process.identifier, None)
+        self._show_slots()
+
+    def _show_slots(self) -> None:
+        try:
+            self._beat()
+        except redis.exceptions.RedisError:
+            _log.warning("agent.beat_missed")
+
+    # --- coming back ---
 
     def _bring_back(self) -> None:
-        """Groups that this agent held before it was restarted: start them again, or say what was lost."""
-        for group in self._ledger.groups():
-            if group.agent != self._settings.name or group.state not in ("starting", "up", "ready"):
-                continue
-            if group.running_job and (job := self._ledger.job(group.running_job)) is not None and not job.final:
-                cause = "the agent stopped while this ran; whether it took effect is not known"
-                self._ledger.finish(
-                    job, error=ServiceError("OPERATION_FAILED", cause, identifier=group.identifier).body()
-                )
-            kept = suspended_seq(GroupFolders(self._settings.data, group.identifier).state)
-            if group.seq > kept:
-                self._give_up(group, kept)
-            else:
-                placement = self._ledger.claim(
-                    names.AGENT_QUEUE, job_id=group.placement_job or "-", stale_before=time.time()
-                )
-                self._start(group, placement)
+        """Groups that this agent held before it was restarted: start them again, or say what was lost. May be repeated."""
+        mine = [
+            group
+            for group in self._ledger.groups()
+            if group.agent == self._settings.name
+            and group.state in ("starting", "up", "ready")
+            and group.identifier not in self._running
+        ]
+        kept = {group.identifier: suspended_seq(self._folders(group).state) for group in mine}
+        whole = [group for group in mine if group.seq <= kept[group.identifier]]
+        needed = sum(group.world_size for group in whole)
+        if needed > self._slots.free:
+            names_of = ", ".join(group.identifier for group in whole)
+            sys.exit(
+                f"agent {self._settings.name} keeps the groups {names_of}, which need {needed} slots: start it with as many "
+                "(NEXRL_SLOTS, nexrl up --slots)"
+            )
+        for group in mine:
+            try:
+                self._bring_back_one(group, kept[group.identifier])
+            except Fenced as error:
+                _log.warning("group.fenced identifier=%s %s", group.identifier, error)
 
-    def _clear_staging(self) -> None:
-        """Remove what saves that have ended left in staging: their ranks died before they could hand over."""
-        for folder in (self._settings.data / ".nexrl" / "staging").glob("*"):
-            job = self._ledger.job(folder.name)
-            if job is None or job.final:
-                shutil.rmtree(folder, ignore_errors=True)
+    def _bring_back_one(self, group: GroupRecord, kept: int) -> None:
+        identifier = group.identifier
+        job = self._ledger.job(group.running_job) if group.running_job else None
+        if job is not None and not job.final:
+            if job.operation == "destroy":
+                self._ledger.group_destroyed(identifier, group.epoch, spare_job=job.id)
+                return
+            cause = "the agent stopped while this ran; whether it took effect is not known"
+            self._ledger.finish(job, error=ServiceError("OPERATION_FAILED", cause, identifier=identifier).body())
+        if group.seq > kept:
+            self._give_up(group, kept)
+            return
+        placement = self._ledger.claim(names.AGENT_QUEUE, job_id=group.placement_job or "-", stale_before=time.time())
+        self._start(group, placement)
 
     def _give_up(self, group: GroupRecord, kept: int) -> None:
         epoch = self._ledger.start_epoch(group.identifier, self._settings.name, [])
@@ -134,85 +201,8 @@ class Agent:
             "destroy the group, initialise it again and load a checkpoint",
         )
 
-    def _start(self, group: GroupRecord, placement: JobRecord | None) -> None:
-        slots = self._slots.take(group.world_size)
-        epoch = self._ledger.start_epoch(group.identifier, self._settings.name, [socket.gethostname()])
-        process = GroupProcess(self._settings, group, epoch, slots)
-        self._running[group.identifier] = process
-        _log.info("group.started identifier=%s epoch=%d world_size=%d", group.identifier, epoch, group.world_size)
-        self._beat()
-        watcher = threading.Thread(
-            target=self._watch, args=(process, placement), name=f"watch-{group.identifier}", daemon=True
-        )
-        self._watchers.append(watcher)
-        watcher.start()
-
-    # --- watching (one thread a group) ---
-
-    def _watch(self, process: GroupProcess, placement: JobRecord | None) -> None:
-        try:
-            if placement is not None:
-                self._await_up(process, placement)
-            while process.poll_failure() is None and not process.ended_cleanly:
-                time.sleep(WATCH_S)
-            self._ended(process)
-        except Fenced as error:
-            _log.warning("group.fenced identifier=%s %s", process.identifier, error)
-            process.kill()
-            self._free(process)
-
-    def _await_up(self, process: GroupProcess, placement: JobRecord) -> None:
-        """Answer the placement job as soon as the ranks have met."""
-        while process.poll_failure() is None and not process.ended_cleanly:
-            group = until_redis(lambda: self._ledger.group(process.identifier))
-            if group is not None and group.epoch == process.epoch and group.state in ("up", "ready"):
-                self._answer(placement, _placed(group))
-                return
-            until_redis(lambda: self._ledger.renew(placement))
-            time.sleep(WATCH_S)
-        failure = process.poll_failure()
-        cause = failure[0] if failure else "the ranks were stopped before they had met"
-        error = ServiceError("OPERATION_FAILED", f"the group did not start: {cause}", identifier=process.identifier)
-        until_redis(lambda: self._ledger.finish(placement, error=error.body()))
-
-    def _answer(self, placement: JobRecord, result: dict[str, Any]) -> None:
-        until_redis(lambda: self._ledger.finish(placement, result=result))
-
-    def _ended(self, process: GroupProcess) -> None:
-        destroy_job = process.destroy_job()
-        failure = process.poll_failure()
-        process.kill()
-        self._free(process)
-        identifier, epoch = process.identifier, process.epoch
-        doomed = until_redis(lambda: self._ledger.waiting(names.train_queue(identifier)))
-        if destroy_job is not None:
-            until_redis(lambda: self._destroyed(identifier, epoch, destroy_job))
-        elif failure is not None:
-            cause, rank = failure
-            _log.error("group.down identifier=%s epoch=%d %s", identifier, epoch, cause)
-            until_redis(lambda: self._ledger.group_down(identifier, epoch, cause, rank=rank))
-            until_redis(self._clear_staging)
-        else:
-            until_redis(lambda: self._ledger.update_group(identifier, epoch, state="starting"))
-            return
-        for job in doomed:
-            if job.payload is not None:
-                self._store.delete(job.payload.id)
-
-    def _destroyed(self, identifier: str, epoch: int, job_id: str) -> None:
-        self._ledger.group_destroyed(identifier, epoch, spare_job=job_id)
-        job = self._ledger.job(job_id)
-        if job is not None:
-            self._ledger.finish(job, result={})
-        _log.info("group.destroyed identifier=%s epoch=%d", identifier, epoch)
-
-    def _free(self, process: GroupProcess) -> None:
-        self._slots.give_back(process.world_size, process.gpus)
-        self._running.pop(process.identifier, None)
-        try:
-            self._beat()
-        except redis.exceptions.RedisError:
-            _log.warning("agent.beat_missed")
+    def _folders(self, group: GroupRecord) -> GroupFolders:
+        return GroupFolders(self._settings.data, group.identifier)
 
     # --- stopping ---
 
@@ -220,7 +210,10 @@ class Agent:
         """Every group ends after its current operation and keeps its state for the next start."""
         processes = list(self._running.values())
         for process in processes:
-            process.request_stop()
+            try:
+                process.request_stop()
+            except OSError as error:
+                _log.error("group.unstoppable identifier=%s %s", process.identifier, error)
         deadline = time.monotonic() + STOP_LIMIT_S
         for process in processes:
             if not process.wait(max(0.1, deadline - time.monotonic())):
@@ -229,10 +222,13 @@ class Agent:
         for watcher in self._watchers:
             watcher.join(timeout=5.0)
 
+    def _patiently(self, act: Callable[[], Answer]) -> Answer:
+        """Wait for Redis, unless the operator wants this process to end."""
+        return until_redis(act, while_waiting=self._leave_if_stopping)
 
-def _placed(group: GroupRecord) -> dict[str, Any]:
-    """The result of ``initialize_worker``."""
-    return {"role": group.role, "world_size": group.world_size, "ignored": group.ignored, "already": False}
+    def _leave_if_stopping(self) -> None:
+        if self._worker.stopping:
+            raise SystemExit(0)
 
 
 def main() -> None:

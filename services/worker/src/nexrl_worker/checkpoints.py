@@ -81,7 +81,7 @@ class Checkpoints:
     def convert(self, engine: Engine, params: dict[str, Any]) -> Outcome:
         """A published sharded checkpoint becomes its sibling ``-hf``; a path that does not exist yet gets the current weights."""
         path = Path(params["local_path"])
-        if not os.path.lexists(path):
+        if not self._from_rank_0({"there": os.path.lexists(path)})["there"]:
             step = engine.optimizer_steps
             return Outcome(
                 {"path": str(path), "kind": "huggingface", **self._export(engine, PlainPath(path, self._name), step)}
@@ -169,7 +169,10 @@ class Checkpoints:
 
     def load(self, engine: Engine, params: dict[str, Any]) -> Outcome:
         """Everything is verified on all ranks before the first weight changes; any world size loads."""
-        plan = self._team.agree(lambda: inspect(Path(params["path"])))
+        first = self._team.rank == 0
+        resolved = self._team.agree(lambda: str(Path(params["path"]).resolve()) if first else "")
+        folder = Path(self._from_rank_0({"folder": resolved})["folder"])
+        plan = self._team.agree(lambda: inspect(folder))
         self._team.agree(lambda: plan.verify(self._team.rank, self._team.size))
         restored = self._load(engine, plan, weight_only=bool(params["load_weight_only"]))
         step = {} if plan.step is None else {"global_step": plan.step}
@@ -177,13 +180,15 @@ class Checkpoints:
 
     def _load(self, engine: Engine, plan: LoadPlan, *, weight_only: bool) -> dict[str, Any]:
         """``optimizer``: restored or kept as it was; ``rng``: restored, reseeded, or kept."""
+        mark = self._from_rank_0({"mark": plan.mark})["mark"]
         reader = self._team.agree(plan.reader)
         try:
             full = plan.has_optimizer and not weight_only
             needed = {part.name: part.global_shape for part in engine.shards(optimizer=full)}
             self._team.agree(lambda: plan.check_fits(reader, needed))
-            state = self._team.agree(plan.state) if full else {}
-            rng = self._team.agree(lambda: plan.rng(self._team.rank, self._team.size)) if full else None
+            self._team.agree(lambda: plan.check_unchanged(mark))
+            state = self._team.agree(lambda: _usable_state(engine, plan)) if full else {}
+            rng = self._team.agree(lambda: _usable_rng(engine, plan, self._team)) if full else None
             engine.load_shards(reader, optimizer=full)
         finally:
             reader.close()
@@ -196,6 +201,10 @@ class Checkpoints:
             seed_all(int(state["seed"]), self._team.rank)
         return {"optimizer": "restored", "rng": "restored" if rng is not None else "reseeded"}
 
+    def _from_rank_0(self, seen: dict[str, Any]) -> dict[str, Any]:
+        """What rank 0 sees of the file system, on every rank: it may look different a moment later."""
+        return self._team.broadcast(seen)
+
     # --- clean stop and start ---
 
     def suspend(self, engine: Engine, seq: int) -> None:
@@ -203,7 +212,7 @@ class Checkpoints:
         state = self._folders.state
         if seq == 0 or self._team.agree(lambda: suspended_seq(state)) == seq:
             return
-        folder = state.with_name("state.new")
+        folder = self._folders.new_state
         self._write_sharded(engine, folder, engine.optimizer_steps, seq, weight_only=False)
 
         def publish() -> None:
@@ -247,6 +256,27 @@ class Checkpoints:
     def _config_hash(self) -> str:
         text = json.dumps(self._settings.config, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _usable_state(engine: Engine, plan: LoadPlan) -> dict[str, Any]:
+    state = plan.state()
+    if missing := engine.scalars().keys() - state["scalars"].keys():
+        raise ServiceError("CHECKPOINT_INVALID", f"the state in {plan.folder} lacks {', '.join(sorted(missing))}")
+    return state
+
+
+def _usable_rng(engine: Engine, plan: LoadPlan, team: Team) -> dict[str, Any] | None:
+    """Tried before any weight changes."""
+    rng = plan.rng(team.rank, team.size)
+    if rng is not None:
+        before = engine.rng_state()
+        try:
+            engine.set_rng_state(rng)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ServiceError("CHECKPOINT_INVALID", f"{plan.folder} has no random state: {error}") from error
+        finally:
+            engine.set_rng_state(before)
+    return rng
 
 
 _nothing: Callable[[], None] = lambda: None  # noqa: E731 - what a rank without work does in a vote

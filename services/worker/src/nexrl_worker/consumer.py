@@ -22,9 +22,10 @@ from tensor_codec import encode
 from nexrl_worker.operations import Operations
 from nexrl_worker.outcome import Outcome, Request
 from nexrl_worker.settings import GroupFolders, RankSettings
-from nexrl_worker.team import Team
+from nexrl_worker.team import Refused, Team
 
 HEARTBEAT_S = 5.0
+STORE_PATIENCE_S = 60.0
 INLINE_RESULT_BYTES = 1024
 _log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class Consumer:
         self._operations = operations
         self._store = store
         self._seq = seq
+        self._in_doubt = False
         self._folders = GroupFolders(settings.data, settings.identifier)
         self._ledger = Ledger(connect(settings.redis_url))
         self._queue = train_queue(settings.identifier)
@@ -68,15 +70,29 @@ class Consumer:
 
     def _drain(self) -> None:
         while not self._worker.stopping and not self._folders.stop_request.exists():
-            job = self._ledger.claim(self._queue, identifier=self._settings.identifier, epoch=self._settings.epoch)
+            job = self._claim()
             if job is None:
                 return
             self._run(job)
 
+    def _claim(self) -> JobRecord | None:
+        """The head of the queue. After an error, which may have been a lost reply, a running head is what we had claimed."""
+        stale_before = time.time() + 1 if self._in_doubt else None
+        self._in_doubt = True
+        job = self._ledger.claim(
+            self._queue,
+            identifier=self._settings.identifier,
+            epoch=self._settings.epoch,
+            stale_before=stale_before,
+        )
+        self._in_doubt = False
+        return job
+
     def _run(self, job: JobRecord) -> None:
         if job.operation == "destroy":
-            self._team.broadcast({"do": "destroy"})
+            # First the file: the agent must not take a rank that goes for one that died.
             self._folders.destroyed.write_text(json.dumps({"job_id": job.id}))
+            self._team.broadcast({"do": "destroy"})
             self._worker.stop()
             return
         started = time.perf_counter()
@@ -86,8 +102,8 @@ class Consumer:
         self._team.broadcast({"do": "run", "request": _as_json(request)})
         try:
             outcome = self._operations.run(request)
-        except ServiceError as error:
-            self._finish(job, error={**error.body(), "identifier": job.identifier, "job_id": job.id})
+        except Refused as error:
+            self._fail(job, error)
         else:
             self._conclude(job, outcome)
         _log.info(
@@ -106,24 +122,45 @@ class Consumer:
             return
         if outcome.applied:
             self._seq += 1
-        result, payload = self._stored(job, outcome)
+        try:
+            result, payload = self._stored(job, outcome)
+        except ServiceError as error:
+            if not outcome.applied:
+                self._fail(job, error)
+                return
+            _log.error("result.lost job_id=%s %s", job.id, error)
+            result, payload = {"metrics": {}, "meta_info": {"result_lost": error.message}}, None
         if job.operation == "init_model":
             until_redis(lambda: self._update(state="ready", initialised=True, info=self._info()))
         self._finish(job, result=result, result_payload=payload, seq=self._seq if outcome.applied else None)
 
     def _stored(self, job: JobRecord, outcome: Outcome) -> tuple[dict[str, Any] | None, PayloadRef | None]:
-        """Small results go into the record, tensors and long metrics into the payload store."""
+        """Small results go into the record, tensors and long metrics into the payload store; raises what that raises."""
         text = json.dumps(outcome.result)
         if not outcome.tensors and len(text) <= INLINE_RESULT_BYTES:
             return outcome.result, None
         frame = encode(outcome.tensors, {FRAME_METADATA_KEY: json.dumps({"version": 1, **outcome.result})})
-        stored = self._store.put(f"{job.id}.result", frame)
-        return None, PayloadRef(id=stored.id, nbytes=stored.nbytes)
+        deadline = time.monotonic() + STORE_PATIENCE_S
+        while True:
+            try:
+                stored = self._store.put(f"{job.id}.result", frame)
+                return None, PayloadRef(id=stored.id, nbytes=stored.nbytes)
+            except ServiceError as error:
+                if error.code != "STORE_UNAVAILABLE" or time.monotonic() > deadline:
+                    raise
+                _log.warning("result.waits job_id=%s %s", job.id, error)
+                time.sleep(0.5)
+
+    def _fail(self, job: JobRecord, error: ServiceError) -> None:
+        self._finish(job, error={**error.body(), "identifier": job.identifier, "job_id": job.id})
 
     def _finish(self, job: JobRecord, **ending: Any) -> None:
         until_redis(lambda: self._ledger.finish(job, epoch=self._settings.epoch, **ending))
         if job.payload is not None:
-            self._store.delete(job.payload.id)
+            try:
+                self._store.delete(job.payload.id)
+            except ServiceError as error:  # the janitor will find it
+                _log.warning("payload.kept job_id=%s %s", job.id, error)
 
     def _update(self, **fields: Any) -> None:
         self._ledger.update_group(self._settings.identifier, self._settings.epoch, **fields)

@@ -12,8 +12,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from nexrl_contract.durable import remove_folder
 from nexrl_contract.processes import die_with_parent
 from nexrl_contract.records import GroupRecord
 
@@ -21,10 +22,18 @@ from nexrl_worker.settings import AgentSettings, GroupFolders
 
 _LOG_TAIL_BYTES = 2000
 _LAST_WORDS_S = 0.2
+_LONGEST_CAUSE = 1000
+
+
+class Failure(NamedTuple):
+    """Why a group's processes ended, and the rank that began it where that is known."""
+
+    cause: str
+    rank: int | None
 
 
 class GroupProcess:
-    """Start it from the agent's main thread: the children die with the thread that forked them."""
+    """Start it from the agent's main thread: the children die with the thread that forked them. Raises OSError."""
 
     def __init__(self, settings: AgentSettings, group: GroupRecord, epoch: int, gpus: tuple[str, ...]) -> None:
         self.identifier = group.identifier
@@ -32,7 +41,9 @@ class GroupProcess:
         self.epoch = epoch
         self.gpus = gpus
         self.folders = GroupFolders(settings.data, group.identifier)
-        shutil.rmtree(self.folders.run, ignore_errors=True)
+        if not group.initialised:
+            self.forget_state()  # of a former group of that name
+        remove_folder(self.folders.run)
         self.folders.run.mkdir(parents=True)
         self.folders.logs.mkdir(parents=True, exist_ok=True)
         with (self.folders.logs / "torchrun.log").open("ab") as log:
@@ -46,8 +57,8 @@ class GroupProcess:
             )
         self._watched: dict[int, int] = {}
 
-    def poll_failure(self) -> tuple[str, int | None] | None:
-        """``(cause, rank)`` once a rank or torchrun has died without being asked to."""
+    def poll_failure(self) -> Failure | None:
+        """Set once a rank or torchrun has died without being asked to."""
         code = self._torchrun.poll()
         if code == 0:
             return None
@@ -67,8 +78,13 @@ class GroupProcess:
         """The ``destroy`` job that ended the group, None when it was something else."""
         try:
             return str(json.loads(self.folders.destroyed.read_text())["job_id"])
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):
             return None
+
+    def forget_state(self) -> None:
+        """Remove what a clean stop kept: it belongs to a group that is no more."""
+        for folder in (self.folders.state, self.folders.new_state):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def request_stop(self) -> None:
         """Ask the ranks to end after the current operation, keeping their state."""
@@ -111,19 +127,19 @@ class GroupProcess:
                     continue
         return self._watched
 
-    def _cause(self, dead: list[int], code: int | None) -> tuple[str, int | None]:
+    def _cause(self, dead: list[int], code: int | None) -> Failure:
         """The rank that began it: one that died without a word was killed, and its peers only lost their connection to it."""
         time.sleep(_LAST_WORDS_S)
         words = {rank: said for rank in range(self.world_size) if (said := _read(self.folders.error(rank))) is not None}
         silent = [rank for rank in dead if rank not in words]
         if silent:
             log = f"see its log (nexrl logs {self.identifier})"
-            return f"rank {silent[0]} was killed or crashed without a message; {log}", silent[0]
+            return Failure(f"rank {silent[0]} was killed or crashed without a message; {log}", silent[0])
         if words:
             rank, first = min(words.items(), key=lambda item: float(item[1]["time"]))
-            return f"rank {rank}: {first['message']}", rank
+            return Failure(f"rank {rank}: {first['message']}"[:_LONGEST_CAUSE], rank)
         tail = _tail(self.folders.logs / "torchrun.log")
-        return f"the launcher ended with {_exit_text(code)}: {tail}", None
+        return Failure(f"the launcher ended with {_exit_text(code)}: {tail}"[:_LONGEST_CAUSE], None)
 
 
 def _torchrun(world_size: int) -> list[str]:
@@ -146,6 +162,7 @@ def _environment(settings: AgentSettings, group: GroupRecord, epoch: int, gpus: 
         "fsync": settings.fsync,
         "restore": group.initialised,
         "seq": group.seq,
+        "agent_pid": os.getpid(),
     }
     threads = max(1, (os.cpu_count() or 1) // group.world_size)
     return {
@@ -154,6 +171,8 @@ def _environment(settings: AgentSettings, group: GroupRecord, epoch: int, gpus: 
         "CUDA_VISIBLE_DEVICES": ",".join(gpus),
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": str(threads),
+        # A thread that spins while it waits takes the core from whoever it waits for: another rank, or the trainer.
+        "OMP_WAIT_POLICY": "passive",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from nexrl_contract.errors import ServiceError
@@ -9,8 +11,25 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 
-def check_model_folder(path: str) -> None:
+def check_model_folder(path: str, key: str = "actor.model.path") -> None:
     """Raises ``INVALID_CONFIG`` saying what is missing, unreadable or not understood. Reads configuration and headers, no weights."""
+    with config_errors(path, key):
+        _check(path)
+
+
+@contextmanager
+def config_errors(path: str, key: str) -> Iterator[None]:
+    """What a folder's files make transformers, safetensors and our own model code raise is ``INVALID_CONFIG`` of ``key``."""
+    try:
+        yield
+    except ServiceError as error:
+        raise ServiceError(error.code, error.message, **{**error.details, "key": key}) from error
+    except (ValueError, KeyError, OSError, SafetensorError) as error:
+        text = str(error) or type(error).__name__
+        raise ServiceError("INVALID_CONFIG", f"the model in {path} cannot be built: {text}", key=key) from error
+
+
+def _check(path: str) -> None:
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise _refused(f"{path} has no config.json: it is no Hugging Face model folder")
@@ -30,4 +49,4 @@ def check_model_folder(path: str) -> None:
 
 
 def _refused(message: str) -> ServiceError:
-    return ServiceError("INVALID_CONFIG", message, key="actor.model.path")
+    return ServiceError("INVALID_CONFIG", message)

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from nexrl_contract.errors import ServiceError
 from nexrl_contract.operations import OPERATIONS
 from nexrl_payloads import PayloadStore
 
 from nexrl_worker.checkpoints import Checkpoints
-from nexrl_worker.model_folder import check_model_folder
+from nexrl_worker.model_folder import check_model_folder, config_errors
 from nexrl_worker.outcome import Outcome, Request
 from nexrl_worker.rows import PayloadRows
 from nexrl_worker.settings import RankSettings
-from nexrl_worker.team import Team
+from nexrl_worker.team import Refused, Team
 from nexrl_worker.training.engine import Engine
 from nexrl_worker.training.plan import Plan
+
+Answer = TypeVar("Answer")
 
 
 class Operations:
@@ -55,7 +56,10 @@ class Operations:
         }
 
     def run(self, request: Request) -> Outcome:
-        """Run one operation; raises ServiceError on every rank alike when it was refused and nothing changed."""
+        """Run one operation; raises Refused on every rank alike when nothing changed."""
+        role = self._settings.role
+        if role not in OPERATIONS[request.operation].roles:
+            raise Refused("ROLE_UNSUPPORTED", f"a {role} does not run {request.operation}")
         return self._table[request.operation](request)
 
     def restore(self) -> None:
@@ -76,20 +80,29 @@ class Operations:
 
     def _model(self) -> Engine:
         if self._engine is None:
-            raise ServiceError("GROUP_NOT_READY", "the group has no model yet; call init_model first")
+            raise Refused("GROUP_NOT_READY", "the group has no model yet; call init_model first")
         return self._engine
 
     def _sound_engine(self, verb: str) -> Engine:
         engine = self._model()
         if engine.pending:
-            raise ServiceError(
+            raise Refused(
                 "GRADIENTS_PENDING",
                 f"cannot {verb} while gradients of forward_backward are pending; call optim_step (or optim_step(discard=True)) first",
             )
         return engine
 
     def _build(self) -> None:
-        self._engine = Engine.build(self._config, self._settings.role, self._device)
+        """Collective, and refused as a whole: the first bad tensor may be in one rank's rows alone."""
+
+        def agree(act: Callable[[], Answer]) -> Answer:
+            return self._team.agree(lambda: self._reading(self._config.model.path, "actor.model.path", act))
+
+        self._engine = Engine.build(self._config, self._settings.role, self._device, agree)
+
+    def _reading(self, path: str, key: str, act: Callable[[], Answer]) -> Answer:
+        with config_errors(path, key):
+            return act()
 
     def _init_model(self, request: Request) -> Outcome:
         if self._engine is not None:
@@ -124,8 +137,6 @@ class Operations:
 
     def _log_probs(self, request: Request, name: str, *, reference: bool) -> Outcome:
         def run(engine: Engine, plan: Plan, rows: PayloadRows) -> Outcome:
-            if reference:
-                self._team.agree(lambda: check_model_folder(self._config.ref.model.path or self._config.model.path))
             parts = engine.log_probs(plan, rows, request.params, reference=reference)
             full = self._in_row_order(parts, rows.size)
             return Outcome({"metrics": {}}, tensors={name: full} if full is not None else {})
@@ -152,10 +163,19 @@ class Operations:
         operation = OPERATIONS[request.operation]
         assert request.payload is not None
         with self._team.agree(lambda: PayloadRows(self._store, str(request.payload), operation)) as rows:
+            self._team.agree(lambda: self._load_reference(engine, request, rows))
             plan = self._plan(engine, request, rows)
             rows.keep(plan.rows_of(self._team.rank))
             self._team.agree(lambda: engine.check(request.operation, plan, rows, request.params))
             return self._timed(request, lambda: run(engine, plan, rows))
+
+    def _load_reference(self, engine: Engine, request: Request, rows: PayloadRows) -> None:
+        """Local; nothing where the operation needs none or it is there."""
+        if engine.lacks_reference(request.operation, rows, request.params):
+            own = self._config.ref.model.path
+            path, key = own or self._config.model.path, "actor.ref.model.path" if own else "actor.model.path"
+            check_model_folder(path, key)
+            self._reading(path, key, engine.reference)
 
     def _timed(self, request: Request, run: Callable[[], Outcome]) -> Outcome:
         started = time.perf_counter()

@@ -8,40 +8,33 @@ import os
 import signal
 import sys
 import traceback
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from nexrl_contract.config import parse_config
-from nexrl_contract.errors import ServiceError
 from nexrl_contract.processes import die_with_parent
 from nexrl_ledger import Fenced
-from nexrl_payloads import open_store
 
-from nexrl_worker.consumer import Consumer
-from nexrl_worker.operations import Operations
-from nexrl_worker.outcome import Request
 from nexrl_worker.settings import GroupFolders, RankSettings
-from nexrl_worker.team import Team
 
 EXIT_FAILED = 75
 EXIT_FENCED = 70
-_COLLECTIVE_LIMIT = timedelta(minutes=30)
 _log = logging.getLogger(__name__)
 
 
 def main() -> None:
     """Serve until told to stop. Whatever goes wrong after a vote ends the process: its peers sit in a collective it left."""
     die_with_parent(os.getppid())
+    settings = RankSettings.from_env()
+    _leave_if_orphaned(settings.agent_pid)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    settings = RankSettings.from_env()
     folders = GroupFolders(settings.data, settings.identifier)
     _log_to(folders.logs / f"rank{settings.rank}.log")
     folders.pid(settings.rank).write_text(str(os.getpid()))
     try:
+        # Not earlier: torch takes seconds to load, and a launcher that dies meanwhile must take this process along.
+        from nexrl_worker.serving import serve
+
         serve(settings)
     except Fenced as error:
         _log.warning("rank.fenced %s", error)
@@ -53,47 +46,12 @@ def main() -> None:
     os._exit(0)
 
 
-def serve(settings: RankSettings) -> None:
-    """Join the group and run its operations until it is stopped or destroyed."""
-    device = _device(settings)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_COLLECTIVE_LIMIT)
-    team = Team()
-    store = open_store(settings.payloads, fsync=settings.fsync)
-    config = parse_config({"actor": settings.config}).entry.actor
-    operations = Operations(settings, config, team, store, device)
-    if settings.restore:
-        operations.restore()
-    if settings.rank == 0:
-        Consumer(settings, team, operations, store, seq=settings.seq).run(ready=settings.restore)
-    else:
-        follow(team, operations)
-    dist.destroy_process_group()
-
-
-def follow(team: Team, operations: Operations) -> None:
-    """Ranks 1.. do what rank 0 says."""
-    while True:
-        message = team.broadcast()
-        match message["do"]:
-            case "run":
-                try:
-                    operations.run(Request(**message["request"]))
-                except ServiceError as refused:
-                    _log.info("operation.refused %s", refused)
-            case "stop":
-                operations.suspend(message["seq"])
-                return
-            case "destroy":
-                return
-
-
-def _device(settings: RankSettings) -> torch.device:
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-        return device
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.world_size))
-    return torch.device("cpu")
+def _leave_if_orphaned(agent_pid: int) -> None:
+    """The launcher may have died before the kernel was asked to take us along. While it lives, its parent is the agent."""
+    if sys.platform == "linux":
+        stat = Path(f"/proc/{os.getppid()}/stat").read_text()
+        if int(stat.rpartition(")")[2].split()[1]) != agent_pid:
+            os._exit(EXIT_FAILED)
 
 
 def _log_to(path: Path) -> None:

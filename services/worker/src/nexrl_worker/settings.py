@@ -70,6 +70,7 @@ class RankSettings:
     fsync: bool
     restore: bool
     seq: int
+    agent_pid: int = 0
 
     @classmethod
     def from_env(cls) -> Self:
@@ -98,6 +99,11 @@ class GroupFolders:
     def state(self) -> Path:
         """The state of a group that was stopped cleanly."""
         return self.data / ".nexrl" / "groups" / self.identifier / "state"
+
+    @property
+    def new_state(self) -> Path:
+        """That state while it is being written."""
+        return self.state.with_name("state.new")
 
     @property
     def logs(self) -> Path:

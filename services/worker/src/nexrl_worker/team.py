@@ -18,7 +18,15 @@ from nexrl_worker.training.errors import InvalidValue
 Answer = TypeVar("Answer")
 _IDLE_LIMIT = timedelta(days=7)
 _MAX_ERROR_BYTES = 4096
+_LONGEST_MESSAGE = 1000
 _log = logging.getLogger(__name__)
+
+
+class Refused(ServiceError):
+    """An operation that every rank refuses, in step, and that has changed nothing: the job fails, the group goes on.
+
+    Any other error of an operation, a plain ServiceError too, may be one rank's alone and ends the group.
+    """
 
 
 class Team:
@@ -47,7 +55,7 @@ class Team:
     def agree(self, act: Callable[[], Answer]) -> Answer:
         """Run a *local* ``act`` on every rank and vote: its answer, or on all ranks the first failing rank's error.
 
-        The error is a ServiceError with that rank's number, so a failed operation leaves the group in step and alive.
+        The error is :class:`Refused` with that rank's number, so a failed operation leaves the group in step and alive.
         """
         answer: Answer | None = None
         error: ServiceError | None = None
@@ -62,19 +70,19 @@ class Team:
             raise self._first_error(error)
         return answer  # type: ignore[return-value] # act() returned it
 
-    def _first_error(self, mine: ServiceError | None) -> ServiceError:
-        if self.size == 1:
-            assert mine is not None
-            return mine
+    def _first_error(self, mine: ServiceError | None) -> Refused:
         text = json.dumps(mine.body() if mine else None, default=str).encode()
-        if len(text) > _MAX_ERROR_BYTES:
-            assert mine is not None
-            text = json.dumps(ServiceError(mine.code, mine.message[:1000], rank=self.rank).body()).encode()
+        if self.size == 1:
+            return Refused.from_body(json.loads(text))
+        if mine is not None and len(text) > _MAX_ERROR_BYTES:
+            # One character takes up to 12 bytes, and every rank must send as many bytes as the others.
+            short = ServiceError(mine.code, mine.message[: _MAX_ERROR_BYTES // 16], rank=self.rank)
+            text = json.dumps(short.body()).encode()
         data = torch.frombuffer(bytearray(text.ljust(_MAX_ERROR_BYTES)), dtype=torch.uint8)
         every = [torch.empty_like(data) for _ in range(self.size)]
         dist.all_gather(every, data, group=self._group)
         bodies = (json.loads(one.numpy().tobytes()) for one in every)
-        return ServiceError.from_body(next(body for body in bodies if body is not None))
+        return Refused.from_body(next(body for body in bodies if body is not None))
 
     def gather_lengths(self, mine: list[int]) -> list[list[int]] | None:
         """Rank 0 gets every rank's list of integers, in rank order; the others None."""
@@ -107,10 +115,11 @@ class Team:
 
 def _as_service_error(error: Exception, rank: int) -> ServiceError:
     if isinstance(error, ServiceError):
-        return ServiceError(error.code, error.message, **{**error.details, "rank": rank})
+        return ServiceError(error.code, error.message[:_LONGEST_MESSAGE], **{**error.details, "rank": rank})
     if isinstance(error, InvalidValue):
-        return ServiceError("INVALID_VALUE", error.message, rank=rank, **error.details())
+        return ServiceError("INVALID_VALUE", error.message[:_LONGEST_MESSAGE], rank=rank, **error.details())
     _log.exception("operation.refused rank=%d", rank)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ServiceError("NO_SPACE", f"rank {rank}: no space left for {error.filename}", rank=rank)
-    return ServiceError("OPERATION_FAILED", f"rank {rank}: {type(error).__name__}: {error}", rank=rank)
+    message = f"rank {rank}: {type(error).__name__}: {error}"
+    return ServiceError("OPERATION_FAILED", message[:_LONGEST_MESSAGE], rank=rank)

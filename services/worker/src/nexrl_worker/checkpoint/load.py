@@ -5,6 +5,7 @@ Everything that can go wrong, before any weight changes. All local.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,6 +42,16 @@ class LoadPlan:
         """The trainer's step it was saved at, where it is known."""
         return self.record.step if self.record is not None else None
 
+    @property
+    def mark(self) -> str:
+        """Two folders with the same mark are the same checkpoint; empty for one that others made."""
+        return "" if self.record is None else hashlib.sha256(self.record.model_dump_json().encode()).hexdigest()
+
+    def check_unchanged(self, mark: str) -> None:
+        """Raises ``CHECKPOINT_INVALID`` where the folder is not (any more) what the rank that gave ``mark`` saw."""
+        if LoadPlan(self.folder, _record(self.folder)).mark != mark:
+            raise ServiceError("CHECKPOINT_INVALID", f"{self.folder} was replaced while it was read; load it again")
+
     def verify(self, rank: int, world_size: int) -> None:
         """Hash this rank's share of the files (``files[rank::world_size]``).
 
@@ -60,7 +71,7 @@ class LoadPlan:
     def check_fits(self, reader: TensorReader, needed: Mapping[str, tuple[int, ...]]) -> None:
         """``needed``: the group's tensors and global shapes.
 
-        Raises ``CHECKPOINT_INVALID`` where it is another model's checkpoint.
+        Raises ``CHECKPOINT_INVALID`` where it is another model's checkpoint. Afterwards every file that will be read is open.
         """
         for name, shape in needed.items():
             if name.startswith(OPTIMIZER_PREFIX) and not self.has_optimizer:
@@ -75,6 +86,7 @@ class LoadPlan:
                     f"{self.folder}: {name} has shape {list(reader.shapes[name])}, the model's has {list(shape)}",
                     tensor=name,
                 )
+            reader.check(name)
 
     def state(self) -> dict[str, Any]:
         """What rank 0 wrote of the group (scalars, seq, step, seed, threads); raises ``CHECKPOINT_INVALID``.
@@ -83,8 +95,10 @@ class LoadPlan:
         """
         path = self.folder / STATE
         try:
-            return dict(json.loads(path.read_bytes()))
-        except (OSError, ValueError, TypeError):
+            state = dict(json.loads(path.read_bytes()))
+            scalars = {name: _count(value) for name, value in dict(state["scalars"]).items()}
+            return {**state, "scalars": scalars, "seed": _count(state.get("seed", 0))}
+        except (OSError, KeyError, ValueError, TypeError):
             raise ServiceError("CHECKPOINT_INVALID", f"{path} is not the state of a group") from None
 
     def rng(self, rank: int, world_size: int) -> dict[str, Any] | None:
@@ -105,12 +119,22 @@ def inspect(path: Path) -> LoadPlan:
     folder = path.resolve()
     if not folder.is_dir():
         raise ServiceError("CHECKPOINT_INVALID", f"there is no checkpoint at {path}")
-    record = read_manifest(folder) or read_export(folder)
+    record = _record(folder)
     for entry in record.files if record is not None else ():
         check_size(folder, entry)
     if record is None:
         _check_foreign(folder)
     return LoadPlan(folder, record)
+
+
+def _record(folder: Path) -> Manifest | Export | None:
+    return read_manifest(folder) or read_export(folder)
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or not 0 <= value < 1 << 63:
+        raise ValueError(value)
+    return value
 
 
 def _check_foreign(folder: Path) -> None:

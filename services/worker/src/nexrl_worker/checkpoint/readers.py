@@ -31,6 +31,7 @@ class TensorReader(Protocol):
     shapes: dict[str, tuple[int, ...]]
 
     def has(self, name: str) -> bool: ...
+    def check(self, name: str) -> None: ...
     def read(self, name: str, offset: int, length: int) -> Tensor: ...
     def close(self) -> None: ...
 
@@ -57,6 +58,17 @@ class _Files:
         part = self.file(file).get_slice(name)
         rows: Tensor = part[start:stop] if part.get_shape() else self.file(file).get_tensor(name)
         return rows
+
+    def check(self, file: str, name: str, shape: tuple[int, ...]) -> None:
+        """Open ``file``; raises ``CHECKPOINT_INVALID`` unless it holds the tensor in that shape."""
+        try:
+            actual = tuple(self.file(file).get_slice(name).get_shape())
+        except SafetensorError:
+            raise ServiceError("CHECKPOINT_INVALID", f"{self._folder / file} has no tensor {name}") from None
+        if actual != shape:
+            raise ServiceError(
+                "CHECKPOINT_INVALID", f"{self._folder / file}: {name} has shape {list(actual)}, not {list(shape)}"
+            )
 
     def close(self) -> None:
         self._open.clear()
@@ -107,6 +119,12 @@ class ShardReader:
         """Whether the checkpoint holds the tensor."""
         return name in self._pieces
 
+    def check(self, name: str) -> None:
+        """Open the tensor's files and compare them with the index, so that reading cannot fail half-way."""
+        shape = self.shapes[name]
+        for piece in self._pieces[name]:
+            self._files.check(piece.file, name, (piece.rows, *shape[1:]) if shape else ())
+
     def read(self, name: str, offset: int, length: int) -> Tensor:
         """Rows ``offset:offset + length`` of the global tensor along dim 0 (all of a 0-dim one), as it was saved."""
         found, position, stop = [], offset, offset + length
@@ -155,6 +173,10 @@ class HuggingFaceReader:
     def has(self, name: str) -> bool:
         """Whether the folder holds the tensor."""
         return name in self._file_of
+
+    def check(self, name: str) -> None:
+        """The files are open, and the shapes are the files' own."""
+        self._files.check(self._file_of[name], name, self.shapes[name])
 
     def read(self, name: str, offset: int, length: int) -> Tensor:
         """Rows ``offset:offset + length`` along dim 0 (all of a 0-dim tensor), in the file's dtype."""

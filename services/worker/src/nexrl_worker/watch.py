@@ -1,0 +1,148 @@
+"""One group under watch: from the start of its processes to their end, and what the ledger is told of it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nexrl_contract import names
+from nexrl_contract.errors import ServiceError
+from nexrl_contract.records import GroupRecord, JobRecord
+from nexrl_ledger import Fenced, Ledger, until_redis
+from nexrl_payloads import PayloadStore
+
+from nexrl_worker.group_process import Failure, GroupProcess
+
+WATCH_S = 0.1
+RENEW_S = 5.0
+_log = logging.getLogger(__name__)
+
+
+class GroupWatch:
+    """Runs in a thread of its own. However it ends, the processes are gone and ``release`` was called once."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        store: PayloadStore,
+        process: GroupProcess,
+        placement: JobRecord | None,
+        release: Callable[[GroupProcess], None],
+    ) -> None:
+        self._ledger = ledger
+        self._store = store
+        self._process = process
+        self._unanswered = placement
+        self._release = release
+        self._ended = False
+
+    def run(self) -> None:
+        """Watch until the group's processes have ended; never raises."""
+        try:
+            if self._unanswered is not None:
+                self._await_up()
+            self._conclude(self._await_end())
+        except Fenced as error:
+            _log.warning("group.fenced identifier=%s %s", self._process.identifier, error)
+        except Exception as error:
+            _log.exception("group.lost identifier=%s", self._process.identifier)
+            self._give_up(error)
+        finally:
+            self._end()
+
+    def _await_up(self) -> None:
+        """Answer the placement job as soon as the ranks have met."""
+        renewed = time.monotonic()
+        while not self._process.ended_cleanly and self._process.poll_failure() is None:
+            group = until_redis(lambda: self._ledger.group(self._process.identifier))
+            if group is not None and group.epoch == self._process.epoch and group.state in ("up", "ready"):
+                self._answer(result=_placed(group))
+                return
+            if time.monotonic() - renewed > RENEW_S:
+                self._renew()
+                renewed = time.monotonic()
+            time.sleep(WATCH_S)
+
+    def _await_end(self) -> Failure | None:
+        """Why the processes ended, None after a stop or a destroy."""
+        while not self._process.ended_cleanly:
+            if (failure := self._process.poll_failure()) is not None:
+                return failure
+            time.sleep(WATCH_S)
+        return None
+
+    def _conclude(self, failure: Failure | None) -> None:
+        """Slots are free before anybody hears of the end; the placement is answered after the group's state is true."""
+        identifier, epoch = self._process.identifier, self._process.epoch
+        destroy = self._process.destroy_job()
+        self._end()
+        doomed = until_redis(lambda: self._ledger.waiting(names.train_queue(identifier)))
+        if destroy is None and failure is not None:
+            destroy = next((job.id for job in doomed if job.operation == "destroy"), None)
+        cause = failure.cause if failure is not None else None
+        if destroy is not None:
+            self._process.forget_state()
+            until_redis(lambda: self._ledger.group_destroyed(identifier, epoch, spare_job=destroy, cause=cause))
+            _log.info("group.destroyed identifier=%s epoch=%d", identifier, epoch)
+        elif failure is not None:
+            _log.error("group.down identifier=%s epoch=%d %s", identifier, epoch, failure.cause)
+            until_redis(lambda: self._ledger.group_down(identifier, epoch, failure.cause, rank=failure.rank))
+        else:
+            until_redis(lambda: self._ledger.update_group(identifier, epoch, state="starting"))
+            doomed = []
+        self._refuse(cause or "the ranks were stopped before they had met")
+        self._drop_payloads(doomed)
+
+    def _give_up(self, error: Exception) -> None:
+        self._end()
+        cause = f"the agent could not watch it any more: {type(error).__name__}: {error}"
+        try:
+            until_redis(lambda: self._ledger.group_down(self._process.identifier, self._process.epoch, cause))
+            self._refuse(cause)
+        except Exception:
+            _log.exception("group.unreported identifier=%s", self._process.identifier)
+
+    def _refuse(self, cause: str) -> None:
+        message = f"the group did not start: {cause}"
+        self._answer(error=ServiceError("OPERATION_FAILED", message, identifier=self._process.identifier).body())
+
+    def _answer(self, **ending: Any) -> None:
+        """End the placement job, if it has not ended."""
+        if (placement := self._unanswered) is not None:
+            until_redis(lambda: self._ledger.finish(placement, **ending))
+            self._unanswered = None
+
+    def _renew(self) -> None:
+        if (placement := self._unanswered) is not None:
+            until_redis(lambda: self._ledger.renew(placement))
+
+    def _drop_payloads(self, jobs: list[JobRecord]) -> None:
+        for job in jobs:
+            if job.payload is not None:
+                try:
+                    self._store.delete(job.payload.id)
+                except ServiceError as error:  # the janitor will find it
+                    _log.warning("payload.kept job_id=%s %s", job.id, error)
+
+    def _end(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._process.kill()
+            self._release(self._process)
+
+
+def _placed(group: GroupRecord) -> dict[str, Any]:
+    """The result of ``initialize_worker``."""
+    return {"role": group.role, "world_size": group.world_size, "ignored": group.ignored, "already": False}
+
+
+def clear_staging(ledger: Ledger, data: Path) -> None:
+    """Remove what saves that have ended left in staging: their ranks died before they could hand over."""
+    for folder in (data / ".nexrl" / "staging").glob("*"):
+        job = ledger.job(folder.name)
+        if job is None or job.final:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,93 @@
+"""What Redis did although nobody heard of it: a reply is lost, a server goes away, and still everything happens once."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import RedisServer, wait_until
+from lossy import LosesReplies
+from nexrl_contract import names
+from nexrl_contract.records import GroupRecord, JobRecord
+from nexrl_ledger import Ledger, ResidentWorker, connect
+
+GROUP = "student"
+QUEUE = names.train_queue(GROUP)
+
+
+@pytest.fixture
+def lossy(redis_server: RedisServer, redis_url: str) -> Iterator[LosesReplies]:
+    proxy = LosesReplies(redis_server.port)
+    yield proxy
+    proxy.close()
+
+
+def job(operation: str = "barrier", key: str | None = None) -> JobRecord:
+    return JobRecord(
+        id=names.new_job_id(),
+        operation=operation,
+        identifier=GROUP,
+        queue=QUEUE,
+        key=key,
+        fingerprint="f",
+        created_at=time.time(),
+    )
+
+
+@pytest.mark.parametrize("key", ["k", None])
+def test_a_submit_whose_reply_is_lost_is_one_job_and_no_replay(
+    lossy: LosesReplies, redis_url: str, key: str | None
+) -> None:
+    """A replay would make the gateway drop the payload of a job that is queued; a second write would run it again."""
+    ledger = Ledger(connect(lossy.url))
+    ledger.client.ping()
+    wanted = job(key=key)
+    lossy.command = b"EXEC"
+
+    recorded, replayed = ledger.submit(wanted, names.RUN_JOB)
+
+    assert lossy.command is None, "nothing was lost"
+    assert (recorded.id, replayed) == (wanted.id, False)
+    assert Ledger(connect(redis_url)).client.llen(f"rq:queue:{QUEUE}") == 1
+
+
+def test_a_save_is_handed_over_once_though_the_reply_is_lost_and_the_checkpointer_is_fast(redis_url: str) -> None:
+    """The repetition must not look like a fence: rank 0 would end, and the weights with it."""
+    ledger = Ledger(connect(redis_url))
+    ledger.submit(job("save_checkpoint"), names.RUN_JOB, group=GroupRecord(identifier=GROUP, created_at=time.time()))
+    ledger.start_epoch(GROUP, "agent", ["host"])
+    saved = ledger.claim(QUEUE, identifier=GROUP, epoch=1)
+    assert saved is not None
+
+    ledger.hand_over(saved, names.CHECKPOINT_QUEUE, names.PUBLISH_JOB, epoch=1, params={})
+    published = ledger.claim(names.CHECKPOINT_QUEUE, job_id=saved.id)
+    ledger.hand_over(saved, names.CHECKPOINT_QUEUE, names.PUBLISH_JOB, epoch=1, params={})
+
+    assert published is not None
+    ledger.finish(published, result={"path": "/x"})
+    ledger.hand_over(saved, names.CHECKPOINT_QUEUE, names.PUBLISH_JOB, epoch=1, params={})
+    assert ledger.require_job(saved.id).state == "finished"
+
+
+def test_a_consumer_stops_while_redis_is_away(tmp_path: Path) -> None:
+    """An agent that waited for Redis could not keep its groups' state before it is killed."""
+    server = RedisServer(tmp_path)
+    server.start()
+    ticks = []
+
+    def tick() -> None:
+        ticks.append(worker.connection.ping())
+
+    worker = ResidentWorker(QUEUE, connect(server.url, decode=False), name="w", on_bell=lambda _: None, on_tick=tick)
+    thread = threading.Thread(target=worker.run, daemon=True)
+    thread.start()
+    wait_until(lambda: ticks, 10)
+    server.kill()
+
+    worker.stop()
+    thread.join(8)
+
+    assert not thread.is_alive()

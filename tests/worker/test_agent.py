@@ -1,0 +1,148 @@
+"""The agent on real processes: whatever dies or is lost, groups are what the ledger says, and slots come back."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import RedisServer, wait_until
+from lossy import LosesReplies
+from nexrl_contract import names
+from running_agent import Agents, save_model
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with random weights."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    save_model(folder)
+    return folder
+
+
+@pytest.fixture
+def agents(tmp_path: Path, redis_url: str) -> Iterator[Agents]:
+    """An agent's folder and Redis; afterwards no rank may be left."""
+    (tmp_path / "data").mkdir()
+    agents = Agents(tmp_path / "data", redis_url)
+    yield agents
+    if agents.process is not None:
+        agents.stop(signal.SIGKILL)
+    wait_until(lambda: not agents.ranks(), 10, "the end of every rank")
+    agents.ledger.client.close()
+
+
+def test_ranks_that_still_start_die_with_their_agent(agents: Agents, redis_url: str, model: Path) -> None:
+    """They load torch for seconds before they could notice anything themselves."""
+    agents.start(redis_url)
+    agents.place(model, world_size=2)
+    wait_until(lambda: len(agents.ranks()) >= 2, 60, "the ranks")
+
+    agents.stop(signal.SIGKILL)
+
+    wait_until(lambda: not agents.ranks(), 10, "the end of every rank")
+
+
+def test_a_group_that_cannot_be_started_is_down_and_the_agent_goes_on(
+    agents: Agents, redis_url: str, model: Path
+) -> None:
+    """Its slots are free again, and the next group starts; a group whose ranks die at the start is down, too."""
+    groups = agents.data / ".nexrl" / "groups"
+    groups.mkdir(parents=True)
+    (groups / "student").write_text("no folder")
+    agents.start(redis_url)
+
+    failed = agents.ended(agents.place(model))
+
+    assert failed.error is not None
+    assert "could not be started" in failed.error["message"]
+    assert agents.group().state == "down"
+    other = agents.place(model, "other", world_size=2)
+    pid = wait_until(lambda: (groups / "other" / "run" / "rank1.pid").read_text() if _started(groups) else "", 60)
+    os.kill(int(pid), signal.SIGKILL)
+    assert agents.ended(other).state == "failed"
+    assert (agents.group("other").state, agents.free()) == ("down", 2), "who hears of the failure sees the truth"
+
+
+def _started(groups: Path) -> bool:
+    return (groups / "other" / "run" / "rank1.pid").exists()
+
+
+def test_a_claim_whose_reply_is_lost_still_runs_and_a_replaced_group_gives_its_slots_back_once(
+    agents: Agents, redis_server: RedisServer, redis_url: str, model: Path
+) -> None:
+    lossy = LosesReplies(redis_server.port)
+    agents.start(lossy.url)
+    agents.ready(model)
+    barrier = agents.submit("barrier")
+    lost = wait_until(lambda: agents.ended(barrier).attempt, 10)
+    job = agents.job("barrier", "student", names.train_queue("student"), {})
+    lossy.reply = b"OK\r\n$32\r\n" + job.id.encode()
+    agents.ledger.submit(job, names.RUN_JOB)
+
+    ended = agents.ended(job, 10)
+
+    assert lossy.reply is None, "nothing was lost"
+    assert (lost, ended.state, ended.attempt) == (1, "finished", 2)
+
+    agents.ledger.start_epoch("student", "another", ["host"])
+    wait_until(lambda: agents.free() == 2, 20, "the slots")
+    wait_until(lambda: not agents.ranks(), 10, "the end of the ranks")
+    agents.ready(model, "next", world_size=2)
+    assert agents.free() == 0
+    lossy.close()
+
+
+def test_a_name_that_is_used_again_never_gets_the_former_groups_weights(
+    agents: Agents, redis_url: str, model: Path
+) -> None:
+    """A clean stop keeps the state of the group, until the group is destroyed."""
+    agents.start(redis_url)
+    agents.ready(model)
+    state = agents.data / ".nexrl" / "groups" / "student" / "state"
+    agents.ended(agents.submit("load_checkpoint", path=str(model)))
+    assert agents.stop() == 0
+    assert state.is_dir()
+
+    agents.start(redis_url, slots=1)
+    wait_until(lambda: agents.group().state == "ready", 60, "the group")
+    agents.ended(agents.submit("destroy"))
+    assert not state.exists()
+
+
+def test_an_agent_with_too_few_slots_for_its_groups_says_so_and_keeps_their_state(
+    agents: Agents, redis_url: str, model: Path
+) -> None:
+    agents.start(redis_url)
+    agents.ready(model, world_size=2)
+    assert agents.stop() == 0
+
+    assert agents.start(redis_url, slots=1).wait(60) == 1
+
+    assert "need 2 slots" in agents.log.read_text()
+    agents.start(redis_url, slots=2)
+    wait_until(lambda: agents.group().state == "ready", 60, "the group")
+
+
+def test_a_destroy_that_waits_is_done_when_the_group_goes_down(agents: Agents, redis_url: str, model: Path) -> None:
+    """Nobody who wanted the group gone is told that it failed."""
+    agents.start(redis_url)
+    placement = agents.place(model)
+    pid = wait_until(lambda: _pid(agents), 60)
+    destroy = agents.submit("destroy")
+    os.kill(pid, signal.SIGKILL)
+
+    assert agents.ended(destroy).state == "finished"
+    assert agents.ended(placement).state == "failed"
+    assert agents.group().state == "destroyed"
+
+
+def _pid(agents: Agents) -> int:
+    try:
+        return int((agents.data / ".nexrl" / "groups" / "student" / "run" / "rank0.pid").read_text())
+    except (FileNotFoundError, ValueError):
+        return 0
