@@ -186,6 +186,25 @@ def test_cancelling_a_placement_frees_the_name(gateway: Gateway, ledger: Ledger,
     assert gateway.get("/get_models").json()["count"] == 0
 
 
+def test_cancelling_an_old_placement_again_leaves_the_next_group_of_that_name_alone(
+    gateway: Gateway, ledger: Ledger, model: Path
+) -> None:
+    """A DELETE that is sent twice is harmless, also when the name is in use again."""
+    job_id = gateway.post(INITIALIZE, json=body(model), headers=ASYNC).json()["id"]
+    gateway.call("DELETE", f"/jobs/{job_id}")
+    gateway.post(INITIALIZE, json=body(model), headers=ASYNC)
+
+    assert gateway.call("DELETE", f"/jobs/{job_id}").json()["state"] == "cancelled"
+    assert gateway.get("/get_models").json()["identifiers"] == ["student"]
+
+
+def test_a_model_path_that_no_file_system_takes_is_refused_by_its_key(
+    gateway: Gateway, ledger: Ledger, model: Path
+) -> None:
+    """A name of more than 255 bytes is a 422 like any other folder that is not there."""
+    refusal(gateway.post(INITIALIZE, json=body(model / ("x" * 300))), 422, "INVALID_CONFIG")
+
+
 def test_a_down_group_is_not_already_there(gateway: Gateway, ledger: Ledger, model: Path) -> None:
     """Equal settings of a group that is down: 503 with the cause, never success."""
     gateway.post(INITIALIZE, json=body(model), headers=ASYNC)

@@ -50,7 +50,7 @@ class Roots:
         if self.models is not None and not _below(_resolved(path, key), self.models):
             raise _refused(key, given, f"it is not below a model root ({', '.join(map(str, self.models))})")
         self._refuse_own(path, given, key)
-        if not (path / "config.json").is_file():
+        if not _is_file(path / "config.json"):
             raise ServiceError(
                 "INVALID_CONFIG", f"{key}: there is no model folder with a config.json at {path}", key=key
             )
@@ -60,6 +60,13 @@ class Roots:
         for place in (path, _resolved(path, key)):
             if place == self.own or self.own in place.parents:
                 raise _refused(key, given, "the service keeps its own files there")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for the file system, a folder that may not be entered
+        return False
 
 
 def settle(params: dict[str, Any], roots: Roots) -> dict[str, Any]:

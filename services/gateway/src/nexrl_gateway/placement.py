@@ -139,8 +139,9 @@ def cancel(services: Services, job_id: str) -> JobRecord:
     job = services.ledger.cancel(job_id)
     if job.payload is not None:
         services.store.delete(job.payload.id)
-    if job.operation == "initialize_worker":
-        services.ledger.group_destroyed(job.identifier, None)
+    group = services.ledger.group(job.identifier)
+    if group is not None and group.placement_job == job_id and group.state == "placing":
+        services.ledger.group_destroyed(job.identifier, group.epoch)
     return services.ledger.require_job(job_id)
 
 

@@ -92,15 +92,20 @@ def submit_draft(
         fingerprint=draft.fingerprint,
         created_at=time.time(),
     )
-    taken = False
     try:
         recorded, replayed = services.ledger.submit(job, names.RUN_JOB, check=partial(admit, operation=operation))
-        taken = not replayed
-    finally:
-        if draft.stored_here and draft.payload is not None and not taken:
-            services.store.delete(draft.payload.id)
+    except ServiceError:  # and no other: where Redis went away the job may be written, and its payload needed
+        _discard(services, draft)
+        raise
+    if replayed:
+        _discard(services, draft)
     log_accepted(recorded, replayed)
     return recorded
+
+
+def _discard(services: Services, draft: Draft) -> None:
+    if draft.stored_here and draft.payload is not None:
+        services.store.delete(draft.payload.id)
 
 
 def log_accepted(job: JobRecord, replayed: bool) -> None:

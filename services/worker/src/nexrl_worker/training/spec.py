@@ -90,8 +90,13 @@ def needed_tensors(spec: LossSpec, rows: Rows, layout: Layout) -> tuple[str, ...
 
 
 def _number(name: str, value: Any, positive: bool = False) -> float:
-    number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    try:
+        number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # an integer of hundreds of digits
+        number = math.inf
     if not math.isfinite(number) or (positive and number <= 0.0):
         expected = "a positive finite number" if positive else "a finite number"
-        raise InvalidValue(f"{name} must be {expected}, not {value!r}", expected=expected, actual=repr(value))
+        raise InvalidValue(
+            f"{name} must be {expected}, not {str(value)[:50]!r}", expected=expected, actual=str(value)[:50]
+        )
     return number
