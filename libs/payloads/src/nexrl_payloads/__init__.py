@@ -12,16 +12,16 @@ INVALID_ARGUMENT. Rows or tensors that a frame does not have are tensor_codec's 
 """
 
 from .opening import open_store
-from .protocol import RESULT_SUFFIX, Chunk, PartUpload, Payload, PayloadRef, PayloadStore, Rows, Upload
+from .protocol import RESULT_SUFFIX, Chunk, PartUpload, Payload, PayloadStore, Rows, StoredPayload, Upload
 
 __all__ = [
     "RESULT_SUFFIX",
     "Chunk",
     "PartUpload",
     "Payload",
-    "PayloadRef",
     "PayloadStore",
     "Rows",
+    "StoredPayload",
     "Upload",
     "open_store",
 ]

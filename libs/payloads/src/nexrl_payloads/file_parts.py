@@ -25,7 +25,7 @@ from nexrl_contract.errors import ServiceError
 
 from .common import check_count, joined_checksum, not_found, same_part
 from .files import copy_bytes, create_file, disk_errors, locked, replace_file, sync_folder, try_lock, unique
-from .protocol import PayloadRef
+from .protocol import StoredPayload
 
 PARTS = ".parts-"
 _TAIL_PATIENCE_S = 2.0
@@ -172,7 +172,7 @@ class PartsFolder:
                 os.close(source)
             self.append(tail, n, part)
 
-    def assemble(self, count: int) -> PayloadRef:
+    def assemble(self, count: int) -> StoredPayload:
         """See :meth:`nexrl_payloads.PayloadStore.assemble`."""
         with disk_errors():
             if not self.path.exists():
@@ -189,7 +189,7 @@ class PartsFolder:
                 if tail is not None:
                     os.close(tail.fd)
 
-    def _publish(self, count: int, tail: Tail | None) -> PayloadRef:
+    def _publish(self, count: int, tail: Tail | None) -> StoredPayload:
         """Turn the growing file into the payload; a crash in between is made good by the next call."""
         index = self.index()
         if tail is not None and tail.file != index.file:
@@ -209,7 +209,7 @@ class PartsFolder:
         os.utime(self._target)
         if self.fsync:
             sync_folder(self._target.parent)
-        return PayloadRef(self.payload_id, index.end, joined_checksum([part.checksum for part in index.parts]))
+        return StoredPayload(self.payload_id, index.end, joined_checksum([part.checksum for part in index.parts]))
 
     def _try_tail(self, index: Index) -> Tail | None:
         """The tail, unless another writer has it. Called with the index locked, so that the tail fits the index."""

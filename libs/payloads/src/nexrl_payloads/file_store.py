@@ -16,7 +16,7 @@ from .file_parts import PartsFolder, parts_folder
 from .file_sweep import remove_parts, sweep_folder
 from .file_uploads import TEMPORARY, FileUpload
 from .files import create_file, disk_errors, unique, write_at
-from .protocol import Chunk, PartUpload, PayloadRef, Rows
+from .protocol import Chunk, PartUpload, Rows, StoredPayload
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,7 @@ class FileStore:
     def create(self, payload_id: str, nbytes: int | None = None) -> FileUpload:
         return FileUpload(self._folder, check_id(payload_id), nbytes, fsync=self._fsync)
 
-    def put(self, payload_id: str, buffers: Iterable[Chunk]) -> PayloadRef:
+    def put(self, payload_id: str, buffers: Iterable[Chunk]) -> StoredPayload:
         with self.create(payload_id) as upload:
             for buffer in buffers:  # not *buffers: a frame's len() is bytes, and would size the list of arguments
                 upload.write(buffer)
@@ -81,7 +81,7 @@ class FileStore:
     def parts(self, payload_id: str) -> list[int]:
         return sorted(self._parts(payload_id).present())
 
-    def assemble(self, payload_id: str, count: int) -> PayloadRef:
+    def assemble(self, payload_id: str, count: int) -> StoredPayload:
         return self._parts(payload_id).assemble(count)
 
     def open(self, payload_id: str) -> FilePayload:

@@ -10,7 +10,7 @@ from nexrl_contract.errors import ServiceError
 
 from .common import Tally, byte_views
 from .files import create_file, disk_errors, reserve, sync_folder, unique, write_at
-from .protocol import Chunk, PayloadRef
+from .protocol import Chunk, StoredPayload
 
 TEMPORARY = ".tmp-"
 
@@ -39,7 +39,7 @@ class FileUpload:
         with disk_errors():
             write_at(self._fd, views, offset)
 
-    def commit(self) -> PayloadRef:
+    def commit(self) -> StoredPayload:
         checksum = self._tally.finish()
         with disk_errors():
             if self._fsync:
@@ -48,7 +48,7 @@ class FileUpload:
             self._close()
             if self._fsync:
                 sync_folder(self._target.parent)
-        return PayloadRef(self._target.name, self._tally.nbytes, checksum)
+        return StoredPayload(self._target.name, self._tally.nbytes, checksum)
 
     def abort(self) -> None:
         if self._fd >= 0:

@@ -21,7 +21,7 @@ RESULT_SUFFIX = ".result"
 
 
 @dataclass(frozen=True, slots=True)
-class PayloadRef:
+class StoredPayload:
     """A payload that is there. ``checksum`` is the xxh3-128 hex of its bytes, or for one put together from parts the
     xxh3-128 hex of its parts' checksums joined in order: equal requests have equal checksums."""
 
@@ -36,7 +36,7 @@ class Upload(Protocol):
     def write(self, *chunks: Chunk) -> None:
         """Append chunks, in one system call where that helps; none is kept after the return. Raises NO_SPACE."""
 
-    def commit(self) -> PayloadRef:
+    def commit(self) -> StoredPayload:
         """Make the payload visible, whole, under its id. Raises MALFORMED if it is not as long as announced."""
 
     def abort(self) -> None:
@@ -99,7 +99,7 @@ class PayloadStore(Protocol):
     def create(self, payload_id: str, nbytes: int | None = None) -> Upload:
         """Begin to write a payload of ``nbytes`` (None: not known). Raises NO_SPACE, INVALID_ARGUMENT for the id."""
 
-    def put(self, payload_id: str, buffers: Iterable[Chunk]) -> PayloadRef:
+    def put(self, payload_id: str, buffers: Iterable[Chunk]) -> StoredPayload:
         """Write a whole payload at once, such as tensor_codec's ``Encoded``, replacing one of the same id."""
 
     def put_part(self, payload_id: str, n: int, nbytes: int | None = None) -> PartUpload:
@@ -108,7 +108,7 @@ class PayloadStore(Protocol):
     def parts(self, payload_id: str) -> list[int]:
         """The numbers of the parts that are there, ascending; empty for a payload without parts or unknown."""
 
-    def assemble(self, payload_id: str, count: int) -> PayloadRef:
+    def assemble(self, payload_id: str, count: int) -> StoredPayload:
         """Make parts 0 to ``count - 1``, joined in order, the payload; again gives the same answer.
 
         Raises INVALID_ARGUMENT naming the missing parts.

@@ -10,7 +10,7 @@ import redis
 from nexrl_contract.errors import ServiceError
 
 from .common import joined_checksum
-from .protocol import PayloadRef
+from .protocol import StoredPayload
 from .redis_client import CHUNK_BYTES, KEY_TTL_S, chunk_key, meta_key, parts_key, redis_errors
 
 
@@ -52,9 +52,9 @@ class Record:
         return sum(segment.nbytes for segment in self.segments)
 
     @property
-    def ref(self) -> PayloadRef:
+    def ref(self) -> StoredPayload:
         """The record as the callers know it."""
-        return PayloadRef(self.payload_id, self.nbytes, self.checksum)
+        return StoredPayload(self.payload_id, self.nbytes, self.checksum)
 
     def keys(self) -> list[str]:
         """The keys of all chunks."""

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from .common import PIECE, check_count, check_id, check_part, not_found
-from .protocol import Chunk, PartUpload, PayloadRef
+from .protocol import Chunk, PartUpload, StoredPayload
 from .redis_client import PREFIX, connect, meta_key, redis_errors
 from .redis_payload import RedisPayload, fetch_bytes
 from .redis_records import Record, join_parts, load_parts, load_record, store_record
@@ -34,7 +34,7 @@ class RedisStore:
     def create(self, payload_id: str, nbytes: int | None = None) -> RedisUpload:
         return RedisUpload(self._client, check_id(payload_id), nbytes)
 
-    def put(self, payload_id: str, buffers: Iterable[Chunk]) -> PayloadRef:
+    def put(self, payload_id: str, buffers: Iterable[Chunk]) -> StoredPayload:
         with self.create(payload_id) as upload:
             for buffer in buffers:  # not *buffers: a frame's len() is bytes, and would size the list of arguments
                 upload.write(buffer)
@@ -52,7 +52,7 @@ class RedisStore:
     def parts(self, payload_id: str) -> list[int]:
         return list(load_parts(self._client, check_id(payload_id)))
 
-    def assemble(self, payload_id: str, count: int) -> PayloadRef:
+    def assemble(self, payload_id: str, count: int) -> StoredPayload:
         parts = load_parts(self._client, check_id(payload_id))
         check_count(payload_id, list(parts), count)
         record = join_parts(payload_id, parts)

@@ -9,7 +9,7 @@ import redis
 
 from .common import Tally, byte_views, same_part, verify
 from .files import unique
-from .protocol import Chunk, PayloadRef
+from .protocol import Chunk, StoredPayload
 from .redis_client import CHUNK_BYTES, chunk_key, set_chunk
 from .redis_records import Record, Segment, store_part, store_record
 
@@ -86,7 +86,7 @@ class RedisUpload(_Chunks):
     def __init__(self, client: redis.Redis, payload_id: str, nbytes: int | None) -> None:
         super().__init__(client, payload_id, nbytes, f"payload {payload_id}")
 
-    def commit(self) -> PayloadRef:
+    def commit(self) -> StoredPayload:
         segment = self._finish(None, "")
         record = Record(self._payload_id, segment.checksum, [segment])
         store_record(self._client, record)

@@ -13,7 +13,7 @@ from anyio.to_thread import run_sync
 from fastapi import Request
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.names import FRAME_METADATA_KEY
-from nexrl_payloads import PartUpload, PayloadRef, PayloadStore, Upload
+from nexrl_payloads import PartUpload, PayloadStore, StoredPayload, Upload
 from tensor_codec import PREFIX_BYTES, CodecError, Header, RawTensor, encode, from_json, header_length, parse_header
 
 from nexrl_gateway.bodies import declared_length, pieces
@@ -52,7 +52,7 @@ def envelope_of(header: Header) -> Envelope:
 
 async def store_frame(
     request: Request, store: PayloadStore, payload_id: str, limit: int, judge: Callable[[Header], Verdict]
-) -> tuple[Verdict, PayloadRef]:
+) -> tuple[Verdict, StoredPayload]:
     """Stream the body into the store; ``judge`` sees the header before anything is stored and may refuse by raising.
 
     Raises TOO_LARGE, MALFORMED, NO_SPACE; whatever is raised, nothing stays in the store.
@@ -76,7 +76,7 @@ async def store_frame(
 
 async def store_tensors(
     store: PayloadStore, payload_id: str, tensors: Mapping[str, RawTensor], envelope: Envelope
-) -> PayloadRef:
+) -> StoredPayload:
     """Store tensors that came as JSON as the frame that a client would have sent."""
     return await run_sync(lambda: store.put(payload_id, encode(tensors, {FRAME_METADATA_KEY: envelope.text()})))
 

@@ -1,4 +1,4 @@
-"""Takes away payloads that nobody needs any more; of all replicas, one at a time."""
+"""Takes away payloads that nobody needs any more, of all replicas one at a time; and ends groups that nobody has any more."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from anyio.to_thread import run_sync
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.names import JANITOR_KEY, RESULT_TTL_S
 
+from nexrl_gateway.lost_groups import LostGroups
 from nexrl_gateway.services import Services
 
 PERIOD_S = 60
@@ -19,10 +20,13 @@ _log = logging.getLogger(__name__)
 
 async def keep_clean(services: Services) -> None:
     """Sweep once a period until cancelled; a store or Redis that is away is tried again the next time."""
+    lost = LostGroups(services.ledger)
     while True:
         try:
             await run_sync(sweep, services)
+            await run_sync(lost.look)
         except (redis.exceptions.RedisError, ServiceError) as error:
+            lost.forget()
             _log.warning("janitor.failed error=%s", error)
         await asyncio.sleep(PERIOD_S)
 

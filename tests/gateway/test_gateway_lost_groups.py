@@ -1,0 +1,43 @@
+"""A group whose agent is gone for good ends with a cause, and with it every job that waits for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from conftest import wait_until
+from gateway.kit import ASYNC, Gateway, PlayedGroup, refusal
+from nexrl_gateway.lost_groups import LostGroups
+from nexrl_ledger import Ledger
+
+LONG_AGO = time.time() - 3600
+
+
+def test_a_group_that_nobody_has_any_more_goes_down_and_fails_its_jobs(
+    gateway: Gateway, ledger: Ledger, make_group: Callable[..., PlayedGroup]
+) -> None:
+    make_group("lost", agent="gone", heartbeat=LONG_AGO)
+    make_group("kept", agent="agent", heartbeat=LONG_AGO)
+    make_group("alive", agent="gone")
+    job_id = gateway.post("/barrier?identifier=lost", headers=ASYNC).json()["id"]
+    groups = LostGroups(ledger, patience_s=0.3)
+
+    assert groups.look() == [], "silence is observed for a while first"
+    assert wait_until(groups.look, 5) == ["lost"]
+
+    states = {group.identifier: group.state for group in ledger.groups()}
+    assert states == {"lost": "down", "kept": "ready", "alive": "ready"}
+    assert "agent gone" in refusal(gateway.get(f"/jobs/{job_id}/result"), 503, "GROUP_DOWN")["message"]
+
+
+def test_a_gap_in_the_watch_begins_it_anew(
+    ledger: Ledger, gateway: Gateway, make_group: Callable[..., PlayedGroup]
+) -> None:
+    """After Redis was away, agents get their time to be heard again."""
+    make_group("lost", agent="gone", heartbeat=LONG_AGO)
+    groups = LostGroups(ledger, patience_s=0.2)
+    groups.look()
+    time.sleep(0.3)
+    groups.forget()
+
+    assert groups.look() == []
