@@ -73,8 +73,6 @@ class Operation:
     name: str
     params: type[Params] = NoParams
     takes_batch: bool = False
-    mutates: bool = False
-    """It changes weights, optimizer or gradients: effect exactly once."""
     roles: tuple[str, ...] = ROLES
     needs_model: bool = True
     """The group must have run ``init_model``."""
@@ -90,15 +88,12 @@ _DISTILL = (*_POLICY, "teacher_log_probs")
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
     for operation in (
-        Operation("init_model", mutates=True, needs_model=False),
-        Operation(
-            "update_actor", takes_batch=True, mutates=True, roles=("actor",), reads=_POLICY, required=("input_ids",)
-        ),
+        Operation("init_model", needs_model=False),
+        Operation("update_actor", takes_batch=True, roles=("actor",), reads=_POLICY, required=("input_ids",)),
         Operation(
             "update_actor_with_distillation",
             DistillParams,
             takes_batch=True,
-            mutates=True,
             roles=("actor",),
             reads=_DISTILL,
             required=("input_ids", "teacher_log_probs"),
@@ -107,16 +102,15 @@ OPERATIONS: dict[str, Operation] = {
             "forward_backward",
             LossParams,
             takes_batch=True,
-            mutates=True,
             roles=("actor",),
             reads=_POLICY,
             required=("input_ids",),
         ),
-        Operation("optim_step", OptimParams, mutates=True, roles=("actor",)),
+        Operation("optim_step", OptimParams, roles=("actor",)),
         Operation("compute_log_prob", takes_batch=True, reads=_TEXT, required=("input_ids",)),
         Operation("compute_ref_log_prob", takes_batch=True, reads=_TEXT, required=("input_ids",)),
         Operation("save_checkpoint", SaveParams),
-        Operation("load_checkpoint", LoadParams, mutates=True),
+        Operation("load_checkpoint", LoadParams),
         Operation("convert_checkpoint_to_huggingface", ConvertParams),
         Operation("barrier", needs_model=False),
         Operation("destroy", needs_model=False),

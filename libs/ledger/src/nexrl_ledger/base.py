@@ -6,6 +6,7 @@ from typing import Any
 
 import redis
 from nexrl_contract import names
+from nexrl_contract.records import encode_fields
 
 from nexrl_ledger import scripts
 from nexrl_ledger.bell import Bell
@@ -40,6 +41,11 @@ class LedgerPart:
 def optional(value: object | None) -> str:
     """A script's argument, empty for None."""
     return "" if value is None else str(value)
+
+
+def flat(fields: dict[str, Any]) -> list[str]:
+    """Fields of a record as a script takes them: name, value, name, value..."""
+    return [item for pair in encode_fields(fields).items() for item in pair]
 
 
 def _with_constants(text: str) -> str:

@@ -32,8 +32,8 @@ class GroupRecords(LedgerPart):
     def update_group(self, identifier: str, epoch: int | None = None, **fields: Any) -> None:
         """Set fields of a group (None deletes one); raises :class:`Fenced` when ``epoch`` is not the current one."""
         encoded = encode_fields(fields)
-        flat = [item for name in fields for item in (name, encoded.get(name, ""))]
-        if self._script["update_group"](keys=[names.group_key(identifier)], args=[optional(epoch), *flat]) != "OK":
+        settings = [item for name in fields for item in (name, encoded.get(name, ""))]
+        if self._script["update_group"](keys=[names.group_key(identifier)], args=[optional(epoch), *settings]) != "OK":
             raise Fenced(f"epoch {epoch} of {identifier!r} has been replaced")
 
     def start_epoch(self, identifier: str, agent: str, nodes: list[str]) -> int:

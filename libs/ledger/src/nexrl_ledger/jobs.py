@@ -9,9 +9,9 @@ from typing import Any
 import redis
 from nexrl_contract import names
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.records import GroupRecord, JobRecord, PayloadRef, encode_fields
+from nexrl_contract.records import GroupRecord, JobRecord, PayloadRef
 
-from nexrl_ledger.base import Fenced, LedgerPart, optional
+from nexrl_ledger.base import Fenced, LedgerPart, flat, optional
 
 MAX_QUEUED = 64
 _LISTED_JOBS = 10_000
@@ -178,7 +178,7 @@ class JobRecords(LedgerPart):
 
         Idempotent, so it may be repeated until Redis answers; raises :class:`Fenced` when the claim is no longer the current one.
         """
-        fields = encode_fields(
+        fields = flat(
             {
                 "state": "failed" if error else "finished",
                 "finished_at": time.time(),
@@ -188,10 +188,9 @@ class JobRecords(LedgerPart):
                 "seq": seq,
             }
         )
-        flat = [item for pair in fields.items() for item in pair]
         answer = self._script["finish"](
             keys=[names.job_key(job.id), names.group_key(job.identifier), names.applied_key(job.identifier)],
-            args=[job.id, job.attempt, optional(epoch), optional(seq), *flat],
+            args=[job.id, job.attempt, optional(epoch), optional(seq), *fields],
         )
         if answer != "OK":
             raise Fenced(f"job {job.id} attempt {job.attempt} has been replaced")
@@ -199,16 +198,14 @@ class JobRecords(LedgerPart):
     def cancel(self, job_id: str) -> JobRecord:
         """Cancel a queued job; raises ``JOB_RUNNING`` or ``JOB_FINAL`` when it is past that."""
         job = self.require_job(job_id)
-        fields = encode_fields(
+        fields = flat(
             {
                 "state": "cancelled",
                 "finished_at": time.time(),
                 "error": ServiceError("JOB_CANCELLED", "the job was cancelled before it ran", job_id=job_id).body(),
             }
         )
-        state = self._script["cancel"](
-            keys=[names.job_key(job_id)], args=[job_id, *(x for pair in fields.items() for x in pair)]
-        )
+        state = self._script["cancel"](keys=[names.job_key(job_id)], args=[job_id, *fields])
         if state == "running":
             raise ServiceError("JOB_RUNNING", f"job {job_id} is running and cannot be cancelled", job_id=job_id)
         if state != "cancelled":
@@ -217,7 +214,6 @@ class JobRecords(LedgerPart):
 
     def hand_over(self, job: JobRecord, queue: str, function: str, *, epoch: int, params: dict[str, Any]) -> None:
         """Move a claimed job to another queue for its second half; its group is free for the next one."""
-        flat = [item for pair in encode_fields({"params": params}).items() for item in pair]
         answer = self._script["hand_over"](
             keys=[
                 names.job_key(job.id),
@@ -225,7 +221,7 @@ class JobRecords(LedgerPart):
                 names.waiting_key(job.queue),
                 names.waiting_key(queue),
             ],
-            args=[job.id, job.attempt, epoch, queue, job.order, *flat],
+            args=[job.id, job.attempt, epoch, queue, job.order, *flat({"params": params})],
         )
         if answer != "OK":
             raise Fenced(f"job {job.id} attempt {job.attempt} has been replaced")

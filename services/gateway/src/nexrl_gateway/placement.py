@@ -123,15 +123,13 @@ def destroy_idle(services: Services, job: JobRecord) -> None:
     claimed = ledger.claim(job.queue, job_id=job.id, stale_before=time.time() - 10)
     if claimed is None:
         return
-    if group.state != "destroyed":
-        try:
-            ledger.group_destroyed(job.identifier, group.epoch, spare_job=job.id)
-        except Fenced:
-            ledger.finish(
-                claimed, error=ServiceError("GROUP_DOWN", "the group was restarted meanwhile; try again").body()
-            )
-            return
-    ledger.finish(claimed, result={})
+    if group.state == "destroyed":
+        ledger.finish(claimed, result={})
+        return
+    try:
+        ledger.group_destroyed(job.identifier, group.epoch, spare_job=job.id)
+    except Fenced:
+        ledger.finish(claimed, error=ServiceError("GROUP_DOWN", "the group was restarted meanwhile; try again").body())
 
 
 def cancel(services: Services, job_id: str) -> JobRecord:
