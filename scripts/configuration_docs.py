@@ -7,7 +7,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from nexrl_contract.config import ResourceConfig, Section, ServiceEntry
+from nexrl_contract.sections import ResourceConfig, Section, ServiceEntry
 from pydantic.fields import FieldInfo
 
 TARGET = Path(__file__).parents[1] / "docs" / "configuration.md"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Role = Literal["actor", "teacher"]
-ROLES: tuple[str, ...] = ("actor", "teacher")
+ROLES: tuple[str, ...] = ("actor", "ref", "teacher", "critic", "reward")
+FORWARD_ROLES = ("ref", "teacher", "reward")
+"""Groups that never train: no optimizer is made for them."""
 
 
 class Params(BaseModel):
@@ -21,16 +23,29 @@ class NoParams(Params):
     """The operation takes nothing."""
 
 
-class LossParams(Params):
+class BatchParams(Params):
+    """What every operation on a batch takes: ``explain`` answers with the plan and runs nothing."""
+
+    explain: bool = False
+
+
+class LossParams(BatchParams):
     """``forward_backward``: which loss to accumulate; None takes the group's ``policy_loss``."""
 
     loss: str | None = Field(default=None, examples=["cross_entropy"])
 
 
-class DistillParams(Params):
-    """``update_actor_with_distillation``: weight of teacher minus current log-probability."""
+class DistillParams(BatchParams):
+    """``update_actor_with_distillation``: None takes the batch's metadata (coefficient) and the group's configuration."""
 
     distillation_coeff: float | None = None
+    distillation_loss: Literal["policy_gradient", "forward_kl", "reverse_kl"] | None = None
+
+
+class LogProbParams(BatchParams):
+    """``compute_log_prob``: with ``top_k`` also the K most likely tokens of every position, for distillation."""
+
+    top_k: int | None = Field(default=None, ge=1, le=4096)
 
 
 class OptimParams(Params):
@@ -72,7 +87,6 @@ class Operation:
 
     name: str
     params: type[Params] = NoParams
-    takes_batch: bool = False
     roles: tuple[str, ...] = ROLES
     needs_model: bool = True
     """The group must have run ``init_model``."""
@@ -80,35 +94,38 @@ class Operation:
     """Tensors it reads, besides ``input_ids`` and the masks."""
     required: tuple[str, ...] = field(default=())
 
+    @property
+    def takes_batch(self) -> bool:
+        """Whether a batch comes with the request."""
+        return issubclass(self.params, BatchParams)
+
 
 _TEXT = ("input_ids", "attention_mask", "position_ids", "responses", "loss_mask", "scoring_attention_mask")
-_POLICY = (*_TEXT, "advantages", "old_log_probs", "ref_log_prob", "token_level_scores")
-_DISTILL = (*_POLICY, "teacher_log_probs")
+_POLICY = (*_TEXT, "advantages", "old_log_probs", "ref_log_prob", "rollout_log_probs", "loss_weights")
+_TOP_K = ("teacher_topk_ids", "teacher_topk_log_probs")
+_DISTILL = (*_POLICY[:-1], "teacher_log_probs", *_TOP_K)
+_IDS = ("input_ids",)
+_SCORERS = ("actor", "ref", "teacher")
 
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
     for operation in (
         Operation("init_model", needs_model=False),
-        Operation("update_actor", takes_batch=True, roles=("actor",), reads=_POLICY, required=("input_ids",)),
-        Operation(
-            "update_actor_with_distillation",
-            DistillParams,
-            takes_batch=True,
-            roles=("actor",),
-            reads=_DISTILL,
-            required=("input_ids", "teacher_log_probs"),
-        ),
-        Operation(
-            "forward_backward",
-            LossParams,
-            takes_batch=True,
-            roles=("actor",),
-            reads=_POLICY,
-            required=("input_ids",),
-        ),
+        Operation("update_actor", BatchParams, roles=("actor",), reads=_POLICY, required=_IDS),
+        Operation("update_actor_with_distillation", DistillParams, roles=("actor",), reads=_DISTILL, required=_IDS),
+        Operation("forward_backward", LossParams, roles=("actor",), reads=_POLICY, required=_IDS),
         Operation("optim_step", OptimParams, roles=("actor",)),
-        Operation("compute_log_prob", takes_batch=True, reads=_TEXT, required=("input_ids",)),
-        Operation("compute_ref_log_prob", takes_batch=True, reads=_TEXT, required=("input_ids",)),
+        Operation("compute_log_prob", LogProbParams, roles=_SCORERS, reads=_TEXT, required=_IDS),
+        Operation("compute_ref_log_prob", BatchParams, roles=_SCORERS, reads=_TEXT, required=_IDS),
+        Operation("compute_values", BatchParams, roles=("critic",), reads=_TEXT, required=_IDS),
+        Operation(
+            "update_critic",
+            BatchParams,
+            roles=("critic",),
+            reads=(*_TEXT, "values", "returns"),
+            required=(*_IDS, "returns"),
+        ),
+        Operation("compute_rewards", BatchParams, roles=("reward",), reads=_TEXT, required=_IDS),
         Operation("save_checkpoint", SaveParams),
         Operation("load_checkpoint", LoadParams),
         Operation("convert_checkpoint_to_huggingface", ConvertParams),
@@ -116,5 +133,19 @@ OPERATIONS: dict[str, Operation] = {
         Operation("destroy", needs_model=False),
     )
 }
-POLICY_LOSSES = ("ppo", "grpo", "importance_sampling", "reinforce")
-LOSSES = (*POLICY_LOSSES, "cross_entropy")
+POLICY_LOSSES = ("ppo", "grpo", "gspo", "cispo", "importance_sampling", "reinforce")
+LOSSES = (*POLICY_LOSSES, "cross_entropy", "linear")
+
+
+def required_tensors(operation: str, params: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a batch must hold for this operation with these arguments, in a group of this ``actor`` configuration."""
+    needed = OPERATIONS[operation].required
+    if operation in ("update_actor", "forward_backward"):
+        loss = params.get("loss") or config.get("policy_loss")
+        needed += ("advantages",) if loss in POLICY_LOSSES else ("loss_weights",) if loss == "linear" else ()
+        corrects = config.get("rollout_correction") is not None and loss in POLICY_LOSSES
+        needed += ("rollout_log_probs",) if corrects else ()
+    elif operation == "update_actor_with_distillation":
+        kind = params.get("distillation_loss") or config.get("distillation_loss")
+        needed += _TOP_K if kind in ("forward_kl", "reverse_kl") else ("teacher_log_probs",)
+    return needed

@@ -10,17 +10,18 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.operations import POLICY_LOSSES, Operation
+from nexrl_contract.operations import Operation, required_tensors
 
 _INTEGERS = frozenset({"I64", "I32", "I16", "I8", "U8"})
 _FLOATS = frozenset({"F64", "F32", "BF16", "F16"})
 _MASKS = _INTEGERS | _FLOATS | {"BOOL"}
 _IDS = ("input_ids", "attention_mask", "position_ids")
 _DTYPES = {
-    **dict.fromkeys(("input_ids", "position_ids", "responses"), (_INTEGERS, "integers")),
+    **dict.fromkeys(("input_ids", "position_ids", "responses", "teacher_topk_ids"), (_INTEGERS, "integers")),
     **dict.fromkeys(("attention_mask", "loss_mask", "scoring_attention_mask"), (_MASKS, "integers, bools or floats")),
 }
-_PER_ROW = frozenset({"advantages"})
+_PER_ROW = frozenset({"advantages", "loss_weights"})
+_PER_CANDIDATE = frozenset({"teacher_topk_ids", "teacher_topk_log_probs"})
 _NAMED_IGNORED = 32
 _NAME_LENGTH = 64
 
@@ -54,7 +55,7 @@ def judge(
 
     ``config`` is the group's. Raises INVALID_TENSOR naming tensor, expected and actual.
     """
-    for name in _required(operation, params, config):
+    for name in required_tensors(operation.name, params, config):
         if name not in tensors:
             raise ServiceError(
                 "INVALID_TENSOR",
@@ -79,16 +80,6 @@ def shortened(names: Sequence[str]) -> list[str]:
     return (
         known if len(known) <= _NAMED_IGNORED else [*known[:_NAMED_IGNORED], f"and {len(known) - _NAMED_IGNORED} more"]
     )
-
-
-def _required(operation: Operation, params: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """What the operation cannot do without, given its loss."""
-    needed = list(operation.required)
-    if operation.name not in ("update_actor", "forward_backward"):
-        return needed
-    if (params.get("loss") or config.get("policy_loss")) in POLICY_LOSSES:
-        needed.append("advantages")
-    return needed
 
 
 def _check_dtypes(read: Mapping[str, Described]) -> None:
@@ -118,10 +109,22 @@ def _check_widths(read: Mapping[str, Described], rows: int, sequence: int) -> No
             raise _wrong(name, "shape", f"[{rows},{sequence}], as input_ids has", tensor.shape)
         if name in _IDS or name == "responses":
             continue
+        if name in _PER_CANDIDATE:
+            _check_candidates(name, tensor, read, rows, response)
+            continue
         fits = len(tensor.shape) == 2 and tensor.shape[1] in (sequence, response)
         if not fits and not (name in _PER_ROW and len(tensor.shape) == 1):
             either = f"[{rows},{sequence}] or [{rows},{response}]" + (f" or [{rows}]" if name in _PER_ROW else "")
             raise _wrong(name, "shape", either, tensor.shape)
+
+
+def _check_candidates(name: str, tensor: Described, read: Mapping[str, Described], rows: int, response: int) -> None:
+    """[B,R,K], with one K for both of a teacher's tensors."""
+    if len(tensor.shape) != 3 or tensor.shape[1] != response or tensor.shape[2] < 1:
+        raise _wrong(name, "shape", f"[{rows},{response},K] with K at least 1", tensor.shape)
+    for other in _PER_CANDIDATE & read.keys():
+        if read[other].shape != tensor.shape:
+            raise _wrong(name, "shape", f"{list(read[other].shape)}, as {other} has", tensor.shape)
 
 
 def _wrong(name: str, what: str, expected: str, actual: str | tuple[int, ...]) -> ServiceError:

@@ -44,7 +44,9 @@ def batch_example(operation: Operation) -> dict[str, Any]:
     tensors = dict(_TENSORS)
     if "advantages" in operation.reads:
         tensors |= _LEARNED
-    if "teacher_log_probs" in operation.required:
+    if "returns" in operation.reads:
+        tensors |= {"values": _floats(0.1, 0.2, 0.1, 0.3, width=_R), "returns": _floats(1.0, 1.0, 0.0, 0.0, width=_R)}
+    if "teacher_log_probs" in operation.reads:
         tensors["teacher_log_probs"] = _floats(-0.8, -1.0, -1.5, -1.0, width=_R)
     return {"tensors": tensors, "metadata": {"temperature": 1.0}}
 

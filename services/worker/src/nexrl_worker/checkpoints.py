@@ -36,7 +36,7 @@ from nexrl_worker.training.engine import Engine
 from nexrl_worker.training.rng import seed_all
 
 if TYPE_CHECKING:
-    from nexrl_contract.config import ActorConfig
+    from nexrl_contract.sections import ActorConfig
 
 
 class Checkpoints:

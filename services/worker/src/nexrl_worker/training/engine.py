@@ -18,8 +18,9 @@ from nexrl_worker.training.model import Precision, build_scorer
 from nexrl_worker.training.optim import Schedule
 from nexrl_worker.training.parallelize import release
 from nexrl_worker.training.plan import Cut, Plan, make_plan
+from nexrl_worker.training.probe import Probe, probe
 from nexrl_worker.training.rng import rng_state, set_rng_state
-from nexrl_worker.training.scorer import Probe, Scorer, probe
+from nexrl_worker.training.scorer import Scorer
 from nexrl_worker.training.spec import DISTILLATION, LossSpec, loss_spec, needed_tensors, temperature_of
 from nexrl_worker.training.trainer import Trainer
 from nexrl_worker.training.validate import Limits, check_rows

@@ -1,0 +1,67 @@
+"""Names that configurations in the field use, turned into ours or refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nexrl_contract.errors import ServiceError
+
+_DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
+
+
+def normalise(config: dict[str, Any]) -> dict[str, Any]:
+    """``loss_func_type`` and its values, short dtype names, and what a loss fixes by itself; ``config`` stays as it is.
+
+    Raises INVALID_CONFIG for a loss whose meaning cannot be had here.
+    """
+    actor = config.get("actor")
+    if not isinstance(actor, dict):
+        return config
+    actor = _own_loss(dict(actor))
+    if actor.get("policy_loss") == "gspo":
+        actor.setdefault("loss_agg_mode", "seq-mean-token-mean")
+        if "clip_ratio" in actor:
+            actor = {"clip_ratio_low": actor["clip_ratio"], "clip_ratio_high": actor["clip_ratio"]} | actor
+    fsdp = actor.get("fsdp_config")
+    if isinstance(fsdp, dict):
+        actor["fsdp_config"] = _short_dtypes(fsdp)
+    return {**config, "actor": actor}
+
+
+def _own_loss(actor: dict[str, Any]) -> dict[str, Any]:
+    """NexRL 1.x called its losses by date: PPO-clip, the same with a dual clip, and a symmetric one by token mean."""
+    key = "loss_func_type" if "loss_func_type" in actor else "policy_loss"
+    if key == "loss_func_type":
+        alias = actor.pop("loss_func_type")
+        if actor.setdefault("policy_loss", alias) != alias:
+            raise _refused("loss_func_type", "loss_func_type and policy_loss differ; keep one")
+    name = actor.get("policy_loss")
+    if not isinstance(name, str) or not name.startswith("NX_"):
+        return actor
+    if name == "NX_20250515":
+        return {**actor, "policy_loss": "ppo"}
+    if name == "NX_20250515_v2":
+        return {"clip_ratio_c": 3.0, **actor, "policy_loss": "ppo"}
+    if name == "NX_20241031":
+        for bound in ("clip_ratio_low", "clip_ratio_high"):
+            if actor.get(bound) not in (None, actor.get("clip_ratio")):
+                raise _refused(bound, f"{key} {name} clips by clip_ratio alone; use ppo, or leave {bound} out")
+        if actor.get("loss_agg_mode", "token-mean") != "token-mean":
+            raise _refused("loss_agg_mode", f"{key} {name} is always token-mean; use ppo for other modes")
+        return {**actor, "policy_loss": "ppo"}
+    raise _refused(key, f"{key} {name!r} has no counterpart here; use ppo, gspo, cispo or importance_sampling")
+
+
+def _refused(key: str, message: str) -> ServiceError:
+    return ServiceError("INVALID_CONFIG", message, key=f"actor.{key}")
+
+
+def _short_dtypes(section: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _short_dtypes(value)
+        if isinstance(value, dict)
+        else _DTYPE_NAMES.get(value, value)
+        if name.endswith("dtype") and isinstance(value, str)
+        else value
+        for name, value in section.items()
+    }

@@ -1,0 +1,243 @@
+"""The configuration keys of a worker group: every key that recipes in the field use, with its default and meaning.
+
+A key marked :func:`_inert` is known, so that existing recipes are accepted, and does nothing in this service.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Dtype = Literal["float32", "bfloat16", "float64"]
+_INERT: Any = {"inert": True}
+_NOT_OFFERED: Any = {"not_offered": True}
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Steps = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _inert() -> Any:
+    return Field(default=None, json_schema_extra=_INERT)
+
+
+def _not_offered() -> Any:
+    """A key whose ``true`` would change what the group does and that nothing here can do: it is refused."""
+    return Field(default=False, json_schema_extra=_NOT_OFFERED)
+
+
+class Section(BaseModel):
+    """A mapping of the YAML; unknown keys are refused by :func:`parse_config` with the nearest known one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """``actor.model``: which weights, and how they are held."""
+
+    path: str = Field(min_length=1, description="Folder of a Hugging Face model: a causal one, or as the role needs.")
+    enable_gradient_checkpointing: bool = Field(default=False, description="Recompute layers in the backward pass.")
+    use_remove_padding: bool = Field(
+        default=False, description="Pack rows into one stream without padding; worker_info says where a family cannot."
+    )
+    use_torch_compile: bool = Field(default=False, description="Compile every decoder layer with torch.compile.")
+    lm_head_dtype: Literal["float32"] | None = Field(
+        default=None, description="Dtype of the output head's product; null takes that of the computation."
+    )
+    trust_remote_code: Any = _inert()
+    use_liger: Any = _inert()
+    override_config: Any = _inert()
+    external_lib: Any = _inert()
+
+
+class MixedPrecisionConfig(Section):
+    """``actor.fsdp_config.mixed_precision``: null takes float32 on CPU, bfloat16 parameters and float32 reduction on CUDA."""
+
+    param_dtype: Dtype | None = Field(default=None, description="Dtype of the forward and backward.")
+    reduce_dtype: Dtype | None = Field(default=None, description="Dtype in which gradients are reduced over ranks.")
+    buffer_dtype: Any = _inert()
+
+
+class FsdpConfig(Section):
+    """``actor.fsdp_config``: dtypes of the sharded model."""
+
+    model_dtype: Literal["float32", "float64"] = Field(default="float32", description="Dtype of the master weights.")
+    mixed_precision: MixedPrecisionConfig = MixedPrecisionConfig()
+    gradient_sync: Literal["micro_batch", "mini_batch"] = Field(
+        default="micro_batch",
+        description="When ranks add up gradients; mini_batch communicates less and keeps whole gradients on every rank.",
+    )
+    fsdp_size: Any = _inert()
+    wrap_policy: Any = _inert()
+    param_offload: bool = _not_offered()
+    grad_offload: bool = _not_offered()
+    optimizer_offload: bool = _not_offered()
+
+
+class OptimConfig(Section):
+    """``actor.optim``: AdamW and its schedule, counted in optimizer steps."""
+
+    lr: float = Field(default=1e-6, ge=0, description="Peak learning rate.")
+    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.999), description="Decay of the first and second moment.")
+    eps: float = Field(default=1e-8, gt=0, description="Added to the root of the second moment.")
+    weight_decay: float = Field(default=0.01, ge=0, description="Decoupled; applied to every parameter.")
+    lr_warmup_steps: Steps = Field(default=0, description="The first step of a warm-up of n uses lr/n.")
+    lr_scheduler: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="Shape after the warm-up."
+    )
+    total_training_steps: Count | None = Field(default=None, description="Where linear and cosine end.")
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1, description="Where linear and cosine end, as a share of lr.")
+    lr_warmup_steps_ratio: Any = _inert()
+    warmup_style: Any = _inert()
+
+
+class RolloutConfig(Section):
+    """``actor.rollout``: what the trainer's rollouts used."""
+
+    n: Count = Field(default=1, description="Responses per prompt; a mini-batch is ppo_mini_batch_size x n rows.")
+    temperature: float = Field(default=1.0, gt=0, description="Used where a batch's metadata has no temperature.")
+    log_prob_micro_batch_size: Any = _inert()
+    log_prob_micro_batch_size_per_gpu: Any = _inert()
+    tensor_model_parallel_size: Any = _inert()
+    use_weight_provider: Any = _inert()
+    rollout_standalone: Any = _inert()
+    dtype: Any = _inert()
+
+
+class RefModelConfig(Section):
+    """``actor.ref.model``: the weights of ``compute_ref_log_prob``."""
+
+    path: str | None = Field(default=None, description="Null takes actor.model.path.")
+
+
+class RefConfig(Section):
+    """``actor.ref``: the frozen reference."""
+
+    model: RefModelConfig = RefModelConfig()
+    log_prob_micro_batch_size: Any = _inert()
+    fsdp_config: Any = _inert()
+    ulysses_sequence_parallel_size: Any = _inert()
+
+
+class RolloutCorrectionConfig(Section):
+    """``actor.rollout_correction``: weigh the policy term by exp(old - rollout) where the sampler's numbers differ."""
+
+    mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = Field(
+        description="Weights of tokens, or their product over a row; clipped to the bounds, or zero outside them."
+    )
+    lower: float = Field(default=0.0, ge=0, description="Lower bound of the weight.")
+    upper: float = Field(default=2.0, gt=0, description="Upper bound of the weight.")
+
+
+class ActorConfig(Section):
+    """``actor``: the model and how it is trained."""
+
+    model: ModelConfig
+    optim: OptimConfig = OptimConfig()
+    fsdp_config: FsdpConfig = FsdpConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    ref: RefConfig = RefConfig()
+    policy_loss: Literal[
+        "ppo", "grpo", "gspo", "cispo", "importance_sampling", "reinforce", "cross_entropy", "linear"
+    ] = Field(default="ppo", description="Also accepted as loss_func_type.")
+    loss_agg_mode: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = (
+        Field(default="token-mean", description="How tokens are summed; one denominator for the whole mini-batch.")
+    )
+    loss_scale_factor: float | None = Field(
+        default=None, gt=0, description="Divides the loss in seq-mean-token-sum-norm, which needs it."
+    )
+    rollout_correction: RolloutCorrectionConfig | None = Field(
+        default=None, description="Needs rollout_log_probs in every batch."
+    )
+    clip_ratio: float = Field(default=0.2, ge=0, description="The ratio is clipped to 1 - low, 1 + high.")
+    clip_ratio_low: float | None = Field(
+        default=None, ge=0, le=1, description="Null takes clip_ratio; gspo 0.0003; cispo has none."
+    )
+    clip_ratio_high: float | None = Field(default=None, ge=0, description="Null takes clip_ratio; gspo 0.0004.")
+    clip_ratio_c: float | None = Field(
+        default=None, gt=1, description="Dual clip for negative advantages; off by default."
+    )
+    entropy_coeff: float = Field(default=0.0, description="The loss is lowered by this times the entropy.")
+    use_kl_loss: bool = Field(
+        default=False, description="Add the KL term, against ref_log_prob or the frozen reference."
+    )
+    kl_loss_coef: float = Field(default=0.001, description="Weight of the KL term.")
+    kl_loss_type: Literal["k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl", "k1+", "k3+"] = Field(
+        default="low_var_kl",
+        description="Estimator; kl is k1, mse is k2, low_var_kl is k3. k1's gradient has zero mean, k3's is that of "
+        "KL(ref||policy), k2's that of KL(policy||ref); k1+ and k3+ have k2's gradient.",
+    )
+    distillation_loss: Literal["policy_gradient", "forward_kl", "reverse_kl"] = Field(
+        default="policy_gradient", description="From teacher_log_probs, or a KL over the teacher's top k tokens."
+    )
+    use_distillation_clipping: bool = Field(default=False, description="Clip the ratio of the policy gradient.")
+    distillation_cliprange: float = Field(default=0.2, ge=0, description="Clipped to 1 - low, 1 + high.")
+    distillation_cliprange_low: float | None = Field(
+        default=None, ge=0, le=1, description="Null takes distillation_cliprange."
+    )
+    distillation_cliprange_high: float | None = Field(
+        default=None, ge=0, description="Null takes distillation_cliprange."
+    )
+    cliprange_value: float = Field(
+        default=0.5, gt=0, description="Critic: new values are clipped to this around the batch's values."
+    )
+    ppo_mini_batch_size: Count | None = Field(default=None, description="Prompts per optimizer step; null: all.")
+    ppo_epochs: int = Field(default=1, ge=1, le=1000, description="Passes over the batch in one update.")
+    shuffle: bool = Field(default=False, description="Draw the rows of a mini-batch at random, by seed.")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Seeds shuffling and the ranks' generators.")
+    ppo_micro_batch_size_per_gpu: Count | None = Field(default=None, description="Rows per forward; null: all.")
+    use_dynamic_bsz: bool = Field(default=False, description="Micro-batches by token budget instead of rows.")
+    ppo_max_token_len_per_gpu: Count = Field(default=16384, description="That budget; a longer row stands alone.")
+    grad_clip: float = Field(default=1.0, gt=0, description="Largest gradient norm (L2, all parameters).")
+    ppo_micro_batch_size: Any = _inert()
+    ulysses_sequence_parallel_size: Any = _inert()
+    use_ring_sequence_parallel: Any = _inert()
+    do_old_log_prob_compute: Any = _inert()
+    do_old_student_log_prob_compute: Any = _inert()
+    train_token_start_pct: Any = _inert()
+    train_token_end_pct: Any = _inert()
+    advantage_start_pct: Any = _inert()
+    advantage_end_pct: Any = _inert()
+    entropy_start_pct: Any = _inert()
+    entropy_end_pct: Any = _inert()
+    distillation_epochs: Any = _inert()
+    checkpoint_manager: Any = _inert()
+    enable_memory_tracing: Any = _inert()
+    debug: Any = _inert()
+
+
+class ResourceConfig(Section):
+    """``resource``: how many ranks."""
+
+    world_size: Count | None = Field(default=None, description="Ranks, where initialize_worker names no world_size.")
+    gpus_per_pod: Any = _inert()
+    memory_per_gpu: Any = _inert()
+
+
+class ServiceEntry(Section):
+    """One entry of ``service.train_service``; the same mapping is a client's ``config_dict``."""
+
+    actor: ActorConfig
+    resource: ResourceConfig = ResourceConfig()
+    identifier: Any = _inert()
+    role: Any = _inert()
+    backend: Any = _inert()
+    url: Any = _inert()
+
+
+def is_inert(info: Any) -> bool:
+    """Whether a field is known and does nothing."""
+    return bool(info.json_schema_extra == _INERT)
+
+
+def is_not_offered(info: Any) -> bool:
+    """Whether ``true`` is refused for a field."""
+    return bool(info.json_schema_extra == _NOT_OFFERED)
+
+
+def section_of(info: Any) -> type[Section] | None:
+    """The section that a field holds, if it holds one."""
+    for kind in (info.annotation, *get_args(info.annotation)):
+        if isinstance(kind, type) and issubclass(kind, Section):
+            return kind
+    return None

@@ -1,0 +1,41 @@
+"""The root module of every group: a Hugging Face model whose head runs in here, so that both are sharded together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from nexrl_worker.training.batch import MicroBatch
+
+
+class Root(nn.Module):
+    """Wraps the model `hf`. Whatever needs gathered weights runs in `forward`, where FSDP's hooks are."""
+
+    def __init__(self, hf: nn.Module) -> None:
+        super().__init__()
+        self.hf = hf
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.hf.config.vocab_size)  # type: ignore[union-attr, arg-type]
+
+    def forward(self, read: Callable[[], Any]) -> Any:
+        """Run `read` with the weights gathered; returns new tensors, no views, as FSDP hooks its backward onto them."""
+        return read()
+
+    def outputs(self, micro: MicroBatch, whole: bool) -> Any:
+        """What the model (`whole`: with its own head) answers to a micro-batch [n,C]; only inside `forward`."""
+        model = self.hf if whole else self.hf.base_model
+        return model(  # type: ignore[operator]
+            input_ids=micro.input_ids,
+            attention_mask=micro.attention_mask,
+            position_ids=micro.position_ids,
+            use_cache=False,
+        )
+
+    def hidden(self, micro: MicroBatch, index: Tensor) -> Tensor:
+        """Last hidden states [T,H] at the flat positions `index` [T]; only inside `forward`."""
+        picked: Tensor = self.outputs(micro, whole=False).last_hidden_state.flatten(0, 1)[index]
+        return picked
