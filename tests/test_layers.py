@@ -42,9 +42,7 @@ UNSAFE = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
 MODULE_LINES = 300
 MODULE_LINES_HARD = 400
 # Larger than MODULE_LINES for now, at most MODULE_LINES_HARD. The numbers only go down; a new name is a decision.
-LARGE_MODULES = {
-    "libs/contract/src/nexrl_contract/config.py": 355,
-}
+LARGE_MODULES: dict[str, int] = {}
 
 
 def part_folders() -> dict[str, Path]:

@@ -76,6 +76,79 @@ def test_tensors_travel_as_they_are() -> None:
     assert len(request.content) < 2000
 
 
+OLD = np.full((4, 3), -0.5, np.float32)
+NOTHING = np.zeros((4, 1), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("operation", "given", "sent", "ignored"),
+    [
+        ("update_actor", {"old_log_probs": NOTHING}, None, ["old_log_probs"]),
+        ("update_actor", {"old_log_probs": torch.zeros(4, 1)}, None, ["old_log_probs"]),
+        ("update_actor", {"old_log_probs": NOTHING - 1}, NOTHING - 1, []),
+        ("update_actor", {"old_log_probs": OLD * 0}, OLD * 0, []),
+        ("update_actor", {"old_student_log_probs": OLD}, None, ["old_student_log_probs"]),
+        ("update_actor_with_distillation", {"old_student_log_probs": OLD}, OLD, []),
+        ("update_actor_with_distillation", {"old_student_log_probs": torch.from_numpy(OLD)}, OLD, []),
+        ("update_actor_with_distillation", {"old_student_log_probs": NOTHING}, None, ["old_student_log_probs"]),
+        (
+            "update_actor_with_distillation",
+            {"old_student_log_probs": OLD * 2, "old_log_probs": OLD},
+            OLD,
+            ["old_student_log_probs"],
+        ),
+    ],
+)
+def test_log_probs_that_were_not_computed(
+    batch: dict[str, Any], operation: str, given: dict[str, Any], sent: Any, ignored: list[str]
+) -> None:
+    """Zeros of one column stand for nothing and are named; a distillation's own name of old_log_probs is understood."""
+    for tensors in (batch["tensors"] | given, {"input_ids": batch["tensors"]["input_ids"][:, :4]} | given):
+        request, result = send(tensors, operation)
+        frame = request.frame()
+        assert [name for name in result["meta_info"]["ignored"] if name != "prompts"] == ignored
+        if sent is None:
+            assert "old_log_probs" not in frame.header.tensors
+        else:
+            assert np.array_equal(frame.numpy("old_log_probs"), sent)
+
+
+@pytest.mark.parametrize("responses", [{"responses": np.zeros((4, 1), int)}, {}])
+def test_one_response_token_may_be_certain(responses: dict[str, Any]) -> None:
+    """Where R is 1, zeros of one column are log-probabilities, and travel."""
+    tensors = {"input_ids": np.zeros((4, 2), int), "old_log_probs": NOTHING} | responses
+    request, result = send(tensors, "update_actor")
+    assert np.array_equal(request.frame().numpy("old_log_probs"), NOTHING)
+    assert result["meta_info"]["ignored"] == []
+
+
+def test_arguments_that_are_the_defaults_stay(batch: dict[str, Any]) -> None:
+    """A parameter travels only where it was given, under its own name; an old call sends what it always sent."""
+
+    def params(method: str, **arguments: Any) -> Any:
+        transport = testing.ScriptedTransport([testing.result_response()])
+        getattr(HTTPTrainServiceClient(transport=transport), method)(batch, **arguments)
+        assert transport.requests[0].path == f"/{method}"
+        return described(transport.requests[0])["params"]
+
+    methods = [name for name, kind in OPERATIONS.items() if kind.takes_batch]
+    for method in methods:
+        assert params(method) == {}
+        assert params(method, explain=True) == {"explain": True}
+    assert params("compute_log_prob", top_k=8) == {"top_k": 8}
+    assert params("forward_backward", loss="linear") == {"loss": "linear"}
+    distil = {"distillation_coeff": 0.0, "distillation_loss": "reverse_kl"}
+    assert params("update_actor_with_distillation", **distil) == distil
+
+
+def test_plan_comes_back(batch: dict[str, Any]) -> None:
+    """What explain=True is answered with is in meta_info."""
+    plan = {"rows": 4, "micro_batches": [[2, 2]]}
+    transport = testing.ScriptedTransport([testing.result_response(meta_info={"plan": plan})])
+    result = HTTPTrainServiceClient(transport=transport).update_actor(batch, explain=True)
+    assert (result["meta_info"]["plan"], result["batch"]) == (plan, {})
+
+
 def test_metadata_becomes_plain_json() -> None:
     """NumPy scalars are numbers, tuples lists, non-finite numbers their names."""
     metadata = {

@@ -38,6 +38,44 @@ def test_a_trainers_loop(mock: MockTrainServiceClient, batch: dict[str, Any]) ->
     assert mock.barrier()["status"] == mock.destroy()["status"] == "success"
 
 
+def test_every_role_answers_in_its_shapes(mock: MockTrainServiceClient, batch: dict[str, Any]) -> None:
+    """Values [B, R], rewards [B], a teacher's top k [B, R, K], a linear loss's log-probabilities [B, R]."""
+    tensors = batch["tensors"] | {"returns": np.zeros((4, 3), np.float32)}
+    values = mock.compute_values(tensors)["batch"]["values"]
+    assert (values.shape, values.dtype) == ((4, 3), torch.float32)
+    updated = mock.update_critic(tensors)
+    assert set(updated["metrics"]) == {"critic/vf_loss", "critic/grad_norm", "critic/lr"}
+    rewards = mock.compute_rewards(tensors)["batch"]["rewards"]
+    assert (rewards.shape, rewards.dtype) == ((4,), torch.float32)
+    teacher = mock.compute_log_prob(tensors, top_k=5)["batch"]
+    assert teacher["teacher_topk_ids"].shape == teacher["teacher_topk_log_probs"].shape == (4, 3, 5)
+    assert (teacher["teacher_topk_ids"].dtype, teacher["old_log_probs"].shape) == (torch.int64, (4, 3))
+    linear = tensors | {"loss_weights": np.ones((4, 3), np.float32)}
+    assert mock.forward_backward(linear, loss="linear")["batch"]["log_probs"].shape == (4, 3)
+    assert mock.update_actor(tensors)["batch"] == {}
+    own = MockTrainServiceClient(config={"role": "actor", "actor": {"policy_loss": "linear"}})
+    assert own.update_actor(linear)["batch"]["log_probs"].shape == (4, 3)
+
+
+def test_plans(mock: MockTrainServiceClient, batch: dict[str, Any]) -> None:
+    """explain=True is answered with a plan, and with nothing else."""
+    result = mock.update_actor(batch, explain=True)
+    assert (result["batch"], result["metrics"], result["meta_info"]["plan"]["rows"]) == ({}, {}, 4)
+    assert "plan" not in mock.update_actor(batch)["meta_info"]
+
+
+def test_tensors_that_are_needed(mock: MockTrainServiceClient, batch: dict[str, Any]) -> None:
+    """What the operation, its arguments or the group's loss cannot do without is asked for."""
+    with pytest.raises(InvalidTensor, match="update_critic needs the tensor returns"):
+        mock.update_critic(batch)
+    with pytest.raises(InvalidTensor, match="teacher_topk_ids"):
+        mock.update_actor_with_distillation(batch, distillation_loss="forward_kl")
+    with pytest.raises(InvalidTensor, match="loss_weights"):
+        mock.forward_backward(batch, loss="linear")
+    with pytest.raises(InvalidTensor, match="advantages"):
+        MockTrainServiceClient(config={"actor": {"policy_loss": "ppo"}}).update_actor(batch)
+
+
 def test_columns_without_responses(mock: MockTrainServiceClient) -> None:
     """Without responses R is S - 1."""
     assert mock.compute_log_prob({"input_ids": np.zeros((2, 7), np.int32)})["batch"]["old_log_probs"].shape == (2, 6)

@@ -14,9 +14,12 @@ from nexrl_client import (
     HTTPTrainServiceClient,
     MockTrainServiceClient,
     TrainServiceClient,
+    advantages,
     create_train_service_client,
+    layout,
     testing,
 )
+from nexrl_contract.operations import OPERATIONS
 
 SIGNATURES = {
     "initialize_worker": "config_path=None, config_dict=None, role='actor', world_size=None, zmq_base_port=None, "
@@ -24,11 +27,14 @@ SIGNATURES = {
     "init_model": "",
     "barrier": "",
     "destroy": "",
-    "update_actor": "batch",
-    "update_actor_with_distillation": "batch",
-    "compute_log_prob": "batch",
-    "compute_ref_log_prob": "batch",
-    "forward_backward": "batch, loss=None",
+    "update_actor": "batch, explain=False",
+    "update_actor_with_distillation": "batch, distillation_coeff=None, distillation_loss=None, explain=False",
+    "compute_log_prob": "batch, top_k=None, explain=False",
+    "compute_ref_log_prob": "batch, explain=False",
+    "compute_values": "batch, explain=False",
+    "update_critic": "batch, explain=False",
+    "compute_rewards": "batch, explain=False",
+    "forward_backward": "batch, loss=None, explain=False",
     "optim_step": "lr=None, grad_clip=None, discard=False",
     "save_checkpoint": "local_path, hdfs_path=None, global_step=0, saved_fully_shared_ckpt=True, "
     "save_weight_only=False, remove_previous_ckpt=True",
@@ -61,7 +67,9 @@ def test_all_is_what_is_public() -> None:
     assert set(nexrl_client.__all__) == public_names(nexrl_client)
     assert len(set(nexrl_client.__all__)) == len(nexrl_client.__all__)
     assert set(nexrl_client.errors.__all__) < set(nexrl_client.__all__)
-    assert set(testing.__all__) <= public_names(testing)
+    for module in (testing, advantages, layout):
+        assert set(module.__all__) <= public_names(module)
+    assert set(advantages.__all__) - {"Estimator"} | set(layout.__all__) < set(nexrl_client.__all__)
 
 
 @pytest.mark.parametrize("kind", [TrainServiceClient, HTTPTrainServiceClient, MockTrainServiceClient])
@@ -69,6 +77,18 @@ def test_all_is_what_is_public() -> None:
 def test_signatures_are_the_contract(kind: type, method: str) -> None:
     """Every client has the documented methods with the documented arguments and defaults."""
     assert signature(getattr(kind, method)) == SIGNATURES[method]
+
+
+@pytest.mark.parametrize("method", [name for name, text in SIGNATURES.items() if "explain" in text])
+def test_explain_is_keyword_only(method: str) -> None:
+    """Every method of a batch has explain, and no positional argument can be taken for it."""
+    assert (
+        inspect.signature(getattr(TrainServiceClient, method)).parameters["explain"].kind
+        is inspect.Parameter.KEYWORD_ONLY
+    )
+    assert {name for name, kind in OPERATIONS.items() if kind.takes_batch} == {
+        name for name, text in SIGNATURES.items() if "explain" in text
+    }
 
 
 def test_interface_has_nothing_else() -> None:
@@ -142,6 +162,9 @@ def test_addresses_that_are_none(given: str) -> None:
 
 
 def test_import_is_light() -> None:
-    """Importing the client imports neither torch nor tqdm."""
-    code = "import sys, nexrl_client, nexrl_client.testing; sys.exit(any(name in sys.modules for name in ('torch', 'tqdm')))"
+    """Importing the client, and computing on NumPy arrays, imports neither torch nor tqdm."""
+    code = (
+        "import sys, nexrl_client, nexrl_client.testing; nexrl_client.whiten([[1.0]], [[1]])\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'tqdm')))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

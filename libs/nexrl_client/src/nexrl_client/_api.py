@@ -15,9 +15,13 @@ BatchLike: TypeAlias = Mapping[str, Any]
 class TrainServiceClient(ABC):
     """Heavy parts of training, done elsewhere. B rows, S positions, R of them responses.
 
-    A batch is {"tensors", "values", "metadata"}, {"batch", "non_tensor_batch", "meta_info"} or a flat dict of tensors
-    (torch or NumPy). Its result: {"batch": {name: tensor}, "metrics": {...}, "meta_info": {"metrics": the same, ...}}.
+    A batch is a Batch, {"tensors", "values", "metadata"}, {"batch", "non_tensor_batch", "meta_info"} or a flat dict of
+    tensors (torch or NumPy). Its result: {"batch": {name: tensor}, "metrics": {...}, "meta_info": {...}}, with the same
+    "metrics" in meta_info.
     Every blocking method waits at most request_timeout seconds, then raises ServiceTimeout; the job goes on.
+    With explain=True nothing runs, and meta_info["plan"] says what would: rows, micro-batches, tokens, memory.
+    Log-probabilities that were not computed may be sent as zeros [B, 1]: where R > 1 they are left out, and named in
+    meta_info["ignored"].
     """
 
     request_timeout: float | None = 200
@@ -40,7 +44,8 @@ class TrainServiceClient(ABC):
     ) -> dict[str, Any]:
         """Start the worker group, or find it running with the same settings ("already": True).
 
-        config_path is a YAML file of this machine, a whole service's or one entry; config_dict wins over it.
+        config_path is a YAML file of this machine, a whole service's or one entry; config_dict wins over it. A client
+        of create_train_service_clients needs neither: it has its configuration and role from its entry.
         world_size None takes the configuration's. zmq_base_port and dispatch_mode come back under "ignored".
         """
 
@@ -57,24 +62,57 @@ class TrainServiceClient(ABC):
         """Stop the group; its slots are free when this returns."""
 
     @abstractmethod
-    def update_actor(self, batch: BatchLike) -> dict[str, Any]:
-        """One policy update of the whole batch; metrics over all ranks, such as "actor/grad_norm"."""
+    def update_actor(self, batch: BatchLike, *, explain: bool = False) -> dict[str, Any]:
+        """One policy update of the whole batch; metrics over all ranks, such as "actor/grad_norm".
+
+        Of a group whose policy_loss is linear, batch["log_probs"] [B, R] come back.
+        """
 
     @abstractmethod
-    def update_actor_with_distillation(self, batch: BatchLike) -> dict[str, Any]:
-        """One update towards the batch's teacher_log_probs [B, S] or [B, R]."""
+    def update_actor_with_distillation(
+        self,
+        batch: BatchLike,
+        distillation_coeff: float | None = None,
+        distillation_loss: str | None = None,
+        *,
+        explain: bool = False,
+    ) -> dict[str, Any]:
+        """One update towards a teacher: its teacher_log_probs [B, S] or [B, R] for "policy_gradient".
+
+        "forward_kl" and "reverse_kl" take teacher_topk_ids and teacher_topk_log_probs [B, R, K]. None takes the
+        metadata's coefficient and the group's loss. old_student_log_probs is old_log_probs of a batch without one.
+        """
 
     @abstractmethod
-    def compute_log_prob(self, batch: BatchLike) -> dict[str, Any]:
-        """Log-probabilities under the current weights: batch["old_log_probs"] is [B, R] float32, rows in order."""
+    def compute_log_prob(self, batch: BatchLike, top_k: int | None = None, *, explain: bool = False) -> dict[str, Any]:
+        """Log-probabilities under the current weights: batch["old_log_probs"] is [B, R] float32, rows in order.
+
+        top_k=K adds the K likeliest tokens of every position, teacher_topk_ids [B, R, K] int64, and their
+        teacher_topk_log_probs [B, R, K] float32.
+        """
 
     @abstractmethod
-    def compute_ref_log_prob(self, batch: BatchLike) -> dict[str, Any]:
+    def compute_ref_log_prob(self, batch: BatchLike, *, explain: bool = False) -> dict[str, Any]:
         """Log-probabilities under the reference weights: batch["ref_log_prob"] is [B, R] float32, rows in order."""
 
     @abstractmethod
-    def forward_backward(self, batch: BatchLike, loss: str | None = None) -> dict[str, Any]:
-        """Add the batch's gradients to the pending ones; loss None takes the group's policy loss."""
+    def compute_values(self, batch: BatchLike, *, explain: bool = False) -> dict[str, Any]:
+        """A critic's batch["values"] [B, R] float32: column k is of the position before response token k."""
+
+    @abstractmethod
+    def update_critic(self, batch: BatchLike, *, explain: bool = False) -> dict[str, Any]:
+        """One update of a critic towards returns, clipped around values: [B, S] or [B, R]; see "critic/grad_norm"."""
+
+    @abstractmethod
+    def compute_rewards(self, batch: BatchLike, *, explain: bool = False) -> dict[str, Any]:
+        """A reward model's batch["rewards"] [B] float32, read at the last attended position of each row."""
+
+    @abstractmethod
+    def forward_backward(self, batch: BatchLike, loss: str | None = None, *, explain: bool = False) -> dict[str, Any]:
+        """Add the batch's gradients to the pending ones; loss None takes the group's policy loss.
+
+        "linear" is the sum of the batch's loss_weights times the log-probabilities, batch["log_probs"] [B, R].
+        """
 
     @abstractmethod
     def optim_step(

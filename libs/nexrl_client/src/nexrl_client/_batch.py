@@ -8,19 +8,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from nexrl_contract.operations import Operation
 
+from ._placeholders import resolve
 from ._tensors import is_tensor
+from ._trainer_batch import Batch
 from .errors import ClientError, InvalidBatch
 
 _TENSORS = ("tensors", "batch")
 _VALUES = ("values", "non_tensor_batch")
 _METADATA = ("metadata", "meta_info")
-_FORMS = "{'tensors', 'values', 'metadata'}, {'batch', 'non_tensor_batch', 'meta_info'}, or a flat dict of tensors"
+_FORMS = (
+    "a Batch, {'tensors', 'values', 'metadata'}, {'batch', 'non_tensor_batch', 'meta_info'}, or a flat dict of tensors"
+)
 _NO_JSON = object()
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class Content:
     """tensors and metadata go to the service; ignored names everything of the caller's that does not."""
 
     tensors: dict[str, Any]
@@ -28,13 +33,15 @@ class Batch:
     ignored: tuple[str, ...]
 
 
-def normalise(batch: object, reads: tuple[str, ...] | None) -> Batch:
-    """Take a batch apart; reads are the tensors to keep, None keeps all. Raises InvalidBatch."""
+def normalise(batch: object, operation: Operation | None) -> Content:
+    """Take a batch apart; kept are the tensors that the operation reads, None keeps all. Raises InvalidBatch."""
     tensors, values, metadata = _sections(batch)
     kept: dict[str, Any] = {}
     ignored: list[str] = []
+    if operation is not None:
+        tensors, ignored = resolve(operation.name, tensors)
     for name, value in tensors.items():
-        if reads is not None and name not in reads:
+        if operation is not None and name not in operation.reads:
             ignored.append(name)
         else:
             kept[name] = _check_tensor(name, value)
@@ -46,7 +53,7 @@ def normalise(batch: object, reads: tuple[str, ...] | None) -> Batch:
         )
     ignored += [name for name, value in converted.items() if value is _NO_JSON]
     sent = {name: value for name, value in converted.items() if value is not _NO_JSON}
-    return Batch(kept, sent, tuple(dict.fromkeys(ignored)))
+    return Content(kept, sent, tuple(dict.fromkeys(ignored)))
 
 
 def json_object(mapping: Mapping[str, Any], what: str) -> dict[str, Any]:
@@ -82,6 +89,8 @@ def _non_finite(value: float) -> str:
 
 
 def _sections(batch: object) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]:
+    if isinstance(batch, Batch):
+        return dict(batch), batch.extras, batch.metadata
     if not isinstance(batch, Mapping):
         raise InvalidBatch(f"the batch is {type(batch).__name__}; give {_FORMS}")
     if not any(isinstance(batch.get(name), Mapping) for name in _TENSORS):

@@ -14,7 +14,7 @@ from nexrl_contract.names import FRAME_METADATA_KEY
 from nexrl_contract.operations import OPERATIONS
 from tensor_codec import Encoded
 
-from ._batch import Batch, json_object, normalise
+from ._batch import Content, json_object, normalise
 from ._body import Part, cut
 from ._setup import setup_params
 from .errors import ClientError, InvalidBatch, UnknownOperation
@@ -29,7 +29,7 @@ class Call:
 
     operation: str
     params: dict[str, Any]
-    batch: Batch | None = None
+    batch: Content | None = None
     frame: Encoded | None = None
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -44,11 +44,20 @@ class Call:
         return self.batch.ignored if self.batch else ()
 
 
-def prepare(operation: str, batch: object, params: Mapping[str, Any], identifier: str | None) -> Call:
-    """Check what can be checked without the service, and encode. Raises subclasses of ClientError."""
+def prepare(
+    operation: str,
+    batch: object,
+    params: Mapping[str, Any],
+    identifier: str | None,
+    config: Mapping[str, Any] | None = None,
+) -> Call:
+    """Check what can be checked without the service, and encode; config is the client's own entry, if it has one.
+
+    Raises subclasses of ClientError.
+    """
     if operation == INITIALIZE:
         _refuse_batch(operation, batch)
-        return Call(operation, json_object(setup_params(identifier, **params), "argument"))
+        return Call(operation, json_object(setup_params(identifier, config, **params), "argument"))
     kind = OPERATIONS.get(operation)
     if kind is None:
         raise UnknownOperation(f"there is no operation {operation!r}{_did_you_mean(operation)}")
@@ -58,11 +67,11 @@ def prepare(operation: str, batch: object, params: Mapping[str, Any], identifier
         return Call(operation, sent)
     if batch is None:
         raise InvalidBatch(f"{operation} needs a batch")
-    normal = normalise(batch, kind.reads)
+    normal = normalise(batch, kind)
     return Call(operation, sent, normal, encode(normal, sent))
 
 
-def encode(batch: Batch, params: Mapping[str, Any]) -> Encoded:
+def encode(batch: Content, params: Mapping[str, Any]) -> Encoded:
     """The request frame: a header, and views of the tensors. Raises InvalidBatch."""
     text = json.dumps({"version": 1, "metadata": batch.metadata, "params": params}, separators=(",", ":"))
     try:

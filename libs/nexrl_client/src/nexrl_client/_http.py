@@ -31,6 +31,7 @@ class HTTPTrainServiceClient(OperationMethods):
     Lost connections, 429, 502 and 503 are retried until request_timeout is spent, under one idempotency key per call,
     so that nothing runs twice. Batches above max_request_bytes travel in parts of that size, and run as one.
     progress shows a bar while a batch is uploaded. transport replaces the network; see nexrl_client.testing.
+    config is the group's own entry of a service's configuration, for an initialize_worker() without arguments.
     """
 
     def __init__(
@@ -42,8 +43,9 @@ class HTTPTrainServiceClient(OperationMethods):
         max_request_bytes: int = MAX_REQUEST_BYTES,
         progress: bool = False,
         transport: Transport | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(identifier, request_timeout)
+        super().__init__(identifier, request_timeout, config)
         if max_request_bytes < 1:
             raise ClientError(f"max_request_bytes is {max_request_bytes}; give the bytes of the largest request")
         self.base_url = normalise_url(base_url)
@@ -68,11 +70,11 @@ class HTTPTrainServiceClient(OperationMethods):
         self._transport.close()
 
     def submit(self, operation: str, batch: BatchLike | None = None, **params: Any) -> JobHandle:
-        call = prepare(operation, batch, params, self.identifier)
+        call = prepare(operation, batch, params, self.identifier, self._config)
         return self._handle(self._post(call, wait=False)[0], call)
 
     def _run(self, operation: str, batch: BatchLike | None, params: Mapping[str, Any]) -> dict[str, Any]:
-        call = prepare(operation, batch, params, self.identifier)
+        call = prepare(operation, batch, params, self.identifier, self._config)
         response, budget = self._post(call, wait=True)
         if response.status == 202:
             return self._await(self._handle(response, call), budget)

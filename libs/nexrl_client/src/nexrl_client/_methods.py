@@ -13,9 +13,12 @@ from ._api import BatchLike, TrainServiceClient
 class OperationMethods(TrainServiceClient):
     """TrainServiceClient's operations by way of one method, _run."""
 
-    def __init__(self, identifier: str | None, request_timeout: float | None) -> None:
+    def __init__(
+        self, identifier: str | None, request_timeout: float | None, config: Mapping[str, Any] | None = None
+    ) -> None:
         self._identifier = identifier
         self.request_timeout = request_timeout
+        self._config = config
 
     @property
     def identifier(self) -> str | None:
@@ -53,20 +56,37 @@ class OperationMethods(TrainServiceClient):
     def destroy(self) -> dict[str, Any]:
         return self._run("destroy", None, {})
 
-    def update_actor(self, batch: BatchLike) -> dict[str, Any]:
-        return self._run("update_actor", batch, {})
+    def update_actor(self, batch: BatchLike, *, explain: bool = False) -> dict[str, Any]:
+        return self._run("update_actor", batch, _given(explain=explain))
 
-    def update_actor_with_distillation(self, batch: BatchLike) -> dict[str, Any]:
-        return self._run("update_actor_with_distillation", batch, {})
+    def update_actor_with_distillation(
+        self,
+        batch: BatchLike,
+        distillation_coeff: float | None = None,
+        distillation_loss: str | None = None,
+        *,
+        explain: bool = False,
+    ) -> dict[str, Any]:
+        params = _given(distillation_coeff=distillation_coeff, distillation_loss=distillation_loss, explain=explain)
+        return self._run("update_actor_with_distillation", batch, params)
 
-    def compute_log_prob(self, batch: BatchLike) -> dict[str, Any]:
-        return self._run("compute_log_prob", batch, {})
+    def compute_log_prob(self, batch: BatchLike, top_k: int | None = None, *, explain: bool = False) -> dict[str, Any]:
+        return self._run("compute_log_prob", batch, _given(top_k=top_k, explain=explain))
 
-    def compute_ref_log_prob(self, batch: BatchLike) -> dict[str, Any]:
-        return self._run("compute_ref_log_prob", batch, {})
+    def compute_ref_log_prob(self, batch: BatchLike, *, explain: bool = False) -> dict[str, Any]:
+        return self._run("compute_ref_log_prob", batch, _given(explain=explain))
 
-    def forward_backward(self, batch: BatchLike, loss: str | None = None) -> dict[str, Any]:
-        return self._run("forward_backward", batch, {"loss": loss})
+    def compute_values(self, batch: BatchLike, *, explain: bool = False) -> dict[str, Any]:
+        return self._run("compute_values", batch, _given(explain=explain))
+
+    def update_critic(self, batch: BatchLike, *, explain: bool = False) -> dict[str, Any]:
+        return self._run("update_critic", batch, _given(explain=explain))
+
+    def compute_rewards(self, batch: BatchLike, *, explain: bool = False) -> dict[str, Any]:
+        return self._run("compute_rewards", batch, _given(explain=explain))
+
+    def forward_backward(self, batch: BatchLike, loss: str | None = None, *, explain: bool = False) -> dict[str, Any]:
+        return self._run("forward_backward", batch, _given(loss=loss, explain=explain))
 
     def optim_step(
         self, lr: float | None = None, grad_clip: float | None = None, discard: bool = False
@@ -108,3 +128,9 @@ class OperationMethods(TrainServiceClient):
     @contextmanager
     def actor_context(self) -> Iterator[Self]:
         yield self
+
+
+def _given(*, explain: bool, **params: Any) -> dict[str, Any]:
+    """The arguments that are not the defaults: only those travel."""
+    given = {name: value for name, value in params.items() if value is not None}
+    return given | {"explain": True} if explain else given

@@ -6,23 +6,30 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from nexrl_contract.operations import OPERATIONS
+import numpy as np
+from nexrl_contract.operations import required_tensors
 
 from ._api import BatchLike
 from ._call import Call, prepare
 from ._handle import JobHandle
 from ._methods import OperationMethods
-from ._tensors import zeros
+from ._tensors import own_kind
 from .errors import InvalidTensor, JobFinal, JobNotFound
 
-_LOG_PROBS = {"compute_log_prob": "old_log_probs", "compute_ref_log_prob": "ref_log_prob"}
+_BY_TOKEN = {"compute_log_prob": "old_log_probs", "compute_ref_log_prob": "ref_log_prob", "compute_values": "values"}
+_POLICY_UPDATES = ("update_actor", "forward_backward")
+_METRICS = {
+    **dict.fromkeys((*_POLICY_UPDATES, "update_actor_with_distillation"), ("actor", "pg_loss")),
+    "update_critic": ("critic", "vf_loss"),
+}
 _WHOLE = ("attention_mask", "position_ids", "loss_mask", "scoring_attention_mask")
 
 
 class MockTrainServiceClient(OperationMethods):
-    """Answers at once, in the service's shapes: log-probabilities and metrics are 0, nothing is trained or written.
+    """Answers at once, in the service's shapes: tensors and metrics are 0, nothing is trained or written.
 
-    Batches are checked for required tensors and fitting shapes, and refused as the service would.
+    Batches are checked for required tensors and fitting shapes, and refused as the service would. config is the
+    group's own entry, as of HTTPTrainServiceClient.
     """
 
     def __init__(
@@ -31,16 +38,17 @@ class MockTrainServiceClient(OperationMethods):
         identifier: str | None = None,
         *,
         request_timeout: float | None = 200,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(identifier, request_timeout)
+        super().__init__(identifier, request_timeout, config)
         self.base_url = url
         self._results: dict[str, dict[str, Any]] = {}
         self._operations: dict[str, str] = {}
 
     def submit(self, operation: str, batch: BatchLike | None = None, **params: Any) -> JobHandle:
-        call = prepare(operation, batch, params, self.identifier)
+        call = prepare(operation, batch, params, self.identifier, self._config)
         if call.batch is not None:
-            _check_shapes(call)
+            _check_shapes(call, self._actor)
         job_id = uuid.uuid4().hex
         self._results[job_id] = self._answer(call, job_id)
         self._operations[job_id] = operation
@@ -61,7 +69,7 @@ class MockTrainServiceClient(OperationMethods):
         return {"status": "success", "identifiers": [*models], "count": len(models), "models": models}
 
     def worker_info(self) -> dict[str, Any]:
-        return {"identifier": self._name, "world_size": 1, "role": "actor", "state": "ready", "initialised": True}
+        return {"identifier": self._name, "world_size": 1, "role": self._role, "state": "ready", "initialised": True}
 
     def job_view(self, job_id: str) -> dict[str, Any]:
         """See JobHandle.status; every job of the mock has finished."""
@@ -81,6 +89,15 @@ class MockTrainServiceClient(OperationMethods):
     def _name(self) -> str:
         return self.identifier or "default"
 
+    @property
+    def _role(self) -> str:
+        return str((self._config or {}).get("role") or "actor")
+
+    @property
+    def _actor(self) -> Mapping[str, Any]:
+        actor = (self._config or {}).get("actor")
+        return actor if isinstance(actor, Mapping) else {}
+
     def _find(self, job_id: str) -> dict[str, Any]:
         if job_id not in self._results:
             raise JobNotFound(f"there is no job {job_id}", status=404, job_id=job_id)
@@ -90,13 +107,9 @@ class MockTrainServiceClient(OperationMethods):
         head = {"status": "success", "identifier": self._name, "job_id": job_id}
         if call.batch is None:
             return head | _other_fields(call)
-        metrics: dict[str, Any] = {}
-        batch: dict[str, Any] = {}
-        rows, columns = _response_shape(call)
-        if call.operation in _LOG_PROBS:
-            batch[_LOG_PROBS[call.operation]] = zeros(rows, columns)
-        else:
-            metrics |= {"actor/pg_loss": 0.0, "actor/grad_norm": 0.0, "actor/lr": 0.0}
+        explains = bool(call.params.get("explain"))
+        metrics = {} if explains else _metrics(call.operation)
+        batch = {} if explains else _result_batch(call, self._actor)
         meta = {
             "metrics": metrics,
             "job_id": job_id,
@@ -105,6 +118,8 @@ class MockTrainServiceClient(OperationMethods):
             "timing": {"queued_s": 0.0, "run_s": 0.0},
             "ignored": list(call.ignored),
         }
+        if explains:
+            meta["plan"] = {"world_size": 1, "rows": _response_shape(call)[0]}
         return {"batch": batch, "metrics": metrics, "meta_info": meta}
 
 
@@ -112,7 +127,8 @@ def _other_fields(call: Call) -> dict[str, Any]:
     params = call.params
     if call.operation == "initialize_worker":
         inert = [name for name in ("zmq_base_port", "dispatch_mode") if name in params]
-        size = params.get("world_size", 1)
+        resource = params["config_dict"].get("resource")
+        size = params.get("world_size") or (resource or {}).get("world_size") or 1
         fields = {"role": params["role"], "world_size": size, "ignored": inert, "already": False}
         return {"identifier": params["identifier"], **fields}
     if call.operation == "save_checkpoint":
@@ -123,6 +139,31 @@ def _other_fields(call: Call) -> dict[str, Any]:
     return {"step_applied": False, "metrics": {}} if call.operation == "optim_step" else {}
 
 
+def _metrics(operation: str) -> dict[str, Any]:
+    """The metrics that every answer of an update has."""
+    if operation not in _METRICS:
+        return {}
+    role, loss = _METRICS[operation]
+    return {f"{role}/{name}": 0.0 for name in (loss, "grad_norm", "lr")}
+
+
+def _result_batch(call: Call, actor: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors that the service answers with, all of zeros."""
+    rows, columns = _response_shape(call)
+    shapes: dict[str, tuple[int, ...]] = {}
+    if call.operation in _BY_TOKEN:
+        shapes[_BY_TOKEN[call.operation]] = (rows, columns)
+    elif call.operation == "compute_rewards":
+        shapes["rewards"] = (rows,)
+    elif call.operation in _POLICY_UPDATES and (call.params.get("loss") or actor.get("policy_loss")) == "linear":
+        shapes["log_probs"] = (rows, columns)
+    batch = {name: own_kind(np.zeros(shape, np.float32)) for name, shape in shapes.items()}
+    if count := call.params.get("top_k"):
+        batch["teacher_topk_ids"] = own_kind(np.zeros((rows, columns, count), np.int64))
+        batch["teacher_topk_log_probs"] = own_kind(np.zeros((rows, columns, count), np.float32))
+    return batch
+
+
 def _response_shape(call: Call) -> tuple[int, int]:
     """B and R of the batch."""
     tensors = call.batch.tensors if call.batch else {}
@@ -130,10 +171,10 @@ def _response_shape(call: Call) -> tuple[int, int]:
     return rows, int(tensors["responses"].shape[1]) if "responses" in tensors else length - 1
 
 
-def _check_shapes(call: Call) -> None:
+def _check_shapes(call: Call, actor: Mapping[str, Any]) -> None:
     """Required tensors, [B, S] of what is whole, and one B for all; raises InvalidTensor."""
     tensors = call.batch.tensors if call.batch else {}
-    for name in OPERATIONS[call.operation].required:
+    for name in required_tensors(call.operation, call.params, actor):
         if name not in tensors:
             given = ", ".join(tensors) or "none"
             raise _refused(name, f"{call.operation} needs the tensor {name}; the batch has {given}")

@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import yaml
-from nexrl_contract import yaml12
-
+from ._service_config import load_service_config
 from .errors import InvalidSetup
+
+_DEFAULT_ROLE = "actor"
 
 
 def setup_params(
     identifier: str | None,
+    own: Mapping[str, Any] | None,
     config_path: str | None = None,
     config_dict: Mapping[str, Any] | None = None,
-    role: str = "actor",
+    role: str = _DEFAULT_ROLE,
     world_size: int | None = None,
     zmq_base_port: int | None = None,
     dispatch_mode: str | None = None,
 ) -> dict[str, Any]:
-    """The body of /initialize. config_dict wins over config_path, the client's identifier over the configuration's.
+    """The body of /initialize. config_dict wins over config_path, that over the client's own entry, own.
 
+    The client's identifier wins over the configuration's; own also says the role, unless another than actor is given.
     Raises InvalidSetup where there is no configuration, it cannot be read, or nothing names the group.
     """
-    if config_dict is None and config_path is None:
+    if config_dict is None and config_path is None and own is not None:
+        config: Mapping[str, Any] = own
+        role = role if role != _DEFAULT_ROLE else str(own.get("role") or role)
+    elif config_dict is not None:
+        config = config_dict
+    elif config_path is not None:
+        config = _choose(load_service_config(config_path), identifier, config_path)
+    else:
         raise InvalidSetup("initialize_worker needs config_dict, or config_path to a YAML file")
-    config = config_dict if config_dict is not None else read_entry(Path(str(config_path)), identifier)
     if not isinstance(config, Mapping):
         raise InvalidSetup(f"config_dict is {type(config).__name__}; give a dict")
     name = identifier or config.get("identifier")
@@ -38,33 +45,16 @@ def setup_params(
     return {"config_dict": dict(config), "role": role, "identifier": name, **given}
 
 
-def read_entry(path: Path, identifier: str | None) -> Mapping[str, Any]:
-    """The entry for this group in a YAML file: the file itself, or one of its service.train_service.<name>."""
-    try:
-        document = yaml12.load_file(path)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InvalidSetup(f"config_path {path} cannot be read: {error}") from error
-    if not isinstance(document, Mapping):
-        raise InvalidSetup(f"config_path {path} holds {type(document).__name__}; it must hold a mapping")
-    service = document.get("service")
-    entries = service.get("train_service") if isinstance(service, Mapping) else None
-    if not isinstance(entries, Mapping):
-        if "actor" in document:
-            return document
-        raise InvalidSetup(f"config_path {path} has neither service.train_service nor actor at its top")
-    return entries if "actor" in entries else _choose(entries, identifier, path)
-
-
-def _choose(entries: Mapping[str, Any], identifier: str | None, path: Path) -> Mapping[str, Any]:
-    named = {name: entry for name, entry in entries.items() if isinstance(entry, Mapping)}
+def _choose(entries: Mapping[str, Mapping[str, Any]], identifier: str | None, path: str) -> Mapping[str, Any]:
+    """The group's entry: that with its identifier, else of its name, else the only one."""
     if identifier is not None:
-        matching = [entry for entry in named.values() if entry.get("identifier") == identifier]
-        matching = matching or [entry for name, entry in named.items() if name == identifier]
+        matching = [entry for entry in entries.values() if entry.get("identifier") == identifier]
+        matching = matching or [entry for name, entry in entries.items() if name == identifier]
         if len(matching) == 1:
             return matching[0]
-    if len(named) == 1:
-        return next(iter(named.values()))
+    if len(entries) == 1:
+        return next(iter(entries.values()))
     raise InvalidSetup(
-        f"config_path {path} has the train services {', '.join(map(str, named)) or 'none'}; "
+        f"config_path {path} has the train services {', '.join(entries)}; "
         f"give the client the identifier of one of them (it has {identifier!r})"
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import tensor_codec
+from numpy.typing import NDArray
 from tensor_codec import Frame, JSONTensor
 
 
@@ -29,9 +30,8 @@ def frame_tensor(frame: Frame, name: str) -> Any:
     return frame.torch(name) if has_torch() else frame.numpy(name, widen=True)
 
 
-def zeros(rows: int, columns: int) -> Any:
-    """[rows, columns] float32."""
-    array = np.zeros((rows, columns), np.float32)
+def own_kind(array: NDArray[Any]) -> Any:
+    """The array as a tensor of torch, sharing its memory, where that is installed."""
     if not has_torch():
         return array
     import torch
@@ -41,8 +41,11 @@ def zeros(rows: int, columns: int) -> Any:
 
 def is_tensor(value: object) -> bool:
     """Whether the value is a NumPy array or a torch tensor."""
-    if isinstance(value, np.ndarray):
-        return True
+    return isinstance(value, np.ndarray) or is_torch(value)
+
+
+def is_torch(value: Any) -> bool:
+    """Whether the value is a torch tensor."""
     module: Any = sys.modules.get("torch")  # a tensor cannot exist before torch was imported
     return module is not None and isinstance(value, module.Tensor)
 

@@ -1,0 +1,96 @@
+"""A service's YAML: one entry for each worker group, service.train_service.<name>."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import yaml
+from nexrl_contract import yaml12
+
+from .errors import InvalidSetup
+
+Entry: TypeAlias = dict[str, Any]
+_ROUTING = ("identifier", "role", "backend", "url")
+_SERVICES = "service.train_service"
+_ALONE = "default"
+
+
+def load_service_config(path: str | Path) -> dict[str, Entry]:
+    """The entries of a YAML file by name: those under service.train_service, or the one that the file itself is.
+
+    Numbers are those of YAML 1.2 (2e-6 is one). The one entry of a file has its identifier for a name, else "default".
+    Raises InvalidSetup for a file that cannot be read or holds no entry, and for any ${...} in an entry, with its path.
+    """
+    try:
+        document = yaml12.load_file(path)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InvalidSetup(f"config_path {path} cannot be read: {error}") from error
+    return read_entries(document, f"config_path {path}")
+
+
+def read_entries(document: object, source: str) -> dict[str, Entry]:
+    """The entries of a whole service's configuration, of what load_service_config gave, or of one entry, by name.
+
+    source says in messages where the document is from. Raises InvalidSetup.
+    """
+    if not isinstance(document, Mapping):
+        raise InvalidSetup(f"{source} holds {type(document).__name__}; it must hold a mapping")
+    service = document.get("service")
+    services = service.get("train_service") if isinstance(service, Mapping) else None
+    whole = isinstance(services, Mapping)
+    entries: Mapping[Any, Any] = services if isinstance(services, Mapping) else document
+    prefix = f"{_SERVICES}." if whole else ""
+    if _is_entry(entries):
+        named: dict[str, Any] = {str(entries.get("identifier") or _ALONE): entries}
+    elif whole or (entries and all(isinstance(entry, Mapping) and _is_entry(entry) for entry in entries.values())):
+        named = {str(name): entry for name, entry in entries.items()}
+    else:
+        raise InvalidSetup(f"{source} has neither {_SERVICES} nor actor at its top")
+    if not named:
+        raise InvalidSetup(f"{source} has nothing under {_SERVICES}; give each worker group an entry")
+    for name, entry in named.items():
+        if not isinstance(entry, Mapping):
+            raise InvalidSetup(f"{source}: {prefix}{name} is {type(entry).__name__}; it must be a mapping")
+    refuse_interpolation(entries, source, prefix)
+    return {name: dict(entry) for name, entry in named.items()}
+
+
+def refuse_interpolation(config: Mapping[str, Any], source: str, prefix: str = "") -> None:
+    """Raise InvalidSetup with the dotted path of a ${...}, which nothing here resolves."""
+    for path, value in _strings(config, prefix):
+        if "${" in value:
+            raise InvalidSetup(
+                f"{source}: {path} is {value!r}, and interpolation is not resolved here; write the value",
+                details={"key": path},
+            )
+
+
+def _is_entry(mapping: Mapping[str, Any]) -> bool:
+    """Whether it is one entry, and not entries by name (one of which may be called actor)."""
+    actor = mapping.get("actor")
+    if isinstance(actor, Mapping) and not _is_entry(actor):
+        return True
+    return any(isinstance(mapping.get(name), str) for name in _ROUTING)
+
+
+def _strings(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+    """Every string with its dotted path, in the order of the file; an alias that leads back is followed once."""
+    pending: list[tuple[str, Any]] = [(prefix, config)]
+    seen: set[int] = set()
+    while pending:
+        path, value = pending.pop()
+        if isinstance(value, str):
+            yield path, value
+        elif isinstance(value, Mapping | list) and id(value) not in seen:
+            seen.add(id(value))
+            inner = _members(path, value)
+            pending += reversed(inner)
+
+
+def _members(path: str, value: Mapping[str, Any] | list[Any]) -> list[tuple[str, Any]]:
+    if isinstance(value, list):
+        return [(f"{path}[{index}]", item) for index, item in enumerate(value)]
+    separator = "" if not path or path.endswith(".") else "."
+    return [(f"{path}{separator}{name}", item) for name, item in value.items()]

@@ -1,0 +1,178 @@
+"""Batch: what a trainer builds of its trajectories, adds to, and sends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import layout
+from ._arrays import append_zero_rows
+from ._tensors import is_tensor, own_kind
+from ._trajectories import Row, common_temperature, read_rows
+from .errors import InvalidBatch
+
+_MASKS = ("attention_mask", "loss_mask", "scoring_attention_mask")
+
+
+class Batch(MutableMapping[str, Any]):
+    """Tensors of B rows by name, as a mapping: batch["advantages"] = ... adds one. Every client method takes it.
+
+    extras are the B values each of what is no tensor (reward, group_id, ...), metadata holds for the whole batch
+    (temperature, global_step). Extras stay with the trainer: the service does not read them.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Any],
+        extras: Mapping[str, Sequence[Any]] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Raises InvalidBatch for what is no tensor, and for rows or extras of different numbers."""
+        self._tensors: dict[str, Any] = {}
+        for name, tensor in tensors.items():
+            self[name] = tensor
+        self.extras = {name: list(values) for name, values in (extras or {}).items()}
+        self.metadata = dict(metadata or {})
+        for name, values in self.extras.items():
+            if len(values) != self.rows:
+                raise InvalidBatch(f"extras {name!r} has {len(values)} values for {self.rows} rows")
+
+    @classmethod
+    def from_trajectories(
+        cls,
+        trajectories: Sequence[object],
+        pad_token_id: int,
+        *,
+        prompt_length: int = 1,
+        response_length: int = 1,
+    ) -> Self:
+        """A batch of mappings or objects with tokens [n], loss_mask [n] (1: scored), and all or none reward and logprobs.
+
+        A row's prompt is what stands before its first scored token, at least one token, left-padded to the longest or
+        prompt_length; the rest is right-padded to the longest or response_length. P + R = S. Gives input_ids,
+        attention_mask, position_ids, loss_mask, scoring_attention_mask [B, S], responses [B, R], and token_level_scores
+        [B, R], the reward on the last scored token, and rollout_log_probs [B, R], 0 where nothing is scored. logprobs
+        are of all tokens, of those from the first scored one on, or of the scored ones. Every other field is an extra,
+        reward and those in extra_fields too; one temperature goes to metadata, several are refused. Tensors are of torch where
+        that is installed. Raises InvalidBatch with the trajectory's number.
+        """
+        rows = read_rows(trajectories)
+        tensors = _tensors_of(rows, pad_token_id, prompt_length, response_length)
+        names = dict.fromkeys(name for row in rows for name in row.extras)
+        extras = {name: [row.extras.get(name) for row in rows] for name in names}
+        temperature = common_temperature(rows)
+        metadata = {} if temperature is None else {"temperature": temperature}
+        return cls({name: own_kind(array) for name, array in tensors.items()}, extras, metadata)
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return int(next(iter(self._tensors.values())).shape[0]) if self._tensors else 0
+
+    def pad(self, multiple: int) -> Self:
+        """A batch of the next multiple of rows. Those added, at the end, weigh nothing; a result has them too.
+
+        They are 0 in every tensor, masks among them, and None in extras. The service itself needs no such rows. Raises
+        InvalidBatch where the batch has no mask.
+        """
+        if multiple < 1:
+            raise InvalidBatch(f"multiple is {multiple}; give 1 or more")
+        count = -self.rows % multiple
+        if count and not any(name in self._tensors for name in _MASKS):
+            raise InvalidBatch(
+                "the batch has no mask, which is what makes added rows weigh nothing; add attention_mask"
+            )
+        tensors = {name: append_zero_rows(tensor, count) for name, tensor in self._tensors.items()}
+        extras = {name: values + [None] * count for name, values in self.extras.items()}
+        return type(self)(tensors, extras, self.metadata)
+
+    def to_nextrainer_batch(self) -> dict[str, Any]:
+        """{"batch": tensors, "non_tensor_batch": extras as object arrays [B], "meta_info": metadata}."""
+        return {
+            "batch": dict(self._tensors),
+            "non_tensor_batch": {name: _objects(values) for name, values in self.extras.items()},
+            "meta_info": dict(self.metadata),
+        }
+
+    def __getitem__(self, name: str) -> Any:
+        return self._tensors[name]
+
+    def __setitem__(self, name: str, tensor: Any) -> None:
+        if not is_tensor(tensor) or tensor.ndim == 0:
+            raise InvalidBatch(
+                f"{name!r} is {type(tensor).__name__}; give a tensor of B rows; what is none goes to extras or metadata",
+                details={"tensor": name},
+            )
+        others = [value for other, value in self._tensors.items() if other != name]
+        if others and tensor.shape[0] != others[0].shape[0]:
+            raise InvalidBatch(
+                f"tensor {name!r} has shape {list(tensor.shape)}; the batch has {others[0].shape[0]} rows",
+                details={"tensor": name},
+            )
+        self._tensors[name] = tensor
+
+    def __delitem__(self, name: str) -> None:
+        del self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in self._tensors.items())
+        return f"Batch({shapes}; extras {list(self.extras)}; metadata {self.metadata})"
+
+
+def _tensors_of(rows: Sequence[Row], pad_token_id: int, prompt_length: int, response_length: int) -> dict[str, Any]:
+    left = max(prompt_length, 1, *(row.prompt for row in rows))
+    right = max(response_length, 1, *(row.tokens.size - row.prompt for row in rows))
+    prompts, before = layout.left_pad([row.tokens[: row.prompt] for row in rows], pad_token_id, left)
+    responses, after = layout.right_pad([row.tokens[row.prompt :] for row in rows], pad_token_id, right)
+    attention = np.concatenate([before, after], axis=1)
+    scored = _responses_of(rows, [row.scored for row in rows], right).astype(np.int32)
+    loss_mask = np.concatenate([np.zeros_like(before), scored], axis=1)
+    tensors = {
+        "input_ids": np.concatenate([prompts, responses], axis=1),
+        "attention_mask": attention,
+        "position_ids": layout.position_ids(attention),
+        "loss_mask": loss_mask,
+        "scoring_attention_mask": layout.scoring_mask(loss_mask, attention),
+        "responses": responses,
+    }
+    if rows[0].reward is not None:
+        tensors["token_level_scores"] = _on_last(scored, [row.reward or 0.0 for row in rows])
+    if rows[0].log_probs is not None:
+        tensors["rollout_log_probs"] = _responses_of(rows, [row.log_probs for row in rows], right).astype(np.float32)
+    return tensors
+
+
+def _responses_of(rows: Sequence[Row], by_token: Sequence[Any], width: int) -> NDArray[np.float64]:
+    """The responses' part of something by token, [B, R], 0 after it."""
+    padded = np.zeros((len(rows), width))
+    for number, row in enumerate(rows):
+        part = by_token[number][row.prompt :]
+        padded[number, : part.size] = part
+    return padded
+
+
+def _on_last(scored: NDArray[Any], rewards: Sequence[float]) -> NDArray[np.float32]:
+    """[B, R] with each reward at its row's last scored column; a row without any has none."""
+    scores = np.zeros(scored.shape, np.float32)
+    for number, reward in enumerate(rewards):
+        columns = np.flatnonzero(scored[number])
+        if columns.size:
+            scores[number, columns[-1]] = reward
+    return scores
+
+
+def _objects(values: Sequence[Any]) -> NDArray[Any]:
+    """One object a row; NumPy would make a matrix of lists that happen to be equally long."""
+    array = np.empty(len(values), object)
+    for number, value in enumerate(values):
+        array[number] = value
+    return array
