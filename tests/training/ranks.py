@@ -29,10 +29,12 @@ def run(engine: Engine, operation: str, rows: MemoryRows, **params: Any) -> Any:
     plan = Plan.from_dict(json.loads(text[0]))
     engine.check(operation, plan, rows, params)
     if operation == "forward_backward":
-        return engine.accumulate(plan, rows, params)
+        return engine.accumulate(plan, rows, params).metrics
     if operation.startswith("update"):
-        return engine.update(plan, rows, params)
-    return engine.log_probs(plan, rows, params, reference=operation == "compute_ref_log_prob")
+        steps = [result.metrics for result in engine.update(plan, rows, params)]
+        return steps[0] if len(steps) == 1 else {name: [step.get(name) for step in steps] for name in steps[0]}
+    (parts,) = engine.compute(plan, rows, params).values()
+    return parts
 
 
 def collect(engine: Engine, operation: str, rows: MemoryRows, **params: Any) -> Tensor:
@@ -104,7 +106,7 @@ def gradients(engine: Engine, rows: MemoryRows) -> dict[str, Tensor]:
     run(engine, "forward_backward", rows)
     found = {
         name: param.grad.full_tensor().clone()
-        for name, param in engine._scorer.hf.named_parameters()  # what a caller cannot see, but a test must
+        for name, param in engine._root.hf.named_parameters()  # what a caller cannot see, but a test must
     }
     engine.step(discard=True)
     return found
@@ -193,7 +195,7 @@ def teacher(path: str, rows: MemoryRows) -> dict[str, Any]:
         run(engine, "update_actor", rows)
     except InvalidValue as error:
         message = error.message
-    grads = any(param.requires_grad for param in engine._scorer.hf.parameters())
+    grads = any(param.requires_grad for param in engine._root.hf.parameters())
     return {"scores": scores.tolist(), "update": message, "trainable": grads, "shards": sum(1 for _ in engine.shards())}
 
 

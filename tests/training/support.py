@@ -35,7 +35,10 @@ def save_model(folder: Path, family: str = "qwen2", **changes: Any) -> str:
 
 
 def config(path: str, **changes: Any) -> Space:
-    """The actor's defaults as attributes; `changes` replace top-level keys (`optim` keys one by one)."""
+    """The actor's defaults as attributes; `changes` replace top-level keys (`optim` keys one by one).
+
+    Given at the top too: `dtype`, `recompute`, `packing`, `compiled`, `lm_head_dtype`, `gradient_sync`.
+    """
     optim = dict(
         lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, lr_warmup_steps=0, lr_scheduler="constant",
         total_training_steps=None, min_lr_ratio=0.0,
@@ -44,13 +47,21 @@ def config(path: str, **changes: Any) -> Space:
     dtype = changes.pop("dtype", "float64")
     recompute = changes.pop("recompute", False)
     keys: dict[str, Any] = dict(
-        model=Space(path=path, enable_gradient_checkpointing=recompute), ref=Space(model=Space(path=None)),
+        model=Space(
+            path=path, enable_gradient_checkpointing=recompute, use_remove_padding=changes.pop("packing", False),
+            use_torch_compile=changes.pop("compiled", False), lm_head_dtype=changes.pop("lm_head_dtype", None),
+        ), ref=Space(model=Space(path=None)),
         policy_loss="ppo", loss_agg_mode="token-mean", clip_ratio=0.2, clip_ratio_low=None, clip_ratio_high=None,
-        clip_ratio_c=None, entropy_coeff=0.0, use_kl_loss=False, kl_loss_coef=0.001, kl_loss_type="low_var_kl",
+        clip_ratio_c=None, loss_scale_factor=None, rollout_correction=None, distillation_loss="policy_gradient",
+        use_distillation_clipping=False, distillation_cliprange=0.2, distillation_cliprange_low=None,
+        distillation_cliprange_high=None, cliprange_value=0.5, entropy_coeff=0.0,
+        use_kl_loss=False, kl_loss_coef=0.001, kl_loss_type="low_var_kl",
         ppo_mini_batch_size=None, ppo_epochs=1, rollout=Space(n=1, temperature=1.0), shuffle=False, seed=0,
         ppo_micro_batch_size_per_gpu=None, use_dynamic_bsz=False, ppo_max_token_len_per_gpu=16384,
         optim=Space(**optim), grad_clip=1.0,
-        fsdp_config=Space(model_dtype=dtype, mixed_precision=Space(param_dtype=None, reduce_dtype=None)),
+        fsdp_config=Space(
+            model_dtype=dtype, gradient_sync=changes.pop("gradient_sync", "micro_batch"),
+            mixed_precision=Space(param_dtype=None, reduce_dtype=None)),
     )  # fmt: skip
     return Space(**{**keys, **changes})
 

@@ -47,7 +47,9 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def run(engine: Engine, operation: str, rows: MemoryRows) -> object:
     plan = engine.plan(operation, rows.size, rows.lengths())
     engine.check(operation, plan, rows, {})
-    return engine.update(plan, rows, {}) if operation == "update_actor" else engine.log_probs(plan, rows, {})[0][1]
+    if operation == "update_actor":
+        return engine.update(plan, rows, {})[0].metrics
+    return engine.compute(plan, rows, {})["old_log_probs"][0][1]
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -98,7 +98,10 @@ class Checkpoints:
         self._team.agree(path.check if first else _nothing)
         fingerprint = fingerprint_text(engine.fingerprint())
         stamp = Stamp(self._name, step, engine.weight_version, fingerprint)
-        writer = self._team.agree(lambda: FolderWriter(path.begin(), self._source, stamp) if first else None)
+        changes = engine.config_changes()
+        writer = self._team.agree(
+            lambda: FolderWriter(path.begin(), self._source, stamp, config_changes=changes) if first else None
+        )
         failure = export(engine.full_weights(), writer)
 
         def publish() -> None:
@@ -146,7 +149,7 @@ class Checkpoints:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
-        group = GroupState(state, self._source) if rank == 0 else None
+        group = GroupState(state, self._source, engine.config_changes()) if rank == 0 else None
         self._team.agree(lambda: prepare_staging(folder) if rank == 0 else None)
         try:
             self._team.agree(

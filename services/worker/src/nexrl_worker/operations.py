@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from nexrl_contract.manifest import fingerprint_text
 from nexrl_contract.operations import OPERATIONS
 from nexrl_payloads import PayloadStore
 
@@ -22,6 +23,7 @@ from nexrl_worker.settings import RankSettings
 from nexrl_worker.team import Refused, Team
 from nexrl_worker.training.engine import Engine
 from nexrl_worker.training.plan import Plan
+from nexrl_worker.training.trainer import Parts
 
 Answer = TypeVar("Answer")
 
@@ -43,10 +45,13 @@ class Operations:
             "init_model": self._init_model,
             "update_actor": self._update,
             "update_actor_with_distillation": self._update,
+            "update_critic": self._update,
             "forward_backward": self._forward_backward,
             "optim_step": self._optim_step,
-            "compute_log_prob": lambda request: self._log_probs(request, "old_log_probs", reference=False),
-            "compute_ref_log_prob": lambda request: self._log_probs(request, "ref_log_prob", reference=True),
+            "compute_log_prob": self._compute,
+            "compute_ref_log_prob": self._compute,
+            "compute_values": self._compute,
+            "compute_rewards": self._compute,
             "save_checkpoint": self._save,
             "load_checkpoint": lambda request: self._checkpoints.load(self._sound_engine("load"), request.params),
             "convert_checkpoint_to_huggingface": lambda request: self._checkpoints.convert(
@@ -119,43 +124,52 @@ class Operations:
         return Outcome()
 
     def _update(self, request: Request) -> Outcome:
-        return self._with_batch(
-            request, lambda engine, plan, rows: self._measured(engine.update, plan, rows, request.params)
-        )
-
-    def _forward_backward(self, request: Request) -> Outcome:
-        return self._with_batch(
-            request, lambda engine, plan, rows: self._measured(engine.accumulate, plan, rows, request.params)
-        )
-
-    def _measured(self, run: Callable[..., dict[str, Any]], *arguments: Any) -> Outcome:
-        return Outcome({"metrics": run(*arguments)}, applied=True)
-
-    def _optim_step(self, request: Request) -> Outcome:
-        engine = self._model()
-        return self._timed(request, lambda: Outcome({"metrics": engine.step(**request.params)}, applied=True))
-
-    def _log_probs(self, request: Request, name: str, *, reference: bool) -> Outcome:
         def run(engine: Engine, plan: Plan, rows: PayloadRows) -> Outcome:
-            parts = engine.log_probs(plan, rows, request.params, reference=reference)
-            full = self._in_row_order(parts, rows.size)
-            return Outcome({"metrics": {}}, tensors={name: full} if full is not None else {})
+            results = engine.update(plan, rows, request.params)
+            outcome = self._answered(results[0].answers, rows.size)
+            return _with_metrics(outcome, [result.metrics for result in results], self._weights(engine))
 
         return self._with_batch(request, run)
 
-    def _in_row_order(self, parts: list[tuple[list[int], torch.Tensor]], size: int) -> torch.Tensor | None:
-        """Rank 0 gets ``[B, R]`` in the caller's row order."""
+    def _forward_backward(self, request: Request) -> Outcome:
+        def run(engine: Engine, plan: Plan, rows: PayloadRows) -> Outcome:
+            result = engine.accumulate(plan, rows, request.params)
+            return _with_metrics(self._answered(result.answers, rows.size), [result.metrics], {})
+
+        return self._with_batch(request, run)
+
+    def _optim_step(self, request: Request) -> Outcome:
+        engine = self._model()
+        return self._timed(
+            request, lambda: _with_metrics(Outcome(), [engine.step(**request.params)], self._weights(engine))
+        )
+
+    def _compute(self, request: Request) -> Outcome:
+        def run(engine: Engine, plan: Plan, rows: PayloadRows) -> Outcome:
+            return self._answered(engine.compute(plan, rows, request.params), rows.size)
+
+        return self._with_batch(request, run)
+
+    def _weights(self, engine: Engine) -> dict[str, Any]:
+        """Which weights an operation left behind. Collective."""
+        return {"weight_version": engine.weight_version, "fingerprint": fingerprint_text(engine.fingerprint())}
+
+    def _answered(self, answers: dict[str, Parts], size: int) -> Outcome:
+        """Rank 0 gets every tensor ``[B, ...]`` in the caller's row order. Collective."""
+        tensors = {name: self._in_row_order(answers[name], size) for name in sorted(answers)}
+        return Outcome({"metrics": {}}, {name: full for name, full in tensors.items() if full is not None})
+
+    def _in_row_order(self, parts: Parts, size: int) -> torch.Tensor | None:
         mine = [row for rows, _ in parts for row in rows]
-        width = max((values.shape[1] for _, values in parts), default=0)
-        values = torch.cat([values for _, values in parts]) if mine else torch.empty(0, width)
         order = self._team.gather_lengths(mine)
-        every = self._team.collect(values)
+        every = self._team.collect(torch.cat([values for _, values in parts]) if mine else None)
         if order is None or every is None:
             return None
-        full = torch.zeros(size, max(part.shape[1] for part in every), dtype=torch.float32)
+        filled = [part for part in every if part is not None]
+        full = torch.zeros(size, *filled[0].shape[1:], dtype=filled[0].dtype)
         for rows, part in zip(order, every, strict=True):
-            if rows:
-                full[torch.tensor(rows)] = part.to(torch.float32)
+            if part is not None:
+                full[torch.tensor(rows)] = part
         return full
 
     def _with_batch(self, request: Request, run: Callable[[Engine, Plan, PayloadRows], Outcome]) -> Outcome:
@@ -180,7 +194,8 @@ class Operations:
     def _timed(self, request: Request, run: Callable[[], Outcome]) -> Outcome:
         started = time.perf_counter()
         outcome = run()
-        outcome.result["meta_info"] = {"timing": {"ranks_s": time.perf_counter() - started}, "ignored": request.ignored}
+        meta = outcome.result.setdefault("meta_info", {})
+        meta |= {"timing": {"ranks_s": time.perf_counter() - started}, "ignored": request.ignored}
         return outcome
 
     def _plan(self, engine: Engine, request: Request, rows: PayloadRows) -> Plan:
@@ -204,3 +219,16 @@ class Operations:
 
         every = self._team.gather_lengths(self._team.agree(count))
         return None if every is None else [length for lengths in every for length in lengths]
+
+
+def _with_metrics(outcome: Outcome, steps: list[dict[str, Any]], meta: dict[str, Any]) -> Outcome:
+    """Numbers under ``metrics`` (a list where there were several steps), and why a step was skipped under ``meta_info``.
+
+    Trainers average whatever stands among the metrics, so nothing else may.
+    """
+    skipped = [step.pop("skipped", None) for step in steps]
+    if any(reason is not None for reason in skipped):
+        meta = {**meta, "skipped": skipped if len(steps) > 1 else skipped[0]}
+    names = sorted({name for step in steps for name in step})
+    metrics = steps[0] if len(steps) == 1 else {name: [step.get(name) for step in steps] for name in names}
+    return Outcome({"metrics": metrics, "meta_info": meta}, outcome.tensors, applied=True)

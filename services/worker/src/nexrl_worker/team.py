@@ -19,6 +19,8 @@ Answer = TypeVar("Answer")
 _IDLE_LIMIT = timedelta(days=7)
 _MAX_ERROR_BYTES = 4096
 _LONGEST_MESSAGE = 1000
+_MAX_DIMS = 3
+_DTYPES = (torch.float32, torch.int64)
 _log = logging.getLogger(__name__)
 
 
@@ -87,23 +89,24 @@ class Team:
     def gather_lengths(self, mine: list[int]) -> list[list[int]] | None:
         """Rank 0 gets every rank's list of integers, in rank order; the others None."""
         parts = self.collect(torch.tensor(mine, dtype=torch.int64))
-        return None if parts is None else [part.tolist() for part in parts]
+        return None if parts is None else [[] if part is None else part.tolist() for part in parts]
 
-    def collect(self, mine: torch.Tensor) -> list[torch.Tensor] | None:
-        """Rank 0 gets every rank's CPU tensor (same dtype and rank of shape, any first dimension), in rank order; the others None."""
+    def collect(self, mine: torch.Tensor | None) -> list[torch.Tensor | None] | None:
+        """Rank 0 gets every rank's CPU tensor (float32 or int64, any shape, None for nothing), in rank order."""
         if self.size == 1:
             return [mine]
         if self.rank != 0:
-            dist.send(torch.tensor(mine.shape, dtype=torch.int64), dst=0, group=self._group)
-            if mine.numel():
+            dist.send(_shape_of(mine), dst=0, group=self._group)
+            if mine is not None and mine.numel():
                 dist.send(mine.contiguous(), dst=0, group=self._group)
             return None
         every = [mine]
         for rank in range(1, self.size):
-            shape = torch.empty(mine.dim(), dtype=torch.int64)
-            dist.recv(shape, src=rank, group=self._group)
-            part = torch.empty(shape.tolist(), dtype=mine.dtype)
-            if part.numel():
+            described = torch.empty(_MAX_DIMS + 2, dtype=torch.int64)
+            dist.recv(described, src=rank, group=self._group)
+            dims, kind, *shape = described.tolist()
+            part = None if dims < 0 else torch.empty(shape[:dims], dtype=_DTYPES[kind])
+            if part is not None and part.numel():
                 dist.recv(part, src=rank, group=self._group)
             every.append(part)
         return every
@@ -111,6 +114,14 @@ class Team:
     def barrier(self) -> None:
         """Every rank has come here."""
         dist.barrier(group=self._group)
+
+
+def _shape_of(tensor: torch.Tensor | None) -> torch.Tensor:
+    """Dimensions (-1: no tensor), dtype and shape, in as many numbers for every tensor."""
+    if tensor is None:
+        return torch.tensor([-1] + [0] * (_MAX_DIMS + 1))
+    shape = [*tensor.shape] + [0] * (_MAX_DIMS - tensor.dim())
+    return torch.tensor([tensor.dim(), _DTYPES.index(tensor.dtype), *shape])
 
 
 def _as_service_error(error: Exception, rank: int) -> ServiceError:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from nexrl_contract.durable import sync_folder, write_file
 from nexrl_contract.errors import ServiceError
@@ -38,8 +40,16 @@ class FolderWriter:
     up to the caller.
     """
 
-    def __init__(self, folder: Path, source: Path, stamp: Stamp, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        source: Path,
+        stamp: Stamp,
+        shard_bytes: int = SHARD_BYTES,
+        config_changes: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         self._folder = folder
+        self._config_changes = config_changes
         self._source = source
         self._stamp = stamp
         self._shard_bytes = shard_bytes
@@ -65,7 +75,7 @@ class FolderWriter:
         try:
             self._flush()
             weights = self._name_shards()
-            small = copy_model_files(self._source, self._folder)
+            small = copy_model_files(self._source, self._folder, self._config_changes)
             if CONFIG not in small:
                 raise ServiceError(
                     "CHECKPOINT_INVALID", f"the model's folder {self._source} has no config.json any more"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +28,27 @@ _NAMES = (
 )
 
 
-def copy_model_files(source: Path, folder: Path) -> list[str]:
-    """Copy what ``source`` has of them into ``folder`` (made if need be), synced; returns the names. Raises OSError."""
+def copy_model_files(source: Path, folder: Path, changes: Mapping[str, Any]) -> list[str]:
+    """Copy what ``source`` has of them into ``folder`` (made if need be), synced; returns the names. Raises OSError.
+
+    ``changes`` replace keys of ``config.json``: a critic has another head than the model that it was made of.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     names = [name for name in _NAMES if (source / name).is_file()]
     for name in names:
         write_file(folder / name, (source / name).read_bytes())
+    if changes and CONFIG in names:
+        _change_config(folder, changes)
     return names
 
 
 def set_dtype(folder: Path, dtype: str) -> None:
     """Let ``config.json`` name the dtype that the weights beside it have: loaders go by the configuration."""
+    old_name = {"torch_dtype": dtype} if "torch_dtype" in json.loads((folder / CONFIG).read_bytes()) else {}
+    _change_config(folder, {"dtype": dtype, **old_name})
+
+
+def _change_config(folder: Path, changes: Mapping[str, Any]) -> None:
     path = folder / CONFIG
     config: dict[str, Any] = json.loads(path.read_bytes())
-    config["dtype"] = dtype
-    if "torch_dtype" in config:
-        config["torch_dtype"] = dtype
-    write_file(path, json.dumps(config, indent=2).encode())
+    write_file(path, json.dumps({**config, **changes}, indent=2).encode())

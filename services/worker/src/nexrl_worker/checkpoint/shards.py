@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,13 +37,13 @@ class ShardLike(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class GroupState:
-    """What rank 0 writes once: ``state`` (scalars, seq, step, seed, threads:
-
-    JSON) and files of the model's ``source`` folder.
+    """What rank 0 writes once: ``state`` (scalars, seq, step, seed, threads: JSON), and the small files of the
+    model's ``source`` folder with ``changes`` to its configuration.
     """
 
     state: Mapping[str, Any]
     source: Path
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
 
 def staging_folder(data: Path, job_id: str) -> Path:
@@ -108,7 +108,7 @@ def _write(
         table.update({part.name: _row(path.name, part) for part in some})
     if group is not None:
         write_file(folder / STATE, json.dumps(dict(group.state)).encode())
-        names = [STATE, *copy_model_files(group.source, folder / MODEL_FILES)]
+        names = [STATE, *copy_model_files(group.source, folder / MODEL_FILES, group.changes)]
         files += [describe(folder, name if name == STATE else f"{MODEL_FILES}/{name}") for name in names]
     index = {
         "rank": rank,

@@ -1,18 +1,20 @@
-"""From rows of a batch to the tensors of one micro-batch: alignment, masks, positions, trimmed padding.
+"""From rows of a batch to the tensors of one micro-batch: alignment, masks, positions, padding trimmed or packed away.
 
-Alignment: `log_probs[:, k]` belongs to `input_ids[:, S-R+k]` and is predicted at column S-R+k-1.
+Alignment: `log_probs[:, k]` belongs to `input_ids[:, S-R+k]` and is predicted at the last attended column before it.
+A row's first attended token has none: it is no label, on whichever side the row is padded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from nexrl_worker.training.errors import InvalidValue
+from nexrl_worker.training.packing import Segments
 
 
 class Rows(Protocol):
@@ -70,8 +72,14 @@ class Layout:
             expected = f"[B,{self.sequence}] or [B,{self.response}]" + (" or [B]" if per_row else "")
             raise _shape_error(name, expected, shape)
 
+    def check_candidates(self, rows: Rows, name: str) -> None:
+        """Raise InvalidValue unless the tensor is [B,R,K]."""
+        shape = rows.shape(name)
+        if len(shape) != 3 or shape[1] != self.response or shape[2] < 1:
+            raise _shape_error(name, f"[B,{self.response},K] with K at least 1", shape)
+
     def align(self, tensor: Tensor) -> Tensor:
-        """[n,S], [n,R] or [n] as [n,R]."""
+        """[n,S], [n,R] or [n] as [n,R]; [n,R,K] as it is."""
         if tensor.ndim == 1:
             return tensor[:, None].expand(-1, self.response)
         return tensor[:, -self.response :]
@@ -93,60 +101,76 @@ class Masks:
 
 
 def read_masks(rows: Rows, layout: Layout, indices: Sequence[int]) -> Masks:
-    """scored is scoring_attention_mask, else loss_mask * attention_mask, else attention_mask, on the last R columns."""
+    """scored is scoring_attention_mask, else loss_mask * attention_mask, else attention_mask, on the last R columns.
+
+    What no attended token precedes cannot be predicted, and is never scored.
+    """
     if rows.has("attention_mask"):
         attention = rows.tensor("attention_mask", indices) != 0
     else:
         attention = torch.ones(len(indices), layout.sequence, dtype=torch.bool)
+    predictable = layout.align(_predictable(attention))
     if rows.has("scoring_attention_mask"):
-        return Masks(attention, layout.align(rows.tensor("scoring_attention_mask", indices)) != 0)
-    scored = layout.align(attention)
+        return Masks(attention, predictable & (layout.align(rows.tensor("scoring_attention_mask", indices)) != 0))
+    scored = predictable & layout.align(attention)
     if rows.has("loss_mask"):
         scored = scored & (layout.align(rows.tensor("loss_mask", indices)) != 0)
     return Masks(attention, scored)
 
 
+def _predictable(attention: Tensor) -> Tensor:
+    """Where an attended token stands before, bool [n,S]."""
+    return attention.cumsum(dim=-1) > attention.long()
+
+
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch on the device, without the columns that are padding in all of its rows.
+    """One micro-batch on the device: n rows, padded behind to the longest, or one packed stream of them.
 
-    Shapes: input_ids, attention_mask, position_ids [n,C]; index, labels, slots [T], one per attended label:
-    `index` into [n*C] (the predicting column), `slots` into [n*R]; scored [T] bool on the CPU;
-    mask [n,R] bool; values {name: [n,R]}.
+    Shapes: input_ids, attention_mask, position_ids [n,C]; packed: [1,C], the mask None, and `segments` the rows that
+    hold tokens. index, labels, slots [T], one per attended label: `index` into the flat layout (the predicting token),
+    `slots` into [n*R]; scored [T] bool on the CPU; last [n] the flat place of each row's last token (0 for a row
+    without any); mask [n,R] bool; values {name: [n,R]}. `padded` counts the tokens computed, `attended` the real ones.
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
+    attention_mask: Tensor | None
     position_ids: Tensor
     index: Tensor
     labels: Tensor
     slots: Tensor
     scored: Tensor
+    last: Tensor
     mask: Tensor
     values: dict[str, Tensor]
     attended: int
     padded: int
+    segments: Segments | None = None
 
     def scatter(self, flat: Tensor) -> Tensor:
-        """Values of the T labels as [n,R], 0 elsewhere; differentiable."""
-        full = flat.new_zeros(self.mask.numel())
-        return full.index_put((self.slots,), flat).view(self.mask.shape)
+        """Values [T,...] of the labels as [n,R,...], 0 elsewhere; differentiable."""
+        full = flat.new_zeros(self.mask.numel(), *flat.shape[1:])
+        return full.index_put((self.slots,), flat).view(*self.mask.shape, *flat.shape[1:])
 
 
 @dataclass(frozen=True)
 class BatchReader:
-    """Reads micro-batches of one operation: `names` are the float tensors it needs, in `dtype`, on `device`."""
+    """Reads micro-batches of one operation: `names` are the float tensors it needs, in `dtype`, on `device`.
+
+    `packed` makes one stream of a micro-batch's attended tokens; the model's attention must then be that of packing.
+    """
 
     rows: Rows
     layout: Layout
     names: tuple[str, ...]
     device: torch.device
     dtype: torch.dtype
+    packed: bool = False
 
     def read(self, indices: Sequence[int]) -> MicroBatch:
         """The micro-batch of these rows; no rows give the dummy, one unscored row of two tokens."""
         if not indices:
-            values = {name: torch.zeros(1, 1) for name in self.names}
+            values = {name: self._nothing(name) for name in self.names}
             ones = torch.ones(1, 2, dtype=torch.bool)
             ids = torch.zeros(1, 2, dtype=torch.int64)
             return self._assemble(ids, Masks(ones, torch.zeros(1, 1, dtype=torch.bool)), None, values, real=False)
@@ -160,41 +184,75 @@ class BatchReader:
         """The scored mask [n,R] of these rows alone, bool on the CPU."""
         return read_masks(self.rows, self.layout, list(indices)).scored
 
+    def _nothing(self, name: str) -> Tensor:
+        """The dummy's values, [1,1] or [1,1,K]."""
+        return torch.zeros(1, 1, *self.rows.shape(name)[2:])
+
+    def _place(self, name: str, value: Tensor) -> Tensor:
+        """On the device; ids stay integers, all else is in the reader's dtype."""
+        return value.to(self.device, torch.int64 if name.endswith("_ids") else self.dtype)
+
     def _assemble(
         self, ids: Tensor, masks: Masks, given: Tensor | None, values: dict[str, Tensor], real: bool
     ) -> MicroBatch:
-        count, width = ids.shape
         response = masks.scored.shape[1]
-        needed = masks.attention.clone()
-        needed[:, width - response :] |= masks.scored
-        ids = torch.where(needed, ids.long(), 0)
+        first = ids.shape[1] - response
+        labelled = (masks.attention[:, first:] | masks.scored) & _predictable(masks.attention)[:, first:]
+        row, k = labelled.nonzero(as_tuple=True)
         positions = (masks.attention.long().cumsum(dim=-1) - 1).clamp(min=0) if given is None else given.long()
-        positions = torch.where(masks.attention, positions, 0)
-        low, high = _columns(needed)
-        # A row without any token still gets one, so that attention has something to normalise over.
-        visible = masks.attention.clone()
-        visible[~visible.any(dim=-1), low] = True
-        where, k = needed[:, width - response :].nonzero(as_tuple=True)
-        column = k + width - response
+        inputs = _pack(ids, masks.attention, positions) if self.packed else _trim(ids, masks.attention, positions)
+        columns = torch.arange(ids.shape[1]).expand_as(ids)
+        latest = torch.where(masks.attention, columns, 0).cummax(dim=-1).values
         return MicroBatch(
-            input_ids=ids[:, low:high].to(self.device),
-            attention_mask=visible[:, low:high].long().to(self.device),
-            position_ids=positions[:, low:high].to(self.device),
-            index=(where * (high - low) + column - 1 - low).to(self.device),
-            labels=ids[where, column].to(self.device),
-            slots=(where * response + k).to(self.device),
-            scored=masks.scored[where, k],
+            input_ids=inputs.ids.to(self.device),
+            attention_mask=None if self.packed else inputs.visible.long().to(self.device),
+            position_ids=inputs.positions.to(self.device),
+            index=inputs.places[row, latest[row, k + first - 1]].to(self.device),
+            labels=ids[row, k + first].long().to(self.device),
+            slots=(row * response + k).to(self.device),
+            scored=masks.scored[row, k],
+            last=inputs.places.gather(1, latest[:, -1:]).squeeze(1).to(self.device),
             mask=masks.scored.to(self.device),
-            values={name: value.to(self.device, self.dtype) for name, value in values.items()},
+            values={name: self._place(name, value) for name, value in values.items()},
             attended=int(masks.attention.sum()) if real else 0,
-            padded=count * (high - low),
+            padded=inputs.ids.numel(),
+            segments=Segments(inputs.lengths, self.device) if self.packed else None,
         )
 
 
-def _columns(needed: Tensor) -> tuple[int, int]:
-    """First and one past the last column to compute: those needed by any row, and the one before them."""
-    used = needed.any(dim=0).nonzero()
-    if used.numel() == 0:
-        return 0, 2
-    low, high = max(int(used[0]) - 1, 0), int(used[-1]) + 1
-    return low, max(high, low + 2)
+class _Inputs(NamedTuple):
+    """What the model sees: ids, visible, positions [n,C] or [1,C]; `places` [n,S] of tokens in it, 0 where it has none."""
+
+    ids: Tensor
+    visible: Tensor
+    positions: Tensor
+    places: Tensor
+    lengths: tuple[int, ...]
+
+
+def _trim(ids: Tensor, attention: Tensor, positions: Tensor) -> _Inputs:
+    """Rows with their attended tokens first, as wide as the longest: the same on whichever side they were padded.
+
+    A row without any token still shows one, so that attention has something to normalise over.
+    """
+    counts = attention.sum(dim=-1, keepdim=True)
+    width = max(int(counts.max()), 1)
+    starts = torch.arange(len(ids))[:, None] * width
+    places = torch.where(attention, starts + attention.cumsum(dim=-1) - 1, 0)
+    shown, placed = (
+        torch.zeros(len(ids) * width, dtype=torch.int64).index_put((places[attention],), tensor[attention].long())
+        for tensor in (ids, positions)
+    )
+    visible = torch.arange(width) < counts.clamp(min=1)
+    return _Inputs(shown.view(-1, width), visible, placed.view(-1, width), places, (width,) * len(ids))
+
+
+def _pack(ids: Tensor, attention: Tensor, positions: Tensor) -> _Inputs:
+    """The attended tokens of all rows, one row after the other; without any, one token that nobody reads."""
+    counts = [count for count in attention.sum(dim=-1).tolist() if count]
+    places = torch.where(attention, attention.flatten().cumsum(dim=0).view_as(attention) - 1, 0)
+    if not counts:
+        nothing = torch.zeros(1, 1, dtype=torch.int64)
+        return _Inputs(nothing, nothing == 0, nothing, places, (1,))
+    shown, placed = ids.long()[attention][None], positions[attention][None]
+    return _Inputs(shown, torch.ones_like(shown, dtype=torch.bool), placed, places, tuple(counts))

@@ -11,8 +11,8 @@ from torch import Tensor
 
 # Elements of one chunk's logits: large enough for a fast matrix product, small enough to stay a side note in memory.
 _ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
-# Elements of logits kept for the backward, which computes the others again: on CPU 64 MiB save a small model a product.
-_KEPT = {"cpu": 1 << 24}
+# Elements of logits kept for the backward, which computes the others again: on CPU 32 MiB save a small model a product.
+_KEPT = {"cpu": 1 << 23}
 
 
 def chunk_length(vocabulary: int, device: torch.device) -> int:
@@ -46,7 +46,8 @@ def head_log_probs(
     return result
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+def scaled_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    """(hidden W^T + b) / temperature [T,V], at least float32."""
     logits = F.linear(hidden, weight, bias)
     if logits.dtype != torch.float64:
         logits = logits.float()
@@ -71,7 +72,7 @@ class _HeadLogProbs(torch.autograd.Function):
         kept: dict[int, Tensor] = {}
         room = _KEPT.get(hidden.device.type, 0)
         for part in _parts(hidden.shape[0], length, active):
-            logits = _logits(hidden[part], weight, bias, temperature)
+            logits = scaled_logits(hidden[part], weight, bias, temperature)
             if logits.numel() <= room:
                 kept[part.start] = logits
                 room -= logits.numel()
@@ -99,7 +100,7 @@ class _HeadLogProbs(torch.autograd.Function):
         for part in _parts(hidden.shape[0], length, active):
             logits = ctx.kept.pop(part.start, None)  # used up below: a second backward computes it again
             if logits is None:
-                logits = _logits(hidden[part], weight, bias, temperature)
+                logits = scaled_logits(hidden[part], weight, bias, temperature)
             centred = logits.sub_(normaliser[part, None])
             shares = centred.exp()
             if by_entropy is not None:  # dH/dz = -p (log p + H)

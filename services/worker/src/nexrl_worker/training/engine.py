@@ -3,81 +3,77 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from nexrl_worker.training.batch import BatchReader, Layout, Rows
 from nexrl_worker.training.errors import InvalidValue
-from nexrl_worker.training.fingerprint import partial_fingerprint, weight_table
-from nexrl_worker.training.model import Precision, build_scorer
+from nexrl_worker.training.heads import ValueModel
+from nexrl_worker.training.kinds import KINDS, Kind, kind_of
+from nexrl_worker.training.losses.value import ValueLoss
+from nexrl_worker.training.model import Options, Precision, build_root
+from nexrl_worker.training.objectives.base import Objective
+from nexrl_worker.training.objectives.policy import PolicyObjective
+from nexrl_worker.training.objectives.top_k import TopKObjective
+from nexrl_worker.training.objectives.value import ValueObjective
 from nexrl_worker.training.optim import Schedule
 from nexrl_worker.training.parallelize import release
 from nexrl_worker.training.plan import Cut, Plan, make_plan
 from nexrl_worker.training.probe import Probe, probe
-from nexrl_worker.training.rng import rng_state, set_rng_state
+from nexrl_worker.training.roots import Root
 from nexrl_worker.training.scorer import Scorer
-from nexrl_worker.training.spec import DISTILLATION, LossSpec, loss_spec, needed_tensors, temperature_of
-from nexrl_worker.training.trainer import Trainer
+from nexrl_worker.training.scores import SCORES
+from nexrl_worker.training.spec import aggregation_of, loss_spec, needed_tensors, present, temperature_of
+from nexrl_worker.training.state import TrainingState
+from nexrl_worker.training.trainer import Parts, Result, Trainer
 from nexrl_worker.training.validate import Limits, check_rows
-from nexrl_worker.training.weights import (
-    Reader,
-    Shard,
-    fill,
-    gather,
-    load_parameters,
-    parameter_shards,
-    persistent_buffers,
-)
+from nexrl_worker.training.weights import parameter_shards
 
 Agree = Callable[[Callable[[], Any]], Any]
-UPDATES = ("update_actor", DISTILLATION)
-SCORES = ("compute_log_prob", "compute_ref_log_prob")
+POLICY_UPDATES = ("update_actor", "update_actor_with_distillation")
+UPDATES = (*POLICY_UPDATES, "update_critic")
 
 
-class Engine:
-    """A sharded model, its optimizer (none for a teacher) and the gradients that await a step."""
+class Engine(TrainingState):
+    """A sharded model, its optimizer (none where the role does not learn) and the gradients that await a step."""
 
-    def __init__(self, actor: Any, role: str, device: torch.device, scorer: Scorer, outcome: Probe) -> None:
+    def __init__(self, actor: Any, role: str, device: torch.device, root: Root, outcome: Probe) -> None:
+        kind = kind_of(role)
+        super().__init__(kind, root, Trainer(root, actor, device) if kind.trains else None, device)
         self._actor = actor
         self._role = role
-        self._device = device
-        self._scorer = scorer
         self._probe = outcome
         self._reference: Scorer | None = None
-        self._trainer = Trainer(scorer, actor, device, self.reference) if role == "actor" else None
-        self.weight_version = 0
 
     @classmethod
     def build(cls, actor: Any, role: str, device: torch.device, agree: Agree = lambda act: act()) -> Engine:
-        """Load `actor.model.path` over all ranks of the default process group. Roles: actor, teacher. Collective.
+        """Load `actor.model.path` over all ranks of the default process group as `role` needs it. Collective.
 
         `agree` runs what is local, and may raise on all ranks what one of them raises.
         """
-        if role not in ("actor", "teacher"):
-            raise InvalidValue(f"unknown role {role!r}", expected="actor, teacher", actual=role)
-        if role == "actor":
+        kind = kind_of(role)
+        if kind.trains:
             agree(lambda: Schedule(actor.optim))  # refuses a bad schedule before anything is loaded
         precision = Precision.of(actor.fsdp_config, device)
-        scorer: Scorer = agree(lambda: _build(actor, actor.model.path, device, trainable=role == "actor"))
-        outcome = probe(scorer, device, precision.param)
-        scorer.fallback = outcome.reason
-        release(scorer)
-        engine: Engine = agree(lambda: cls(actor, role, device, scorer, outcome))
+        root: Root = agree(lambda: _build(actor, actor.model.path, device, kind, kind.trains))
+        outcome = probe(root, device, precision.param, actor.model.use_remove_padding)
+        if isinstance(root, Scorer):
+            root.fallback = outcome.reason
+        engine: Engine = agree(lambda: cls(actor, role, device, root, outcome))
         return engine
 
     def info(self) -> dict[str, Any]:
-        """What this group runs: sizes, dtypes, and whether log-probabilities are chunked (or why not)."""
+        """What this group runs: sizes, dtypes, and whether log-probabilities are chunked and rows packed (or why not)."""
         precision = Precision.of(self._actor.fsdp_config, self._device)
         return {
             "role": self._role,
-            "model_type": self._scorer.hf.config.model_type,  # type: ignore[union-attr]
-            "parameters": sum(math.prod(part.global_shape) for part in parameter_shards(self._scorer.hf)),
-            "vocab_size": self._scorer.vocabulary,
+            "model_type": self._root.hf.config.model_type,  # type: ignore[union-attr]
+            "parameters": sum(math.prod(part.global_shape) for part in parameter_shards(self._root.hf)),
+            "vocab_size": self._root.vocabulary,
             "max_position_embeddings": self._limits().positions,
             "dtype": str(precision.model).removeprefix("torch."),
             "compute_dtype": str(precision.param).removeprefix("torch."),
@@ -86,26 +82,18 @@ class Engine:
             "world_size": dist.get_world_size(),
             "chunked_log_probs": self._probe.reason is None,
             "chunked_log_probs_reason": self._probe.reason,
+            "packing": self._probe.packs,
+            "packing_reason": self._probe.packing_reason,
             "optimizer_steps": self.optimizer_steps,
             "weight_version": self.weight_version,
         }
-
-    @property
-    def pending(self) -> bool:
-        """True while gradients of forward_backward await optim_step."""
-        return self._trainer is not None and self._trainer.pending
-
-    @property
-    def optimizer_steps(self) -> int:
-        """Optimizer steps applied so far: the schedule's position; 0 for a teacher."""
-        return 0 if self._trainer is None else self._trainer.steps
 
     # -- planning and checking: local, no collectives ---------------------------------------------------------------
 
     def plan(self, operation: str, size: int, lengths: Sequence[int] | None = None) -> Plan:
         """How `size` rows are cut for this operation; pure. `lengths`: attended tokens per row (use_dynamic_bsz).
 
-        Log-probabilities use the first epoch of the next update's cut, so that the update starts at ratio 1.
+        What only looks uses the first epoch of the next update's cut, so that the update starts at ratio 1.
         """
         actor = self._actor
         steps = operation in UPDATES or operation in SCORES
@@ -124,11 +112,13 @@ class Engine:
         layout = Layout.of(rows)
         names: tuple[str, ...] = ()
         if operation in SCORES:
-            temperature_of(self._actor, rows, params)
+            temperature_of(self._actor, rows)
+            self._check_top_k(params.get("top_k"))
+        elif operation == "update_critic":
+            names = self._critic_tensors(rows, layout)
+            self._training().check(aggregation_of(self._actor), accumulates=False)
         else:
-            spec = self._spec(operation, rows, params)
-            names = needed_tensors(spec, rows, layout)
-            self._training().check(plan, rows, spec, accumulates=operation not in UPDATES)
+            names = self._check_policy(operation, plan, rows, layout, params)
         limits = self._limits(self._uses_reference(operation, rows, params))
         check_rows(rows, layout, limits, names, plan.rows_of(dist.get_rank()))
 
@@ -138,119 +128,69 @@ class Engine:
 
     # -- training ---------------------------------------------------------------------------------------------------
 
-    def accumulate(self, plan: Plan, rows: Rows, params: Mapping[str, Any]) -> dict[str, Any]:
+    def accumulate(self, plan: Plan, rows: Rows, params: Mapping[str, Any]) -> Result:
         """forward_backward: add the batch's unnormalised loss gradients to those pending. Collective.
 
-        Returns metrics over all ranks, `actor/tokens` and `actor/rows` among them.
+        Metrics are over all ranks, `actor/tokens` and `actor/rows` among them.
         """
-        spec = self._spec(plan.operation, rows, params)
-        return self._training().accumulate(plan, self._batch_reader(rows, spec), spec)
+        objective, reader = self._prepared(plan.operation, rows, params)
+        try:
+            return self._training().accumulate(plan, reader, objective)
+        finally:
+            objective.close()
 
     def step(self, lr: float | None = None, grad_clip: float | None = None, discard: bool = False) -> dict[str, Any]:
-        """optim_step: divide the pending gradients by their count, clip, step. Collective.
+        """optim_step: divide the pending gradients by their denominator, clip, step. Collective.
 
         `lr` and `grad_clip` override the schedule and the configuration once. Takes no step (`step_applied` False,
         `skipped` says why) when there is nothing to learn from or the gradient is not finite.
         """
-        result = self._training().step(lr, grad_clip, discard)
+        result = self._training().step("actor", lr, grad_clip, discard)
         self.weight_version += int(result["step_applied"])
         return result
 
-    def update(self, plan: Plan, rows: Rows, params: Mapping[str, Any]) -> dict[str, Any]:
-        """update_actor: accumulate and step once per mini-batch. Collective.
+    def update(self, plan: Plan, rows: Rows, params: Mapping[str, Any]) -> list[Result]:
+        """Accumulate and step once per mini-batch; one result for each. Collective."""
+        objective, reader = self._prepared(plan.operation, rows, params)
+        try:
+            results = self._training().update(plan, reader, objective)
+        finally:
+            objective.close()
+        self.weight_version += sum(int(result.metrics["step_applied"]) for result in results)
+        return results
 
-        Every metric is a number for a single optimizer step, else a list with one entry per step (None where a
-        skipped step has no such number).
-        """
-        spec = self._spec(plan.operation, rows, params)
-        results = self._training().update(plan, self._batch_reader(rows, spec), spec)
-        self.weight_version += sum(int(result["step_applied"]) for result in results)
-        if len(results) == 1:
-            return results[0]
-        names = sorted({name for result in results for name in result})
-        return {name: [result.get(name) for result in results] for name in names}
-
-    # -- log-probabilities ------------------------------------------------------------------------------------------
+    # -- looking ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def log_probs(
-        self, plan: Plan, rows: Rows, params: Mapping[str, Any], reference: bool = False
-    ) -> list[tuple[list[int], Tensor]]:
-        """This rank's (row indices, [n,R] float32 on the CPU); 0 where a token is not attended. Collective.
+    def compute(self, plan: Plan, rows: Rows, params: Mapping[str, Any]) -> dict[str, Parts]:
+        """An operation of scores.py: by result name this rank's (row indices, values on the CPU). Collective.
 
-        `reference` scores with the frozen weights of `ref.model.path` (else `model.path`), read at first use.
+        compute_ref_log_prob scores with the frozen weights of `ref.model.path` (else `model.path`), read at first use.
         """
-        scorer = self.reference() if reference else self._scorer
-        temperature = temperature_of(self._actor, rows, params)
-        reader = BatchReader(rows, Layout.of(rows), (), self._device, self._float())
-        answers: list[tuple[list[int], Tensor]] = []
+        root = self.reference() if plan.operation == "compute_ref_log_prob" else self._root
+        score, temperature = SCORES[plan.operation], temperature_of(self._actor, rows)
+        reader = self._reader(rows, ())
+        answers: dict[str, Parts] = {}
         for mini in plan.mini_batches:
             for indices in mini.ranks[dist.get_rank()]:
-                scores, _ = scorer.score(reader.read(indices), temperature, entropy=False, all_labels=True)
-                if indices:
-                    answers.append((list(indices), scores.float().cpu()))
-        release(scorer)
+                found = score(root, reader.read(indices), temperature, params.get("top_k"))
+                for name, values in found.items():
+                    parts = answers.setdefault(name, [])  # a name for a dummy too: all ranks answer with the same ones
+                    parts += [(list(indices), values.cpu())] if indices else []
+        release(root)
         return answers
 
-    # -- state ------------------------------------------------------------------------------------------------------
-
-    def shards(self, optimizer: bool = True) -> Iterator[Shard]:
-        """This rank's part of the state: parameters, saved buffers (rank 0), and the moments if there are any."""
-        yield from parameter_shards(self._scorer.hf)
-        if dist.get_rank() == 0:
-            for name, buffer in persistent_buffers(self._scorer.hf):
-                yield Shard(name, buffer, tuple(buffer.shape), 0)
-        if optimizer and self._trainer is not None:
-            yield from self._trainer.optimizer.shards()
-
-    def load_shards(self, reader: Reader, optimizer: bool = True) -> None:
-        """Overwrite weights, and moments unless `optimizer` is False, with this rank's rows from `reader`."""
-        load_parameters(self._scorer.hf, reader)
-        if optimizer and self._trainer is not None:
-            for part in self._trainer.optimizer.shards():
-                fill(part, reader)
-        self.weight_version += 1
-
-    def scalars(self) -> dict[str, int]:
-        """What is not a tensor: steps taken (the schedule's position), AdamW's own count, weight version."""
-        taken = 0 if self._trainer is None else self._trainer.optimizer.steps
-        return {
-            "optimizer_steps": self.optimizer_steps,
-            "adamw_steps": taken,
-            "weight_version": self.weight_version,
-        }
-
-    def load_scalars(self, scalars: Mapping[str, int]) -> None:
-        """Restore what `scalars` returned."""
-        self.weight_version = int(scalars["weight_version"])
-        if self._trainer is not None:
-            self._trainer.steps = int(scalars["optimizer_steps"])
-            self._trainer.optimizer.steps = int(scalars["adamw_steps"])
-
-    def rng_state(self) -> dict[str, Any]:
-        """This rank's generators, JSON-able."""
-        return rng_state()
-
-    def set_rng_state(self, state: dict[str, Any]) -> None:
-        """Restore what `rng_state` returned."""
-        set_rng_state(state)
-
-    def full_weights(self) -> Iterator[tuple[str, Tensor | None]]:
-        """Names and tensors as transformers saves them, one at a time: whole on rank 0, None elsewhere. Collective."""
-        for part in parameter_shards(self._scorer.hf):
-            yield part.name, gather(part)
-        for name, buffer in persistent_buffers(self._scorer.hf):
-            yield name, buffer.detach().cpu() if dist.get_rank() == 0 else None
-
-    def fingerprint(self) -> int:
-        """64-bit number of the current weights, the same at any world size; see fingerprint.py. Collective."""
-        table = weight_table(self._device)
-        total = torch.zeros((), dtype=torch.int64, device=self._device)
-        for part in self.shards(optimizer=False):
-            row = math.prod(part.global_shape[1:])
-            total += partial_fingerprint(part.name, part.local_tensor, part.offset_dim0 * row, table)
-        dist.all_reduce(total)
-        return int(total) % (1 << 64)
+    def reference(self) -> Scorer:
+        """The frozen model, read at first use; raises InvalidValue where that of `ref.model.path` does not fit. Local."""
+        if self._reference is None:
+            path = (self._actor.ref.model.path if self._actor.ref else None) or self._actor.model.path
+            reference = cast(Scorer, _build(self._actor, path, self._device, KINDS["ref"], trainable=False))
+            known, needed = reference.vocabulary, self._root.vocabulary
+            if known < needed:
+                raise InvalidValue(f"the reference model in {path} knows {known} tokens, the group's model {needed}")
+            reference.fallback = cast(Scorer, self._root).fallback
+            self._reference = reference
+        return self._reference
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
@@ -259,43 +199,58 @@ class Engine:
             raise InvalidValue(f"a group of role {self._role} does not train")
         return self._trainer
 
+    def _check_policy(
+        self, operation: str, plan: Plan, rows: Rows, layout: Layout, params: Mapping[str, Any]
+    ) -> tuple[str, ...]:
+        spec = loss_spec(self._actor, operation, rows, params)
+        names = needed_tensors(spec, rows, layout)
+        self._training().check(spec.aggregation, accumulates=operation not in UPDATES)
+        steps = len(plan.mini_batches)
+        if spec.top_k is None and spec.loss.needs_old and steps > 1 and not rows.has("old_log_probs"):
+            message = f"{steps} optimizer steps on one batch need old_log_probs"
+            raise InvalidValue(message, tensor="old_log_probs", expected="[B,S] or [B,R]", actual="missing")
+        return names
+
+    def _critic_tensors(self, rows: Rows, layout: Layout) -> tuple[str, ...]:
+        return present(rows, layout, ["returns"], ["values"])
+
+    def _check_top_k(self, k: int | None) -> None:
+        if k is not None and k > self._root.vocabulary:
+            raise InvalidValue(f"top_k is {k}, the model's vocabulary has {self._root.vocabulary} tokens")
+
     def _uses_reference(self, operation: str, rows: Rows, params: Mapping[str, Any]) -> bool:
         if operation in SCORES:
             return operation == "compute_ref_log_prob"
-        return self._spec(operation, rows, params).uses_kl and not rows.has("ref_log_prob")
+        if operation == "update_critic":
+            return False
+        return loss_spec(self._actor, operation, rows, params).uses_kl and not rows.has("ref_log_prob")
 
-    def reference(self) -> Scorer:
-        """The frozen model, read at first use; raises InvalidValue where that of `ref.model.path` does not fit. Local."""
-        if self._reference is None:
-            path = (self._actor.ref.model.path if self._actor.ref else None) or self._actor.model.path
-            reference = _build(self._actor, path, self._device, trainable=False)
-            known, needed = reference.vocabulary, self._scorer.vocabulary
-            if known < needed:
-                raise InvalidValue(f"the reference model in {path} knows {known} tokens, the group's model {needed}")
-            reference.fallback = self._scorer.fallback
-            self._reference = reference
-        return self._reference
-
-    def _spec(self, operation: str, rows: Rows, params: Mapping[str, Any]) -> LossSpec:
-        return loss_spec(self._actor, operation, rows, params)
-
-    def _batch_reader(self, rows: Rows, spec: LossSpec) -> BatchReader:
+    def _prepared(self, operation: str, rows: Rows, params: Mapping[str, Any]) -> tuple[Objective, BatchReader]:
         layout = Layout.of(rows)
-        return BatchReader(rows, layout, needed_tensors(spec, rows, layout), self._device, self._float())
+        objective: Objective
+        if operation == "update_critic":
+            names = self._critic_tensors(rows, layout)
+            loss = ValueLoss(self._actor.cliprange_value)
+            objective = ValueObjective(cast(ValueModel, self._root), loss, aggregation_of(self._actor))
+        else:
+            spec = loss_spec(self._actor, operation, rows, params)
+            names = needed_tensors(spec, rows, layout)
+            make = PolicyObjective if spec.top_k is None else TopKObjective
+            objective = make(cast(Scorer, self._root), spec, names, self.reference)
+        return objective, self._reader(rows, names)
 
-    def _float(self) -> torch.dtype:
+    def _reader(self, rows: Rows, names: tuple[str, ...]) -> BatchReader:
         precision = Precision.of(self._actor.fsdp_config, self._device)
-        return torch.float64 if precision.model == torch.float64 else torch.float32
+        wide = torch.float64 if precision.model == torch.float64 else torch.float32
+        return BatchReader(rows, Layout.of(rows), names, self._device, wide, packed=self._probe.packs)
 
     def _limits(self, with_reference: bool = False) -> Limits:
-        scorers = [self._scorer, self._reference] if with_reference and self._reference else [self._scorer]
-        known = [getattr(scorer.hf.config, "max_position_embeddings", None) for scorer in scorers]
-        return Limits(self._scorer.vocabulary, min((most for most in known if most is not None), default=None))
+        roots = [self._root, self._reference] if with_reference and self._reference else [self._root]
+        known = [getattr(root.hf.config, "max_position_embeddings", None) for root in roots]
+        return Limits(self._root.vocabulary, min((most for most in known if most is not None), default=None))
 
 
-def _build(actor: Any, path: str, device: torch.device, trainable: bool) -> Scorer:
+def _build(actor: Any, path: str, device: torch.device, kind: Kind, trainable: bool) -> Root:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     precision = Precision.of(actor.fsdp_config, device)
-    return build_scorer(
-        path, precision, mesh, device, trainable and actor.model.enable_gradient_checkpointing, trainable
-    )
+    return build_root(path, kind, precision, mesh, device, Options.of(actor.model), trainable)

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from nexrl_worker.training.errors import InvalidValue
-from nexrl_worker.training.parallelize import checkpoint_activations, shard
+from nexrl_worker.training.kinds import Kind
+from nexrl_worker.training.parallelize import checkpoint_activations, compile_layers, shard
+from nexrl_worker.training.roots import Root
 from nexrl_worker.training.scorer import Scorer
-from nexrl_worker.training.weights import FolderReader, MemoryReader, Reader, load_parameters, persistent_buffers
+from nexrl_worker.training.sources import weights_of
+from nexrl_worker.training.weights import load_parameters
 
 _DTYPES = {
     "float32": torch.float32,
@@ -57,27 +60,56 @@ def _dtype(key: str, value: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def build_scorer(
-    path: str, precision: Precision, mesh: DeviceMesh, device: torch.device, recompute: bool, trainable: bool
-) -> Scorer:
-    """The model of folder `path`, sharded over `mesh` and loaded. Collective; raises InvalidValue on a bad folder."""
+@dataclass(frozen=True)
+class Options:
+    """How layers and head are computed: layers again in the backward, compiled, the head's product in another dtype."""
+
+    recompute: bool = False
+    compiled: bool = False
+    head_dtype: torch.dtype | None = None
+
+    @classmethod
+    def of(cls, model: Any) -> Options:
+        """From `actor.model`."""
+        head = None if model.lm_head_dtype is None else _dtype("model.lm_head_dtype", model.lm_head_dtype)
+        return cls(model.enable_gradient_checkpointing, model.use_torch_compile, head)
+
+
+def build_root(
+    path: str,
+    kind: Kind,
+    precision: Precision,
+    mesh: DeviceMesh,
+    device: torch.device,
+    options: Options,
+    trainable: bool,
+) -> Root:
+    """The model of folder `path`, sharded over `mesh` and loaded. Collective; raises InvalidValue on a bad folder.
+
+    `lm_head_dtype` concerns language models alone.
+    """
     if not (Path(path) / "config.json").is_file():
         raise InvalidValue(f"{path} is no Hugging Face model folder: it has no config.json")
     config = AutoConfig.from_pretrained(path, local_files_only=True)
+    kind.prepare(config)
     _without_dropout(config)
     with _parameters_on_meta():
-        hf: nn.Module = AutoModelForCausalLM.from_config(config, dtype=precision.model)  # type: ignore[no-untyped-call]
+        hf: nn.Module = kind.auto.from_config(config, dtype=precision.model)
     hf.tie_weights()  # type: ignore[operator]
     hf.requires_grad_(trainable)
     hf.eval()
-    if recompute:
+    if options.compiled:
+        compile_layers(hf, device)
+    if options.recompute:
         checkpoint_activations(hf)
-    scorer = Scorer(hf)
+    root = kind.root(hf)
+    if options.head_dtype is not None and isinstance(root, Scorer):
+        root.widen_head(options.head_dtype)
     compute = None if precision.param == precision.model else precision.param
-    shard(scorer, mesh, compute, None if precision.reduce == precision.model else precision.reduce)
-    _materialise(scorer, device)
-    load_parameters(hf, _reader(path, hf, config, precision.model))
-    return scorer
+    shard(root, mesh, compute, None if precision.reduce == precision.model else precision.reduce)
+    _materialise(root, device)
+    load_parameters(hf, weights_of(path, hf, config, kind, precision.model))
+    return root
 
 
 def _without_dropout(config: Any) -> None:
@@ -103,25 +135,9 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _materialise(scorer: Scorer, device: torch.device) -> None:
+def _materialise(root: Root, device: torch.device) -> None:
     """Give the sharded meta parameters memory on `device`; buffers keep the values they were made with."""
-    buffers = {name: buffer.detach().clone() for name, buffer in scorer.named_buffers()}
-    scorer.to_empty(device=device)
-    for name, buffer in scorer.named_buffers():
+    buffers = {name: buffer.detach().clone() for name, buffer in root.named_buffers()}
+    root.to_empty(device=device)
+    for name, buffer in root.named_buffers():
         buffer.copy_(buffers[name])
-
-
-def _reader(path: str, hf: nn.Module, config: Any, dtype: torch.dtype) -> Reader:
-    """Slices from the folder where its names are the model's; else the whole state dict that transformers makes."""
-    folder = FolderReader(Path(path))
-    expected = {name for name, _ in hf.named_parameters()} | {name for name, _ in persistent_buffers(hf)}
-    if expected <= folder.names:
-        return folder
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-    )
-    whole, report = loaded
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise InvalidValue(f"{path} lacks {len(missing)} weights of its model, the first is {missing[0]}")
-    return MemoryReader(whole.state_dict())

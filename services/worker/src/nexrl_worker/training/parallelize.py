@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,7 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from nexrl_worker.training.scorer import Scorer
+from nexrl_worker.training.errors import InvalidValue
+from nexrl_worker.training.roots import Root
 
 
 def decoder_layers(hf: nn.Module) -> list[nn.Module]:
@@ -28,20 +31,75 @@ def checkpoint_activations(hf: nn.Module) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def shard(scorer: Scorer, mesh: DeviceMesh, param_dtype: torch.dtype | None, reduce_dtype: torch.dtype | None) -> None:
+def compile_layers(hf: nn.Module, device: torch.device) -> None:
+    """Compile every decoder layer's forward; call before `checkpoint_activations` and `shard`, whose hooks stay outside.
+
+    Replaces the layers' forward, so no parameter changes its name. Raises InvalidValue where no compiler is found.
+    """
+    missing = missing_compiler(device)
+    if missing is not None:
+        raise InvalidValue(f"actor.model.use_torch_compile needs {missing}", expected="false", actual="true")
+    for layer in decoder_layers(hf):
+        layer.forward = torch.compile(layer.forward, dynamic=True)
+
+
+def missing_compiler(device: torch.device) -> str | None:
+    """What torch.compile lacks on this machine, None if it lacks nothing."""
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        return None if has_triton() else "Triton"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "a C++ compiler (install g++, or name one in CXX)"
+    return None
+
+
+def shard(root: Root, mesh: DeviceMesh, param_dtype: torch.dtype | None, reduce_dtype: torch.dtype | None) -> None:
     """Shard each decoder layer, then the rest with the root, where embedding and head (maybe tied) stay together.
 
     `None` computes or reduces in the parameters' own dtype. The root is gathered once per forward and kept until its
     backward is over; after a forward without a backward, call `release`.
     """
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
-    for layer in decoder_layers(scorer.hf):
+    for layer in decoder_layers(root.hf):
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    fully_shard(scorer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
-def release(scorer: Scorer) -> None:
+def release(root: Root) -> None:
     """Free gathered parameters; without it a later forward would see the weights as they were when gathered."""
-    for module in scorer.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for module in _sharded(root):
+        module.reshard()
+
+
+def synchronise(root: Root, on: bool) -> None:
+    """Whether the next backward adds its gradients up over ranks, with all that earlier ones kept back.
+
+    Call before each micro-batch's forward with `on` true at the last micro-batch of an accumulation, so that nothing
+    is kept back between operations. Kept-back gradients are whole on every rank, in the reduction's dtype: one
+    reduce-scatter per accumulation instead of one per micro-batch, for world-size times the gradients' memory.
+    """
+    root.set_requires_gradient_sync(on)  # type: ignore[operator]  # FSDP has made the root an FSDPModule
+
+
+def forget_kept_back(root: Root) -> None:
+    """Drop gradients that `synchronise(root, False)` kept back; call wherever sharded gradients are dropped too."""
+    for module in _sharded(root):
+        state: Any = module._get_fsdp_state()
+        # torch 2.11 has one group in a module; later ones may have several, under another name.
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        for group in groups:
+            for param in group.fsdp_params if group is not None else ():
+                param.unsharded_accumulated_grad = None
+                if hasattr(param, "_unsharded_param"):
+                    param._unsharded_param.grad = None
+    synchronise(root, True)
+
+
+def _sharded(root: Root) -> Iterator[FSDPModule]:
+    return (module for module in root.modules() if isinstance(module, FSDPModule))

@@ -1,74 +1,169 @@
-"""Finds out at `init_model` whether a family's log-probabilities may be computed in chunks of its head."""
+"""Finds out at `init_model` whether a family may be computed in chunks of its head, and packed."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nexrl_worker.training.batch import MicroBatch
+from nexrl_worker.training.batch import BatchReader, Layout, MicroBatch
+from nexrl_worker.training.packing import ATTENTION, Segments, attention_of
+from nexrl_worker.training.parallelize import release
+from nexrl_worker.training.roots import Root
 from nexrl_worker.training.scorer import Scorer
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Outcome of comparing chunked log-probabilities with the model's own logits; reason None means they agree."""
+    """Outcome: `difference` of chunked log-probabilities from the model's own, `packed_difference` of packed ones.
+
+    `reason` None: log-probabilities are chunked. `packs`: rows are packed; `packing_reason` says why not where it was
+    asked for. A difference is NaN where it was not measured.
+    """
 
     difference: float
     reason: str | None
+    packs: bool = False
+    packed_difference: float = float("nan")
+    packing_reason: str | None = None
 
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+# Of packed from padded rows: some families compute softmax or norms in float32 whatever the dtype.
+_PACKED_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 _PEAK = 50.0
+_LENGTHS = (9, 4, 7)
 
 
 @torch.no_grad()
-def probe(scorer: Scorer, device: torch.device, dtype: torch.dtype) -> Probe:
-    """Compare both ways on a tiny input, with hidden states scaled up until the logits reach 50.
+def probe(root: Root, device: torch.device, dtype: torch.dtype, packing: bool = False) -> Probe:
+    """Compare each way with the model's own on a tiny input. Collective; leaves no gathered weights behind.
 
-    Without the scaling a fresh model's small logits would hide a soft cap. Collective: every rank calls it.
+    A language model's hidden states are scaled up until the logits reach 50: a fresh model's small ones would hide a
+    soft cap. Sets nothing: the caller stores `reason` as the scorer's `fallback`.
     """
-    micro = _tiny(scorer.vocabulary, device)
+    try:
+        if isinstance(root, Scorer):
+            return _probe_scorer(root, device, dtype, packing)
+        scale = float(_answers(root, _tiny(root.vocabulary, device, packed=False)).abs().max())
+        return _with_packing(Probe(float("nan"), None), root, device, dtype, packing, max(scale, 1e-6))
+    finally:
+        release(root)
+
+
+def _probe_scorer(scorer: Scorer, device: torch.device, dtype: torch.dtype, packing: bool) -> Probe:
+    micro = _tiny(scorer.vocabulary, device, packed=False)
     known, scorer.fallback = scorer.fallback, "probe"
     captured: list[Tensor] = []
     watch = scorer.hf.register_forward_hook(lambda module, args, output: captured.append(output.logits))
-    scorer.score(micro, 1.0, entropy=False, all_labels=True)
+    _answers(scorer, micro)
     watch.remove()
-    if known is not None:
-        return Probe(float("nan"), known)
-    scale = _PEAK / max(float(captured[0].abs().max()), 1e-6)
+    try:
+        with _enlarged(scorer, _PEAK / max(float(captured[0].abs().max()), 1e-6)):
+            own = _answers(scorer, micro)  # the family's own logits: fallback is still set
+            scorer.fallback = known
+            outcome = Probe(float("nan"), known)
+            if known is None:
+                outcome = _compare_chunked(float((own - _answers(scorer, micro)).abs().max()), dtype)
+            scorer.fallback = outcome.reason
+            return _with_packing(outcome, scorer, device, dtype, packing, _PEAK)
+    finally:
+        scorer.fallback = known
 
-    def enlarge(module: nn.Module, args: object, output: object) -> object:
-        output.last_hidden_state = output.last_hidden_state * scale  # type: ignore[attr-defined]
-        return output
 
-    hook = scorer.hf.base_model.register_forward_hook(enlarge)  # type: ignore[union-attr]
-    own, _ = scorer.score(micro, 1.0, entropy=False, all_labels=True)  # the family's own logits: fallback is still set
-    scorer.fallback = None
-    chunked, _ = scorer.score(micro, 1.0, entropy=False, all_labels=True)
-    hook.remove()
-    difference = float((own - chunked).abs().max())
+def _compare_chunked(difference: float, dtype: torch.dtype) -> Probe:
     if difference <= _TOLERANCE.get(dtype, 1e-2) * _PEAK:
         return Probe(difference, None)
     reason = f"the model's own logits differ from its linear head by {difference:.2g} (scaled or capped logits)"
     return Probe(difference, reason)
 
 
-def _tiny(vocabulary: int, device: torch.device) -> MicroBatch:
-    """One row of nine random tokens, of which all but the first are labels."""
-    ids = torch.randint(0, vocabulary, (1, 9), generator=torch.Generator().manual_seed(0)).to(device)
-    places = torch.arange(9, device=device)
-    return MicroBatch(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        position_ids=places[None],
-        index=places[:8],
-        labels=ids[0, 1:],
-        slots=places[:8],
-        scored=torch.ones(8, dtype=torch.bool),
-        mask=torch.ones(1, 8, dtype=torch.bool, device=device),
-        values={},
-        attended=9,
-        padded=9,
-    )
+def _with_packing(
+    outcome: Probe, root: Root, device: torch.device, dtype: torch.dtype, packing: bool, scale: float
+) -> Probe:
+    """`outcome` with what packing does to log-probabilities (to hidden states, where the root has no vocabulary)."""
+    if not packing:
+        return outcome
+    packed = _tiny(root.vocabulary, device, packed=True)
+    assert packed.segments is not None
+    own = _answers(root, _tiny(root.vocabulary, device, packed=False))
+    difference = float("nan")
+    reason: str | None
+    try:
+        difference = float((own - _answers(root, packed)).abs().max())
+        reason = _unlike(root.hf, packed.segments)
+        if reason is None and not difference <= _PACKED_TOLERANCE.get(dtype, 1e-2) * scale:
+            reason = f"packed rows differ from padded ones by {difference:.2g}"
+    except Exception as error:  # what a family makes of an argument that it does not know is its own affair
+        reason = f"the model cannot run packed: {error}"[:300]
+    return Probe(outcome.difference, outcome.reason, reason is None, difference, reason)
+
+
+def _unlike(hf: nn.Module, segments: Segments) -> str | None:
+    """Why the attention that ran is not the configured one: the tiny rows are too short to tell windows apart."""
+    if attention_of(hf) != ATTENTION or not segments.windows:
+        return "the family's attention cannot be exchanged"
+    config: Any = hf.config.get_text_config()  # type: ignore[union-attr, operator]
+    if getattr(config, "attention_chunk_size", None) is not None:
+        return "the family attends in chunks"
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    expected = len(segments.windows) if kinds is None else sum(kind == "sliding_attention" for kind in kinds)
+    told = sum(size is not None and size == window for size in segments.windows)
+    if window is not None and told != expected:
+        return f"{expected} layers have a sliding window and {told} tell their attention"
+    return None
+
+
+def _answers(root: Root, micro: MicroBatch) -> Tensor:
+    """Log-probabilities of all labels, or the hidden states that predict them."""
+    if isinstance(root, Scorer):
+        return root.score(micro, 1.0, entropy=False, all_labels=True)[0]
+    read: Callable[[], Tensor] = lambda: root.hidden(micro, micro.index)  # noqa: E731
+    hidden: Tensor = root(read)
+    return hidden
+
+
+@contextmanager
+def _enlarged(scorer: Scorer, scale: float) -> Iterator[None]:
+    def enlarge(module: nn.Module, args: object, output: object) -> object:
+        output.last_hidden_state = output.last_hidden_state * scale  # type: ignore[attr-defined]
+        return output
+
+    hook = scorer.hf.base_model.register_forward_hook(enlarge)  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+class _TinyRows:
+    """Right-padded rows of random tokens, all of them attended."""
+
+    def __init__(self, vocabulary: int) -> None:
+        longest = torch.arange(max(_LENGTHS))
+        random = torch.Generator().manual_seed(0)
+        self.size = len(_LENGTHS)
+        self.metadata: dict[str, Any] = {}
+        self._tensors = {
+            "input_ids": torch.randint(0, vocabulary, (self.size, len(longest)), generator=random),
+            "attention_mask": (longest < torch.tensor(_LENGTHS)[:, None]).long(),
+        }
+
+    def has(self, name: str) -> bool:
+        return name in self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def tensor(self, name: str, rows: Any) -> Tensor:
+        return self._tensors[name][rows]
+
+
+def _tiny(vocabulary: int, device: torch.device, packed: bool) -> MicroBatch:
+    rows = _TinyRows(vocabulary)
+    return BatchReader(rows, Layout.of(rows), (), device, torch.float32, packed).read(range(rows.size))

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nexrl_worker.training.batch import MicroBatch
+from nexrl_worker.training.packing import attention_of, use_attention, use_segments
 
 
 class Root(nn.Module):
@@ -16,6 +17,7 @@ class Root(nn.Module):
     def __init__(self, hf: nn.Module) -> None:
         super().__init__()
         self.hf = hf
+        self._own_attention = attention_of(hf)
 
     @property
     def vocabulary(self) -> int:
@@ -26,13 +28,23 @@ class Root(nn.Module):
         return read()
 
     def outputs(self, micro: MicroBatch, whole: bool) -> Any:
-        """What the model (`whole`: with its own head) answers to a micro-batch [n,C]; only inside `forward`."""
+        """What the model (`whole`: with its own head) answers to a micro-batch [n,C]; only inside `forward`.
+
+        A packed one is answered as [1,C]. No cache: with one, packed rows would attend to one another.
+        """
         model = self.hf if whole else self.hf.base_model
+        more: dict[str, Any] = {}
+        if micro.segments is None:
+            use_attention(self.hf, self._own_attention)
+        else:
+            use_segments(self.hf)
+            more["segments"] = micro.segments
         return model(  # type: ignore[operator]
             input_ids=micro.input_ids,
             attention_mask=micro.attention_mask,
             position_ids=micro.position_ids,
             use_cache=False,
+            **more,
         )
 
     def hidden(self, micro: MicroBatch, index: Tensor) -> Tensor:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexrl_worker.training.batch import MicroBatch
 from nexrl_worker.training.chunked import active_chunks, chunk_length, head_log_probs
+from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.roots import Root
 
 
@@ -17,6 +21,23 @@ class Scorer(Root):
         super().__init__(hf)
         head = hf.get_output_embeddings()  # type: ignore[operator]
         self.fallback: str | None = None if isinstance(head, nn.Linear) else "the output head is not a linear layer"
+        self._head_dtype: torch.dtype | None = None
+
+    def widen_head(self, dtype: torch.dtype) -> None:
+        """Compute the head's product in at least `dtype`, on weights as they were gathered (`lm_head_dtype`).
+
+        Costs one copy of the head in `dtype` while a micro-batch passes. Raises InvalidValue on a head of another kind.
+        """
+        head = self.hf.get_output_embeddings()  # type: ignore[operator]
+        if not isinstance(head, nn.Linear):
+            raise InvalidValue("lm_head_dtype needs a model whose output head is a linear layer", expected="null")
+        self._head_dtype = dtype
+        head.forward = partial(_wide_linear, head, dtype)  # type: ignore[method-assign]  # for the model's own logits
+
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [V,H] and bias of the output head, in the dtype of its product; only inside `forward`."""
+        head = self.hf.get_output_embeddings()  # type: ignore[operator]
+        return _wide(head, self._head_dtype)
 
     def score(self, micro: MicroBatch, temperature: float, entropy: bool, all_labels: bool) -> tuple[Tensor, Tensor]:
         """(log-probabilities, entropies), both [n,R]; 0 at labels that are not attended.
@@ -37,9 +58,19 @@ class Scorer(Root):
         if self.fallback is not None:
             logits = self.outputs(micro, whole=True).logits.flatten(0, 1)[micro.index]
             return _plain(logits, micro.labels, temperature)
-        head = self.hf.get_output_embeddings()  # type: ignore[operator]
-        picked = self.hidden(micro, micro.index).to(head.weight.dtype)
-        return head_log_probs(picked, head.weight, head.bias, micro.labels, temperature, length, active, entropy)
+        weight, bias = self.head()
+        picked = self.hidden(micro, micro.index).to(weight.dtype)
+        return head_log_probs(picked, weight, bias, micro.labels, temperature, length, active, entropy)
+
+
+def _wide(head: nn.Linear, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+    wanted = head.weight.dtype if dtype is None else torch.promote_types(head.weight.dtype, dtype)
+    return head.weight.to(wanted), None if head.bias is None else head.bias.to(wanted)
+
+
+def _wide_linear(head: nn.Linear, dtype: torch.dtype, hidden: Tensor) -> Tensor:
+    weight, bias = _wide(head, dtype)
+    return F.linear(hidden.to(weight.dtype), weight, bias)
 
 
 def _plain(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -7,86 +7,150 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nexrl_worker.training.aggregate import MODES
 from nexrl_worker.training.batch import Layout, Rows
 from nexrl_worker.training.errors import InvalidValue
-from nexrl_worker.training.losses import Clip, PolicyLoss, policy_loss
+from nexrl_worker.training.losses.aggregation import Aggregation
+from nexrl_worker.training.losses.correction import Correction
+from nexrl_worker.training.losses.policy import Clip, PolicyLoss, policy_loss
 
 DISTILLATION = "update_actor_with_distillation"
+DISTILLATION_LOSSES = ("policy_gradient", "forward_kl", "reverse_kl")
+PER_ROW = ("advantages", "loss_weights")
+CANDIDATES = ("teacher_topk_ids", "teacher_topk_log_probs")
 
 
 @dataclass(frozen=True)
 class LossSpec:
-    """Settings of one loss evaluation; `distillation_coeff` is None unless the advantage comes from a teacher."""
+    """Settings of one policy update.
+
+    `distillation` is the coefficient of a teacher's term, None without a teacher; `top_k` its direction (forward_kl,
+    reverse_kl) where the teacher gave candidates, None where it gave the sampled tokens' log-probabilities.
+    """
 
     loss: PolicyLoss
-    mode: str
+    aggregation: Aggregation
     clip: Clip
+    correction: Correction | None
     entropy_coeff: float
     kl_coeff: float
     kl_type: str
     temperature: float
-    distillation_coeff: float | None
+    distillation: float | None
+    top_k: str | None
 
     @property
     def uses_kl(self) -> bool:
         return self.kl_coeff != 0.0
 
 
-def temperature_of(actor: Any, rows: Rows, params: Mapping[str, Any]) -> float:
-    """`params`, else metadata, else the configuration, else 1.0; raises InvalidValue unless positive and finite."""
-    value = params.get("temperature")
-    if value is None:
-        value = rows.metadata.get("temperature")
+def temperature_of(actor: Any, rows: Rows) -> float:
+    """The batch's metadata, else the configuration, else 1.0; raises InvalidValue unless positive and finite."""
+    value = rows.metadata.get("temperature")
     if value is None:
         value = actor.rollout.temperature
     return 1.0 if value is None else _number("temperature", value, positive=True)
 
 
+def aggregation_of(actor: Any) -> Aggregation:
+    """The configuration's way of summing; raises InvalidValue where a factor is missing."""
+    return _aggregation(actor.loss_agg_mode, actor.loss_scale_factor)
+
+
 def loss_spec(actor: Any, operation: str, rows: Rows, params: Mapping[str, Any]) -> LossSpec:
-    """The settings of this operation: `params` (`loss` and the configuration's loss keys) win over `actor`."""
-
-    def setting(key: str) -> Any:
-        value = params.get(key)
-        return getattr(actor, key) if value is None else value
-
-    name = params.get("loss") or actor.policy_loss
-    coefficient = None
-    if operation == DISTILLATION:
-        name = "importance_sampling" if rows.has("old_log_probs") else "reinforce"
-        value = params.get("distillation_coeff", rows.metadata.get("distillation_coeff"))
-        coefficient = 1.0 if value is None else _number("distillation_coeff", value)
-    mode = setting("loss_agg_mode")
-    if mode not in MODES:
-        raise InvalidValue(f"unknown loss_agg_mode {mode!r}", expected=", ".join(MODES), actual=str(mode))
-    both = setting("clip_ratio")
-    low, high, dual = setting("clip_ratio_low"), setting("clip_ratio_high"), setting("clip_ratio_c")
+    """The settings of this operation; `params` (`loss`, of distillation its settings) win over `actor`."""
+    distils = operation == DISTILLATION
+    settings: Mapping[str, Any] = rows.metadata if distils else {}
+    kind = (params.get("distillation_loss") or actor.distillation_loss) if distils else None
+    if kind not in (None, *DISTILLATION_LOSSES):
+        raise InvalidValue(f"unknown distillation_loss {kind!r}", expected=", ".join(DISTILLATION_LOSSES))
+    name = _distillation_loss(actor, rows, kind) if distils else params.get("loss") or actor.policy_loss
+    loss = policy_loss(name)
+    mode = loss.mode or settings.get("loss_agg_mode") or actor.loss_agg_mode
+    entropy_coeff = settings.get("entropy_coeff")
+    correction = actor.rollout_correction if loss.needs_advantages and kind in (None, "policy_gradient") else None
     return LossSpec(
-        loss=policy_loss(name),
-        mode=mode,
-        clip=Clip(both if low is None else low, both if high is None else high, dual),
-        entropy_coeff=_number("entropy_coeff", setting("entropy_coeff")),
-        kl_coeff=_number("kl_loss_coef", setting("kl_loss_coef")) if setting("use_kl_loss") else 0.0,
-        kl_type=setting("kl_loss_type"),
-        temperature=temperature_of(actor, rows, params),
-        distillation_coeff=coefficient,
+        loss=loss,
+        aggregation=_aggregation(mode, actor.loss_scale_factor),
+        clip=_distillation_clip(actor) if distils else _clip(actor, loss),
+        correction=None if correction is None else Correction(correction.mode, correction.lower, correction.upper),
+        entropy_coeff=_number("entropy_coeff", actor.entropy_coeff if entropy_coeff is None else entropy_coeff),
+        kl_coeff=_number("kl_loss_coef", actor.kl_loss_coef) if actor.use_kl_loss else 0.0,
+        kl_type=actor.kl_loss_type,
+        temperature=temperature_of(actor, rows),
+        distillation=_coefficient(rows, params) if distils else None,
+        top_k=kind if kind in ("forward_kl", "reverse_kl") else None,
     )
 
 
 def needed_tensors(spec: LossSpec, rows: Rows, layout: Layout) -> tuple[str, ...]:
-    """The float tensors that the loss reads; raises InvalidValue where one is missing or of another shape."""
-    distils = spec.distillation_coeff is not None
-    required = ["teacher_log_probs"] if distils else ["advantages"] if spec.loss.needs_advantages else []
-    optional = ["advantages"] if distils else []
-    optional += ["old_log_probs"] if spec.loss.needs_old else []
-    optional += ["ref_log_prob"] if spec.uses_kl else []
+    """The tensors that the loss reads; raises InvalidValue where one is missing or of another shape."""
+    required: list[str] = []
+    optional: list[str] = []
+    if spec.top_k is not None:
+        required += CANDIDATES
+    else:
+        if spec.distillation is not None:
+            required.append("teacher_log_probs")
+        if spec.loss.needs_advantages:
+            (required if spec.distillation is None else optional).append("advantages")
+            (required if spec.correction is not None else optional).append("rollout_log_probs")
+        if spec.loss.own_weights:
+            required.append("loss_weights")
+        if spec.loss.needs_old:
+            optional.append("old_log_probs")
+    if spec.uses_kl:
+        optional.append("ref_log_prob")
+    return present(rows, layout, required, optional)
+
+
+def present(rows: Rows, layout: Layout, required: list[str], optional: list[str]) -> tuple[str, ...]:
+    """`required` and those of `optional` that the batch has; raises InvalidValue naming what is missing or misshapen."""
     for name in required:
         if not rows.has(name):
             raise InvalidValue(f"the batch has no {name}", tensor=name, expected="[B,S] or [B,R]", actual="missing")
     names = required + [name for name in optional if rows.has(name)]
     for name in names:
-        layout.check_aligned(rows, name, per_row=name == "advantages")
+        if name in CANDIDATES:
+            layout.check_candidates(rows, name)
+        else:
+            layout.check_aligned(rows, name, per_row=name in PER_ROW)
     return tuple(names)
+
+
+def _aggregation(mode: str, scale: float | None) -> Aggregation:
+    if mode != "seq-mean-token-sum-norm":
+        return Aggregation(mode)
+    if scale is None:
+        raise InvalidValue("loss_agg_mode seq-mean-token-sum-norm needs loss_scale_factor")
+    return Aggregation(mode, _number("loss_scale_factor", scale, positive=True))
+
+
+def _clip(actor: Any, loss: PolicyLoss) -> Clip:
+    low, high = loss.clip or (actor.clip_ratio, actor.clip_ratio)
+    if not loss.lower_bound:
+        low = None
+    if actor.clip_ratio_low is not None:
+        low = actor.clip_ratio_low
+    return Clip(low, high if actor.clip_ratio_high is None else actor.clip_ratio_high, actor.clip_ratio_c)
+
+
+def _distillation_clip(actor: Any) -> Clip:
+    low, high, both = actor.distillation_cliprange_low, actor.distillation_cliprange_high, actor.distillation_cliprange
+    return Clip(both if low is None else low, both if high is None else high)
+
+
+def _distillation_loss(actor: Any, rows: Rows, kind: str | None) -> str:
+    """Clipped where asked for; without old_log_probs the ratio is 1 and the gradient that of REINFORCE."""
+    if kind == "policy_gradient" and actor.use_distillation_clipping:
+        return "ppo"
+    return "importance_sampling" if kind == "policy_gradient" and rows.has("old_log_probs") else "reinforce"
+
+
+def _coefficient(rows: Rows, params: Mapping[str, Any]) -> float:
+    value = params.get("distillation_coeff")
+    if value is None:
+        value = rows.metadata.get("distillation_coeff")
+    return 1.0 if value is None else _number("distillation_coeff", value)
 
 
 def _number(name: str, value: Any, positive: bool = False) -> float:

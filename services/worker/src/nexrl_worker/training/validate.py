@@ -46,7 +46,13 @@ def _check_some(rows: Rows, layout: Layout, limits: Limits, names: Sequence[str]
     _check_positions(rows, limits, masks, indices)
     for name in names:
         values = layout.align(rows.tensor(name, indices))
-        _refuse(name, values, ~torch.isfinite(values) & masks.scored, "a finite number under the mask", indices)
+        scored = masks.scored if values.ndim == 2 else masks.scored[..., None]
+        if name == "teacher_topk_ids":
+            _check_candidates(values, scored, limits, indices)
+        else:
+            _refuse(name, values, ~torch.isfinite(values) & scored, "a finite number under the mask", indices)
+        if name == "teacher_topk_log_probs":
+            _check_mass(name, values, masks.scored, indices)
 
 
 def _check_ids(rows: Rows, layout: Layout, limits: Limits, masks: Masks, indices: list[int]) -> None:
@@ -57,6 +63,21 @@ def _check_ids(rows: Rows, layout: Layout, limits: Limits, masks: Masks, indices
     needed[:, layout.sequence - layout.response :] |= masks.scored
     outside = ((ids < 0) | (ids >= limits.vocabulary)) & needed
     _refuse("input_ids", ids, outside, f"token ids from 0 to {limits.vocabulary - 1}", indices)
+
+
+def _check_candidates(ids: Tensor, scored: Tensor, limits: Limits, indices: list[int]) -> None:
+    name = "teacher_topk_ids"
+    outside = ((ids < 0) | (ids >= limits.vocabulary)) & scored
+    _refuse(name, ids, outside, f"token ids from 0 to {limits.vocabulary - 1}, the student's vocabulary", indices)
+    ordered = ids.sort(dim=-1).values
+    twice = (ordered[..., 1:] == ordered[..., :-1]) & scored
+    _refuse(name, ordered[..., 1:], twice, "no id twice at one position", indices)
+
+
+def _check_mass(name: str, log_probs: Tensor, scored: Tensor, indices: list[int]) -> None:
+    """Probabilities add up to 1 at the most; bfloat16 and temperature leave some rounding."""
+    mass = log_probs.double().exp().sum(dim=-1)
+    _refuse(name, mass, (mass > 1.01) & scored, "log-probabilities whose probabilities add up to at most 1", indices)
 
 
 def _check_positions(rows: Rows, limits: Limits, masks: Masks, indices: list[int]) -> None:

@@ -1,0 +1,95 @@
+"""Where the seconds of an update go: forward, backward, step, and the collectives inside them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+PARTS = ("forward", "backward", "step")
+COMMUNICATION = "communication"
+
+
+class Clock:
+    """Sums seconds by name on one rank. On CUDA it records events, and only `seconds` waits for the device.
+
+    `communication` is the time that FSDP's all-gathers and reduce-scatters take (on the CPU: that this rank waits for
+    them); it lies inside forward and backward, and on CUDA beside their computation.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._open: list[tuple[str, Any, Any]] = []
+        self._sums: dict[str, float] = {}
+
+    def watch(self, root: nn.Module) -> None:
+        """Measure the collectives of a model sharded with FSDP2; replaces its all-gather and reduce-scatter."""
+        for module in root.modules():
+            if isinstance(module, FSDPModule):
+                module.set_custom_all_gather(_AllGather(self))  # type: ignore[arg-type]  # a protocol in all but name
+                module.set_custom_reduce_scatter(_ReduceScatter(self))  # type: ignore[arg-type]
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Add the block's seconds to `name`, whether it raises or not."""
+        begin = self._now()
+        try:
+            yield
+        finally:
+            end = self._now()
+            if self._device.type == "cuda":
+                self._open.append((name, begin, end))
+            else:
+                self._sums[name] = self._sums.get(name, 0.0) + end - begin
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of every part since the last call; waits for the device once."""
+        if self._open:
+            torch.cuda.synchronize(self._device)
+        for name, begin, end in self._open:
+            self._sums[name] = self._sums.get(name, 0.0) + begin.elapsed_time(end) / 1000.0
+        self._open = []
+        sums, self._sums = self._sums, {}
+        return {name: sums.get(name, 0.0) for name in (*PARTS, COMMUNICATION)}
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+
+class _Collective:
+    """What FSDP2 asks of a custom collective beside the call: memory for its buffers."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class _AllGather(_Collective):
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> Any:
+        # torch 2.13 renamed it.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        with self._clock.measure(COMMUNICATION):
+            return gather(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+class _ReduceScatter(_Collective):
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> Any:
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        with self._clock.measure(COMMUNICATION):
+            return scatter(output_tensor, input_tensor, group=group, op=op, async_op=async_op)

@@ -1,0 +1,162 @@
+"""Policy losses: one pure function each, from values per scored token to a loss per token.
+
+Notation: lp log-probability under the current weights, old the sampler's, r = exp(lp - old), A the advantage,
+sg[.] stop-gradient. Everything that comes in has been selected under the mask, so nothing masked can leak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nexrl_worker.training.errors import InvalidValue
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Bounds of the ratio: [1 - low, 1 + high] (None: no such bound), and the dual clip c for A < 0 (None: off)."""
+
+    low: float | None = 0.2
+    high: float = 0.2
+    dual: float | None = None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Values per token [n,R], zero where the bool `mask` [n,R] is False; `old` is sg[lp] where the batch had none.
+
+    `weights` are the client's own, of the `linear` loss.
+    """
+
+    log_probs: Tensor
+    old: Tensor
+    advantages: Tensor
+    weights: Tensor
+    mask: Tensor
+
+    @property
+    def ratio(self) -> Tensor:
+        return torch.exp(self.log_probs - self.old)
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """A loss [n,R], and for the metrics the ratio it used and where a clip took the gradient away (bool [n,R])."""
+
+    loss: Tensor
+    ratio: Tensor | None = None
+    clipped_low: Tensor | None = None
+    clipped_high: Tensor | None = None
+
+
+def select_tokens(
+    log_probs: Tensor, mask: Tensor, old: Tensor | None, advantages: Tensor | None, weights: Tensor | None = None
+) -> Tokens:
+    """Tokens with everything masked replaced by 0 before any exp; `mask` is bool [n,R]."""
+    kept = torch.where(mask, log_probs, 0.0)
+
+    def chosen(values: Tensor | None) -> Tensor:
+        return torch.zeros_like(kept) if values is None else torch.where(mask, values, 0.0).detach()
+
+    before = kept.detach() if old is None else chosen(old)
+    return Tokens(kept, before, chosen(advantages), chosen(weights), mask)
+
+
+def ppo(tokens: Tokens, clip: Clip) -> PerToken:
+    """max(-A r, -A clip(r, 1-low, 1+high)); with a dual clip c, min(that, -A c) where A < 0.
+
+    Schulman et al., "Proximal Policy Optimization Algorithms", 2017; separate bounds: Yu et al., "DAPO", 2025;
+    dual clip: Ye et al., "Mastering Complex Control in MOBA Games with Deep Reinforcement Learning", 2020.
+    """
+    return _clipped(tokens, tokens.ratio, clip)
+
+
+def gspo(tokens: Tokens, clip: Clip) -> PerToken:
+    """PPO-clip with the ratio sg[s] exp(lp - sg[lp]), s = exp(mean over the row's scored tokens of lp - old).
+
+    Zheng et al., "Group Sequence Policy Optimization", 2025, the token form (GSPO-token); by row means.
+    """
+    lengths = tokens.mask.sum(dim=-1, keepdim=True).clamp(min=1)
+    whole = torch.exp((tokens.log_probs - tokens.old).sum(dim=-1, keepdim=True) / lengths).detach()
+    return _clipped(tokens, whole * torch.exp(tokens.log_probs - tokens.log_probs.detach()), clip)
+
+
+def _clipped(tokens: Tokens, ratio: Tensor, clip: Clip) -> PerToken:
+    gain = tokens.advantages
+    low, high = 1.0 - (clip.low or 0.0), 1.0 + clip.high
+    loss = torch.maximum(-gain * ratio, -gain * ratio.clamp(low, high))
+    if clip.dual is not None:
+        loss = torch.where(gain < 0, torch.minimum(loss, -gain * clip.dual), loss)
+    return PerToken(loss, ratio, (gain < 0) & (ratio < low), (gain > 0) & (ratio > high))
+
+
+def cispo(tokens: Tokens, clip: Clip) -> PerToken:
+    """-sg[min(r, 1+high)] A lp; also at least 1-low where a lower bound is set. No token loses its gradient.
+
+    MiniMax, "MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention", 2025.
+    """
+    ratio = tokens.ratio.detach()
+    high = 1.0 + clip.high
+    low = None if clip.low is None else 1.0 - clip.low
+    below = torch.zeros_like(tokens.mask) if low is None else ratio < low
+    return PerToken(-ratio.clamp(low, high) * tokens.advantages * tokens.log_probs, ratio, below, ratio > high)
+
+
+def importance_sampling(tokens: Tokens, clip: Clip) -> PerToken:
+    """-r A: the off-policy policy gradient (Degris et al., "Off-Policy Actor-Critic", 2012). No clipping."""
+    return PerToken(-tokens.ratio * tokens.advantages, tokens.ratio)
+
+
+def reinforce(tokens: Tokens, clip: Clip) -> PerToken:
+    """-A lp (Williams, "Simple statistical gradient-following algorithms", 1992)."""
+    return PerToken(-tokens.advantages * tokens.log_probs)
+
+
+def cross_entropy(tokens: Tokens, clip: Clip) -> PerToken:
+    """-lp: maximum likelihood, as in supervised fine-tuning."""
+    return PerToken(-tokens.log_probs)
+
+
+def linear(tokens: Tokens, clip: Clip) -> PerToken:
+    """w lp with the client's own w. With w = dL/dlp its sum has the gradient of any loss L made outside."""
+    return PerToken(tokens.weights * tokens.log_probs)
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """A loss and what it reads; `mode` is its aggregation where it has only one, `clip` its own default bounds.
+
+    `lower_bound`: the ratio is bounded below even where the configuration names no such bound.
+    `own_weights`: it is the client's, who also gets the log-probabilities back.
+    """
+
+    function: Callable[[Tokens, Clip], PerToken]
+    needs_advantages: bool = True
+    needs_old: bool = False
+    mode: str | None = None
+    clip: tuple[float, float] | None = None
+    lower_bound: bool = True
+    own_weights: bool = False
+
+
+# "grpo" differs from "ppo" in how the trainer makes the advantages (Shao et al., "DeepSeekMath", 2024), not here.
+LOSSES = {
+    "ppo": PolicyLoss(ppo, needs_old=True),
+    "grpo": PolicyLoss(ppo, needs_old=True),
+    "gspo": PolicyLoss(gspo, needs_old=True, mode="seq-mean-token-mean", clip=(3e-4, 4e-4)),
+    "cispo": PolicyLoss(cispo, needs_old=True, lower_bound=False),
+    "importance_sampling": PolicyLoss(importance_sampling, needs_old=True),
+    "reinforce": PolicyLoss(reinforce),
+    "cross_entropy": PolicyLoss(cross_entropy, needs_advantages=False),
+    "linear": PolicyLoss(linear, needs_advantages=False, mode="sum", own_weights=True),
+}
+
+
+def policy_loss(name: str) -> PolicyLoss:
+    """The registered loss; raises InvalidValue with the known names."""
+    if name not in LOSSES:
+        raise InvalidValue(f"unknown policy_loss {name!r}", expected=", ".join(LOSSES), actual=name)
+    return LOSSES[name]

@@ -1,0 +1,111 @@
+"""Policy gradients, supervised learning, and distillation as a policy gradient: a loss of losses/policy.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nexrl_worker.training.batch import MicroBatch
+from nexrl_worker.training.losses.policy import PerToken, Tokens, select_tokens
+from nexrl_worker.training.objectives.base import Evaluated, count_batch
+from nexrl_worker.training.objectives.tally import Tally, Totals
+from nexrl_worker.training.objectives.terms import Terms
+from nexrl_worker.training.scorer import Scorer
+from nexrl_worker.training.spec import LossSpec
+
+_QUANTILES = {"min": 0.0, "p01": 0.01, "p50": 0.5, "p99": 0.99, "max": 1.0}
+_NEAR = (0.9, 1.1)
+
+
+class PolicyObjective:
+    """`names` are the tensors that the batch has of those the loss reads."""
+
+    prefix = "actor"
+
+    def __init__(self, scorer: Scorer, spec: LossSpec, names: tuple[str, ...], frozen: Callable[[], Scorer]) -> None:
+        self._scorer = scorer
+        self._spec = spec
+        self._names = names
+        self._terms = Terms(spec, names, frozen)
+        self.aggregation = spec.aggregation
+
+    def evaluate(self, micro: MicroBatch, tally: Tally) -> Evaluated:
+        """See Objective; answers with `log_probs` where the loss is the client's own (`linear`)."""
+        answers = self._spec.loss.own_weights
+        log_probs, entropies = self._scorer.score(micro, self._spec.temperature, entropy=True, all_labels=answers)
+        tokens = self._tokens(log_probs, micro, tally)
+        per_token = self._spec.loss.function(tokens, self._spec.clip)
+        weighted = per_token.loss * self._weights(tokens, micro, tally)
+        main = self.aggregation.numerator(weighted, micro.mask)
+        loss = self._terms.add(main, tokens.log_probs, entropies, micro, tally)
+        count_batch(micro, self.aggregation, tally)
+        _count_ratios(tokens, per_token, tally)
+        return Evaluated(loss, {"log_probs": log_probs.detach()} if answers else {})
+
+    def metrics(self, totals: Totals) -> dict[str, Any]:
+        """See Objective; docs/metrics.md says what each means."""
+        found: dict[str, Any] = self._terms.metrics(totals)
+        sums = totals.sums
+        if self._spec.distillation is not None:
+            found["actor/teacher_kl"] = totals.share("teacher_gap", "tokens")
+        if "ratio" in sums:
+            found["actor/ratio_mean"] = totals.share("ratio", "tokens")
+            found["actor/ratio_outside"] = totals.share("far", "tokens")
+            found |= {f"actor/ratio_{name}": totals.quantile("ratio", level) for name, level in _QUANTILES.items()}
+            found["actor/ppo_kl"] = totals.share("approximate_kl", "tokens")
+        if "clipped_low" in sums:
+            found["actor/pg_clipfrac_low"] = totals.share("clipped_low", "tokens")
+            found["actor/pg_clipfrac_high"] = totals.share("clipped_high", "tokens")
+            found["actor/pg_clipfrac"] = found["actor/pg_clipfrac_low"] + found["actor/pg_clipfrac_high"]
+        if "mismatch" in sums:
+            found["actor/mismatch_kl"] = totals.share("mismatch", "tokens")
+            found["actor/mismatch_k3"] = totals.share("mismatch_k3", "tokens")
+        if "correction" in sums:
+            found["actor/rollout_weight_mean"] = totals.share("correction", "tokens")
+        return found
+
+    def close(self) -> None:
+        """See Objective."""
+        self._terms.close()
+
+    def _tokens(self, log_probs: Tensor, micro: MicroBatch, tally: Tally) -> Tokens:
+        values, mask = micro.values, micro.mask
+        advantages = values.get("advantages")
+        if self._spec.distillation is not None:
+            gap = torch.where(mask, values["teacher_log_probs"] - log_probs.detach(), 0.0)
+            tally.add("teacher_gap", -gap.sum())
+            scaled = self._spec.distillation * gap
+            advantages = scaled if advantages is None else scaled + advantages
+        return select_tokens(log_probs, mask, values.get("old_log_probs"), advantages, values.get("loss_weights"))
+
+    @torch.no_grad()
+    def _weights(self, tokens: Tokens, micro: MicroBatch, tally: Tally) -> Tensor | float:
+        """The rollout correction, 1 without one; counts how far the sampler was from `old`."""
+        if "rollout_log_probs" not in self._names:
+            return 1.0
+        rollout = torch.where(micro.mask, micro.values["rollout_log_probs"], 0.0)
+        gap = rollout - tokens.old
+        tally.add("mismatch", gap.sum())
+        tally.add("mismatch_k3", (torch.expm1(-gap) + gap).sum())
+        if self._spec.correction is None:
+            return 1.0
+        weights = self._spec.correction.weights(tokens.old, rollout, micro.mask)
+        tally.add("correction", torch.where(micro.mask, weights, 0.0).sum())
+        return weights
+
+
+@torch.no_grad()
+def _count_ratios(tokens: Tokens, per_token: PerToken, tally: Tally) -> None:
+    mask, ratio = tokens.mask, per_token.ratio
+    if ratio is not None:
+        kept = ratio[mask]
+        tally.pool("ratio", kept)
+        tally.add("ratio", kept.sum())
+        tally.add("far", ((kept < _NEAR[0]) | (kept > _NEAR[1])).sum())
+        tally.add("approximate_kl", (tokens.old - tokens.log_probs).sum())
+    if per_token.clipped_low is not None and per_token.clipped_high is not None:
+        tally.add("clipped_low", (mask & per_token.clipped_low).sum())
+        tally.add("clipped_high", (mask & per_token.clipped_high).sum())

@@ -1,0 +1,70 @@
+"""The entropy and KL terms that stand beside every policy loss, in its mode and over its denominator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nexrl_worker.training.batch import MicroBatch
+from nexrl_worker.training.losses.aggregation import Aggregation
+from nexrl_worker.training.losses.divergence import kl_terms
+from nexrl_worker.training.objectives.tally import Tally, Totals
+from nexrl_worker.training.parallelize import release
+from nexrl_worker.training.scorer import Scorer
+from nexrl_worker.training.spec import LossSpec
+
+
+class Terms:
+    """loss = main - entropy_coeff x entropy + kl_coeff x KL, numerators all.
+
+    `frozen` gives the reference model, asked for only when the KL term is on and a batch has no `ref_log_prob`.
+    """
+
+    def __init__(self, spec: LossSpec, names: tuple[str, ...], frozen: Callable[[], Scorer]) -> None:
+        self._spec = spec
+        self._reference = frozen() if spec.uses_kl and "ref_log_prob" not in names else None
+
+    @property
+    def _aggregation(self) -> Aggregation:
+        return self._spec.aggregation
+
+    def add(self, main: Tensor, log_probs: Tensor, entropies: Tensor, micro: MicroBatch, tally: Tally) -> Tensor:
+        """The whole loss (0-dim) from `main` (0-dim), log-probabilities and entropies [n,R]."""
+        mask, spec = micro.mask, self._spec
+        entropy = self._aggregation.numerator(entropies, mask)
+        loss = main - spec.entropy_coeff * entropy if spec.entropy_coeff != 0.0 else main
+        tally.add("policy", main)
+        tally.add("entropy", entropy)
+        if spec.uses_kl:
+            reference = torch.where(mask, self._reference_of(micro), 0.0)
+            terms = kl_terms(torch.where(mask, log_probs, 0.0), reference, spec.kl_type)
+            divergence = self._aggregation.numerator(terms, mask)
+            loss = loss + spec.kl_coeff * divergence
+            tally.add("kl", divergence)
+        tally.add("loss", loss)
+        return loss
+
+    @torch.no_grad()
+    def _reference_of(self, micro: MicroBatch) -> Tensor:
+        if self._reference is None:
+            return micro.values["ref_log_prob"]
+        return self._reference.score(micro, self._spec.temperature, entropy=False, all_labels=False)[0]
+
+    def metrics(self, totals: Totals) -> dict[str, float]:
+        """The parts of the loss, each over its denominator."""
+        whole = self._aggregation.divisor(totals.sums["denominator"])
+        found = {
+            "actor/pg_loss": totals.sums["policy"] / whole,
+            "actor/entropy_loss": totals.sums["entropy"] / whole,
+        }
+        if self._spec.uses_kl:
+            found["actor/kl_loss"] = totals.sums["kl"] / whole
+            found["actor/kl_loss_coef"] = self._spec.kl_coeff
+        return found
+
+    def close(self) -> None:
+        """Free the reference's gathered weights."""
+        if self._reference is not None:
+            release(self._reference)

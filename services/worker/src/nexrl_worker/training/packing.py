@@ -1,0 +1,163 @@
+"""Packing: the rows of a micro-batch as one stream without padding, whose rows never attend to one another.
+
+The families' attention modules get the stream's :class:`Segments` as a keyword that transformers hands down to the
+attention function; a family that does not hand it down is found out by the probe and runs without packing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from nexrl_worker.training.errors import InvalidValue
+
+ATTENTION = "nexrl_segments"
+# What attention functions are told that changes their result and that is not done here.
+_NOT_OFFERED = ("s_aux", "position_bias", "head_mask")
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """`lengths` of the rows in a stream of T tokens; `windows` collects the sliding window of every layer that ran."""
+
+    lengths: tuple[int, ...]
+    device: torch.device
+    windows: list[int | None] = field(default_factory=list)
+    _masks: dict[int | None, Any] = field(default_factory=dict)
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """Where rows begin and end: int32 [n+1] on the device."""
+        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=self.device)
+
+    def block_mask(self, window: int | None) -> Any:
+        """FlexAttention's mask: the same row, not later, and less than `window` tokens before."""
+        if window not in self._masks:
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            lengths = torch.tensor(self.lengths, device=self.device)
+            row = torch.repeat_interleave(torch.arange(len(self.lengths), device=self.device), lengths)
+            total = int(row.numel())
+
+            def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                seen = (row[query] == row[key]) & (query >= key)
+                return seen if window is None else seen & (query - key < window)
+
+            self._masks[window] = create_block_mask(visible, None, None, total, total, device=self.device)
+        return self._masks[window]
+
+
+def use_segments(hf: nn.Module) -> None:
+    """Switch the model's attention to `attend`; raises InvalidValue where its family cannot switch."""
+    AttentionInterface.register(ATTENTION, attend)
+    use_attention(hf, ATTENTION)
+
+
+def use_attention(hf: nn.Module, name: str) -> None:
+    """Switch the model's attention to the implementation `name` of transformers, unless it is there already."""
+    if attention_of(hf) == name:
+        return
+    hf.set_attn_implementation(name)  # type: ignore[operator]
+    if attention_of(hf) != name:
+        raise InvalidValue("the family's attention cannot be exchanged")
+
+
+def attention_of(hf: nn.Module) -> str:
+    """Name of the attention implementation that the model uses."""
+    return str(hf.config._attn_implementation)  # type: ignore[union-attr]
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # lengths change with every micro-batch
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    segments: Segments | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each segment, as an attention function of transformers.
+
+    Shapes: query [1,A,T,D], key and value [1,K,T,D] with A a multiple of K; the result is [1,T,A,D]. Raises
+    InvalidValue where something is asked for that is not done here.
+    """
+    if segments is None or attention_mask is not None:
+        raise InvalidValue("the family does not hand the rows of a packed stream to its attention")
+    refused = [name for name in _NOT_OFFERED if others.get(name) is not None]
+    if refused or not getattr(module, "is_causal", True) or others.get("is_causal") is False:
+        raise InvalidValue(f"the family's attention is not plain causal attention: {', '.join(refused) or 'two ways'}")
+    segments.windows.append(sliding_window)
+    if query.device.type == "cuda":
+        return _on_cuda(module, query, key, value, scaling, sliding_window, softcap, segments), None
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    lengths = list(segments.lengths)
+    rows = zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    parts = [_row(one, keys, values, scaling, sliding_window, softcap).transpose(1, 2) for one, keys, values in rows]
+    return torch.cat(parts, dim=1), None
+
+
+def _row(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, softcap: float | None
+) -> Tensor:
+    """Causal attention of one row, [1,A,L,D] each; `softcap` c bounds scores: c tanh(score / c)."""
+    length = query.shape[2]
+    narrow = window is not None and window < length
+    if softcap is None and not narrow:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+    visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril_()
+    if narrow and window is not None:
+        visible = visible.triu_(1 - window)
+    if softcap is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scaling)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~visible, float("-inf"))
+    # float32 whatever the dtype, as transformers' own attention for these families does.
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) @ value
+
+
+def _on_cuda(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    segments: Segments,
+) -> Tensor:
+    """FlashAttention's varlen kernel where it is installed and knows the dtype, else FlexAttention by blocks."""
+    flash = _flash_attention() if query.dtype in (torch.float16, torch.bfloat16) else None
+    if flash is not None:
+        longest = max(segments.lengths)
+        stream = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        attended: Tensor = flash(
+            *stream, segments.bounds, segments.bounds, longest, longest, softmax_scale=scaling, causal=True,
+            window_size=(-1 if window is None else window - 1, 0), softcap=softcap or 0.0,
+        )  # fmt: skip
+        return attended[None]
+    from transformers.integrations.flex_attention import flex_attention_forward
+
+    mask = segments.block_mask(window)
+    result: Tensor = flex_attention_forward(module, query, key, value, mask, scaling=scaling, softcap=softcap)[0]
+    return result
+
+
+def _flash_attention() -> Any:
+    try:
+        from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        return None
+    return flash_attn_varlen_func

@@ -1,0 +1,116 @@
+"""A group's state on one rank: what checkpoints hold, what a fingerprint covers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nexrl_worker.training.fingerprint import partial_fingerprint, weight_table
+from nexrl_worker.training.kinds import Kind
+from nexrl_worker.training.rng import rng_state, set_rng_state
+from nexrl_worker.training.roots import Root
+from nexrl_worker.training.trainer import Trainer
+from nexrl_worker.training.weights import (
+    Reader,
+    Shard,
+    fill,
+    gather,
+    load_parameters,
+    parameter_shards,
+    persistent_buffers,
+)
+
+
+class TrainingState:
+    """A sharded model and its trainer (None where the role does not learn)."""
+
+    def __init__(self, kind: Kind, root: Root, trainer: Trainer | None, device: torch.device) -> None:
+        self._kind = kind
+        self._root = root
+        self._trainer = trainer
+        self._device = device
+        self.weight_version = 0
+
+    @property
+    def pending(self) -> bool:
+        """True while gradients of forward_backward await optim_step."""
+        return self._trainer is not None and self._trainer.pending
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps applied so far: the schedule's position; 0 where the role does not learn."""
+        return 0 if self._trainer is None else self._trainer.steps
+
+    def shards(self, optimizer: bool = True) -> Iterator[Shard]:
+        """This rank's part of the state: parameters, saved buffers (rank 0), and the moments if there are any."""
+        yield from parameter_shards(self._root.hf)
+        if dist.get_rank() == 0:
+            for name, buffer in persistent_buffers(self._root.hf):
+                yield Shard(name, buffer, tuple(buffer.shape), 0)
+        if optimizer and self._trainer is not None:
+            yield from self._trainer.optimizer.shards()
+
+    def load_shards(self, reader: Reader, optimizer: bool = True) -> None:
+        """Overwrite weights, and moments unless `optimizer` is False, with this rank's rows from `reader`."""
+        load_parameters(self._root.hf, reader)
+        if optimizer and self._trainer is not None:
+            for part in self._trainer.optimizer.shards():
+                fill(part, reader)
+        self.weight_version += 1
+
+    def scalars(self) -> dict[str, int]:
+        """What is not a tensor: steps taken (the schedule's position), AdamW's own count, weight version."""
+        taken = 0 if self._trainer is None else self._trainer.optimizer.steps
+        return {
+            "optimizer_steps": self.optimizer_steps,
+            "adamw_steps": taken,
+            "weight_version": self.weight_version,
+        }
+
+    def load_scalars(self, scalars: Mapping[str, int]) -> None:
+        """Restore what `scalars` returned."""
+        self.weight_version = int(scalars["weight_version"])
+        if self._trainer is not None:
+            self._trainer.steps = int(scalars["optimizer_steps"])
+            self._trainer.optimizer.steps = int(scalars["adamw_steps"])
+
+    def rng_state(self) -> dict[str, Any]:
+        """This rank's generators, JSON-able."""
+        return rng_state()
+
+    def set_rng_state(self, state: dict[str, Any]) -> None:
+        """Restore what `rng_state` returned."""
+        set_rng_state(state)
+
+    def full_weights(self) -> Iterator[tuple[str, Tensor | None]]:
+        """Names and tensors as transformers saves them, one at a time: whole on rank 0, None elsewhere. Collective."""
+        for part in parameter_shards(self._root.hf):
+            yield part.name, gather(part)
+        for name, buffer in persistent_buffers(self._root.hf):
+            yield name, buffer.detach().cpu() if dist.get_rank() == 0 else None
+
+    def config_changes(self) -> dict[str, Any]:
+        """What an exported config.json must say otherwise than the folder that the group was made of: the new head."""
+        if not self._kind.fresh_head:
+            return {}
+        config: Any = self._root.hf.config
+        return {
+            "architectures": [type(self._root.hf).__name__],
+            "id2label": {str(number): label for number, label in config.id2label.items()},
+            "label2id": config.label2id,
+        }
+
+    def fingerprint(self) -> int:
+        """64-bit number of the current weights, the same at any world size; see fingerprint.py. Collective."""
+        table = weight_table(self._device)
+        total = torch.zeros((), dtype=torch.int64, device=self._device)
+        for part in self.shards(optimizer=False):
+            row = math.prod(part.global_shape[1:])
+            total += partial_fingerprint(part.name, part.local_tensor, part.offset_dim0 * row, table)
+        dist.all_reduce(total)
+        return int(total) % (1 << 64)
