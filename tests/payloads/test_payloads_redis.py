@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,52 @@ def test_a_lost_chunk(redis_store: PayloadStore, client: redis.Redis) -> None:
     redis_store.put("a", [frame({"x": np.arange(1_000_000)})])
     with redis_store.open("a") as payload:
         assert int(payload.numpy("x")[-1]) == 999_999
+
+
+def _as_list(client: redis.Redis, key: bytes) -> None:
+    client.delete(key)
+    client.lpush(key, "x")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code"),
+    [
+        (lambda client, key: client.set(key, b"x" * 5), "PAYLOAD_NOT_FOUND"),
+        (lambda client, key: client.set(key, b""), "PAYLOAD_NOT_FOUND"),
+        (_as_list, "STORE_UNAVAILABLE"),
+    ],
+    ids=["shorter", "empty", "of another kind"],
+)
+@pytest.mark.parametrize("chunk", [0, 1, 3])
+def test_a_spoilt_chunk(
+    chunk: int, spoil: Callable[[redis.Redis, bytes], None], code: str, redis_store: PayloadStore, client: redis.Redis
+) -> None:
+    """Whatever stands where a chunk should is refused at once, and the next read is not confused by it."""
+    data = frame({"x": np.arange(1_000_000)})
+    redis_store.put("sound", [data])
+    redis_store.put("a", [data])
+    start = time.monotonic()
+    payload = redis_store.open("a")
+    spoil(client, client.keys(f"*:a:*:{chunk}")[0])
+    with pytest.raises(ServiceError) as error:
+        payload.numpy("x")
+    assert error.value.code == code
+    assert time.monotonic() - start < 5
+    for _ in range(3):
+        with redis_store.open("sound") as sound:
+            assert np.array_equal(sound.numpy("x"), np.arange(1_000_000))
+
+
+def test_a_writer_may_use_its_memory_again(redis_store: PayloadStore) -> None:
+    """What was written stays as it was, though the caller overwrites its buffer while Redis still stores it."""
+    kept = bytearray(2 * 1024 * 1024)
+    with redis_store.create("a") as upload:
+        for number in range(6):
+            kept[:] = bytes([number]) * len(kept)
+            upload.write(kept)
+        upload.commit()
+    stored = b"".join(redis_store.stream("a"))
+    assert stored == b"".join(bytes([number]) * len(kept) for number in range(6))
 
 
 def test_no_memory_left(redis_store: PayloadStore, client: redis.Redis) -> None:

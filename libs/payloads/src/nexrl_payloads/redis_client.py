@@ -58,20 +58,3 @@ def parts_key(payload_id: str) -> str:
 def chunk_key(payload_id: str, token: str, chunk: int) -> str:
     """String: chunk ``chunk`` of the segment ``token``, CHUNK_BYTES long except for the last."""
     return f"{PREFIX}{payload_id}:{token}:{chunk}"
-
-
-def set_chunk(client: redis.Redis, key: str, chunk: memoryview) -> None:
-    """SET with TTL, sent from the chunk's own memory: redis-py would first copy it, repeatedly, into fresh pages."""
-    name, life = key.encode(), str(KEY_TTL_S).encode()
-    head = b"*5\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(name), name, chunk.nbytes)
-    tail = b"\r\n$2\r\nEX\r\n$%d\r\n%b\r\n" % (len(life), life)
-    with redis_errors():
-        connection = client.connection_pool.get_connection()
-        try:
-            connection.send_packed_command([head, chunk, tail])  # type: ignore[no-untyped-call]
-            connection.read_response()
-        except BaseException:  # half a command may have been sent
-            connection.disconnect()  # type: ignore[no-untyped-call]
-            raise
-        finally:
-            client.connection_pool.release(connection)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import redis
-from redis.connection import AbstractConnection
 from tensor_codec import (
     FrameClosed,
     Header,
@@ -24,6 +23,7 @@ from .common import as_malformed, not_found
 from .protocol import Rows
 from .redis_client import redis_errors
 from .redis_records import Range, Record
+from .redis_wire import receive_value
 
 if TYPE_CHECKING:
     import torch
@@ -82,45 +82,49 @@ class RedisPayload:
         start = self._header.data_start + info.start
         memory = self._loan.take(sum(stop - first for first, stop in spans))
         ranges = [found for first, stop in spans for found in self._record.ranges(start + first, start + stop)]
-        position = 0
-        for answer in _answers(self._client, self._record.payload_id, ranges):
-            memory[position : position + len(answer)] = answer
-            position += len(answer)
+        _read_ranges(self._client, self._record.payload_id, ranges, memory)
         return RawTensor(info.dtype, shape, memory)
 
 
 def fetch_bytes(client: redis.Redis, record: Record, start: int, end: int) -> bytes:
     """Bytes ``start`` to ``end`` (exclusive) of the payload. Raises PAYLOAD_NOT_FOUND if they have gone."""
-    return b"".join(_answers(client, record.payload_id, record.ranges(start, end)))
+    memory = bytearray(end - start)
+    _read_ranges(client, record.payload_id, record.ranges(start, end), memoryview(memory))
+    return bytes(memory)
 
 
-def _answers(client: redis.Redis, payload_id: str, ranges: Iterable[Range]) -> Iterator[bytes]:
-    """Each range's bytes. The next ranges are asked for before an answer is read, so that the server never waits."""
+def _read_ranges(client: redis.Redis, payload_id: str, ranges: Iterable[Range], memory: memoryview) -> None:
+    """Put the ranges' bytes, one after another, into ``memory``.
+
+    The next ranges are asked for before an answer is read, so that the server never waits.
+    """
     with redis_errors():
         connection = client.connection_pool.get_connection()
         asked: deque[Range] = deque()
-        ahead = 0
+        ahead = position = 0
+
+        def receive() -> None:
+            nonlocal ahead, position
+            nbytes = asked[0].nbytes
+            if not receive_value(connection, memory[position : position + nbytes]):
+                raise not_found(payload_id)
+            asked.popleft()
+            ahead -= nbytes
+            position += nbytes
+
         try:
             for wanted in ranges:
                 while asked and (ahead + wanted.nbytes > _AHEAD_BYTES or len(asked) == _AHEAD_COMMANDS):
-                    ahead -= asked[0].nbytes
-                    yield _answer(connection, payload_id, asked)
+                    receive()
                 connection.send_command("GETRANGE", wanted.key, wanted.first, wanted.last)  # type: ignore[no-untyped-call]
                 asked.append(wanted)
                 ahead += wanted.nbytes
             while asked:
-                yield _answer(connection, payload_id, asked)
+                receive()
         finally:
             if asked:  # answers are still on their way: the connection is of no use to anyone else
                 connection.disconnect()  # type: ignore[no-untyped-call]
             client.connection_pool.release(connection)
-
-
-def _answer(connection: AbstractConnection, payload_id: str, asked: deque[Range]) -> bytes:
-    answer: bytes = connection.read_response()
-    if len(answer) != asked.popleft().nbytes:
-        raise not_found(payload_id)
-    return answer
 
 
 def _read_header(client: redis.Redis, record: Record) -> Header:

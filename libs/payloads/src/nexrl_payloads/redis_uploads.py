@@ -6,12 +6,14 @@ from contextlib import suppress
 from typing import Self
 
 import redis
+from nexrl_contract.errors import ServiceError
 
 from .common import Tally, byte_views, same_part, verify
 from .files import unique
 from .protocol import Chunk, StoredPayload
-from .redis_client import CHUNK_BYTES, chunk_key, set_chunk
+from .redis_client import CHUNK_BYTES, chunk_key
 from .redis_records import Record, Segment, store_part, store_record
+from .redis_wire import ChunkSender
 
 
 class _Chunks:
@@ -22,6 +24,7 @@ class _Chunks:
         self._payload_id = payload_id
         self._token = unique("")
         self._tally = Tally(what, nbytes)
+        self._sender = ChunkSender(client)
         self._joined = memoryview(bytearray(CHUNK_BYTES))
         self._filled = 0
         self._sent = 0
@@ -38,6 +41,8 @@ class _Chunks:
         """Remove what was sent, as far as Redis answers; what stays has a TTL and is swept."""
         if not self._settled:
             self._settled = True
+            with suppress(ServiceError):  # a chunk on its way would otherwise be stored after its removal
+                self._sender.settle()
             self._remove()
 
     def _remove(self) -> None:
@@ -69,13 +74,14 @@ class _Chunks:
             self._filled = 0
 
     def _send(self, chunk: memoryview) -> None:
-        set_chunk(self._client, chunk_key(self._payload_id, self._token, self._sent), chunk)
+        self._sender.send(chunk_key(self._payload_id, self._token, self._sent), chunk)
         self._sent += 1
 
     def _finish(self, claimed: str | None, what: str) -> Segment:
         checksum = self._tally.finish()
         verify(checksum, claimed, what)
         self._flush()
+        self._sender.settle()
         self._settled = True  # from here on a lost answer may hide a success: only the sweep removes these chunks
         return Segment(self._token, self._tally.nbytes, checksum)
 

@@ -11,6 +11,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from nexrl_gateway.app import create_app
+from nexrl_gateway.direct import DirectProtocol
 from nexrl_gateway.settings import Settings
 
 _KEEP_ALIVE_S = 300
@@ -45,7 +46,7 @@ def main() -> int:
         host=settings.host,
         port=settings.port,
         loop="uvloop",
-        http="httptools",
+        http=DirectProtocol,
         ws="none",
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=_GRACE_S,

@@ -17,6 +17,7 @@ from nexrl_payloads import PartUpload, PayloadStore, StoredPayload, Upload
 from tensor_codec import PREFIX_BYTES, CodecError, Header, RawTensor, encode, from_json, header_length, parse_header
 
 from nexrl_gateway.bodies import declared_length, pieces
+from nexrl_gateway.direct import direct_body
 
 JOIN_BYTES = 1024 * 1024
 Verdict = TypeVar("Verdict")
@@ -67,7 +68,7 @@ async def store_frame(
         )
     upload = await run_sync(store.create, payload_id, header.total_size)
     try:
-        await write_joined(body, head, upload)
+        await write_body(request, body, head, upload)
         return verdict, await run_sync(upload.commit)
     finally:
         with anyio.CancelScope(shield=True):
@@ -103,7 +104,18 @@ async def _read_header(body: AsyncIterator[bytes], total: int | None) -> tuple[b
     return head, parse_header(head, total)
 
 
-async def write_joined(body: AsyncIterator[bytes], head: bytearray, upload: Upload | PartUpload) -> None:
+async def write_body(
+    request: Request, body: AsyncIterator[bytes], head: bytearray, upload: Upload | PartUpload
+) -> None:
+    """Write ``head`` and the rest of the body: straight from the connection where that can be, else as it arrives."""
+    direct = direct_body(request)
+    if direct is None:
+        await _write_joined(body, head, upload)
+    else:
+        await direct.copy(head, upload.write)
+
+
+async def _write_joined(body: AsyncIterator[bytes], head: bytearray, upload: Upload | PartUpload) -> None:
     """Write what arrives in joins of about 1 MiB, one being written while the next one arrives."""
     joined: list[bytes | bytearray] = [head]
     size = len(head)

@@ -9,7 +9,7 @@ from anyio.to_thread import run_sync
 from fastapi import Request
 
 from nexrl_gateway.bodies import declared_length, pieces, refuse_encoding
-from nexrl_gateway.intake import write_joined
+from nexrl_gateway.intake import write_body
 from nexrl_gateway.services import Services
 
 
@@ -19,7 +19,7 @@ async def store_part(services: Services, request: Request, payload_id: str, part
     body = pieces(request, services.settings.max_body_bytes, "send smaller parts")
     upload = await run_sync(services.store.put_part, payload_id, part, declared_length(request))
     try:
-        await write_joined(body, bytearray(), upload)
+        await write_body(request, body, bytearray(), upload)
         return await run_sync(upload.commit, checksum)
     finally:
         with anyio.CancelScope(shield=True):
