@@ -8,11 +8,17 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import data, machine, memory, report, step, tiny
+from benchmarks import data, machine, mathematics, memory, report, step, tiny
 from benchmarks.results import Findings
 
 REPETITIONS = 5
-PARTS: dict[str, Callable[..., Findings]] = {"data": data.run, "memory": memory.run, "tiny": tiny.run, "step": step.run}
+PARTS: dict[str, Callable[..., Findings]] = {
+    "data": data.run,
+    "memory": memory.run,
+    "tiny": tiny.run,
+    "step": step.run,
+    "mathematics": mathematics.run,
+}
 
 
 def main() -> int:

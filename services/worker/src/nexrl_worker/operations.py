@@ -181,7 +181,14 @@ class Operations:
             plan = self._plan(engine, request, rows)
             rows.keep(plan.rows_of(self._team.rank))
             self._team.agree(lambda: engine.check(request.operation, plan, rows, request.params))
+            if request.params.get("explain"):
+                return self._explained(engine, request, plan, rows)
             return self._timed(request, lambda: run(engine, plan, rows))
+
+    def _explained(self, engine: Engine, request: Request, plan: Plan, rows: PayloadRows) -> Outcome:
+        lengths = self._team.broadcast({"lengths": self._lengths(rows)})["lengths"]
+        meta = {"plan": engine.explain(plan, lengths), "ignored": request.ignored}
+        return Outcome({"metrics": {}, "meta_info": meta})
 
     def _load_reference(self, engine: Engine, request: Request, rows: PayloadRows) -> None:
         """Local; nothing where the operation needs none or it is there."""

@@ -20,6 +20,13 @@ def chunk_length(vocabulary: int, device: torch.device) -> int:
     return max(_ELEMENTS.get(device.type, 1 << 22) // vocabulary, 1)
 
 
+def head_bytes(tokens: int, vocabulary: int, device: torch.device, trains: bool) -> int:
+    """The most bytes that chunks of float32 logits take at once: one and its exponentials, and those kept."""
+    chunk = min(tokens, chunk_length(vocabulary, device)) * vocabulary
+    kept = min(_KEPT.get(device.type, 0), tokens * vocabulary) if trains else 0
+    return 4 * (2 * chunk + kept)
+
+
 def active_chunks(wanted: Tensor, length: int) -> tuple[bool, ...]:
     """Which chunks hold a wanted label (bool [T] on the CPU); the others are not computed."""
     return tuple(bool(wanted[at : at + length].any()) for at in range(0, wanted.numel(), length))

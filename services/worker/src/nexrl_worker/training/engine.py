@@ -12,6 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from nexrl_worker.training.batch import BatchReader, Layout, Rows
 from nexrl_worker.training.errors import InvalidValue
+from nexrl_worker.training.explain import computed_lengths, explain_plan
+from nexrl_worker.training.footprint import measure_activations, peak_mib
 from nexrl_worker.training.heads import ValueModel
 from nexrl_worker.training.kinds import KINDS, Kind, kind_of
 from nexrl_worker.training.losses.value import ValueLoss
@@ -104,6 +106,7 @@ class Engine(TrainingState):
             micro_rows=actor.ppo_micro_batch_size_per_gpu,
             token_budget=actor.ppo_max_token_len_per_gpu if actor.use_dynamic_bsz else None,
             shuffle_seed=f"{actor.seed}:{self.optimizer_steps}" if steps and actor.shuffle else None,
+            packed=self._probe.packs,
         )
         return make_plan(operation, size, dist.get_world_size(), cut, lengths)
 
@@ -125,6 +128,24 @@ class Engine(TrainingState):
     def lacks_reference(self, operation: str, rows: Rows, params: Mapping[str, Any]) -> bool:
         """Whether `reference` has to come before this operation; raises InvalidValue for bad parameters. Local."""
         return self._reference is None and self._uses_reference(operation, rows, params)
+
+    def explain(self, plan: Plan, lengths: Sequence[int]) -> dict[str, Any]:
+        """What the plan means for rows of these lengths, with the peak memory of the largest rank. Collective."""
+        packed, trains = self._probe.packs, plan.operation in UPDATES or plan.operation == "forward_backward"
+        mine = [micro for mini in plan.mini_batches for micro in mini.ranks[dist.get_rank()]]
+        micros = [computed_lengths(micro, lengths, packed) for micro in mine]
+        recomputes = self._actor.model.enable_gradient_checkpointing
+        activations = measure_activations(self._root, self._device, self._wide, packed, recomputes)
+        fresh = trains and plan.operation in UPDATES and self.optimizer_steps == 0
+        mine_mib = peak_mib(self._root, activations, micros, trains, fresh, self._device)
+        peak = torch.tensor([mine_mib], dtype=torch.float64, device=self._device)
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        return {
+            **explain_plan(plan, lengths, packed),
+            "packing": packed,
+            "gradient_sync": self._actor.fsdp_config.gradient_sync if trains else None,
+            "peak_memory_mib": float(peak),
+        }
 
     # -- training ---------------------------------------------------------------------------------------------------
 
@@ -171,13 +192,15 @@ class Engine(TrainingState):
         score, temperature = SCORES[plan.operation], temperature_of(self._actor, rows)
         reader = self._reader(rows, ())
         answers: dict[str, Parts] = {}
-        for mini in plan.mini_batches:
-            for indices in mini.ranks[dist.get_rank()]:
-                found = score(root, reader.read(indices), temperature, params.get("top_k"))
-                for name, values in found.items():
-                    parts = answers.setdefault(name, [])  # a name for a dummy too: all ranks answer with the same ones
-                    parts += [(list(indices), values.cpu())] if indices else []
-        release(root)
+        try:
+            for mini in plan.mini_batches:
+                for indices in mini.ranks[dist.get_rank()]:
+                    found = score(root, reader.read(indices), temperature, params.get("top_k"))
+                    for name, values in found.items():
+                        parts = answers.setdefault(name, [])  # for a dummy too: all ranks answer with the same names
+                        parts += [(list(indices), values.cpu())] if indices else []
+        finally:
+            release(root)
         return answers
 
     def reference(self) -> Scorer:
@@ -185,6 +208,9 @@ class Engine(TrainingState):
         if self._reference is None:
             path = (self._actor.ref.model.path if self._actor.ref else None) or self._actor.model.path
             reference = cast(Scorer, _build(self._actor, path, self._device, KINDS["ref"], trainable=False))
+            family, own = reference.hf.config.model_type, self._root.hf.config.model_type  # type: ignore[union-attr]
+            if family != own:  # what the probe found out holds for the group's own family
+                raise InvalidValue(f"the reference model in {path} is a {family}, the group's model a {own}")
             known, needed = reference.vocabulary, self._root.vocabulary
             if known < needed:
                 raise InvalidValue(f"the reference model in {path} knows {known} tokens, the group's model {needed}")
@@ -240,9 +266,13 @@ class Engine(TrainingState):
         return objective, self._reader(rows, names)
 
     def _reader(self, rows: Rows, names: tuple[str, ...]) -> BatchReader:
+        return BatchReader(rows, Layout.of(rows), names, self._device, self._wide, packed=self._probe.packs)
+
+    @property
+    def _wide(self) -> torch.dtype:
+        """Dtype of what a batch brings."""
         precision = Precision.of(self._actor.fsdp_config, self._device)
-        wide = torch.float64 if precision.model == torch.float64 else torch.float32
-        return BatchReader(rows, Layout.of(rows), names, self._device, wide, packed=self._probe.packs)
+        return torch.float64 if precision.model == torch.float64 else torch.float32
 
     def _limits(self, with_reference: bool = False) -> Limits:
         roots = [self._root, self._reference] if with_reference and self._reference else [self._root]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+_LIBC = ctypes.CDLL(None)
 _MIB = 1024.0 * 1024.0
 _RESET_PEAK = "5"  # proc(5): resets the peak resident set size
 
@@ -41,6 +43,13 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         yield peak
     finally:
         peak.mib = torch.cuda.max_memory_allocated(device) / _MIB if device.type == "cuda" else _resident("VmHWM")
+
+
+def held_mib(device: torch.device) -> float:
+    """What this rank holds now: allocated device memory, else the process's resident memory that is in use."""
+    if device.type != "cuda" and hasattr(_LIBC, "malloc_trim"):
+        _LIBC.malloc_trim(0)  # what is free inside the process would be counted as taken
+    return torch.cuda.memory_allocated(device) / _MIB if device.type == "cuda" else _resident("VmRSS")
 
 
 def _reset() -> bool:

@@ -50,7 +50,9 @@ class Segments:
                 seen = (row[query] == row[key]) & (query >= key)
                 return seen if window is None else seen & (query - key < window)
 
-            self._masks[window] = create_block_mask(visible, None, None, total, total, device=self.device)
+            self._masks[window] = create_block_mask(
+                visible, None, None, total, total, device=self.device, _compile=True
+            )
         return self._masks[window]
 
 

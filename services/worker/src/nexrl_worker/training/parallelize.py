@@ -88,7 +88,13 @@ def synchronise(root: Root, on: bool) -> None:
 
 
 def forget_kept_back(root: Root) -> None:
-    """Drop gradients that `synchronise(root, False)` kept back; call wherever sharded gradients are dropped too."""
+    """Drop gradients that `synchronise(root, False)` kept back, and what an error in a forward or backward left gathered.
+
+    Call after such an error, and wherever sharded gradients are dropped too; those are the caller's own.
+    """
+    reset = getattr(root, "reset_iter_state", None)  # torch has it since 2.13; before, a left root stays gathered
+    if reset is not None:
+        reset()
     for module in _sharded(root):
         state: Any = module._get_fsdp_state()
         # torch 2.11 has one group in a module; later ones may have several, under another name.

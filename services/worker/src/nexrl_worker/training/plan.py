@@ -71,13 +71,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class Cut:
-    """The settings of a cut. `None` means: whole batch (mini), all rows of the rank (micro), no budget (tokens)."""
+    """The settings of a cut. `None` means: whole batch (mini), all rows of the rank (micro), no budget (tokens).
+
+    `packed`: a micro-batch costs its tokens; else as many as its longest row has, times its rows.
+    """
 
     mini_rows: int | None = None
     epochs: int = 1
     micro_rows: int | None = None
     token_budget: int | None = None
     shuffle_seed: str | None = None
+    packed: bool = False
 
 
 def make_plan(operation: str, size: int, world_size: int, cut: Cut, lengths: Sequence[int] | None = None) -> Plan:
@@ -99,7 +103,7 @@ def make_plan(operation: str, size: int, world_size: int, cut: Cut, lengths: Seq
 def _mini_batch(rows: list[int], world_size: int, cut: Cut, lengths: Sequence[int] | None) -> MiniBatch:
     if cut.token_budget is not None and lengths is not None:
         shares = _balanced(rows, world_size, lengths)
-        ranks = [_by_tokens(share, cut.token_budget, lengths, cut.micro_rows) for share in shares]
+        ranks = [_by_tokens(share, cut.token_budget, lengths, cut) for share in shares]
     else:
         count = len(rows)
         bounds = [count * rank // world_size for rank in range(world_size + 1)]
@@ -124,14 +128,17 @@ def _balanced(rows: list[int], world_size: int, lengths: Sequence[int]) -> list[
     return shares
 
 
-def _by_tokens(rows: list[int], budget: int, lengths: Sequence[int], micro_rows: int | None) -> list[Micro]:
-    """Consecutive rows (longest first) whose padded size stays within the budget; a longer row stands alone."""
+def _by_tokens(rows: list[int], budget: int, lengths: Sequence[int], cut: Cut) -> list[Micro]:
+    """Consecutive rows (longest first) whose computed size stays within the budget; a longer row stands alone."""
     micros: list[Micro] = []
-    at = 0
-    while at < len(rows):
-        fits = max(budget // max(lengths[rows[at]], 1), 1)
-        if micro_rows is not None:
-            fits = min(fits, micro_rows)
-        micros.append(tuple(sorted(rows[at : at + fits])))
-        at += fits
-    return micros
+    some: list[int] = []
+    total = 0
+    for row in rows:
+        length = max(lengths[row], 1)
+        size = total + length if cut.packed else (len(some) + 1) * max(lengths[some[0]] if some else 0, length)
+        if some and (size > budget or len(some) == cut.micro_rows):
+            micros.append(tuple(sorted(some)))
+            some, total = [], 0
+        some.append(row)
+        total += length
+    return [*micros, tuple(sorted(some))] if some else micros

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from nexrl_worker.training.packing import ATTENTION, Segments, attention_of
 from nexrl_worker.training.parallelize import release
 from nexrl_worker.training.roots import Root
 from nexrl_worker.training.scorer import Scorer
+from nexrl_worker.training.tiny import TinyRows
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def probe(root: Root, device: torch.device, dtype: torch.dtype, packing: bool = 
     try:
         if isinstance(root, Scorer):
             return _probe_scorer(root, device, dtype, packing)
-        scale = float(_answers(root, _tiny(root.vocabulary, device, packed=False)).abs().max())
+        scale = float(_attempt(root, _tiny(root.vocabulary, device, packed=False), []).abs().max())
         return _with_packing(Probe(float("nan"), None), root, device, dtype, packing, max(scale, 1e-6))
     finally:
         release(root)
@@ -60,15 +61,15 @@ def _probe_scorer(scorer: Scorer, device: torch.device, dtype: torch.dtype, pack
     known, scorer.fallback = scorer.fallback, "probe"
     captured: list[Tensor] = []
     watch = scorer.hf.register_forward_hook(lambda module, args, output: captured.append(output.logits))
-    _answers(scorer, micro)
+    _scores(scorer, micro)
     watch.remove()
     try:
         with _enlarged(scorer, _PEAK / max(float(captured[0].abs().max()), 1e-6)):
-            own = _answers(scorer, micro)  # the family's own logits: fallback is still set
+            own = _scores(scorer, micro)  # the family's own logits: fallback is still set
             scorer.fallback = known
             outcome = Probe(float("nan"), known)
             if known is None:
-                outcome = _compare_chunked(float((own - _answers(scorer, micro)).abs().max()), dtype)
+                outcome = _compare_chunked(float((own - _scores(scorer, micro)).abs().max()), dtype)
             scorer.fallback = outcome.reason
             return _with_packing(outcome, scorer, device, dtype, packing, _PEAK)
     finally:
@@ -90,17 +91,36 @@ def _with_packing(
         return outcome
     packed = _tiny(root.vocabulary, device, packed=True)
     assert packed.segments is not None
-    own = _answers(root, _tiny(root.vocabulary, device, packed=False))
-    difference = float("nan")
-    reason: str | None
-    try:
-        difference = float((own - _answers(root, packed)).abs().max())
+    failures: list[str] = []
+    own, found = (_attempt(root, micro, failures) for micro in (_tiny(root.vocabulary, device, packed=False), packed))
+    difference = float("nan") if failures else float((own - found).abs().max())
+    if failures:
+        reason: str | None = f"the model cannot run packed: {failures[0]}"[:300]
+    else:
         reason = _unlike(root.hf, packed.segments)
-        if reason is None and not difference <= _PACKED_TOLERANCE.get(dtype, 1e-2) * scale:
-            reason = f"packed rows differ from padded ones by {difference:.2g}"
-    except Exception as error:  # what a family makes of an argument that it does not know is its own affair
-        reason = f"the model cannot run packed: {error}"[:300]
+    if reason is None and not difference <= _PACKED_TOLERANCE.get(dtype, 1e-2) * scale:
+        reason = f"packed rows differ from padded ones by {difference:.2g}"
     return Probe(outcome.difference, outcome.reason, reason is None, difference, reason)
+
+
+def _attempt(root: Root, micro: MicroBatch, failures: list[str]) -> Tensor:
+    """Log-probabilities by the model's own head, or hidden states; what a family raises goes to `failures`.
+
+    It is caught inside the root's forward: FSDP does not put a root back that was left by an exception.
+    """
+
+    def read() -> Tensor:
+        try:
+            if not isinstance(root, Scorer):
+                return root.hidden(micro, micro.index)
+            logits = root.outputs(micro, whole=True).logits.flatten(0, 1)[micro.index]
+            return torch.log_softmax(logits, dim=-1).gather(1, micro.labels[:, None]).sum(dim=1)
+        except Exception as error:  # what a family makes of an argument that it does not know is its own affair
+            failures.append(str(error))
+            return torch.zeros(())
+
+    answers: Tensor = root(read)
+    return answers
 
 
 def _unlike(hf: nn.Module, segments: Segments) -> str | None:
@@ -119,13 +139,8 @@ def _unlike(hf: nn.Module, segments: Segments) -> str | None:
     return None
 
 
-def _answers(root: Root, micro: MicroBatch) -> Tensor:
-    """Log-probabilities of all labels, or the hidden states that predict them."""
-    if isinstance(root, Scorer):
-        return root.score(micro, 1.0, entropy=False, all_labels=True)[0]
-    read: Callable[[], Tensor] = lambda: root.hidden(micro, micro.index)  # noqa: E731
-    hidden: Tensor = root(read)
-    return hidden
+def _scores(scorer: Scorer, micro: MicroBatch) -> Tensor:
+    return scorer.score(micro, 1.0, entropy=False, all_labels=True)[0]
 
 
 @contextmanager
@@ -141,29 +156,6 @@ def _enlarged(scorer: Scorer, scale: float) -> Iterator[None]:
         hook.remove()
 
 
-class _TinyRows:
-    """Right-padded rows of random tokens, all of them attended."""
-
-    def __init__(self, vocabulary: int) -> None:
-        longest = torch.arange(max(_LENGTHS))
-        random = torch.Generator().manual_seed(0)
-        self.size = len(_LENGTHS)
-        self.metadata: dict[str, Any] = {}
-        self._tensors = {
-            "input_ids": torch.randint(0, vocabulary, (self.size, len(longest)), generator=random),
-            "attention_mask": (longest < torch.tensor(_LENGTHS)[:, None]).long(),
-        }
-
-    def has(self, name: str) -> bool:
-        return name in self._tensors
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
-
-    def tensor(self, name: str, rows: Any) -> Tensor:
-        return self._tensors[name][rows]
-
-
 def _tiny(vocabulary: int, device: torch.device, packed: bool) -> MicroBatch:
-    rows = _TinyRows(vocabulary)
+    rows = TinyRows(vocabulary, _LENGTHS)
     return BatchReader(rows, Layout.of(rows), (), device, torch.float32, packed).read(range(rows.size))

@@ -11,11 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nexrl_worker.training.batch import BatchReader
+from nexrl_worker.training.clock import Clock
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.losses.aggregation import Aggregation
+from nexrl_worker.training.memory import Peak, peak_memory
 from nexrl_worker.training.objectives.base import Objective, common_metrics
 from nexrl_worker.training.objectives.tally import Tally
 from nexrl_worker.training.optim import Optimizer, Schedule
+from nexrl_worker.training.parallelize import forget_kept_back, synchronise
 from nexrl_worker.training.plan import MiniBatch, Plan
 from nexrl_worker.training.roots import Root
 
@@ -34,7 +37,11 @@ class Trainer:
     """The optimizer of a sharded model and the gradients that await a step."""
 
     def __init__(self, root: Root, actor: Any, device: torch.device) -> None:
+        self._root = root
         self._device = device
+        self._clock = Clock(device)
+        self._clock.watch(root)
+        self._sync_always = actor.fsdp_config.gradient_sync == "micro_batch"
         self._grad_clip = actor.grad_clip
         self._schedule = Schedule(actor.optim)
         self.optimizer = Optimizer(root.hf, actor.optim)
@@ -57,7 +64,9 @@ class Trainer:
 
     def accumulate(self, plan: Plan, reader: BatchReader, objective: Objective) -> Result:
         """Add the batch's unnormalised loss gradients to those pending; metrics over all ranks. Collective."""
-        result, count = self._backward(plan.mini_batches[0], reader, objective, 1.0)
+        with peak_memory(self._device) as peak:
+            result, count = self._backward(plan.mini_batches[0], reader, objective, 1.0)
+        result.metrics |= self._costs(peak)
         before = 0.0 if self._pending is None else self._pending[1]
         self._pending = (objective.aggregation, before + count)
         return result
@@ -71,15 +80,18 @@ class Trainer:
         if discard or count == 0.0:
             self.optimizer.discard()
             return {"step_applied": False, "skipped": "discarded" if discard else "nothing_to_learn"}
-        return self._apply(prefix, aggregation.divisor(count), lr, grad_clip)
+        with self._clock.measure("step"):
+            return self._apply(prefix, aggregation.divisor(count), lr, grad_clip)
 
     def update(self, plan: Plan, reader: BatchReader, objective: Objective) -> list[Result]:
         """One optimizer step per mini-batch, and what each gave. Collective."""
         results = []
         for mini, count in zip(plan.mini_batches, self._counts(plan, reader, objective.aggregation), strict=True):
-            result, _ = self._backward(mini, reader, objective, objective.aggregation.divisor(count))
-            self._pending = (Aggregation("sum"), count)  # the gradients are divided already
-            result.metrics |= self.step(objective.prefix)
+            with peak_memory(self._device) as peak:
+                result, _ = self._backward(mini, reader, objective, objective.aggregation.divisor(count))
+                self._pending = (Aggregation("sum"), count)  # the gradients are divided already
+                result.metrics |= self.step(objective.prefix)
+            result.metrics |= self._costs(peak)
             results.append(result)
         return results
 
@@ -123,18 +135,32 @@ class Trainer:
         except BaseException:
             self._pending = None
             self.optimizer.discard()
+            forget_kept_back(self._root)
             raise
 
     def _run(self, mini: MiniBatch, reader: BatchReader, objective: Objective, divisor: float) -> tuple[Result, float]:
         tally = Tally(self._device)
         answers: dict[str, Parts] = {}
-        for indices in mini.ranks[dist.get_rank()]:
-            evaluated = objective.evaluate(reader.read(indices), tally)
-            # FSDP averages over ranks, and the numerators are a sum.
-            (evaluated.loss * dist.get_world_size() / divisor).backward()  # type: ignore[no-untyped-call]
+        micros = mini.ranks[dist.get_rank()]
+        for number, indices in enumerate(micros, 1):
+            synchronise(self._root, self._sync_always or number == len(micros))
+            micro = reader.read(indices)
+            with self._clock.measure("forward"):
+                evaluated = objective.evaluate(micro, tally)
+            with self._clock.measure("backward"):
+                # FSDP averages over ranks, and the numerators are a sum.
+                (evaluated.loss * dist.get_world_size() / divisor).backward()  # type: ignore[no-untyped-call]
             for name, values in evaluated.answers.items():
                 parts = answers.setdefault(name, [])
                 parts += [(list(indices), values.float().cpu())] if indices else []
         totals = tally.reduce()
         metrics = {**common_metrics(objective, totals), **objective.metrics(totals)}
         return Result(metrics, answers), totals.sums["denominator"]
+
+    def _costs(self, peak: Peak) -> dict[str, float]:
+        """Seconds and MiB of the slowest and the largest rank since the last call. Collective."""
+        mine = {f"time/{name}_s": value for name, value in self._clock.seconds().items()}
+        mine["memory/peak_mib"] = peak.mib
+        most = torch.tensor(list(mine.values()), dtype=torch.float64, device=self._device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return dict(zip(mine, most.tolist(), strict=True))

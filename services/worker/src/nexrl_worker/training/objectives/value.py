@@ -13,6 +13,9 @@ from nexrl_worker.training.losses.value import ValueLoss
 from nexrl_worker.training.objectives.base import Evaluated, count_batch
 from nexrl_worker.training.objectives.tally import Tally, Totals
 
+# Of a difference of two float64 means: what is smaller is no variance.
+_ROUNDING = 1e-12
+
 
 class ValueObjective:
     """Clipped around the batch's `values` where it has them."""
@@ -34,10 +37,10 @@ class ValueObjective:
         per_token, clipped = self._loss(values, returns, kept)
         loss = self.aggregation.numerator(per_token, mask)
         tally.add("loss", loss)
-        tally.add("values", values.sum())
-        tally.add("returns", returns.sum())
+        tally.add("values", values.double().sum())
+        tally.add("returns", returns.double().sum())
         tally.add("returns_squared", returns.double().square().sum())
-        tally.add("error", (returns - values).sum())
+        tally.add("error", (returns - values).double().sum())
         tally.add("error_squared", (returns - values).double().square().sum())
         tally.add("clipped", (mask & clipped).sum())
         count_batch(micro, self.aggregation, tally)
@@ -50,12 +53,13 @@ class ValueObjective:
             return totals.share(f"{of}_squared", "tokens") - totals.share(of, "tokens") ** 2
 
         spread = variance("returns")
+        varies = spread > _ROUNDING * totals.share("returns_squared", "tokens")
         return {
             "critic/vf_loss": totals.sums["loss"] / self.aggregation.divisor(totals.sums["denominator"]),
             "critic/vf_clipfrac": totals.share("clipped", "tokens"),
             "critic/values_mean": totals.share("values", "tokens"),
             "critic/returns_mean": totals.share("returns", "tokens"),
-            "critic/explained_variance": 1.0 - variance("error") / spread if spread > 0.0 else 0.0,
+            "critic/explained_variance": 1.0 - variance("error") / spread if varies else 0.0,
         }
 
     def close(self) -> None:

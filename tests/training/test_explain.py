@@ -1,0 +1,43 @@
+"""What `explain` says of an update, against what the update then does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import run_ranks, save_model
+
+CUTS: dict[str, dict[str, Any]] = {
+    "one micro-batch": {},
+    "mini-batches of three rows": {"ppo_mini_batch_size": 5, "ppo_micro_batch_size_per_gpu": 2},
+    "packed, by tokens": {"packing": True, "use_dynamic_bsz": True, "ppo_max_token_len_per_gpu": 700},
+    "layers again in the backward": {"recompute": True},
+}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    sizes = {"vocab_size": 8192, "hidden_size": 320, "intermediate_size": 960, "num_hidden_layers": 6}
+    folder = tmp_path_factory.mktemp("explain")
+    return save_model(folder, max_position_embeddings=512, initializer_range=0.02, **sizes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("cut", CUTS, ids=list(CUTS))
+def test_the_plan_is_what_happens(cut: str, world_size: int, path: str, tmp_path: Path) -> None:
+    """Rows, tokens, padding and steps are those of the update; the peak is within a quarter; nothing has changed."""
+    settings = json.dumps(CUTS[cut])
+    answer = run_ranks(world_size, "explain", tmp_path, path, settings, script="explain_ranks.py")
+    plan, results = answer["explained"], answer["results"]
+    assert answer["unchanged"]
+    assert plan["rows"] == 10 and sum(plan["rows_per_rank"]) == 10 and len(plan["rows_per_rank"]) == world_size
+    assert len(plan["mini_batches"]) == len(results)
+    assert plan["tokens"] == sum(answer["lengths"])
+    for step, result in zip(plan["mini_batches"], results, strict=True):
+        assert 1 - step["tokens"] / step["computed_tokens"] == pytest.approx(result["actor/padding_share"], abs=0.01)
+        assert step["rows"] == result["actor/rows"] and sum(step["tokens_per_rank"]) == step["tokens"]
+    measured = max(result["memory/peak_mib"] for result in results)
+    assert plan["peak_memory_mib"] == pytest.approx(measured, rel=0.25)

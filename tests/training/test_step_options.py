@@ -1,0 +1,209 @@
+"""Options of a step that change its cost and not its result: gradient synchronisation, compilation, the head's dtype."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace as Space
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from nexrl_worker.training import parallelize
+from nexrl_worker.training.batch import BatchReader, Layout
+from nexrl_worker.training.clock import Clock
+from nexrl_worker.training.errors import InvalidValue
+from nexrl_worker.training.kinds import kind_of
+from nexrl_worker.training.model import Options, Precision, build_root
+from nexrl_worker.training.parallelize import (
+    compile_layers,
+    decoder_layers,
+    forget_kept_back,
+    missing_compiler,
+    synchronise,
+)
+from nexrl_worker.training.scorer import Scorer
+from safetensors.torch import load_file
+from support import batch, config, run_ranks, save_model
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+CPU = torch.device("cpu")
+RANKS = "packing_ranks.py"
+
+
+def gap(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """L2 distance of two sets of gradients over the length of the wanted one."""
+    apart = sum(float((found[name] - wanted[name]).square().sum()) for name in wanted)
+    return float((apart / sum(float(value.square().sum()) for value in wanted.values())) ** 0.5)
+
+
+def plain_gradients(path: str) -> dict[str, Tensor]:
+    """Of the same loss, taken twice, by the model's own logits on each row without padding."""
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    rows = batch()
+    total = torch.zeros((), dtype=torch.float64)
+    for row in range(rows.size):
+        kept = rows.tensors["attention_mask"][row].bool()
+        ids = rows.tensors["input_ids"][row][kept]
+        logs = torch.log_softmax(model(input_ids=ids[None], use_cache=False).logits[0].double() / 0.7, dim=-1)
+        scored = rows.tensors["scoring_attention_mask"][row].clone()
+        scored[:6] = 0
+        picked = scored[kept].bool()[1:]
+        total = total + logs[:-1].gather(1, ids[1:, None])[:, 0][picked].square().sum()
+    (2 * total).backward()
+    return {name: param.grad for name, param in model.named_parameters()}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_gradients_kept_back_are_the_same(tmp_path: Path, world_size: int) -> None:
+    """Synchronised at the last of three micro-batches, in two accumulations, packed or not: a plain loop's gradients."""
+    path = save_model(tmp_path / "model")
+    answer = run_ranks(world_size, "synchronisation", tmp_path, path, script=RANKS)
+    wanted = plain_gradients(path)
+    for name in ("each", "last", "packed", "after-error"):
+        assert gap(load_file(str(tmp_path / f"{name}-{world_size}.safetensors")), wanted) <= 1e-9, name
+    assert (answer["communication"]["each"] > 0.0) == (world_size > 1)
+
+
+def test_the_clock_shows_who_waits(tmp_path: Path) -> None:
+    """A rank that waits half a second for another in a collective reports it as communication, inside its forward."""
+    answer = run_ranks(2, "waiting", tmp_path, save_model(tmp_path / "model"), script=RANKS)
+    assert 0.4 < answer["communication"] <= answer["forward"] + answer["backward"]
+    assert answer["forward"] > 0.4 and answer["backward"] > 0.0 and answer["step"] == 0.0
+
+
+def test_clock_adds_up_and_forgets() -> None:
+    """Blocks of one name add up, an exception does not lose its block, and `seconds` begins anew."""
+    clock = Clock(CPU)
+    for _ in range(2):
+        with clock.measure("forward"):
+            time.sleep(0.02)
+    with pytest.raises(KeyError), clock.measure("step"):
+        raise KeyError
+    seconds = clock.seconds()
+    assert 0.04 <= seconds["forward"] < 0.2 and seconds["step"] > 0.0 and seconds["backward"] == 0.0
+    assert set(clock.seconds().values()) == {0.0}
+
+
+def test_clock_costs_little() -> None:
+    """A measurement takes less than 20 microseconds: a hundred in a step of a second are a fifth of a percent."""
+    clock = Clock(CPU)
+    rounds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(2000):
+            with clock.measure("forward"):
+                pass
+        rounds.append((time.perf_counter() - start) / 2000)
+    assert min(rounds) < 20e-6
+
+
+# -- one rank ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def build(path: str, **changes: Any) -> Scorer:
+    actor = config(path, **changes)
+    if "param" in changes:
+        actor.fsdp_config.mixed_precision = Space(param_dtype=changes["param"], reduce_dtype=None)
+    precision = Precision.of(actor.fsdp_config, CPU)
+    mesh = init_device_mesh("cpu", (1,))
+    root = build_root(path, kind_of("actor"), precision, mesh, CPU, Options.of(actor.model), True)
+    assert isinstance(root, Scorer)
+    return root
+
+
+def scored(root: Scorer, indices: list[int], packed: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+    """Log-probabilities of the rows, and the gradients of their sum of squares."""
+    rows = batch()
+    micro = BatchReader(rows, Layout.of(rows), (), CPU, torch.float64, packed).read(indices)
+    log_probs, _ = root.score(micro, 0.7, entropy=False, all_labels=True)
+    log_probs.square().sum().backward()
+    found = {}
+    for name, param in root.hf.named_parameters():
+        assert param.grad is not None
+        found[name], param.grad = param.grad.full_tensor().clone(), None
+    return log_probs.detach(), found
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_an_error_in_a_layer_leaves_nothing_gathered(tmp_path: Path) -> None:
+    """After an error amid a forward and `forget_kept_back`, parameters are shards, and the next step is the same."""
+    root = build(save_model(tmp_path))
+    wanted, expected = scored(root, [0, 4])
+    synchronise(root, False)
+    hook = decoder_layers(root.hf)[1].register_forward_pre_hook(lambda module, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        scored(root, [0, 4])
+    hook.remove()
+    forget_kept_back(root)
+    assert all(isinstance(param, DTensor) for param in root.parameters())
+    log_probs, grads = scored(root, [0, 4])
+    assert torch.equal(log_probs, wanted) and gap(grads, expected) == 0.0
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("own_logits", [False, True])
+def test_a_head_in_float32(tmp_path: Path, own_logits: bool) -> None:
+    """With lm_head_dtype float32 the head's product keeps what bfloat16 logits lose: the scores are finer by far."""
+    path = save_model(tmp_path)
+    roots = {wide: build(path, dtype="float32", param="bfloat16", lm_head_dtype=wide) for wide in (None, "float32")}
+    results = {}
+    for wide, root in roots.items():
+        hidden: list[Tensor] = []
+        root.hf.base_model.register_forward_hook(
+            lambda module, args, output, kept=hidden: kept.append(output.last_hidden_state.detach())
+        )
+        root.fallback = "asked for" if own_logits else None
+        log_probs, grads = scored(root, [4])
+        weight = root.hf.get_output_embeddings().weight.detach().full_tensor().bfloat16()
+        logs = torch.log_softmax(hidden[0][0].double() @ weight.double().t() / 0.7, dim=-1)
+        ids = batch().tensors["input_ids"][4]
+        wanted = logs[5:13].gather(1, ids[6:, None])[:, 0]
+        results[wide] = float((log_probs[0] - wanted).abs().max())
+        assert all(torch.isfinite(grad).all() and grad.dtype == torch.float32 for grad in grads.values())
+    assert results["float32"] < 1e-4 < 1e-3 < results[None]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore")  # torch's own, from the modules of its compiler
+@pytest.mark.skipif(missing_compiler(CPU) is not None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.usefixtures("one_rank")
+def test_compiled_layers_compute_the_same(tmp_path: Path) -> None:
+    """A compiled layer, recomputed in the backward, on streams of two lengths: the same names, scores and gradients.
+
+    Not to 1e-9: compiled norms round the float32 in which this family computes them in another order.
+    """
+    path = save_model(tmp_path, num_hidden_layers=1)
+    plain, root = build(path), build(path, compiled=True, recompute=True)
+    assert [name for name, _ in root.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    for indices in ([0, 1, 4], [6, 2]):
+        (log_probs, grads), (wanted, expected) = (scored(one, indices, packed=True) for one in (root, plain))
+        assert (log_probs - wanted).abs().max() <= 1e-5 and gap(grads, expected) <= 1e-5
+
+
+def test_no_compiler_is_a_clear_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no compiler is found, the configuration key is named instead of a step failing later."""
+    from torch._inductor import cpp_builder
+
+    def none() -> str:
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    with pytest.raises(InvalidValue, match=r"use_torch_compile needs a C\+\+ compiler"):
+        compile_layers(torch.nn.Module(), CPU)
+    assert parallelize.missing_compiler(CPU) is not None
