@@ -12,6 +12,7 @@ import requests
 from conftest import wait_until
 from gateway.kit import ASYNC, Gateway, PlayedGroup, refusal
 from nexrl_contract import names
+from nexrl_contract.operations import OPERATIONS
 from nexrl_contract.records import AgentRecord
 from nexrl_ledger import Ledger
 
@@ -117,7 +118,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], object], str, str]] = {
     "no world size": (lambda body: body.pop("world_size"), "INVALID_ARGUMENT", "world_size"),
     "no ranks": (lambda body: body.update(world_size=0), "INVALID_ARGUMENT", "world_size"),
     "an unknown argument": (lambda body: body.update(worldsize=1), "INVALID_ARGUMENT", "worldsize"),
-    "an unknown role": (lambda body: body.update(role="critic"), "INVALID_ARGUMENT", "role"),
+    "an unknown role": (lambda body: body.update(role="gardener"), "INVALID_ARGUMENT", "role"),
     "an unknown key": (
         lambda body: body["config_dict"]["actor"].update(clip_ration=1),
         "INVALID_CONFIG",
@@ -238,6 +239,8 @@ def test_every_example_of_the_docs_works(
 ) -> None:
     """Each request body that /docs shows is accepted as it stands (the model's path apart)."""
     spec = gateway.get("/openapi.json").json()
+    for role in ("critic", "reward"):
+        make_group(role, role=role)
     sent = 0
     for path, methods in spec["paths"].items():
         content = methods.get("post", {}).get("requestBody", {}).get("content", {})
@@ -245,11 +248,12 @@ def test_every_example_of_the_docs_works(
             if name == "parts":
                 continue  # its parts would have to be uploaded first
             value = json.loads(json.dumps(example["value"]).replace("/models/tiny", str(model)))
-            new = "new" if path == "/initialize" else "student"
-            response = gateway.post(f"{path}?identifier={new}", json=value, headers=ASYNC)
+            roles = OPERATIONS[path[1:]].roles if path != "/initialize" else ()
+            named = "new" if path == "/initialize" else "student" if "actor" in roles else roles[0]
+            response = gateway.post(f"{path}?identifier={named}", json=value, headers=ASYNC)
             assert response.status_code == 202, (path, response.text)
             sent += 1
-    assert sent == 13
+    assert sent == 16
     for methods in spec["paths"].values():
         for operation in methods.values():
             assert operation["tags"]

@@ -53,7 +53,7 @@ def test_a_synchronous_update_answers_when_it_is_done(gateway: Gateway, group: P
     whole = tensors(returns=np.zeros((B, R), np.float32))
     answer = waiting_call(lambda: gateway.post(UPDATE, data=frame(whole), headers=FRAME))
     job = wait_until(group.claim, 5, "the job")
-    assert (job.rows, job.params) == (B, {})
+    assert (job.rows, job.params) == (B, {"explain": False})
     group.end(job, {"metrics": {"loss": 0.5}, "meta_info": {"timing": {"ranks_s": 0.25}}})
     got = answer().json()
     assert got["metrics"] == got["meta_info"]["metrics"] == {"loss": 0.5}
@@ -211,7 +211,7 @@ def test_parts_become_one_batch(gateway: Gateway, group: PlayedGroup) -> None:
     body = {"payload": PAYLOAD, "parts": count, "loss": "ppo"}
     assert gateway.post("/forward_backward", json=body, headers=ASYNC).status_code == 202
     job = wait_until(group.claim, 5, "the job")
-    assert (job.rows, job.params) == (B, {"loss": "ppo"})
+    assert (job.rows, job.params) == (B, {"loss": "ppo", "explain": False})
     assert job.payload is not None
     assert group.store.open(job.payload.id).nbytes == len(whole)
     np.testing.assert_array_equal(group.store.open(job.payload.id).numpy("input_ids"), tensors()["input_ids"])

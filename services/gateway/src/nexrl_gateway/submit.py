@@ -167,7 +167,7 @@ async def _json_draft(services: Services, operation: Operation, batch: BatchDocu
     unread = [name for name in batch.tensors if name not in read]
     judged = judge(tensors, operation, params, group.config, [*unread, *batch.values])
     job_id = names.new_job_id()
-    ref = await intake.store_tensors(services.store, job_id, tensors, intake.Envelope(batch.metadata, params))
+    ref = await intake.store_tensors(services.store, job_id, tensors, intake.Envelope(batch.metadata, batch.params))
     mark = fingerprint(operation.name, group.identifier, params, ref.checksum)
     payload = PayloadRef(id=ref.id, nbytes=ref.nbytes)
     return Draft(job_id, mark, params, payload, judged.rows, judged.ignored, stored_here=True)
