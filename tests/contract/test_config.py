@@ -65,6 +65,13 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(
         {"ppo_epochs": 10**9},
         {"optim": {"lr": "${oc.env:LR}"}},
         {"fsdp_config": {"model_dtype": "float8"}},
+        {"loss_agg_mode": "seq-mean-token-sum-norm"},
+        {"loss_scale_factor": 8.0},
+        {"policy_loss": "gspo", "loss_agg_mode": "token-mean"},
+        {"rollout_correction": {"mode": "token_mask", "lower": 3.0}},
+        {"rollout_correction": {"upper": 3.0}},
+        {"fsdp_config": {"param_offload": True}},
+        {"fsdp_config": {"optimizer_offload": True}},
     ],
 )
 def test_a_value_that_cannot_be_used_is_refused_by_its_key(actor: dict[str, Any]) -> None:
@@ -73,6 +80,48 @@ def test_a_value_that_cannot_be_used_is_refused_by_its_key(actor: dict[str, Any]
 
     assert caught.value.code == "INVALID_CONFIG"
     assert caught.value.details["key"].startswith("actor.")
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({"loss_func_type": "NX_20250515"}, {"policy_loss": "ppo", "clip_ratio_c": None}),
+        ({"loss_func_type": "NX_20250515_v2"}, {"policy_loss": "ppo", "clip_ratio_c": 3.0}),
+        ({"loss_func_type": "NX_20250515_v2", "clip_ratio_c": 5.0}, {"policy_loss": "ppo", "clip_ratio_c": 5.0}),
+        ({"loss_func_type": "NX_20241031", "clip_ratio": 0.1}, {"policy_loss": "ppo", "clip_ratio": 0.1}),
+        ({"loss_func_type": "importance_sampling"}, {"policy_loss": "importance_sampling"}),
+        ({"policy_loss": "gspo"}, {"loss_agg_mode": "seq-mean-token-mean", "clip_ratio_low": None}),
+        ({"policy_loss": "gspo", "clip_ratio": 0.01}, {"clip_ratio_low": 0.01, "clip_ratio_high": 0.01}),
+    ],
+)
+def test_names_of_existing_configurations_mean_ours(given: dict[str, Any], meant: dict[str, Any]) -> None:
+    settings = parse(given).settings()
+
+    assert {name: settings[name] for name in meant} == meant
+    assert parse_config({"actor": settings}).settings() == settings  # what the ranks read is what was checked
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        ({"loss_func_type": "NX_20990101"}, "actor.loss_func_type"),
+        ({"loss_func_type": "NX_20241031", "clip_ratio": 0.2, "clip_ratio_high": 0.3}, "actor.clip_ratio_high"),
+        ({"loss_func_type": "NX_20241031", "loss_agg_mode": "seq-mean-token-sum"}, "actor.loss_agg_mode"),
+        ({"loss_func_type": "NX_20250515", "policy_loss": "cispo"}, "actor.loss_func_type"),
+    ],
+)
+def test_a_name_whose_meaning_cannot_be_had_is_refused(given: dict[str, Any], key: str) -> None:
+    with pytest.raises(ServiceError, match=given["loss_func_type"]) as caught:
+        parse(given)
+
+    assert caught.value.details["key"] == key
+
+
+def test_offloading_that_is_not_asked_for_is_no_error() -> None:
+    """Recipes spell out false; it changes nothing and is not reported as ignored."""
+    config = parse({"fsdp_config": {"param_offload": False, "fsdp_size": -1}})
+
+    assert config.ignored == ("actor.fsdp_config.fsdp_size",)
 
 
 def test_a_configuration_may_be_nested_as_deep_as_it_likes() -> None:

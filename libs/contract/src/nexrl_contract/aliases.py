@@ -34,7 +34,8 @@ def _own_loss(actor: dict[str, Any]) -> dict[str, Any]:
     if key == "loss_func_type":
         alias = actor.pop("loss_func_type")
         if actor.setdefault("policy_loss", alias) != alias:
-            raise _refused("loss_func_type", "loss_func_type and policy_loss differ; keep one")
+            named = actor["policy_loss"]
+            raise _refused("loss_func_type", f"loss_func_type {alias!r} and policy_loss {named!r} differ; keep one")
     name = actor.get("policy_loss")
     if not isinstance(name, str) or not name.startswith("NX_"):
         return actor
