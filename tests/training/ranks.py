@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -120,11 +121,21 @@ def poisoned(rows: MemoryRows) -> MemoryRows:
     return MemoryRows(tensors, **rows.metadata)
 
 
+def state_of(engine: Engine) -> list[Any]:
+    """Every rank's weights and moments, hashed, with the schedule's position, AdamW's count and the pending gradients."""
+    digest = hashlib.sha256()
+    for part in engine.shards():
+        digest.update(part.name.encode() + part.local_tensor.contiguous().numpy().tobytes())
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, [digest.hexdigest(), engine.scalars(), engine.pending])
+    return every
+
+
 def not_finite(engine: Engine, rows: MemoryRows) -> dict[str, Any]:
     huge = {**rows.tensors, "advantages": torch.full_like(rows.tensors["advantages"], 1e308)}
-    before = engine.fingerprint(), engine.optimizer_steps
+    before = state_of(engine)
     result = run(engine, "update_actor", MemoryRows(huge, temperature=1e-3))
-    return {**result, "unchanged": before == (engine.fingerprint(), engine.optimizer_steps)}
+    return {**result, "unchanged": before == state_of(engine)}
 
 
 def refused(engine: Engine, rows: MemoryRows) -> dict[str, Any]:
@@ -147,6 +158,7 @@ def refused(engine: Engine, rows: MemoryRows) -> dict[str, Any]:
         "missing": MemoryRows({k: v for k, v in rows.tensors.items() if k != "advantages"}, **rows.metadata),
     }
     found = {}
+    before = state_of(engine)
     for name, broken in bad.items():
         mine: Any = None
         try:
@@ -156,6 +168,9 @@ def refused(engine: Engine, rows: MemoryRows) -> dict[str, Any]:
         every: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(every, mine)
         found[name] = every
+    found["unchanged"] = [before == state_of(engine)]
+    run(engine, "update_actor", rows)
+    found["goes_on"] = [all(one[0] != other[0] for one, other in zip(before, state_of(engine), strict=True))]
     return found
 
 

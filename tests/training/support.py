@@ -120,20 +120,23 @@ def batch(size: int = 7, width: int = 14, response: int = 8, temperature: float 
     )
 
 
-def run_ranks(world_size: int, checks: str, folder: Path, *arguments: str, limit: float = 300) -> dict[str, Any]:
-    """Run `checks` of ranks.py on that many processes over gloo; returns rank 0's JSON."""
+def run_ranks(
+    world_size: int, checks: str, folder: Path, *arguments: str, limit: float = 300, script: str = "ranks.py"
+) -> dict[str, Any]:
+    """Run `checks` of `script` (beside this file) on that many processes over gloo; returns rank 0's JSON."""
     out = folder / f"{checks}-{world_size}.json"
     meeting = folder / f"meeting-{checks}-{world_size}"
+    meeting.unlink(missing_ok=True)
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    script = str(Path(__file__).with_name("ranks.py"))
+    program = str(Path(__file__).with_name(script))
     ranks = [
         subprocess.Popen(
-            [sys.executable, script, checks, str(rank), str(world_size), str(meeting), str(out), *arguments],
+            [sys.executable, program, checks, str(rank), str(world_size), str(meeting), str(out), *arguments],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(world_size)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from nexrl_worker.training import InvalidValue
 from nexrl_worker.training.losses.aggregation import Aggregation
+from nexrl_worker.training.losses.correction import Correction
 from nexrl_worker.training.losses.divergence import kl_terms
 from nexrl_worker.training.losses.policy import LOSSES, Clip, policy_loss, select_tokens
-from torch import Tensor
 
 
 def tokens(log_probs: list[float], old: list[float] | None, gains: list[float]) -> Any:
@@ -43,27 +43,69 @@ def test_other_losses_by_hand() -> None:
     assert LOSSES["cross_entropy"].function(made, Clip()).loss.tolist()[0] == pytest.approx([1.0, 2.0])
 
 
-@pytest.mark.parametrize("name", sorted({*LOSSES} - {"gspo", "cispo"}))
-def test_gradients_are_finite_differences(name: str) -> None:
-    """Every loss's gradient is its slope, with old and the advantage held fixed."""
-    lp, _ = tokens([-1.0, -1.2, -0.4], None, [0.0] * 3)
+def test_gspo_by_hand() -> None:
+    """s = exp(mean(lp - old)) of the row: 3e-4 and 4e-4 around 1, the worth of -sA, the gradient -sA of every token."""
+    for shift, gain, slope in (
+        (3.9e-4, 2.0, True),
+        (4.1e-4, 2.0, False),
+        (-2.9e-4, -2.0, True),
+        (-3.1e-4, -2.0, False),
+    ):
+        gaps = [0.5 + shift, -1.5 + shift, 1.0 + shift]
+        lp, made = tokens([-1.0 + gap for gap in gaps], [-1.0] * 3, [gain] * 3)
+        bounds = policy_loss("gspo").clip
+        assert bounds == (3e-4, 4e-4)
+        found = LOSSES["gspo"].function(made, Clip(*bounds))
+        s = math.exp(shift)
+        assert found.loss.tolist()[0] == pytest.approx([-gain * min(max(s, 1 - 3e-4), 1 + 4e-4)] * 3, rel=1e-14)
+        found.loss.sum().backward()
+        assert lp.grad.tolist()[0] == pytest.approx([-gain * s if slope else 0.0] * 3, rel=1e-12)
 
-    def total(log_probs: Tensor) -> Tensor:
-        old, gains = torch.tensor([[-1.4, -1.1, -0.9]]).double(), torch.tensor([[1.0, -2.0, 0.5]]).double()
-        made = select_tokens(log_probs, torch.ones(1, 3).bool(), old, gains, gains)
-        return policy_loss(name).function(made, Clip(0.2, 0.2)).loss.sum()
 
-    assert torch.autograd.gradcheck(total, (lp,))
+def test_cispo_by_hand() -> None:
+    """-w A lp with w = min(r, 1.2): every token keeps its gradient, and a lower bound is there only where it is set."""
+    ratios, gains = [0.5, 1.1, 1.5], [2.0, -1.0, 3.0]
+    for low, least in ((None, 0.5), (0.2, 0.8)):
+        lp, made = tokens([math.log(r) - 1 for r in ratios], [-1.0] * 3, gains)
+        found = LOSSES["cispo"].function(made, Clip(low, 0.2))
+        weights = [least, 1.1, 1.2]
+        logs = [math.log(r) - 1 for r in ratios]
+        assert found.loss.tolist()[0] == pytest.approx(
+            [-w * a * x for w, a, x in zip(weights, gains, logs, strict=True)]
+        )
+        found.loss.sum().backward()
+        assert lp.grad.tolist()[0] == pytest.approx([-w * a for w, a in zip(weights, gains, strict=True)])
 
 
-def test_masked_values_never_matter() -> None:
-    """NaN and infinity under the mask change neither loss nor gradient."""
-    lp = torch.tensor([[-1.0, -float("inf"), float("nan")]], dtype=torch.float64, requires_grad=True)
-    bad = torch.tensor([[-1.0, float("nan"), float("inf")]], dtype=torch.float64)
-    made = select_tokens(lp, torch.tensor([[True, False, False]]), bad, bad)
-    loss = Aggregation("token-mean").numerator(LOSSES["ppo"].function(made, Clip()).loss, made.mask)
-    loss.backward()
-    assert loss.item() == 1.0 and lp.grad is not None and lp.grad.tolist() == [[1.0, 0.0, 0.0]]
+def test_correction_by_hand() -> None:
+    """Ratios 0.5, 1.5 and 4, whose product is 3, between bounds of 0.8 and 2: clipped, dropped, and both by the row."""
+    old, mask = torch.tensor([[0.5, 1.5, 4.0, float("nan")]]).double().log(), torch.tensor([[True, True, True, False]])
+    wanted = {
+        "token_truncate": [0.8, 1.5, 2.0],
+        "token_mask": [0.0, 1.5, 0.0],
+        "sequence_truncate": [2.0] * 3,
+        "sequence_mask": [0.0] * 3,
+    }
+    for mode, weights in wanted.items():
+        found = Correction(mode, 0.8, 2.0).weights(old, torch.zeros(1, 4).double(), mask)
+        assert found.tolist()[0][:3] == pytest.approx(weights)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_masked_values_never_matter(name: str) -> None:
+    """NaN and infinity under the mask change neither loss nor gradient, in every loss."""
+    junk, infinite = float("nan"), float("inf")
+    mask = torch.tensor([[True, False, True, False]])
+    found = []
+    for under in ([0.0, 0.0], [junk, infinite], [-infinite, junk], [1e308, -1e308]):
+        lp = torch.tensor([[-1.0, under[0], -2.0, under[1]]], dtype=torch.float64, requires_grad=True)
+        more = [torch.tensor([[x, under[1], y, under[0]]]).double() for x, y in ((-1.5, -1.9), (2.0, -1.5), (0.5, 3.0))]
+        made = select_tokens(lp, mask, *more)
+        loss = Aggregation("token-mean").numerator(LOSSES[name].function(made, Clip()).loss, mask)
+        loss.backward()
+        assert lp.grad is not None
+        found.append((loss.item(), lp.grad.tolist()))
+    assert found[0][0] != 0.0 and found == [found[0]] * 4
 
 
 def test_unknown_names_are_refused() -> None:
@@ -73,6 +115,7 @@ def test_unknown_names_are_refused() -> None:
         lambda: policy_loss("dpo"),
         lambda: Aggregation("mean"),
         lambda: kl_terms(value, value, "k9"),
+        lambda: Correction("mask", 0.0, 2.0),
     ):
         with pytest.raises(InvalidValue) as caught:
             call()
@@ -80,19 +123,26 @@ def test_unknown_names_are_refused() -> None:
 
 
 def test_aggregation_by_hand() -> None:
-    """Two rows of 3 and 1 scored tokens and one of none: three modes, three results."""
+    """Two rows of 3 and 1 scored tokens and one of none: four modes, four results."""
     values = torch.tensor([[1.0, 2.0, 6.0], [10.0, float("nan"), 0.0], [7.0, 7.0, 7.0]])
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]]).bool()
     wanted = {"token-mean": 19 / 4, "seq-mean-token-sum": 19 / 2, "seq-mean-token-mean": 13 / 2}
+    wanted["seq-mean-token-sum-norm"] = 19 / (2 * 8)
     for mode, value in wanted.items():
-        found = Aggregation(mode)
+        found = Aggregation(mode, 8.0)
         assert found.numerator(values, mask).item() / found.divisor(float(found.count(mask))) == pytest.approx(value)
 
 
 def test_kl_types_by_formula() -> None:
-    """k1 = d, abs = |d|, k2 = d^2/2, k3 = exp(-d) - 1 + d, under both their names."""
+    """k1 = d, abs = |d|, k2 = d^2/2, k3 = exp(-d) - 1 + d, under both their names; k1+ and k3+ have their values."""
     d = np.array([-0.7, 0.0, 1.3])
     wanted = {"k1": d, "abs": abs(d), "k2": d**2 / 2, "k3": np.exp(-d) - 1 + d}
-    wanted |= {"kl": wanted["k1"], "mse": wanted["k2"], "low_var_kl": wanted["k3"]}
+    wanted |= {
+        "k1+": wanted["k1"],
+        "k3+": wanted["k3"],
+        "kl": wanted["k1"],
+        "mse": wanted["k2"],
+        "low_var_kl": wanted["k3"],
+    }
     for kind, value in wanted.items():
         assert kl_terms(torch.from_numpy(d), torch.zeros(3).double(), kind).tolist() == pytest.approx(value.tolist())

@@ -134,7 +134,10 @@ def test_inactive_chunks_cost_nothing_and_stay_connected() -> None:
 
 
 def test_alignment_and_mask_precedence() -> None:
-    """Label k is column S-R+k, predicted one column before; scoring mask, else loss x attention, else attention."""
+    """Label k is column S-R+k, predicted at the last attended column before; a row's attended tokens come first.
+
+    The mask is the scoring mask, else loss x attention, else attention.
+    """
     ids = torch.arange(12).view(2, 6)
     attention = torch.tensor([[0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
     loss = torch.tensor([[1, 1, 1, 1, 0, 1], [0, 0, 0, 1, 0, 1]])
@@ -150,7 +153,15 @@ def test_alignment_and_mask_precedence() -> None:
     assert plain.labels.tolist() == [3, 4, 9, 10, 11]
     assert plain.input_ids.flatten()[plain.index].tolist() == [2, 3, 8, 9, 10]
     assert plain.scatter(plain.labels.double()).tolist() == [[3, 4, 0], [9, 10, 11]]
-    assert plain.position_ids.tolist() == [[0, 0, 1, 2, 3, 0], [0, 1, 2, 3, 4, 5]]
+    assert plain.input_ids.tolist() == [[1, 2, 3, 4, 0, 0], [6, 7, 8, 9, 10, 11]]
+    assert plain.attention_mask.tolist() == [[1, 1, 1, 1, 0, 0], [1] * 6]
+    assert [plain.position_ids[0, :4].tolist(), plain.position_ids[1].tolist()] == [[0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]
+    assert plain.input_ids.flatten()[plain.last].tolist() == [4, 11]
+    given = read({"position_ids": torch.arange(12).view(2, 6) + 20})
+    assert [given.position_ids[0, :4].tolist(), given.position_ids[1].tolist()] == [[21, 22, 23, 24], [*range(26, 32)]]
+    holed = read({"attention_mask": torch.tensor([[0, 1, 0, 1, 0, 1], [1, 1, 1, 0, 0, 0]])})
+    assert holed.labels.tolist() == [3, 5] and holed.input_ids.flatten()[holed.index].tolist() == [1, 3]
+    assert holed.slots.tolist() == [0, 2] and holed.mask.int().tolist() == [[1, 0, 1], [0, 0, 0]]
     assert read({"loss_mask": loss}).mask.int().tolist() == [[1, 0, 0], [1, 0, 1]]
     assert read({"loss_mask": loss, "scoring_attention_mask": attention * 0}).mask.sum() == 0
     wide, narrow, per_row = torch.arange(12.0).view(2, 6), torch.arange(6.0).view(2, 3), torch.tensor([5.0, 6.0])

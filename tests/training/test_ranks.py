@@ -113,12 +113,12 @@ class TestFacts:
         assert sum(half["actor/tokens"] for half in fact["halves"]) == fact["whole"]["actor/tokens"]
 
     def test_not_finite(self, facts: dict[int, dict[str, Any]], world_size: int) -> None:
-        """A gradient that is not finite skips the step and changes neither weights nor schedule."""
+        """A gradient that is not finite skips the step and changes no weight, moment or schedule on any rank."""
         result = facts[world_size]["not_finite"]
         assert result["step_applied"] is False and result["skipped"] == "non_finite_gradient" and result["unchanged"]
 
     def test_refused(self, facts: dict[int, dict[str, Any]], world_size: int) -> None:
-        """Bad values are refused by name and row, by the rank that reads them."""
+        """Bad values are refused by name and row, by the rank that reads them; nothing changes and the group goes on."""
         refused = facts[world_size]["refused"]
         nan, wrong_id, mask = ([error for error in refused[kind] if error] for kind in ("nan", "id", "mask"))
         assert [(e["tensor"], e["row"], e["actual"]) for e in nan] == [("advantages", 4, "nan")]
@@ -127,6 +127,7 @@ class TestFacts:
         assert all(error["tensor"] == "advantages" and error["actual"] == "[7, 5]" for error in refused["shape"])
         assert all("temperature" in error["message"] for error in refused["temperature"])
         assert all(error["actual"] == "missing" for error in refused["missing"])
+        assert refused["unchanged"] == [True] and refused["goes_on"] == [True]
 
     def test_reference(self, folder: Path, facts: dict[int, dict[str, Any]], world_size: int) -> None:
         """compute_ref_log_prob scores with the weights on disk, however far training has gone."""

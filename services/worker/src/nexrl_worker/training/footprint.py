@@ -87,7 +87,8 @@ def peak_mib(
     if trains:
         reduced = 2 if dist.get_world_size() > 1 else 1  # whole gradients, and their copy for the reduce-scatter
         passing += reduced * gathered + (own if len(micros) > 1 else 0)
-        stepping = own * (3 if fresh else 1)
+        # On CUDA the moments are counted from the start, on the CPU from when they are first touched.
+        stepping = own * (3 if fresh and device.type == "cpu" else 1)
     return held_mib(device) + (gathered + max(passing, stepping)) / _MIB
 
 
@@ -102,8 +103,8 @@ def _saved(root: Root) -> Iterator[dict[int, int]]:
         gathered = (param for param in root.parameters() if not isinstance(param, DTensor))
         if all(param.untyped_storage().data_ptr() != storage.data_ptr() for param in gathered):
             found[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
+            alive.append(tensor.detach())
+        return tensor.detach()  # a node that kept its own output, graph and all, would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield found

@@ -31,7 +31,7 @@ class Correction:
             raise InvalidValue(message, expected=", ".join(MODES), actual=str(self.mode))
 
     def weights(self, old: Tensor, rollout: Tensor, mask: Tensor) -> Tensor:
-        """w [n,R], without gradient; 1 where the bool mask [n,R] is False."""
+        """w [n,R], without gradient; what stands where the bool mask [n,R] is False has no meaning."""
         gap = torch.where(mask, old - rollout, 0.0).detach()
         if self.mode.startswith("sequence"):
             gap = gap.sum(dim=-1, keepdim=True).expand_as(gap)

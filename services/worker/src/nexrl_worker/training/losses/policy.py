@@ -44,7 +44,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class PerToken:
-    """A loss [n,R], and for the metrics the ratio it used and where a clip took the gradient away (bool [n,R])."""
+    """A loss [n,R], and for the metrics the ratio it used and where it lay beyond a bound that bites (bool [n,R])."""
 
     loss: Tensor
     ratio: Tensor | None = None

@@ -1,0 +1,287 @@
+"""One rank in this process: what each role computes, against transformers' own classes and formulas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from nexrl_worker.checkpoint.huggingface import FolderWriter, Stamp, export
+from nexrl_worker.training import Engine, InvalidValue
+from support import SMALL, MemoryRows, batch, config, plain_scores, save_model
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
+    Qwen2ForTokenClassification,
+)
+
+CPU = torch.device("cpu")
+PAD = 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    meeting = tmp_path_factory.mktemp("group") / "meeting"
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def engine_of(path: str, role: str, **changes: Any) -> Engine:
+    return Engine.build(config(path, **changes), role, CPU)
+
+
+def update(engine: Engine, operation: str, rows: MemoryRows, **params: Any) -> Any:
+    plan = engine.plan(operation, rows.size, rows.lengths())
+    engine.check(operation, plan, rows, params)
+    return engine.update(plan, rows, params)
+
+
+def compute(engine: Engine, operation: str, rows: MemoryRows, **params: Any) -> dict[str, Tensor]:
+    plan = engine.plan(operation, rows.size, rows.lengths())
+    engine.check(operation, plan, rows, params)
+    found = {}
+    for name, parts in engine.compute(plan, rows, params).items():
+        order = torch.tensor([row for indices, _ in parts for row in indices]).argsort()
+        found[name] = torch.cat([values for _, values in parts])[order]
+    return found
+
+
+def gradients(engine: Engine, operation: str, rows: MemoryRows, **params: Any) -> dict[str, Tensor]:
+    """Of `forward_backward`, undivided; or what an update's optimizer step gets."""
+    found: dict[str, Tensor] = {}
+
+    def seen(*_: Any) -> None:
+        for name, param in engine._root.hf.named_parameters():
+            found[name] = param.grad.full_tensor().clone()
+        engine._trainer.optimizer.discard()
+
+    engine._trainer.optimizer.step = seen
+    update(engine, operation, rows, **params)
+    return found
+
+
+def headed(folder: Path, kind: Any) -> str:
+    """A tiny Qwen2 with a random head of one output."""
+    torch.manual_seed(4)
+    kind(Qwen2Config(**SMALL, num_labels=1, tie_word_embeddings=True, pad_token_id=PAD)).save_pretrained(folder)
+    return str(folder)
+
+
+def padded(padding: str) -> MemoryRows:
+    """Rows that never hold the padding id among their tokens, and nothing else between them."""
+    rows = batch()
+    attention = torch.ones_like(rows.tensors["attention_mask"])
+    for row in range(rows.size):
+        if padding == "left":
+            attention[row, : row % 5] = 0
+        elif padding == "right":
+            attention[row, 14 - row % 5 :] = 0
+        else:
+            attention[row, [2, 5 + row, 13]] = 0
+    ids = torch.randint(1, 61, attention.shape, generator=torch.Generator().manual_seed(2))
+    ids[attention == 0] = PAD
+    return MemoryRows({"input_ids": ids, "attention_mask": attention, "responses": ids[:, 6:]})
+
+
+def own_answers(model: Any, rows: MemoryRows) -> Tensor:
+    attention = rows.tensors["attention_mask"]
+    positions = (attention.cumsum(dim=1) - 1).clamp(min=0)
+    with torch.no_grad():
+        answers = model(input_ids=rows.tensors["input_ids"], attention_mask=attention, position_ids=positions)
+    return answers.logits
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("padding", ["left", "right", "holes"])
+def test_rewards(tmp_path: Path, padding: str, packing: bool) -> None:
+    """compute_rewards pools at the last attended token, as transformers' sequence classification does."""
+    path = headed(tmp_path, Qwen2ForSequenceClassification)
+    rows = padded(padding)
+    found = compute(engine_of(path, "reward", packing=packing, ppo_micro_batch_size_per_gpu=3), "compute_rewards", rows)
+    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float64).eval()
+    wanted = own_answers(model, rows)[:, 0]
+    assert found["rewards"].shape == (7,) and wanted.std() > 0.1
+    assert torch.allclose(found["rewards"], wanted.float(), atol=1e-6)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("padding", ["left", "right", "holes"])
+def test_values(tmp_path: Path, padding: str, packing: bool) -> None:
+    """values[:, k] is transformers' token classification at position S-R-1+k, wherever k and k-1 are attended."""
+    path = headed(tmp_path, Qwen2ForTokenClassification)
+    rows = padded(padding)
+    found = compute(engine_of(path, "critic", packing=packing, ppo_micro_batch_size_per_gpu=3), "compute_values", rows)
+    model = AutoModelForTokenClassification.from_pretrained(path, dtype=torch.float64).eval()
+    wanted = own_answers(model, rows)[:, 5:13, 0]
+    attention = rows.tensors["attention_mask"].bool()
+    sure = attention[:, 6:] & attention[:, 5:13]
+    assert sure.any(dim=1).all() and wanted.std() > 0.1
+    assert torch.allclose(found["values"][sure], wanted.float()[sure], atol=1e-6)
+    assert found["values"][~attention[:, 6:]].abs().max() == 0 if padding == "right" else True
+
+
+def exported(engine: Engine, source: str, folder: Path) -> str:
+    folder.mkdir()
+    writer = FolderWriter(folder, Path(source), Stamp("t", 1, 1, "0" * 16), config_changes=engine.config_changes())
+    assert export(engine.full_weights(), writer) is None
+    writer.finish()
+    return str(folder)
+
+
+def test_critic(tmp_path: Path) -> None:
+    """Of a language model it starts at 0; trained and exported, transformers and a new critic load its values."""
+    path = save_model(tmp_path / "causal")
+    rows = padded("left")
+    engine = engine_of(path, "critic", ppo_micro_batch_size_per_gpu=3)
+    assert compute(engine, "compute_values", rows)["values"].abs().max() == 0
+    rows.tensors["returns"] = torch.linspace(-1, 1, 56).view(7, 8)
+    for _ in range(3):
+        update(engine, "update_critic", rows)
+    values = compute(engine, "compute_values", rows)["values"]
+    assert values.std() > 1e-3
+    folder = exported(engine, path, tmp_path / "exported")
+    again = compute(engine_of(folder, "critic"), "compute_values", rows)["values"]
+    assert torch.allclose(again, values, atol=1e-7)
+    model = AutoModelForTokenClassification.from_pretrained(folder, dtype=torch.float64).eval()
+    assert model.config.num_labels == 1
+    sure = (rows.tensors["attention_mask"][:, 6:] & rows.tensors["attention_mask"][:, 5:13]).bool()
+    assert torch.allclose(own_answers(model, rows)[:, 5:13, 0].float()[sure], values[sure], atol=1e-6)
+
+
+def test_explained_variance_of_equal_returns(tmp_path: Path) -> None:
+    """Returns that do not vary have no variance to explain: 0, not what rounding makes of it."""
+    rows = padded("right")
+    rows.tensors["returns"] = torch.full((7, 8), 0.1)
+    engine = engine_of(headed(tmp_path, Qwen2ForTokenClassification), "critic", dtype="float32")
+    metrics = update(engine, "update_critic", rows)[0].metrics
+    assert metrics["critic/explained_variance"] == 0.0 and metrics["critic/returns_mean"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("k", [1, 7, 61])
+def test_top_k(tmp_path: Path, k: int) -> None:
+    """compute_log_prob(top_k=K) gives torch.topk of log_softmax at every attended label, and the labels' own."""
+    path = save_model(tmp_path)
+    rows = batch()
+    found = compute(engine_of(path, "teacher", ppo_micro_batch_size_per_gpu=2), "compute_log_prob", rows, top_k=k)
+    assert found.keys() == {"old_log_probs", "teacher_topk_ids", "teacher_topk_log_probs"}
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    ids, attention = rows.tensors["input_ids"], rows.tensors["attention_mask"].bool()
+    with torch.no_grad():
+        assert torch.allclose(found["old_log_probs"], plain_scores(model, rows)[0].float(), atol=1e-6)
+        for row in range(rows.size):
+            logs = torch.log_softmax(model(input_ids=ids[row][attention[row]][None]).logits[0] / 0.7, dim=-1)
+            columns = [c for c in range(6, 14) if attention[row, c] and attention[row, :c].any()]
+            best = logs[[int(attention[row, :c].sum()) - 1 for c in columns]].topk(k, dim=-1)
+            places = [c - 6 for c in columns]
+            assert torch.equal(found["teacher_topk_ids"][row, places], best.indices)
+            assert torch.allclose(found["teacher_topk_log_probs"][row, places], best.values.float(), atol=1e-6)
+    with pytest.raises(InvalidValue, match="62"):
+        compute(engine_of(path, "teacher"), "compute_log_prob", rows, top_k=62)
+
+
+def test_linear(tmp_path: Path) -> None:
+    """`linear` answers with log-probabilities, and with w = dL/dlp has the gradient of a loss made outside."""
+    path = save_model(tmp_path)
+    rows = batch()
+    engine = engine_of(path, "actor", policy_loss="linear", grad_clip=0.0, ppo_micro_batch_size_per_gpu=2)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    mask = rows.tensors["scoring_attention_mask"][:, 6:].bool()
+    outside = plain_scores(model, rows)[0]
+    outside.retain_grad()
+    loss = torch.sigmoid(3 * outside[mask]).square().mean() + outside[mask].std()
+    loss.backward()
+    rows.tensors["loss_weights"] = outside.grad.where(mask, float("nan"))
+    parts = update(engine_of(path, "actor", policy_loss="linear"), "update_actor", rows)[0].answers["log_probs"]
+    assert torch.allclose(torch.cat([p for _, p in parts]), outside.detach().float(), atol=1e-6)
+    found = gradients(engine, "update_actor", rows)
+    wanted = {name: param.grad for name, param in model.named_parameters()}
+    assert all(torch.allclose(found[name], wanted[name], rtol=1e-9, atol=1e-12) for name in wanted)
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_two_teachers(tmp_path: Path, old: bool) -> None:
+    """The gradient follows the teacher: the gap of two teachers' gradients is that of an advantage of their gap."""
+    path = save_model(tmp_path)
+    rows = batch()
+    teachers = [rows.tensors["ref_log_prob"] + shift for shift in (0.0, torch.linspace(-1, 1, 8).double())]
+    del rows.tensors["advantages"]
+    if not old:
+        del rows.tensors["old_log_probs"]
+    found = []
+    for teacher in teachers:
+        rows.tensors["teacher_log_probs"] = teacher
+        engine = engine_of(path, "actor")
+        found.append(gradients(engine, "update_actor_with_distillation", rows, distillation_coeff=0.5))
+    rows.tensors["advantages"] = 0.5 * (teachers[1] - teachers[0])
+    name = "importance_sampling" if old else "reinforce"
+    wanted = gradients(engine_of(path, "actor", policy_loss=name), "update_actor", rows)
+    gap = sum(float((found[1][key] - found[0][key] - value).square().sum()) for key, value in wanted.items())
+    length = sum(float(value.square().sum()) for value in wanted.values())
+    assert (gap / length) ** 0.5 < 1e-5  # Qwen2's norms compute in float32 whatever the dtype
+    assert length > 1e-3
+
+
+def candidates(rows: MemoryRows, k: int = 3) -> MemoryRows:
+    logs = torch.log_softmax(torch.randn(7, 8, 61, generator=torch.Generator().manual_seed(0)).double(), dim=-1)
+    best = logs.topk(k, dim=-1)
+    more = {"teacher_topk_ids": best.indices, "teacher_topk_log_probs": best.values}
+    return MemoryRows({**rows.tensors, **more}, **rows.metadata)
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+def test_bad_candidates_are_refused(tmp_path: Path, kind: str) -> None:
+    """Ids beyond the vocabulary, ids twice, too much mass, NaN and wrong shapes: refused by name and row; masked, not."""
+    engine = engine_of(save_model(tmp_path), "actor", distillation_loss=kind)
+    good = candidates(batch())
+    operation = "update_actor_with_distillation"
+    plan = engine.plan(operation, 7, None)
+    engine.check(operation, plan, good, {})
+    mask = good.tensors["scoring_attention_mask"][:, 6:].bool()
+    row, k = (int(n) for n in mask.nonzero()[-1])
+
+    def changed(name: str, place: tuple[int, ...], value: Any) -> MemoryRows:
+        tensor = good.tensors[name].clone()
+        tensor[place] = value
+        return MemoryRows({**good.tensors, name: tensor}, **good.metadata)
+
+    ids, logs = "teacher_topk_ids", "teacher_topk_log_probs"
+    bad = [
+        changed(ids, (row, k, 1), 61),
+        changed(ids, (row, k, 2), -1),
+        changed(ids, (row, k, 1), int(good.tensors[ids][row, k, 0])),
+        changed(logs, (row, k), -0.5),
+        changed(logs, (row, k, 1), float("nan")),
+    ]
+    for rows in bad:
+        with pytest.raises(InvalidValue) as caught:
+            engine.check(operation, plan, rows, {})
+        assert caught.value.details()["row"] == row and caught.value.details()["tensor"] in (ids, logs)
+    for name, value in ((ids, 10_000), (logs, float("nan"))):
+        engine.check(operation, plan, changed(name, (~mask).nonzero()[0].unbind(), value), {})
+    short = MemoryRows({**good.tensors, ids: good.tensors[ids][:, :-1]}, **good.metadata)
+    with pytest.raises(InvalidValue, match=ids):
+        engine.check(operation, plan, short, {})
+
+
+def test_settings_that_lack_something_are_refused(tmp_path: Path) -> None:
+    """A correction without rollout_log_probs, a norm without its factor, an unknown loss, `linear` without weights."""
+    path = save_model(tmp_path)
+    correction = SimpleNamespace(mode="token_mask", lower=0.5, upper=2.0)
+    for changes, message in (
+        ({"rollout_correction": correction}, "rollout_log_probs"),
+        ({"loss_agg_mode": "seq-mean-token-sum-norm"}, "loss_scale_factor"),
+        ({"policy_loss": "dpo"}, "dpo"),
+        ({"policy_loss": "linear"}, "loss_weights"),
+    ):
+        engine = engine_of(path, "actor", **changes)
+        with pytest.raises(InvalidValue, match=message):
+            update(engine, "update_actor", batch())
