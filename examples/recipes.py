@@ -1,4 +1,4 @@
-"""The demo's two runs: which model learns which task, in how many steps of what size."""
+"""The runs by reward: which model learns which task, in how many steps of what size."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,6 +72,24 @@ def smollm2_recipe() -> Recipe:
         evaluate_every=3,
         checkpoint_every=0,
         target=0.6,
+    )
+
+
+def ppo_recipe() -> Recipe:
+    """The same random weights learn the larger or smaller of two digits, beside a critic of their size."""
+    return Recipe(
+        task=MinMaxTask(digits=2),
+        model=lambda folder, seed: make_tiny_model(folder / "model", MinMaxTask.words, seed),
+        steps=40,
+        supervised_steps=4,
+        prompts_per_step=64,
+        samples_per_prompt=4,
+        max_new_tokens=2,
+        lr=7e-4,
+        warmup_steps=4,
+        evaluate_every=8,
+        checkpoint_every=0,
+        target=0.8,
     )
 
 

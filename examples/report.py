@@ -1,10 +1,11 @@
-"""What a training run shows and keeps: progress bar, log, summary table and reward curve."""
+"""What a training run shows and keeps: progress bar, log, summary table and curve."""
 
 import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -15,25 +16,50 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from task import Prompt
 
-SHOWN = "reward {task.fields[reward]}  loss {task.fields[loss]:+.3f}  {task.fields[speed]:,.0f} tokens/s"
+SHOWN = "{task.fields[name]} {task.fields[measured]}  loss {task.fields[loss]:+.3f}  {task.fields[speed]:,.0f} tokens/s"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a run is judged by: a number measured on held-out prompts, and where it has to end.
+
+    A reward has to rise to `target`; with `falls` the number has to fall to that share of where it started.
+    """
+
+    title: str
+    target: float
+    name: str = "reward"
+    falls: bool = False
+    sampled: str = "sampled answers to training prompts"
+    held_out: str = "greedy answers to held-out prompts"
+    verdicts: tuple[str, str] = ("The policy learned its task.", "The policy did not learn its task.")
+
+    def level(self, first: float) -> float:
+        """What the last measurement is compared with."""
+        return self.target * first if self.falls else self.target
+
+    def reached(self, first: float, last: float) -> bool:
+        """Whether a run from `first` to `last` did what it had to."""
+        return last <= self.level(first) if self.falls else last >= self.level(first)
 
 
 class RunReport:
-    """Collects a run's numbers in `folder`: `log.jsonl` while it runs, `reward.png` at its end."""
+    """Collects a run's numbers in `folder`: `log.jsonl` while it runs, a curve (`reward.png`) at its end."""
 
-    def __init__(self, folder: Path, supervised_steps: int, grpo_steps: int, target: float) -> None:
+    def __init__(self, folder: Path, goal: Goal, steps: int, supervised_steps: int = 0) -> None:
         self.folder = folder
+        self._goal = goal
         self._supervised_steps = supervised_steps
-        self._target = target
         self._console = Console()
         self._held_out: list[tuple[int, float]] = []
         self._sampled: list[tuple[int, float]] = []
+        self._more: dict[str, list[tuple[int, float]]] = {}
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._started = self._step_started = time.perf_counter()
         columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TextColumn(SHOWN))
         self._progress = Progress(*columns, TimeElapsedColumn(), console=self._console)
-        total = supervised_steps + grpo_steps
-        self._bar = self._progress.add_task("start", total=total, reward="-", loss=0.0, speed=0.0)
+        fields = {"name": goal.name, "measured": "-", "loss": 0.0, "speed": 0.0}
+        self._bar = self._progress.add_task("start", total=supervised_steps + steps, **fields)
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -49,22 +75,28 @@ class RunReport:
         yield
         self._seconds[part] += time.perf_counter() - start
 
-    def step(self, phase: str, step: int, loss: float, tokens: int, reward: float | None = None) -> None:
-        """Record one optimizer step on `tokens` tokens; `reward` is the mean over the sampled answers."""
+    def step(
+        self, phase: str, step: int, loss: float, tokens: int, sampled: float | None = None, **more: float
+    ) -> None:
+        """Record one optimizer step on `tokens` tokens; `sampled` is the goal's number over the sampled answers."""
         now = time.perf_counter()
         speed = tokens / (now - self._step_started)
         self._step_started = now
-        self._write(phase=phase, step=step, reward=reward, loss=loss, tokens_per_second=round(speed))
+        measured = {self._goal.name: sampled}
+        self._write(phase=phase, step=step, **measured, loss=loss, tokens_per_second=round(speed), **more)
         self._progress.update(self._bar, description=phase, advance=1, loss=loss, speed=speed)
-        if reward is not None:
-            self._sampled.append((step, reward))
-            self._progress.update(self._bar, reward=f"{reward:.2f}")
+        for name, value in more.items():
+            self._more.setdefault(name.replace("_", " "), []).append((step, value))
+        if sampled is not None:
+            self._sampled.append((step, sampled))
+            self._progress.update(self._bar, measured=f"{sampled:.2f}")
 
-    def evaluated(self, step: int, reward: float) -> None:
-        """Record the mean reward on the held-out prompts after `step` steps."""
-        self._held_out.append((step, reward))
-        self._write(phase="held-out", step=step, reward=reward)
-        self._console.print(f"step {step:>3}: held-out reward {reward:.2f}")
+    def evaluated(self, step: int, value: float) -> None:
+        """Record the goal's number on the held-out prompts after `step` steps."""
+        self._held_out.append((step, value))
+        self._write(phase="held-out", step=step, **{self._goal.name: value})
+        more = "".join(f", {name} {values[-1][1]:.2f}" for name, values in self._more.items())
+        self._console.print(f"step {step:>3}: held-out {self._goal.name} {value:.2f}{more}")
         self._step_started = time.perf_counter()
 
     def show_answers(self, prompts: Sequence[Prompt], before: Sequence[str], after: Sequence[str]) -> None:
@@ -75,26 +107,31 @@ class RunReport:
         self._console.print(table)
 
     def finish(self) -> bool:
-        """Print the summary and draw the curve; returns whether the policy learned what it had to."""
+        """Print the summary and draw the curve; returns whether the run reached its goal."""
         self._draw()
-        (_, first), (steps, last) = self._held_out[0], self._held_out[-1]
-        learned = last >= self._target
-        table = Table(title="GRPO run", show_header=False)
-        table.add_row("held-out reward, start", f"{first:.2f}")
+        reached = self._goal.reached(self._held_out[0][1], self._held_out[-1][1])
+        self._console.print(self._summary())
+        self._console.print(self._goal.verdicts[0 if reached else 1])
+        self._console.print(f"Log and curve: {self.folder}", soft_wrap=True)
+        return reached
+
+    def _summary(self) -> Table:
+        goal, (_, first), (steps, last) = self._goal, self._held_out[0], self._held_out[-1]
+        table = Table(title=f"{goal.title} run", show_header=False)
+        table.add_row(f"held-out {goal.name}, start", f"{first:.2f}")
         if self._supervised_steps:
-            reward = dict(self._held_out)[self._supervised_steps]
-            table.add_row(f"after {self._supervised_steps} supervised steps", f"{reward:.2f}")
-        table.add_row("held-out reward, end", f"{last:.2f} (target {self._target:.2f})")
+            value = dict(self._held_out)[self._supervised_steps]
+            table.add_row(f"after {self._supervised_steps} supervised steps", f"{value:.2f}")
+        table.add_row(f"held-out {goal.name}, end", f"{last:.2f} (target {goal.level(first):.2f})")
+        for name, values in self._more.items():
+            table.add_row(f"{name}, end", f"{values[-1][1]:.2f}")
         table.add_row("optimizer steps", str(steps))
         table.add_section()
         total = time.perf_counter() - self._started
         for part, seconds in {**self._seconds, "other": total - sum(self._seconds.values())}.items():
             table.add_row(part, f"{seconds:6.1f} s  {seconds / total:4.0%}")
         table.add_row("total", f"{total:6.1f} s")
-        self._console.print(table)
-        self._console.print("The policy learned its task." if learned else "The policy did not learn its task.")
-        self._console.print(f"Log and reward curve: {self.folder}", soft_wrap=True)
-        return learned
+        return table
 
     def _write(self, **values: object) -> None:
         line = json.dumps({"seconds": round(time.perf_counter() - self._started, 2), **values})
@@ -102,14 +139,20 @@ class RunReport:
             log.write(line + "\n")
 
     def _draw(self) -> None:
+        goal = self._goal
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.subplots()
-        axes.plot(*zip(*self._sampled, strict=True), alpha=0.4, label="sampled answers to training prompts")
-        axes.plot(*zip(*self._held_out, strict=True), "o-", label="greedy answers to held-out prompts")
-        axes.axhline(self._target, color="grey", linestyle="--", linewidth=1, label="target")
+        axes.plot(*zip(*self._sampled, strict=True), alpha=0.4, label=goal.sampled)
+        axes.plot(*zip(*self._held_out, strict=True), "o-", label=goal.held_out)
+        for name, values in self._more.items():
+            axes.plot(*zip(*values, strict=True), ":", label=name)
+        level = goal.level(self._held_out[0][1])
+        axes.axhline(level, color="grey", linestyle="--", linewidth=1, label="target")
         if self._supervised_steps:
             axes.axvspan(0, self._supervised_steps, color="grey", alpha=0.15, label="supervised steps")
-        axes.set(title="GRPO through the training service", xlabel="optimizer step", ylabel="mean reward")
-        axes.set_ylim(-0.02, 1.02)
-        axes.legend(loc="lower right")
-        figure.savefig(self.folder / "reward.png", dpi=120)
+        axes.set(
+            title=f"{goal.title} through the training service", xlabel="optimizer step", ylabel=f"mean {goal.name}"
+        )
+        axes.set_ylim(bottom=-0.02, top=None if goal.falls else 1.02)
+        axes.legend(loc="upper right" if goal.falls else "lower right")
+        figure.savefig(self.folder / f"{goal.name.split()[0].lower()}.png", dpi=120)

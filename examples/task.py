@@ -27,34 +27,67 @@ class Task(Protocol):
 
 
 class MinMaxTask:
-    """The largest or smallest of three digits, "max 3 7 5 =" or "min 3 7 5 =": the answer depends on the operation and on every digit.
+    """The largest or smallest of some digits, "max 3 7 5 =" or "min 3 7 5 =": the answer depends on the operation and on every digit.
 
-    A fifth of all digit triples is held out, in every order and for both operations, so a policy that only
-    memorised its training prompts scores no better than a guess. The best constant answer is right in one
-    case of seven.
+    A fifth of all combinations of digits is held out, in every order and for both operations, so a policy that
+    only memorised its training prompts scores no better than a guess. The best constant answer is right in one
+    case of seven with three digits.
     """
 
     words = ("max", "min", "=", *map(str, range(10)))
 
-    def __init__(self) -> None:
-        triples = list(combinations_with_replacement(range(10), 3))
-        random.Random(0).shuffle(triples)
-        cut = len(triples) // 5
-        self.held_out = [prompt for triple in triples[:cut] for prompt in self._prompts(triple)]
-        self.train = [prompt for triple in triples[cut:] for prompt in self._prompts(triple)]
+    def __init__(self, digits: int = 3) -> None:
+        sets = list(combinations_with_replacement(range(10), digits))
+        random.Random(0).shuffle(sets)
+        cut = len(sets) // 5
+        self.held_out = [prompt for chosen in sets[:cut] for prompt in self._prompts(chosen)]
+        self.train = [prompt for chosen in sets[cut:] for prompt in self._prompts(chosen)]
 
     @staticmethod
-    def _prompts(triple: tuple[int, ...]) -> list[Prompt]:
-        orders = sorted(set(permutations(triple)))
+    def _prompts(chosen: tuple[int, ...]) -> list[Prompt]:
+        orders = sorted(set(permutations(chosen)))
         return [
-            Prompt(f"{name} {a} {b} {c} =", str(pick(triple)))
+            Prompt(f"{name} {' '.join(map(str, order))} =", str(pick(chosen)))
             for name, pick in (("max", max), ("min", min))
-            for a, b, c in orders
+            for order in orders
         ]
 
     def reward(self, prompt: Prompt, answer: str) -> float:
         """1.0 for exactly the right digit and nothing after it, else 0.0."""
         return float(answer.strip() == prompt.answer)
+
+
+class CountingLanguage:
+    """Sentences that count in circles, "up 3 by 2 =" 5 7 9 1 3 5, now and then with a slip: what a teacher can be sure of, and what not.
+
+    A sentence goes on from its last digit, a slip too, so its best model gives the right digit 0.91 and each
+    other one 0.01. A quarter of the beginnings is held out.
+    """
+
+    words = ("up", "down", "by", "=", *map(str, range(10)))
+    length = 6
+    slip = 0.1
+
+    def __init__(self) -> None:
+        beginnings = [(word, start, by) for word in ("up", "down") for start in range(10) for by in (1, 2)]
+        random.Random(0).shuffle(beginnings)
+        self.held_out, self.train = beginnings[:10], beginnings[10:]
+
+    @staticmethod
+    def prompt(beginning: tuple[str, int, int]) -> str:
+        """What stands before the digits."""
+        word, start, by = beginning
+        return f"{word} {start} by {by} ="
+
+    def sentence(self, beginning: tuple[str, int, int], draw: random.Random) -> str:
+        """One way to go on, drawn at random."""
+        word, digit, by = beginning
+        digits = []
+        for _ in range(self.length):
+            right = (digit + (by if word == "up" else -by)) % 10
+            digit = draw.randrange(10) if draw.random() < self.slip else right
+            digits.append(str(digit))
+        return " ".join(digits)
 
 
 class ShortAnswerTask:

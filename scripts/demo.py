@@ -1,7 +1,8 @@
-"""``make demo``: start the stack, run the trainer of ``examples/grpo.py`` against it, stop the stack."""
+"""``make demo``: start the stack, run a trainer of ``examples/`` against it, stop the stack."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -14,10 +15,14 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data" / "demo"
 READY = "nexrl ready "
 STOP_S = 120.0
+EXAMPLES = ("grpo", "ppo", "distill")
 
 
 def main() -> int:
-    """Exit status of the trainer; further arguments are passed on to it."""
+    """Exit status of the trainer of ``--example``; further arguments are passed on to it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--example", choices=EXAMPLES, default="grpo")
+    chosen, arguments = parser.parse_known_args()
     stack = subprocess.Popen(
         [sys.executable, "-m", "nexrl_stack", "up", "--port", "0", "--data", str(DATA), "--fresh"],
         cwd=ROOT,
@@ -32,7 +37,7 @@ def main() -> int:
             return stack.wait(STOP_S) or 1
         url = line.removeprefix(READY).strip()
         print(f"The stack runs at {url}; its logs are in {(DATA / '.nexrl' / 'logs').relative_to(ROOT)}", flush=True)
-        trainer = [sys.executable, "examples/grpo.py", "--url", url, *sys.argv[1:]]
+        trainer = [sys.executable, f"examples/{chosen.example}.py", "--url", url, *arguments]
         return subprocess.run(trainer, cwd=ROOT, check=False).returncode
     except KeyboardInterrupt:
         return 130

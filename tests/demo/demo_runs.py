@@ -1,4 +1,4 @@
-"""Running the demo's trainer as a program, and reading what it leaves."""
+"""Running a trainer of the examples as a program, and reading what it leaves."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from typing import Any
 from running_stack import Stack
 from safetensors.torch import load_file
 
-GRPO = Path(__file__).resolve().parents[2] / "examples" / "grpo.py"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
-def run_demo(stack: Stack, name: str, *options: str) -> tuple[subprocess.CompletedProcess[str], Path]:
+def run_demo(
+    stack: Stack, name: str, *options: str, program: str = "grpo"
+) -> tuple[subprocess.CompletedProcess[str], Path]:
     """Run the trainer to its end; its result and its run's folder."""
     folder = stack.data.parent / name
-    command = [sys.executable, str(GRPO), "--url", stack.url, "--output", str(folder), *options]
+    command = [sys.executable, str(EXAMPLES / f"{program}.py"), "--url", stack.url, "--output", str(folder), *options]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=850), folder
 
 

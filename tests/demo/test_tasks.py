@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
-import torch
-from grpo import group_advantages
-from task import MinMaxTask, Prompt, ShortAnswerTask
+from task import CountingLanguage, MinMaxTask, Prompt, ShortAnswerTask
 
 
 @pytest.mark.parametrize("task", [MinMaxTask(), ShortAnswerTask()], ids=["min-max", "short answers"])
@@ -56,8 +56,21 @@ def test_short_answers_earn_half_for_the_word_and_half_for_brevity() -> None:
     assert [ShortAnswerTask().reward(prompt, answer) for answer in answers] == [1, 1, 0.5, 0.5, 0]
 
 
-def test_advantages_compare_an_answer_with_its_own_group_alone() -> None:
-    """An easy prompt's answers gain nothing over a hard one's; a group of equals teaches nothing."""
-    advantages = group_advantages(torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0]])).view(2, 4)
-    assert advantages[0].tolist() == [0.0] * 4
-    assert advantages[1].tolist() == pytest.approx([-0.5, -0.5, -0.5, 1.5], abs=1e-4)
+def test_two_digits_are_a_smaller_task_of_the_same_kind() -> None:
+    task = MinMaxTask(digits=2)
+    assert len(task.train) + len(task.held_out) == 2 * 10**2
+    assert all(len(prompt.text.split()) == 4 for prompt in task.train)
+
+
+def test_sentences_go_on_from_their_last_digit_and_slip_now_and_then() -> None:
+    """What the teacher is to learn: nine digits in ten are the next one, counted from the one before."""
+    language, draw = CountingLanguage(), random.Random(0)
+    assert not set(language.held_out) & set(language.train)
+    right = total = 0
+    for word, start, by in language.train * 20:
+        last = start
+        for digit in map(int, language.sentence((word, start, by), draw).split()):
+            right += digit == (last + (by if word == "up" else -by)) % 10
+            last, total = digit, total + 1
+    assert total == 30 * 20 * language.length
+    assert right / total == pytest.approx(0.91, abs=0.02)

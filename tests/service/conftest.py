@@ -29,8 +29,18 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen2 with random weights: biases, grouped heads, tied embeddings."""
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    torch.manual_seed(0)
+    return make_model(tmp_path_factory.mktemp("model") / "tiny", seed=0)
+
+
+@pytest.fixture(scope="session")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same form with other weights, surer of its tokens: what a teacher holds."""
+    return make_model(tmp_path_factory.mktemp("model") / "other", seed=5, initializer_range=0.2)
+
+
+def make_model(folder: Path, seed: int, **more: Any) -> Path:
+    """Write a tiny Qwen2."""
+    torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -39,6 +49,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=True,
+        **more,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
@@ -62,3 +73,11 @@ def start_group(stack: Stack, tiny_model: Path) -> StartGroup:
 def student(start_group: StartGroup) -> HTTPTrainServiceClient:
     """The group that most tests share: two ranks. Tests say what they change, none relies on the weights of another."""
     return start_group("student", world_size=2)
+
+
+@pytest.fixture(scope="module")
+def teacher(start_group: StartGroup, other_model: Path) -> Iterator[HTTPTrainServiceClient]:
+    """One rank, forward only."""
+    client = start_group("teacher", role="teacher", model={"path": str(other_model)})
+    yield client
+    client.destroy()
