@@ -6,7 +6,7 @@ AdamW works element by element, so running it on the local parts gives what it w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.weights import Shard, parameter_shards
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_PIECE = 1024
 
 
 class Schedule:
@@ -94,7 +95,7 @@ class Optimizer:
         grads = [grad for grad in self._grads().values() if grad.numel()]
         total = torch.zeros((), dtype=torch.float64, device=device)
         if grads:
-            total = torch.stack(torch._foreach_norm(grads)).double().square().sum()
+            total = piece_norms(grads).double().square().sum()
         dist.all_reduce(total)
         return float(total.sqrt())
 
@@ -124,3 +125,18 @@ class Optimizer:
 
     def _grads(self) -> dict[str, Tensor]:
         return {name: param.grad.to_local() for name, param in self._params.items() if isinstance(param.grad, DTensor)}
+
+
+def piece_norms(tensors: Sequence[Tensor]) -> Tensor:
+    """L2 norms of pieces that make up the tensors, each small enough to be summed in its own dtype.
+
+    The CPU sums squares one after the other: in float32 the norm of 40 million of them would be 0.3 % off.
+    """
+    if tensors[0].device.type != "cpu":
+        return torch.stack(torch._foreach_norm(list(tensors)))
+    norms: list[Tensor] = []
+    for flat in (tensor.flatten() for tensor in tensors):
+        whole = flat.numel() // _PIECE * _PIECE
+        norms.append(torch.linalg.vector_norm(flat[:whole].view(-1, _PIECE), dim=1))
+        norms.append(torch.linalg.vector_norm(flat[whole:])[None])
+    return torch.cat(norms)
