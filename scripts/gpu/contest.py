@@ -50,7 +50,7 @@ class EngineSide:
         found = self._engine._probe
         self.told = {key: value for key, value in self._engine.info().items() if "steps" not in key}
         self.told |= {"chunked_difference": found.difference, "packed_difference": found.packed_difference}
-        self.told["estimated_peak_mib"] = self._engine.explain(self._plan, rows.lengths)["peak_memory_mib"]
+        self.told["estimated_peak_mib"] = self._engine.explain(self._plan, rows, rows.lengths, {})["peak_memory_mib"]
         if whole_logits:
             self._engine._root.fallback = "whole logits were asked for"  # type: ignore[assignment]
             self.told |= {"chunked_log_probs": False, "chunked_log_probs_reason": "whole logits were asked for"}

@@ -26,7 +26,7 @@ def measured(path: str, settings: dict[str, Any]) -> dict[str, Any]:
     rows = MemoryRows(tensors, temperature=1.0)
     before = engine.fingerprint()
     plan = engine.plan("update_actor", size, rows.lengths())
-    explained = engine.explain(plan, rows.lengths())
+    explained = engine.explain(plan, rows, rows.lengths(), {})
     unchanged = engine.fingerprint() == before and engine.optimizer_steps == 0 and not engine.pending
     results = [result.metrics for result in engine.update(plan, rows, {})]
     return {"explained": explained, "unchanged": unchanged, "results": results, "lengths": rows.lengths()}

@@ -68,6 +68,7 @@ def synchronisation(folder: Path, path: str) -> dict[str, Any]:
             backward(root, rows, indices, packed)
 
     for name, kept_back, packed in (("each", False, False), ("last", True, False), ("packed", True, True)):
+        clock.start()
         for _ in range(2):
             accumulate(kept_back, packed)
         scatters[name] = clock.seconds()["communication"]
@@ -94,7 +95,7 @@ def waiting(folder: Path, path: str) -> dict[str, Any]:
     clock = Clock(CPU)
     clock.watch(root)
     backward(root, rows, [0], False)
-    clock.seconds()
+    clock.start()
     dist.barrier()
     if dist.get_rank() == 1:
         time.sleep(0.5)

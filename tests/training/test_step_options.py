@@ -78,29 +78,21 @@ def test_the_clock_shows_who_waits(tmp_path: Path) -> None:
 
 
 def test_clock_adds_up_and_forgets() -> None:
-    """Blocks of one name add up, an exception does not lose its block, and `seconds` begins anew."""
+    """Blocks of one name add up, an exception does not lose its block; nothing counts before `start`, after `seconds`."""
     clock = Clock(CPU)
+    with clock.measure("backward"):
+        pass
+    clock.start()
     for _ in range(2):
         with clock.measure("forward"):
             time.sleep(0.02)
     with pytest.raises(KeyError), clock.measure("step"):
         raise KeyError
     seconds = clock.seconds()
-    assert 0.04 <= seconds["forward"] < 0.2 and seconds["step"] > 0.0 and seconds["backward"] == 0.0
+    assert seconds["forward"] >= 0.04 and seconds["step"] > 0.0 and seconds["backward"] == 0.0
+    with clock.measure("forward"):
+        pass
     assert set(clock.seconds().values()) == {0.0}
-
-
-def test_clock_costs_little() -> None:
-    """A measurement takes less than 20 microseconds: a hundred in a step of a second are a fifth of a percent."""
-    clock = Clock(CPU)
-    rounds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(2000):
-            with clock.measure("forward"):
-                pass
-        rounds.append((time.perf_counter() - start) / 2000)
-    assert min(rounds) < 20e-6
 
 
 # -- one rank ----------------------------------------------------------------------------------------------------------

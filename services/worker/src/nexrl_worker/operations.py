@@ -126,9 +126,11 @@ class Operations:
     def _update(self, request: Request) -> Outcome:
         def run(engine: Engine, plan: Plan, rows: PayloadRows) -> Outcome:
             results = engine.update(plan, rows, request.params)
-            outcome = self._answered(results[0].answers, rows.size)
+            first_epoch = results[: len(results) // self._config.ppo_epochs]
+            outcome = self._answered(_together([result.answers for result in first_epoch]), rows.size)
             return _with_metrics(outcome, [result.metrics for result in results], self._weights(engine))
 
+        self._sound_engine("update")
         return self._with_batch(request, run)
 
     def _forward_backward(self, request: Request) -> Outcome:
@@ -177,7 +179,8 @@ class Operations:
         operation = OPERATIONS[request.operation]
         assert request.payload is not None
         with self._team.agree(lambda: PayloadRows(self._store, str(request.payload), operation)) as rows:
-            self._team.agree(lambda: self._load_reference(engine, request, rows))
+            if self._team.agree(lambda: self._load_reference(engine, request, rows)):
+                engine.examine_reference()
             plan = self._plan(engine, request, rows)
             rows.keep(plan.rows_of(self._team.rank))
             self._team.agree(lambda: engine.check(request.operation, plan, rows, request.params))
@@ -187,16 +190,18 @@ class Operations:
 
     def _explained(self, engine: Engine, request: Request, plan: Plan, rows: PayloadRows) -> Outcome:
         lengths = self._team.broadcast({"lengths": self._lengths(rows)})["lengths"]
-        meta = {"plan": engine.explain(plan, lengths), "ignored": request.ignored}
+        meta = {"plan": engine.explain(plan, rows, lengths, request.params), "ignored": request.ignored}
         return Outcome({"metrics": {}, "meta_info": meta})
 
-    def _load_reference(self, engine: Engine, request: Request, rows: PayloadRows) -> None:
-        """Local; nothing where the operation needs none or it is there."""
-        if engine.lacks_reference(request.operation, rows, request.params):
-            own = self._config.ref.model.path
-            path, key = own or self._config.model.path, "actor.ref.model.path" if own else "actor.model.path"
-            check_model_folder(path, key)
-            self._reading(path, key, engine.reference)
+    def _load_reference(self, engine: Engine, request: Request, rows: PayloadRows) -> bool:
+        """Whether it was read now; not where the operation needs none or it is there. Local."""
+        if not engine.lacks_reference(request.operation, rows, request.params):
+            return False
+        own = self._config.ref.model.path
+        path, key = own or self._config.model.path, "actor.ref.model.path" if own else "actor.model.path"
+        check_model_folder(path, key)
+        self._reading(path, key, engine.load_reference)
+        return True
 
     def _timed(self, request: Request, run: Callable[[], Outcome]) -> Outcome:
         started = time.perf_counter()
@@ -222,10 +227,15 @@ class Operations:
         def count() -> list[int]:
             if not rows.has("attention_mask"):
                 return [rows.shape("input_ids")[1]] * (part.stop - part.start)
-            return [int(length) for length in rows.tensor("attention_mask", part).sum(dim=1).tolist()]
+            return [int(length) for length in (rows.tensor("attention_mask", part) != 0).sum(dim=1).tolist()]
 
         every = self._team.gather_lengths(self._team.agree(count))
         return None if every is None else [length for lengths in every for length in lengths]
+
+
+def _together(answers: list[dict[str, Parts]]) -> dict[str, Parts]:
+    """What several mini-batches answered, by name."""
+    return {name: [part for answer in answers for part in answer[name]] for name in answers[0]}
 
 
 def _with_metrics(outcome: Outcome, steps: list[dict[str, Any]], meta: dict[str, Any]) -> Outcome:

@@ -129,7 +129,7 @@ class MicroBatch:
 
     Shapes: input_ids, attention_mask, position_ids [n,C]; packed: [1,C], the mask None, and `segments` the rows that
     hold tokens. index, labels, slots [T], one per attended label: `index` into the flat layout (the predicting token),
-    `slots` into [n*R]; scored [T] bool on the CPU; last [n] the flat place of each row's last token (0 for a row
+    `slots` into [n*R]; scored [T] bool on the CPU; last [n] the flat place of each row's last token (-1 for a row
     without any); mask [n,R] bool; values {name: [n,R]}. `padded` counts the tokens computed, `attended` the real ones.
     """
 
@@ -203,6 +203,7 @@ class BatchReader:
         inputs = _pack(ids, masks.attention, positions) if self.packed else _trim(ids, masks.attention, positions)
         columns = torch.arange(ids.shape[1]).expand_as(ids)
         latest = torch.where(masks.attention, columns, 0).cummax(dim=-1).values
+        ends = inputs.places.gather(1, latest[:, -1:]).squeeze(1)
         return MicroBatch(
             input_ids=inputs.ids.to(self.device),
             attention_mask=None if self.packed else inputs.visible.long().to(self.device),
@@ -211,7 +212,7 @@ class BatchReader:
             labels=ids[row, k + first].long().to(self.device),
             slots=(row * response + k).to(self.device),
             scored=masks.scored[row, k],
-            last=inputs.places.gather(1, latest[:, -1:]).squeeze(1).to(self.device),
+            last=torch.where(masks.attention.any(dim=-1), ends, -1).to(self.device),
             mask=masks.scored.to(self.device),
             values={name: self._place(name, value) for name, value in values.items()},
             attended=int(masks.attention.sum()) if real else 0,

@@ -27,6 +27,11 @@ class Clock:
         self._device = device
         self._open: list[tuple[str, Any, Any]] = []
         self._sums: dict[str, float] = {}
+        self._runs = False
+
+    def start(self) -> None:
+        """Begin anew; until then, and after `seconds`, nothing is measured."""
+        self._open, self._sums, self._runs = [], {}, True
 
     def watch(self, root: nn.Module) -> None:
         """Measure the collectives of a model sharded with FSDP2; replaces its all-gather and reduce-scatter."""
@@ -38,6 +43,9 @@ class Clock:
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
         """Add the block's seconds to `name`, whether it raises or not."""
+        if not self._runs:
+            yield
+            return
         begin = self._now()
         try:
             yield
@@ -49,13 +57,13 @@ class Clock:
                 self._sums[name] = self._sums.get(name, 0.0) + end - begin
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of every part since the last call; waits for the device once."""
+        """Seconds of every part since `start`; waits for the device once."""
         if self._open:
             torch.cuda.synchronize(self._device)
         for name, begin, end in self._open:
             self._sums[name] = self._sums.get(name, 0.0) + begin.elapsed_time(end) / 1000.0
         self._open = []
-        sums, self._sums = self._sums, {}
+        sums, self._sums, self._runs = self._sums, {}, False
         return {name: sums.get(name, 0.0) for name in (*PARTS, COMMUNICATION)}
 
     def _now(self) -> Any:

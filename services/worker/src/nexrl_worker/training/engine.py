@@ -8,16 +8,15 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 from nexrl_worker.training.batch import BatchReader, Layout, Rows
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.explain import computed_lengths, explain_plan
-from nexrl_worker.training.footprint import measure_activations, peak_mib
+from nexrl_worker.training.footprint import Load, measure_activations, peak_mib
 from nexrl_worker.training.heads import ValueModel
-from nexrl_worker.training.kinds import KINDS, Kind, kind_of
+from nexrl_worker.training.kinds import kind_of
 from nexrl_worker.training.losses.value import ValueLoss
-from nexrl_worker.training.model import Options, Precision, build_root
+from nexrl_worker.training.model import Precision, load_root
 from nexrl_worker.training.objectives.base import Objective
 from nexrl_worker.training.objectives.policy import PolicyObjective
 from nexrl_worker.training.objectives.top_k import TopKObjective
@@ -26,9 +25,10 @@ from nexrl_worker.training.optim import Schedule
 from nexrl_worker.training.parallelize import release
 from nexrl_worker.training.plan import Cut, Plan, make_plan
 from nexrl_worker.training.probe import Probe, probe
+from nexrl_worker.training.queries import QUERIES
+from nexrl_worker.training.reference import FrozenReference
 from nexrl_worker.training.roots import Root
 from nexrl_worker.training.scorer import Scorer
-from nexrl_worker.training.scores import SCORES
 from nexrl_worker.training.spec import aggregation_of, loss_spec, needed_tensors, present, temperature_of
 from nexrl_worker.training.state import TrainingState
 from nexrl_worker.training.trainer import Parts, Result, Trainer
@@ -49,7 +49,7 @@ class Engine(TrainingState):
         self._actor = actor
         self._role = role
         self._probe = outcome
-        self._reference: Scorer | None = None
+        self._reference = FrozenReference(actor, root, outcome.packs, device)
 
     @classmethod
     def build(cls, actor: Any, role: str, device: torch.device, agree: Agree = lambda act: act()) -> Engine:
@@ -61,7 +61,7 @@ class Engine(TrainingState):
         if kind.trains:
             agree(lambda: Schedule(actor.optim))  # refuses a bad schedule before anything is loaded
         precision = Precision.of(actor.fsdp_config, device)
-        root: Root = agree(lambda: _build(actor, actor.model.path, device, kind, kind.trains))
+        root: Root = agree(lambda: load_root(actor, actor.model.path, device, kind, kind.trains))
         outcome = probe(root, device, precision.param, actor.model.use_remove_padding)
         if isinstance(root, Scorer):
             root.fallback = outcome.reason
@@ -98,7 +98,7 @@ class Engine(TrainingState):
         What only looks uses the first epoch of the next update's cut, so that the update starts at ratio 1.
         """
         actor = self._actor
-        steps = operation in UPDATES or operation in SCORES
+        steps = operation in UPDATES or operation in QUERIES
         mini = actor.ppo_mini_batch_size * actor.rollout.n if steps and actor.ppo_mini_batch_size else None
         cut = Cut(
             mini_rows=mini,
@@ -114,36 +114,47 @@ class Engine(TrainingState):
         """Raise InvalidValue if this rank's rows or the parameters cannot be used. Local: no collective."""
         layout = Layout.of(rows)
         names: tuple[str, ...] = ()
-        if operation in SCORES:
+        if operation in QUERIES:
             temperature_of(self._actor, rows)
             self._check_top_k(params.get("top_k"))
         elif operation == "update_critic":
             names = self._critic_tensors(rows, layout)
-            self._training().check(aggregation_of(self._actor), accumulates=False)
+            self._training()
         else:
             names = self._check_policy(operation, plan, rows, layout, params)
-        limits = self._limits(self._uses_reference(operation, rows, params))
+        with_reference = self._uses_reference(operation, rows, params) and not self._is_reference
+        if with_reference:
+            self._reference.check()
+        limits = self._limits(with_reference)
         check_rows(rows, layout, limits, names, plan.rows_of(dist.get_rank()))
 
     def lacks_reference(self, operation: str, rows: Rows, params: Mapping[str, Any]) -> bool:
-        """Whether `reference` has to come before this operation; raises InvalidValue for bad parameters. Local."""
-        return self._reference is None and self._uses_reference(operation, rows, params)
+        """Whether `load_reference` and `examine_reference` must come first; raises InvalidValue for bad parameters. Local."""
+        return self._uses_reference(operation, rows, params) and not (self._is_reference or self._reference.ready)
 
-    def explain(self, plan: Plan, lengths: Sequence[int]) -> dict[str, Any]:
+    def explain(self, plan: Plan, rows: Rows, lengths: Sequence[int], params: Mapping[str, Any]) -> dict[str, Any]:
         """What the plan means for rows of these lengths, with the peak memory of the largest rank. Collective."""
-        packed, trains = self._probe.packs, plan.operation in UPDATES or plan.operation == "forward_backward"
+        packed, config = self._probe.packs, self._actor
+        trains = plan.operation in UPDATES or plan.operation == "forward_backward"
         mine = [micro for mini in plan.mini_batches for micro in mini.ranks[dist.get_rank()]]
-        micros = [computed_lengths(micro, lengths, packed) for micro in mine]
-        recomputes = self._actor.model.enable_gradient_checkpointing
-        activations = measure_activations(self._root, self._device, self._wide, packed, recomputes)
-        fresh = trains and plan.operation in UPDATES and self.optimizer_steps == 0
-        mine_mib = peak_mib(self._root, activations, micros, trains, fresh, self._device)
-        peak = torch.tensor([mine_mib], dtype=torch.float64, device=self._device)
+        load = Load(
+            micros=[computed_lengths(micro, lengths, packed) for micro in mine],
+            trains=trains,
+            first_step=plan.operation in UPDATES and self.optimizer_steps == 0,
+            keeps_gradients=config.fsdp_config.gradient_sync == "mini_batch" and len(plan.mini_batches[0].ranks[0]) > 1,
+            reference=self._uses_reference(plan.operation, rows, params),
+            compute_bytes=Precision.of(config.fsdp_config, self._device).param.itemsize,
+        )
+        activations = measure_activations(
+            self._root, self._device, self._wide, packed, config.model.enable_gradient_checkpointing
+        )
+        peak = torch.tensor([peak_mib(self._root, activations, load, self._device)], dtype=torch.float64)
+        peak = peak.to(self._device)
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)
         return {
             **explain_plan(plan, lengths, packed),
             "packing": packed,
-            "gradient_sync": self._actor.fsdp_config.gradient_sync if trains else None,
+            "gradient_sync": config.fsdp_config.gradient_sync if trains else None,
             "peak_memory_mib": float(peak),
         }
 
@@ -184,18 +195,18 @@ class Engine(TrainingState):
 
     @torch.no_grad()
     def compute(self, plan: Plan, rows: Rows, params: Mapping[str, Any]) -> dict[str, Parts]:
-        """An operation of scores.py: by result name this rank's (row indices, values on the CPU). Collective.
+        """An operation of queries.py: by result name this rank's (row indices, values on the CPU). Collective.
 
         compute_ref_log_prob scores with the frozen weights of `ref.model.path` (else `model.path`), read at first use.
         """
         root = self.reference() if plan.operation == "compute_ref_log_prob" else self._root
-        score, temperature = SCORES[plan.operation], temperature_of(self._actor, rows)
+        query, temperature = QUERIES[plan.operation], temperature_of(self._actor, rows)
         reader = self._reader(rows, ())
         answers: dict[str, Parts] = {}
         try:
             for mini in plan.mini_batches:
                 for indices in mini.ranks[dist.get_rank()]:
-                    found = score(root, reader.read(indices), temperature, params.get("top_k"))
+                    found = query(root, reader.read(indices), temperature, params.get("top_k"))
                     for name, values in found.items():
                         parts = answers.setdefault(name, [])  # for a dummy too: all ranks answer with the same names
                         parts += [(list(indices), values.cpu())] if indices else []
@@ -203,20 +214,17 @@ class Engine(TrainingState):
             release(root)
         return answers
 
+    def load_reference(self) -> None:
+        """Read the frozen model; raises InvalidValue where that of `ref.model.path` does not fit. Local."""
+        self._reference.load()
+
+    def examine_reference(self) -> None:
+        """After `load_reference` on all ranks: find out how it may be computed, for `check` to refuse it. Collective."""
+        self._reference.examine()
+
     def reference(self) -> Scorer:
-        """The frozen model, read at first use; raises InvalidValue where that of `ref.model.path` does not fit. Local."""
-        if self._reference is None:
-            path = (self._actor.ref.model.path if self._actor.ref else None) or self._actor.model.path
-            reference = cast(Scorer, _build(self._actor, path, self._device, KINDS["ref"], trainable=False))
-            family, own = reference.hf.config.model_type, self._root.hf.config.model_type  # type: ignore[union-attr]
-            if family != own:  # what the probe found out holds for the group's own family
-                raise InvalidValue(f"the reference model in {path} is a {family}, the group's model a {own}")
-            known, needed = reference.vocabulary, self._root.vocabulary
-            if known < needed:
-                raise InvalidValue(f"the reference model in {path} knows {known} tokens, the group's model {needed}")
-            reference.fallback = cast(Scorer, self._root).fallback
-            self._reference = reference
-        return self._reference
+        """The frozen model: the group's own while it holds those weights, else one read at first use. Collective."""
+        return cast(Scorer, self._root) if self._is_reference else self._reference.scorer()
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
@@ -232,7 +240,7 @@ class Engine(TrainingState):
         names = needed_tensors(spec, rows, layout)
         self._training().check(spec.aggregation, accumulates=operation not in UPDATES)
         steps = len(plan.mini_batches)
-        if spec.top_k is None and spec.loss.needs_old and steps > 1 and not rows.has("old_log_probs"):
+        if spec.reads_old and steps > 1 and not rows.has("old_log_probs"):
             message = f"{steps} optimizer steps on one batch need old_log_probs"
             raise InvalidValue(message, tensor="old_log_probs", expected="[B,S] or [B,R]", actual="missing")
         return names
@@ -245,11 +253,16 @@ class Engine(TrainingState):
             raise InvalidValue(f"top_k is {k}, the model's vocabulary has {self._root.vocabulary} tokens")
 
     def _uses_reference(self, operation: str, rows: Rows, params: Mapping[str, Any]) -> bool:
-        if operation in SCORES:
+        if operation in QUERIES:
             return operation == "compute_ref_log_prob"
         if operation == "update_critic":
             return False
         return loss_spec(self._actor, operation, rows, params).uses_kl and not rows.has("ref_log_prob")
+
+    @property
+    def _is_reference(self) -> bool:
+        """Whether a group that does not learn still holds the weights that its reference would be read from."""
+        return not self._kind.trains and self.unchanged and self._reference.path == self._actor.model.path
 
     def _prepared(self, operation: str, rows: Rows, params: Mapping[str, Any]) -> tuple[Objective, BatchReader]:
         layout = Layout.of(rows)
@@ -275,12 +288,6 @@ class Engine(TrainingState):
         return torch.float64 if precision.model == torch.float64 else torch.float32
 
     def _limits(self, with_reference: bool = False) -> Limits:
-        roots = [self._root, self._reference] if with_reference and self._reference else [self._root]
+        roots = [self._root, self._reference.root] if with_reference and self._reference.root else [self._root]
         known = [getattr(root.hf.config, "max_position_embeddings", None) for root in roots]
         return Limits(self._root.vocabulary, min((most for most in known if most is not None), default=None))
-
-
-def _build(actor: Any, path: str, device: torch.device, kind: Kind, trainable: bool) -> Root:
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    precision = Precision.of(actor.fsdp_config, device)
-    return build_root(path, kind, precision, mesh, device, Options.of(actor.model), trainable)

@@ -17,6 +17,7 @@ from nexrl_worker.training.chunked import head_bytes
 from nexrl_worker.training.memory import held_mib
 from nexrl_worker.training.parallelize import decoder_layers, release
 from nexrl_worker.training.roots import Root
+from nexrl_worker.training.scorer import Scorer
 from nexrl_worker.training.tiny import TinyRows
 from nexrl_worker.training.weights import parameter_shards
 
@@ -45,7 +46,9 @@ def measure_activations(
     layers = decoder_layers(root.hf)
     saved: list[float] = []
     passing = 0.0
-    for length in _LENGTHS:
+    most = getattr(root.hf.config, "max_position_embeddings", None) or max(_LENGTHS)
+    lengths = [min(length, most) for length in _LENGTHS] if most >= max(_LENGTHS) else [most // 4, most // 2, most]
+    for length in lengths:
         rows = TinyRows(root.vocabulary, (length,))
         micro = BatchReader(rows, Layout.of(rows), (), device, dtype, packed).read([0])
         with _outputs(layers[0]) as outputs, _saved(root) as kept, torch.enable_grad():
@@ -53,7 +56,7 @@ def measure_activations(
         release(root)
         saved.append(float(sum(kept.values())))
         passing = sum(outputs) / length
-    powers = torch.tensor([[1.0, length, length**2] for length in _LENGTHS], dtype=torch.float64)
+    powers = torch.tensor([[1.0, length, length**2] for length in lengths], dtype=torch.float64)
     _, linear, square = torch.linalg.solve(powers, torch.tensor(saved, dtype=torch.float64)).tolist()
     if recomputes:  # every layer's input is kept, and one layer at a time is computed again
         hidden: Any = root.hf.config
@@ -62,34 +65,54 @@ def measure_activations(
     return Activations(max(linear, 0.0), max(square, 0.0), passing)
 
 
-def peak_mib(
-    root: Root,
-    activations: Activations,
-    micros: Sequence[Sequence[int]],
-    trains: bool,
-    fresh: bool,
-    device: torch.device,
-) -> float:
-    """The most MiB that this rank will hold (CUDA: allocated) over micro-batches of rows of these computed lengths.
+@dataclass(frozen=True)
+class Load:
+    """One rank's share of an operation: computed lengths of the rows of every micro-batch, and what they are for.
+
+    `first_step` touches AdamW's moments for the first time; `keeps_gradients`: whole ones, until the last micro-batch;
+    `compute_bytes` of a gathered weight.
+    """
+
+    micros: Sequence[Sequence[int]]
+    trains: bool
+    first_step: bool
+    keeps_gradients: bool
+    reference: bool
+    compute_bytes: int
+
+
+def peak_mib(root: Root, activations: Activations, load: Load, device: torch.device) -> float:
+    """The most MiB that this rank will hold (CUDA: allocated).
 
     What it holds now, the gathered weights, and the larger of two moments: when activations are whole (beside the
-    gradients of earlier micro-batches), or when the optimizer steps (`fresh`: and first touches AdamW's moments).
+    gradients of earlier micro-batches), or when the optimizer steps.
     """
     size = next(root.hf.parameters()).element_size()
     layers = [sum(param.numel() for param in layer.parameters()) for layer in decoder_layers(root.hf)]
     whole = sum(param.numel() for param in root.hf.parameters())
     own = sum(part.local_tensor.numel() for part in parameter_shards(root.hf)) * size
-    gathered = (whole - sum(layers) + 2 * max(layers)) * size
-    tokens = max((sum(micro) for micro in micros), default=0)
-    passing = max((activations.of(micro, trains) for micro in micros), default=0.0)
-    passing += head_bytes(tokens, root.vocabulary, device, trains)
+    gathered = (whole - sum(layers) + 2 * max(layers)) * load.compute_bytes
+    tokens = max((sum(micro) for micro in load.micros), default=0)
+    passing = max((activations.of(micro, load.trains) for micro in load.micros), default=0.0)
+    passing += _head(root, tokens, device, load.trains)
     stepping = 0
-    if trains:
+    if load.trains:
         reduced = 2 if dist.get_world_size() > 1 else 1  # whole gradients, and their copy for the reduce-scatter
-        passing += reduced * gathered + (own if len(micros) > 1 else 0)
+        passing += reduced * gathered + (own if len(load.micros) > 1 else 0)
+        passing += whole * size if load.keeps_gradients else 0
         # On CUDA the moments are counted from the start, on the CPU from when they are first touched.
-        stepping = own * (3 if fresh and device.type == "cpu" else 1)
+        stepping = own * (3 if load.first_step and device.type == "cpu" else 1)
+    gathered *= 2 if load.reference else 1
     return held_mib(device) + (gathered + max(passing, stepping)) / _MIB
+
+
+def _head(root: Root, tokens: int, device: torch.device, trains: bool) -> float:
+    """Bytes of logits: chunks of them, all of them several times over where the family computes its own, or none."""
+    if not isinstance(root, Scorer):
+        return 0.0
+    if root.fallback is not None:
+        return 4.0 * tokens * root.vocabulary * (6 if trains else 3)
+    return float(head_bytes(tokens, root.vocabulary, device, trains))
 
 
 @contextmanager

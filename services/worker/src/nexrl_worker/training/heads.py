@@ -41,8 +41,8 @@ class RewardModel(ScalarHead):
     """The reward model."""
 
     def rewards(self, micro: MicroBatch) -> Tensor:
-        """[n]: the head at every row's last attended position."""
-        return self._scalars(micro, micro.last)
+        """[n]: the head at every row's last attended position; 0 for a row without any."""
+        return torch.where(micro.last >= 0, self._scalars(micro, micro.last.clamp(min=0)), 0.0)
 
 
 def head_of(hf: nn.Module) -> nn.Linear:

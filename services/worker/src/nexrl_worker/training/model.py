@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import AutoConfig
 
 from nexrl_worker.training.errors import InvalidValue
@@ -73,6 +74,13 @@ class Options:
         """From `actor.model`."""
         head = None if model.lm_head_dtype is None else _dtype("model.lm_head_dtype", model.lm_head_dtype)
         return cls(model.enable_gradient_checkpointing, model.use_torch_compile, head)
+
+
+def load_root(actor: Any, path: str, device: torch.device, kind: Kind, trainable: bool) -> Root:
+    """The model of folder `path` over all ranks, computed as `actor` says; raises InvalidValue on a bad folder."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    precision = Precision.of(actor.fsdp_config, device)
+    return build_root(path, kind, precision, mesh, device, Options.of(actor.model), trainable)
 
 
 def build_root(

@@ -72,9 +72,15 @@ def shard(root: Root, mesh: DeviceMesh, param_dtype: torch.dtype | None, reduce_
 
 
 def release(root: Root) -> None:
-    """Free gathered parameters; without it a later forward would see the weights as they were when gathered."""
+    """Free gathered parameters; without it a later forward would see the weights as they were when gathered.
+
+    Also forgets the order of forwards that FSDP keeps for a backward: where none comes it would grow for ever.
+    """
     for module in _sharded(root):
         module.reshard()
+        for group in _groups(module):
+            group.comm_ctx.post_forward_order.clear()
+            group._post_forward_indices.clear()
 
 
 def synchronise(root: Root, on: bool) -> None:
@@ -96,11 +102,8 @@ def forget_kept_back(root: Root) -> None:
     if reset is not None:
         reset()
     for module in _sharded(root):
-        state: Any = module._get_fsdp_state()
-        # torch 2.11 has one group in a module; later ones may have several, under another name.
-        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-        for group in groups:
-            for param in group.fsdp_params if group is not None else ():
+        for group in _groups(module):
+            for param in group.fsdp_params:
                 param.unsharded_accumulated_grad = None
                 if hasattr(param, "_unsharded_param"):
                     param._unsharded_param.grad = None
@@ -109,3 +112,10 @@ def forget_kept_back(root: Root) -> None:
 
 def _sharded(root: Root) -> Iterator[FSDPModule]:
     return (module for module in root.modules() if isinstance(module, FSDPModule))
+
+
+def _groups(module: FSDPModule) -> list[Any]:
+    """FSDP's own record of a module's parameters: torch 2.11 has one, later ones may have several."""
+    state: Any = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return [group for group in groups if group is not None]

@@ -9,7 +9,7 @@ from typing import Any
 
 from nexrl_worker.training.batch import Layout, Rows
 from nexrl_worker.training.errors import InvalidValue
-from nexrl_worker.training.losses.aggregation import Aggregation
+from nexrl_worker.training.losses.aggregation import MODES, Aggregation
 from nexrl_worker.training.losses.correction import Correction
 from nexrl_worker.training.losses.policy import Clip, PolicyLoss, policy_loss
 
@@ -42,6 +42,11 @@ class LossSpec:
     def uses_kl(self) -> bool:
         return self.kl_coeff != 0.0
 
+    @property
+    def reads_old(self) -> bool:
+        """Whether `old_log_probs` would matter: for the ratio, or for what a rollout correction weighs by."""
+        return self.top_k is None and (self.loss.needs_old or self.correction is not None)
+
 
 def temperature_of(actor: Any, rows: Rows) -> float:
     """The batch's metadata, else the configuration, else 1.0; raises InvalidValue unless positive and finite."""
@@ -66,6 +71,8 @@ def loss_spec(actor: Any, operation: str, rows: Rows, params: Mapping[str, Any])
     name = _distillation_loss(actor, rows, kind) if distils else params.get("loss") or actor.policy_loss
     loss = policy_loss(name)
     mode = loss.mode or settings.get("loss_agg_mode") or actor.loss_agg_mode
+    if loss.mode is None and mode not in MODES:
+        raise InvalidValue(f"unknown loss_agg_mode {mode!r}", expected=", ".join(MODES), actual=str(mode))
     entropy_coeff = settings.get("entropy_coeff")
     correction = actor.rollout_correction if loss.needs_advantages and kind in (None, "policy_gradient") else None
     return LossSpec(
@@ -96,7 +103,7 @@ def needed_tensors(spec: LossSpec, rows: Rows, layout: Layout) -> tuple[str, ...
             (required if spec.correction is not None else optional).append("rollout_log_probs")
         if spec.loss.own_weights:
             required.append("loss_weights")
-        if spec.loss.needs_old:
+        if spec.reads_old or (spec.loss.needs_advantages and rows.has("rollout_log_probs")):
             optional.append("old_log_probs")
     if spec.uses_kl:
         optional.append("ref_log_prob")

@@ -35,6 +35,7 @@ class TrainingState:
         self._trainer = trainer
         self._device = device
         self.weight_version = 0
+        self._loaded = False
 
     @property
     def pending(self) -> bool:
@@ -45,6 +46,15 @@ class TrainingState:
     def optimizer_steps(self) -> int:
         """Optimizer steps applied so far: the schedule's position; 0 where the role does not learn."""
         return 0 if self._trainer is None else self._trainer.steps
+
+    @property
+    def unchanged(self) -> bool:
+        """True while the weights are those of the folder that the group was made of."""
+        return not self._loaded and self.optimizer_steps == 0
+
+    def architecture(self) -> str:
+        """The class of the model with its head: a checkpoint of another one is not loaded."""
+        return type(self._root.hf).__name__
 
     def shards(self, optimizer: bool = True) -> Iterator[Shard]:
         """This rank's part of the state: parameters, saved buffers (rank 0), and the moments if there are any."""
@@ -57,6 +67,7 @@ class TrainingState:
 
     def load_shards(self, reader: Reader, optimizer: bool = True) -> None:
         """Overwrite weights, and moments unless `optimizer` is False, with this rank's rows from `reader`."""
+        self._loaded = True
         load_parameters(self._root.hf, reader)
         if optimizer and self._trainer is not None:
             for part in self._trainer.optimizer.shards():
@@ -100,7 +111,7 @@ class TrainingState:
             return {}
         config: Any = self._root.hf.config
         return {
-            "architectures": [type(self._root.hf).__name__],
+            "architectures": [self.architecture()],
             "id2label": {str(number): label for number, label in config.id2label.items()},
             "label2id": config.label2id,
         }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +16,7 @@ from nexrl_worker.training.batch import BatchReader
 from nexrl_worker.training.clock import Clock
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.losses.aggregation import Aggregation
-from nexrl_worker.training.memory import Peak, peak_memory
+from nexrl_worker.training.memory import peak_memory
 from nexrl_worker.training.objectives.base import Objective, common_metrics
 from nexrl_worker.training.objectives.tally import Tally
 from nexrl_worker.training.optim import Optimizer, Schedule
@@ -64,12 +66,11 @@ class Trainer:
 
     def accumulate(self, plan: Plan, reader: BatchReader, objective: Objective) -> Result:
         """Add the batch's unnormalised loss gradients to those pending; metrics over all ranks. Collective."""
-        with peak_memory(self._device) as peak:
+        with self._measured() as costs:
             result, count = self._backward(plan.mini_batches[0], reader, objective, 1.0)
-        result.metrics |= self._costs(peak)
         before = 0.0 if self._pending is None else self._pending[1]
         self._pending = (objective.aggregation, before + count)
-        return result
+        return Result(result.metrics | costs, result.answers)
 
     def step(
         self, prefix: str, lr: float | None = None, grad_clip: float | None = None, discard: bool = False
@@ -77,36 +78,53 @@ class Trainer:
         """Divide the pending gradients by their denominator, clip, step; `skipped` says why not. Collective."""
         aggregation, count = self._pending or (Aggregation("sum"), 0.0)
         self._pending = None
-        if discard or count == 0.0:
+        if discard:
             self.optimizer.discard()
-            return {"step_applied": False, "skipped": "discarded" if discard else "nothing_to_learn"}
-        with self._clock.measure("step"):
-            return self._apply(prefix, aggregation.divisor(count), lr, grad_clip)
+            return {"step_applied": False, "skipped": "discarded"}
+        with self._measured() as costs:
+            metrics = self._apply(prefix, count, aggregation.divisor(count), lr, grad_clip)
+        return metrics | costs
 
     def update(self, plan: Plan, reader: BatchReader, objective: Objective) -> list[Result]:
         """One optimizer step per mini-batch, and what each gave. Collective."""
         results = []
         for mini, count in zip(plan.mini_batches, self._counts(plan, reader, objective.aggregation), strict=True):
-            with peak_memory(self._device) as peak:
+            with self._measured() as costs:
                 result, _ = self._backward(mini, reader, objective, objective.aggregation.divisor(count))
-                self._pending = (Aggregation("sum"), count)  # the gradients are divided already
-                result.metrics |= self.step(objective.prefix)
-            result.metrics |= self._costs(peak)
-            results.append(result)
+                applied = self._apply(objective.prefix, count, 1.0)  # the gradients are divided already
+            results.append(Result(result.metrics | applied | costs, result.answers))
         return results
 
-    def _apply(self, prefix: str, divisor: float, lr: float | None, grad_clip: float | None) -> dict[str, Any]:
+    def _apply(
+        self, prefix: str, count: float, divisor: float, lr: float | None = None, grad_clip: float | None = None
+    ) -> dict[str, Any]:
+        """Step on the gradients over `divisor`, unless `count` says that nothing was scored."""
         rate = self._schedule.lr(self.steps) if lr is None else lr
-        norm = self.optimizer.grad_norm() / divisor
-        metrics: dict[str, Any] = {f"{prefix}/grad_norm": norm, f"{prefix}/lr": rate}
-        if not math.isfinite(norm):
-            self.optimizer.discard()
-            return {**metrics, "step_applied": False, "skipped": "non_finite_gradient"}
-        limit = self._grad_clip if grad_clip is None else grad_clip
-        shrink = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
-        self.optimizer.step(shrink / divisor, rate)
+        with self._clock.measure("step"):
+            norm = self.optimizer.grad_norm() / divisor if count else 0.0
+            metrics: dict[str, Any] = {f"{prefix}/grad_norm": norm, f"{prefix}/lr": rate}
+            if count == 0.0 or not math.isfinite(norm):
+                self.optimizer.discard()
+                reason = "non_finite_gradient" if count else "nothing_to_learn"
+                return {**metrics, "step_applied": False, "skipped": reason}
+            limit = self._grad_clip if grad_clip is None else grad_clip
+            shrink = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
+            self.optimizer.step(shrink / divisor, rate)
         self.steps += 1
         return {**metrics, "step_applied": True, "skipped": None}
+
+    @contextmanager
+    def _measured(self) -> Iterator[dict[str, float]]:
+        """Seconds and MiB of the block, of the slowest and the largest rank; filled in when it ends well. Collective."""
+        costs: dict[str, float] = {}
+        self._clock.start()
+        with peak_memory(self._device) as peak:
+            yield costs
+        mine = {f"time/{name}_s": value for name, value in self._clock.seconds().items()}
+        mine["memory/peak_mib"] = peak.mib
+        most = torch.tensor(list(mine.values()), dtype=torch.float64, device=self._device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        costs |= dict(zip(mine, most.tolist(), strict=True))
 
     def _counts(self, plan: Plan, reader: BatchReader, aggregation: Aggregation) -> list[float]:
         """What every mini-batch's denominator counts, known from the masks before any forward. Collective.
@@ -156,11 +174,3 @@ class Trainer:
         totals = tally.reduce()
         metrics = {**common_metrics(objective, totals), **objective.metrics(totals)}
         return Result(metrics, answers), totals.sums["denominator"]
-
-    def _costs(self, peak: Peak) -> dict[str, float]:
-        """Seconds and MiB of the slowest and the largest rank since the last call. Collective."""
-        mine = {f"time/{name}_s": value for name, value in self._clock.seconds().items()}
-        mine["memory/peak_mib"] = peak.mib
-        most = torch.tensor(list(mine.values()), dtype=torch.float64, device=self._device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        return dict(zip(mine, most.tolist(), strict=True))

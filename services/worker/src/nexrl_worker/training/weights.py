@@ -50,6 +50,11 @@ class FolderReader:
             raise InvalidValue(f"{folder} has no safetensors weights; other formats are not read")
         self.names = set(self._files)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The whole tensor's shape."""
+        with safe_open(str(self._folder / self._files[name]), framework="pt") as file:
+            return tuple(file.get_slice(name).get_shape())
+
     def read(self, name: str, offset: int, length: int) -> Tensor:
         with safe_open(str(self._folder / self._files[name]), framework="pt") as file:
             part = file.get_slice(name)

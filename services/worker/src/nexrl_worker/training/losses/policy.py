@@ -50,6 +50,7 @@ class PerToken:
     ratio: Tensor | None = None
     clipped_low: Tensor | None = None
     clipped_high: Tensor | None = None
+    clipped_dual: Tensor | None = None
 
 
 def select_tokens(
@@ -86,11 +87,14 @@ def gspo(tokens: Tokens, clip: Clip) -> PerToken:
 
 def _clipped(tokens: Tokens, ratio: Tensor, clip: Clip) -> PerToken:
     gain = tokens.advantages
-    low, high = 1.0 - (clip.low or 0.0), 1.0 + clip.high
+    low, high = None if clip.low is None else 1.0 - clip.low, 1.0 + clip.high
     loss = torch.maximum(-gain * ratio, -gain * ratio.clamp(low, high))
+    below = torch.zeros_like(tokens.mask) if low is None else (gain < 0) & (ratio < low)
+    dual = None
     if clip.dual is not None:
+        dual = (gain < 0) & (ratio > clip.dual)
         loss = torch.where(gain < 0, torch.minimum(loss, -gain * clip.dual), loss)
-    return PerToken(loss, ratio, (gain < 0) & (ratio < low), (gain > 0) & (ratio > high))
+    return PerToken(loss, ratio, below, (gain > 0) & (ratio > high), dual)
 
 
 def cispo(tokens: Tokens, clip: Clip) -> PerToken:

@@ -60,6 +60,8 @@ class PolicyObjective:
             found["actor/pg_clipfrac_low"] = totals.share("clipped_low", "tokens")
             found["actor/pg_clipfrac_high"] = totals.share("clipped_high", "tokens")
             found["actor/pg_clipfrac"] = found["actor/pg_clipfrac_low"] + found["actor/pg_clipfrac_high"]
+        if "clipped_dual" in sums:
+            found["actor/pg_clipfrac_dual"] = totals.share("clipped_dual", "tokens")
         if "mismatch" in sums:
             found["actor/mismatch_kl"] = totals.share("mismatch", "tokens")
             found["actor/mismatch_k3"] = totals.share("mismatch_k3", "tokens")
@@ -109,3 +111,5 @@ def _count_ratios(tokens: Tokens, per_token: PerToken, tally: Tally) -> None:
     if per_token.clipped_low is not None and per_token.clipped_high is not None:
         tally.add("clipped_low", (mask & per_token.clipped_low).sum())
         tally.add("clipped_high", (mask & per_token.clipped_high).sum())
+    if per_token.clipped_dual is not None:
+        tally.add("clipped_dual", (mask & per_token.clipped_dual).sum())

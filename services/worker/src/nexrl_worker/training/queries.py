@@ -13,7 +13,7 @@ from nexrl_worker.training.heads import RewardModel, ValueModel
 from nexrl_worker.training.roots import Root
 from nexrl_worker.training.scorer import Scorer
 
-Score = Callable[[Root, MicroBatch, float, int | None], dict[str, Tensor]]
+Query = Callable[[Root, MicroBatch, float, int | None], dict[str, Tensor]]
 
 
 def _log_probs(root: Root, micro: MicroBatch, temperature: float, k: int | None) -> dict[str, Tensor]:
@@ -37,7 +37,7 @@ def _rewards(root: Root, micro: MicroBatch, temperature: float, k: int | None) -
 
 
 # Results are [n,R] ([n,R,K] of the top k, [n] of rewards); 0 where a token is not attended.
-SCORES: dict[str, Score] = {
+QUERIES: dict[str, Query] = {
     "compute_log_prob": _log_probs,
     "compute_ref_log_prob": _reference,
     "compute_values": _values,

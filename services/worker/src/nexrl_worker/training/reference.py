@@ -1,0 +1,94 @@
+"""The frozen model beside a group's own, which KL terms and compute_ref_log_prob score with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+
+from nexrl_worker.training.errors import InvalidValue
+from nexrl_worker.training.kinds import KINDS
+from nexrl_worker.training.model import Precision, load_root
+from nexrl_worker.training.probe import Probe, probe
+from nexrl_worker.training.roots import Root
+from nexrl_worker.training.scorer import Scorer
+
+_ELSEWHERE = "another rank found a difference"
+
+
+class FrozenReference:
+    """The model of `ref.model.path`, else of `model.path`: loaded (local), examined (collective), then used.
+
+    It is of the family of the group's `own` root, but its configuration is its own (scaled logits, windows), and so
+    is what a probe finds out about it. `packs`: the group's rows are packed, so the reference must bear it too.
+    """
+
+    def __init__(self, actor: Any, own: Root, packs: bool, device: torch.device) -> None:
+        self.path: str = (actor.ref.model.path if actor.ref else None) or actor.model.path
+        self.root: Scorer | None = None
+        self._actor = actor
+        self._own = own
+        self._packs = packs
+        self._device = device
+        self._refusal: str | None = None
+        self._examined = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether `examine` has been here: from then on `check` knows."""
+        return self._examined
+
+    def load(self) -> None:
+        """Read the folder unless it is read; raises InvalidValue where the model does not fit the group's. Local."""
+        if self.root is not None or self._examined:
+            return
+        root = cast(Scorer, load_root(self._actor, self.path, self._device, KINDS["ref"], trainable=False))
+        family, own = root.hf.config.model_type, self._own.hf.config.model_type  # type: ignore[union-attr]
+        if family != own:  # the same ids mean other tokens
+            raise InvalidValue(f"the reference model in {self.path} is a {family}, the group's model a {own}")
+        known, needed = root.vocabulary, self._own.vocabulary
+        if known < needed:
+            raise InvalidValue(f"the reference model in {self.path} knows {known} tokens, the group's model {needed}")
+        self.root = root
+
+    def examine(self) -> None:
+        """Find out how the loaded model may be computed, the same on all ranks. Collective; `check` tells what is wrong."""
+        assert self.root is not None
+        dtype = Precision.of(self._actor.fsdp_config, self._device).param
+        outcome = strictest(probe(self.root, self._device, dtype, self._packs), self._device)
+        self.root.fallback = outcome.reason
+        if self._packs and not outcome.packs:
+            self._refusal = (
+                f"the reference model in {self.path} cannot be computed on packed rows ({outcome.packing_reason}), and "
+                "the group packs: start it with model.use_remove_padding false, or send ref_log_prob"
+            )
+            self.root = None
+        self._examined = True
+
+    def check(self) -> None:
+        """Raise InvalidValue if `examine` found that the group cannot use the model. Local."""
+        if self._refusal is not None:
+            raise InvalidValue(self._refusal)
+
+    def scorer(self) -> Scorer:
+        """The model, loaded and examined if it is not yet. Collective then."""
+        if not self._examined:
+            self.load()
+            self.examine()
+        self.check()
+        assert self.root is not None
+        return self.root
+
+
+def strictest(outcome: Probe, device: torch.device) -> Probe:
+    """`outcome` with what any rank found against chunks or packing: ranks must compute alike. Collective."""
+    worst = torch.tensor([outcome.reason is not None, not outcome.packs], dtype=torch.int32, device=device)
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    differs, padded = worst.tolist()
+    if differs and outcome.reason is None:
+        outcome = replace(outcome, reason=_ELSEWHERE)
+    if padded and outcome.packs:
+        outcome = replace(outcome, packs=False, packing_reason=_ELSEWHERE)
+    return outcome
