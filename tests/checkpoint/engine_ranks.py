@@ -31,7 +31,7 @@ def load(engine: Engine, folder: Path, rank: int, world_size: int) -> None:
     plan = inspect(folder / "ckpt")
     plan.verify(rank, world_size)
     reader = plan.reader()
-    plan.check_fits(reader, {shard.name: shard.global_shape for shard in engine.shards()})
+    plan.check_fits(reader, {shard.name: shard.global_shape for shard in engine.shards()}, engine.architecture())
     engine.load_shards(reader)
     engine.load_scalars(plan.state()["scalars"])
     reader.close()

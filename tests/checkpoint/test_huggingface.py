@@ -112,6 +112,6 @@ def test_a_folder_of_any_maker_gives_row_ranges(tmp_path: Path) -> None:
     plan = inspect(tmp_path / "several")
     reader = plan.reader()
     assert plan.kind == "huggingface" and plan.record is None and not plan.has_optimizer
-    plan.check_fits(reader, {name: tuple(param.shape) for name, param in model.named_parameters()})
+    plan.check_fits(reader, {name: tuple(param.shape) for name, param in model.named_parameters()}, "LlamaForCausalLM")
     assert torch.equal(reader.read("lm_head.weight", 10, 5), model.lm_head.weight[10:15])
     assert len(json.loads((tmp_path / "several" / "model.safetensors.index.json").read_bytes())["weight_map"]) > 4

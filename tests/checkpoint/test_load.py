@@ -134,7 +134,7 @@ def test_another_models_checkpoint_is_refused(tmp_path: Path, needed: dict[str, 
     """Names and shapes are compared with the group's before anything is read."""
     plan = inspect(published(tmp_path))
     with pytest.raises(ServiceError, match=message):
-        plan.check_fits(plan.reader(), needed)
+        plan.check_fits(plan.reader(), needed, "Toy")
 
 
 def test_a_link_is_followed_once(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_a_weight_only_save_has_no_optimizer_and_loads(tmp_path: Path) -> None:
     reader = plan.reader()
     assert not plan.has_optimizer
     assert not any(name.startswith("optim.") for name in reader.shapes)
-    plan.check_fits(reader, {name: tuple(tensor.shape) for name, tensor in make_state().items()})
+    plan.check_fits(reader, {name: tuple(tensor.shape) for name, tensor in make_state().items()}, "Toy")
 
 
 def test_a_flipped_byte_is_found_by_the_rank_that_hashes_the_file(tmp_path: Path) -> None:

@@ -112,7 +112,8 @@ def make(folder: Path, name: str, variant: str, draw: dict[str, Any], path: str,
     loss = _loss(LOSSES[variant], draw, critic)
     steps = -(-draw["size"] // (draw["mini"] or draw["size"])) * draw["epochs"]
     rows = _rows(draw, load(path, critic), critic)
-    needs_old = loss.name in ("ppo", "grpo", "gspo", "cispo", "importance_sampling")
+    ratio = loss.name in ("ppo", "grpo", "gspo", "cispo", "importance_sampling")
+    needs_old = ratio or loss.correction is not None
     names = ["advantages", "loss_weights", "teacher_log_probs", "teacher_topk_ids", "teacher_topk_log_probs"]
     if critic:
         names = ["returns", *(["values"] if draw["old"] else [])]

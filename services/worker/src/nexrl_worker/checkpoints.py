@@ -142,6 +142,7 @@ class Checkpoints:
     def _write_sharded(self, engine: Engine, folder: Path, step: int, seq: int, *, weight_only: bool) -> None:
         rank, size = self._team.rank, self._team.size
         state = {
+            "architecture": engine.architecture(),
             "scalars": engine.scalars(),
             "step": step,
             "seq": seq,
@@ -188,7 +189,7 @@ class Checkpoints:
         try:
             full = plan.has_optimizer and not weight_only
             needed = {part.name: part.global_shape for part in engine.shards(optimizer=full)}
-            self._team.agree(lambda: plan.check_fits(reader, needed))
+            self._team.agree(lambda: plan.check_fits(reader, needed, engine.architecture()))
             self._team.agree(lambda: plan.check_unchanged(mark))
             state = self._team.agree(lambda: _usable_state(engine, plan)) if full else {}
             rng = self._team.agree(lambda: _usable_rng(engine, plan, self._team)) if full else None

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from nexrl_contract.config import parse_config
+from nexrl_contract.sections import ActorConfig
 from nexrl_payloads import open_store
 
 from nexrl_worker.consumer import Consumer
@@ -27,7 +27,7 @@ def serve(settings: RankSettings) -> None:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_COLLECTIVE_LIMIT)
     team = Team()
     store = open_store(settings.payloads, fsync=settings.fsync)
-    config = parse_config({"actor": settings.config}).entry.actor
+    config = ActorConfig.model_validate(settings.config)
     operations = Operations(settings, config, team, store, device)
     if settings.restore:
         operations.restore()

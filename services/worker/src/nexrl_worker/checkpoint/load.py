@@ -19,6 +19,9 @@ from nexrl_worker.checkpoint.model_files import CONFIG
 from nexrl_worker.checkpoint.readers import HuggingFaceReader, ShardReader, TensorReader, weight_files
 from nexrl_worker.checkpoint.shards import OPTIMIZER_PREFIX, STATE, read_index
 
+# What transformers calls the heads of models that are no language models.
+_HEADS = ("score", "classifier", "qa_outputs")
+
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
@@ -68,11 +71,12 @@ class LoadPlan:
             else HuggingFaceReader(self.folder)
         )
 
-    def check_fits(self, reader: TensorReader, needed: Mapping[str, tuple[int, ...]]) -> None:
-        """``needed``: the group's tensors and global shapes.
+    def check_fits(self, reader: TensorReader, needed: Mapping[str, tuple[int, ...]], architecture: str) -> None:
+        """``needed``: the group's tensors and global shapes; ``architecture``: the class of its model.
 
         Raises ``CHECKPOINT_INVALID`` where it is another model's checkpoint. Afterwards every file that will be read is open.
         """
+        self._check_head(reader, needed, architecture)
         for name, shape in needed.items():
             if name.startswith(OPTIMIZER_PREFIX) and not self.has_optimizer:
                 continue
@@ -88,8 +92,31 @@ class LoadPlan:
                 )
             reader.check(name)
 
+    def _check_head(self, reader: TensorReader, needed: Mapping[str, tuple[int, ...]], architecture: str) -> None:
+        """A model with a tied head needs nothing that a critic's checkpoint lacks: what is too much tells them apart."""
+        saved = self._architecture()
+        if saved is not None and saved != architecture:
+            raise ServiceError(
+                "CHECKPOINT_INVALID", f"{self.folder} holds a {saved}, the group's model is a {architecture}"
+            )
+        for name in sorted(reader.shapes.keys() - needed.keys()):
+            if name.split(".")[0] in _HEADS:
+                message = f"{self.folder} holds {name}, a head that the group's {architecture} does not have"
+                raise ServiceError("CHECKPOINT_INVALID", message, tensor=name)
+
+    def _architecture(self) -> str | None:
+        """The class of the model that a group saved; None where it is not known."""
+        path = self.folder / STATE
+        if self.kind != "sharded" or not path.is_file():
+            return None
+        try:
+            saved = json.loads(path.read_bytes()).get("architecture")
+        except (OSError, ValueError, AttributeError):
+            raise ServiceError("CHECKPOINT_INVALID", f"{path} is not the state of a group") from None
+        return None if saved is None else str(saved)
+
     def state(self) -> dict[str, Any]:
-        """What rank 0 wrote of the group (scalars, seq, step, seed, threads); raises ``CHECKPOINT_INVALID``.
+        """What rank 0 wrote of the group (architecture, scalars, seq, step, seed, threads); raises ``CHECKPOINT_INVALID``.
 
         Sharded only.
         """

@@ -37,7 +37,7 @@ class ShardLike(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class GroupState:
-    """What rank 0 writes once: ``state`` (scalars, seq, step, seed, threads: JSON), and the small files of the
+    """What rank 0 writes once: ``state`` (architecture, scalars, seq, step, seed, threads: JSON), and the small files of the
     model's ``source`` folder with ``changes`` to its configuration.
     """
 

@@ -142,7 +142,7 @@ class Engine(TrainingState):
             trains=trains,
             first_step=plan.operation in UPDATES and self.optimizer_steps == 0,
             keeps_gradients=config.fsdp_config.gradient_sync == "mini_batch" and len(plan.mini_batches[0].ranks[0]) > 1,
-            reference=self._uses_reference(plan.operation, rows, params),
+            reference=self._uses_reference(plan.operation, rows, params) and not self._is_reference,
             compute_bytes=Precision.of(config.fsdp_config, self._device).param.itemsize,
         )
         activations = measure_activations(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from nexrl_worker.training.batch import BatchReader, Layout, MicroBatch
@@ -33,6 +34,7 @@ class Probe:
     packing_reason: str | None = None
 
 
+_ELSEWHERE = "another rank found a difference"
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 # Of packed from padded rows: some families compute softmax or norms in float32 whatever the dtype.
 _PACKED_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -49,9 +51,10 @@ def probe(root: Root, device: torch.device, dtype: torch.dtype, packing: bool = 
     """
     try:
         if isinstance(root, Scorer):
-            return _probe_scorer(root, device, dtype, packing)
+            return _strictest(_probe_scorer(root, device, dtype, packing), device)
         scale = float(_attempt(root, _tiny(root.vocabulary, device, packed=False), []).abs().max())
-        return _with_packing(Probe(float("nan"), None), root, device, dtype, packing, max(scale, 1e-6))
+        found = _with_packing(Probe(float("nan"), None), root, device, dtype, packing, max(scale, 1e-6))
+        return _strictest(found, device)
     finally:
         release(root)
 
@@ -159,3 +162,15 @@ def _enlarged(scorer: Scorer, scale: float) -> Iterator[None]:
 def _tiny(vocabulary: int, device: torch.device, packed: bool) -> MicroBatch:
     rows = TinyRows(vocabulary, _LENGTHS)
     return BatchReader(rows, Layout.of(rows), (), device, torch.float32, packed).read(range(rows.size))
+
+
+def _strictest(outcome: Probe, device: torch.device) -> Probe:
+    """`outcome` with what any rank found against chunks or packing: ranks must compute alike. Collective."""
+    worst = torch.tensor([outcome.reason is not None, not outcome.packs], dtype=torch.int32, device=device)
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    differs, padded = worst.tolist()
+    if differs and outcome.reason is None:
+        outcome = replace(outcome, reason=_ELSEWHERE)
+    if padded and outcome.packs:
+        outcome = replace(outcome, packs=False, packing_reason=_ELSEWHERE)
+    return outcome

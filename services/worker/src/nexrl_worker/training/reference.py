@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.kinds import KINDS
 from nexrl_worker.training.model import Precision, load_root
-from nexrl_worker.training.probe import Probe, probe
+from nexrl_worker.training.probe import probe
 from nexrl_worker.training.roots import Root
 from nexrl_worker.training.scorer import Scorer
-
-_ELSEWHERE = "another rank found a difference"
 
 
 class FrozenReference:
@@ -57,7 +53,7 @@ class FrozenReference:
         """Find out how the loaded model may be computed, the same on all ranks. Collective; `check` tells what is wrong."""
         assert self.root is not None
         dtype = Precision.of(self._actor.fsdp_config, self._device).param
-        outcome = strictest(probe(self.root, self._device, dtype, self._packs), self._device)
+        outcome = probe(self.root, self._device, dtype, self._packs)
         self.root.fallback = outcome.reason
         if self._packs and not outcome.packs:
             self._refusal = (
@@ -80,15 +76,3 @@ class FrozenReference:
         self.check()
         assert self.root is not None
         return self.root
-
-
-def strictest(outcome: Probe, device: torch.device) -> Probe:
-    """`outcome` with what any rank found against chunks or packing: ranks must compute alike. Collective."""
-    worst = torch.tensor([outcome.reason is not None, not outcome.packs], dtype=torch.int32, device=device)
-    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    differs, padded = worst.tolist()
-    if differs and outcome.reason is None:
-        outcome = replace(outcome, reason=_ELSEWHERE)
-    if padded and outcome.packs:
-        outcome = replace(outcome, packs=False, packing_reason=_ELSEWHERE)
-    return outcome

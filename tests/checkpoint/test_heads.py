@@ -1,0 +1,152 @@
+"""A checkpoint of a model with another head is refused, whole and in time: a tied head needs nothing that it lacks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from nexrl_checkpointer.publish import publish
+from nexrl_checkpointer.request import PublishRequest
+from nexrl_contract.manifest import describe, read_manifest, write_manifest
+from nexrl_contract.names import new_job_id
+from nexrl_worker.checkpoints import Checkpoints
+from nexrl_worker.settings import RankSettings
+from nexrl_worker.team import Refused, Team
+from nexrl_worker.training import Engine
+from safetensors.torch import load_file, save_file
+from support import batch, config, save_model
+
+MODELS = {"actor": "Qwen2ForCausalLM", "critic": "Qwen2ForTokenClassification"}
+
+
+class Group:
+    """One group's engine and its checkpoints, without a runtime around them."""
+
+    def __init__(self, folder: Path, role: str, path: str) -> None:
+        actor = config(path, dtype="float32")
+        settings = RankSettings(role, 1, role, {}, 0, 1, "", folder, "", False, False, 0)
+        self.engine = Engine.build(actor, role, torch.device("cpu"))
+        self.checkpoints = Checkpoints(settings, actor, Team())
+
+    def learn(self) -> None:
+        """One optimizer step, so that moments and schedule are not those of a new group."""
+        rows = batch()
+        rows.tensors["returns"] = rows.tensors["advantages"]
+        operation = "update_critic" if self.engine.info()["role"] == "critic" else "update_actor"
+        plan = self.engine.plan(operation, rows.size)
+        self.engine.update(plan, rows, {})
+
+    def save(self, path: Path, *, sharded: bool, weight_only: bool = False) -> Path:
+        params = {
+            "global_step": 1,
+            "local_path": str(path),
+            "saved_fully_shared_ckpt": sharded,
+            "save_weight_only": weight_only,
+            "remove_previous_ckpt": False,
+        }
+        job_id = new_job_id()
+        outcome = self.checkpoints.save(self.engine, job_id, params, 1)
+        if outcome.publish is not None:
+            request = {"identifier": "group", "seq": 1, **outcome.publish}
+            publish(PublishRequest(job_id=job_id, attempt=1, **request), lambda: None)
+        return path
+
+    def load(self, path: Path, *, weight_only: bool = False) -> dict[str, Any]:
+        return self.checkpoints.load(self.engine, {"path": str(path), "load_weight_only": weight_only}).result
+
+    def state(self) -> tuple[Any, ...]:
+        """Weights, moments and schedule."""
+        moments = {part.name: part.local_tensor.sum().item() for part in self.engine.shards()}
+        return self.engine.fingerprint(), moments, self.engine.scalars()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("heads")
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=0, world_size=1)
+    save_model(folder / "model")  # its head is tied
+    yield folder
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def saved(folder: Path) -> dict[str, Path]:
+    """What an actor and a critic of the same folder save after a step, in every form."""
+    paths = {}
+    for role in MODELS:
+        group = Group(folder, role, str(folder / "model"))
+        group.learn()
+        paths[f"{role} sharded"] = group.save(folder / f"{role}-sharded", sharded=True)
+        paths[f"{role} weights"] = group.save(folder / f"{role}-weights", sharded=True, weight_only=True)
+        paths[f"{role} huggingface"] = group.save(folder / f"{role}-export", sharded=False)
+        paths[f"{role} older"] = older(group.save(folder / f"{role}-older", sharded=True))
+    return paths
+
+
+def older(path: Path) -> Path:
+    """A checkpoint from before the model's class was written."""
+    state = json.loads((path / "state.json").read_bytes())
+    assert state.pop("architecture").startswith("Qwen2For")
+    (path / "state.json").write_text(json.dumps(state))
+    manifest = read_manifest(path)
+    assert manifest is not None
+    files = [describe(path, file.name) if file.name == "state.json" else file for file in manifest.files]
+    write_manifest(path, manifest.model_copy(update={"files": tuple(files)}))
+    return path
+
+
+@pytest.mark.parametrize("form", ["sharded", "weights", "huggingface", "older"])
+@pytest.mark.parametrize(("held", "given"), [("actor", "critic"), ("critic", "actor")])
+@pytest.mark.parametrize("weight_only", [False, True])
+def test_another_head_is_refused(
+    folder: Path, saved: dict[str, Path], held: str, given: str, form: str, weight_only: bool
+) -> None:
+    """The message names what is wrong; weights, moments and schedule stay."""
+    group = Group(folder, held, str(folder / "model"))
+    group.learn()
+    before = group.state()
+
+    with pytest.raises(Refused) as caught:
+        group.load(saved[f"{given} {form}"], weight_only=weight_only)
+
+    assert caught.value.code == "CHECKPOINT_INVALID"
+    if form in ("sharded", "weights"):
+        assert all(MODELS[role] in caught.value.message for role in (held, given))
+    else:
+        assert "score." in caught.value.message
+    assert group.state() == before
+
+
+@pytest.mark.parametrize("form", ["sharded", "weights", "huggingface", "older"])
+@pytest.mark.parametrize(
+    ("held", "given"), [("actor", "actor"), ("critic", "critic"), ("ref", "actor"), ("teacher", "actor")]
+)
+def test_the_same_head_loads(folder: Path, saved: dict[str, Path], held: str, given: str, form: str) -> None:
+    """Into a group of the same class, whatever its role, the weights come back."""
+    group = Group(folder, held, str(folder / "model"))
+    before = group.engine.fingerprint()
+    weight_only = held != given
+
+    found = group.load(saved[f"{given} {form}"], weight_only=weight_only)
+
+    restored = form in ("sharded", "older") and not weight_only
+    assert found["optimizer"] == ("restored" if restored else "kept")
+    assert group.engine.fingerprint() != before
+    assert group.engine.optimizer_steps == (1 if restored else 0)
+
+
+def test_a_head_written_twice_loads(folder: Path) -> None:
+    """Others write a tied head a second time, and buffers that nobody needs: that is no other model."""
+    path = folder / "twice"
+    save_model(path)
+    weights = load_file(path / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+
+    assert Group(folder, "actor", str(folder / "model")).load(path)["kind"] == "huggingface"
