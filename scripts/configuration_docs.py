@@ -15,7 +15,7 @@ HEAD = """# Configuration of a worker group
 
 `initialize_worker(config_dict=...)` takes `{"actor": {...}, "resource": {...}}`; only `actor.model.path` is required.
 An unknown key is refused with the nearest known one; `${...}` is refused by name. This page is generated from
-`libs/contract/src/nexrl_contract/config.py` by `scripts/configuration_docs.py`.
+`libs/contract/src/nexrl_contract/sections.py` by `scripts/configuration_docs.py`.
 
 | key | type | default | meaning |
 |---|---|---|---|

@@ -148,6 +148,9 @@ def test_whitening() -> None:
     [
         (lambda: group_relative_advantages([[1.0]], ["a"]), r"scores \[1, 1\]; it must be \[B\]"),
         (lambda: group_relative_advantages([1.0, 2.0], ["a"]), "1 groups for 2 scores"),
+        (lambda: group_relative_advantages([1.0], np.zeros((1, 2))), r"groups must be \[B\]"),
+        (lambda: group_relative_advantages([1.0], torch.zeros(1, 1)), r"groups must be \[B\]"),
+        (lambda: group_relative_advantages([1.0], [("a", [1])]), r"groups must be \[B\]"),
         (lambda: group_relative_advantages([1.0], ["a"], [1]), r"mask has shape \[1\]"),
         (lambda: group_relative_advantages([1.0], ["a"], estimator="gpro"), "'gpro'; known are grpo, rloo, dr_grpo"),  # type: ignore[arg-type]
         (lambda: gae([[1.0]], [[1.0, 2.0]], [[1]]), r"values \[1, 2\].*all must be \[B, R\]"),

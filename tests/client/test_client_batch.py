@@ -168,6 +168,20 @@ def test_metadata_becomes_plain_json() -> None:
     }
 
 
+def test_settings_in_the_metadata_may_be_tensors_of_one_number() -> None:
+    """What changes the loss is never dropped: a 0-dimensional tensor of either kind is its number."""
+    metadata = {
+        "temperature": torch.tensor(0.5),
+        "distillation_coeff": torch.tensor(2.0, dtype=torch.bfloat16, requires_grad=True),
+        "entropy_coeff": np.asarray(0.25),
+        "loss_agg_mode": np.str_("token-mean"),
+    }
+    request, result = send({"tensors": {"input_ids": np.zeros((1, 2), int)}, "metadata": metadata})
+    sent = {"temperature": 0.5, "distillation_coeff": 2.0, "entropy_coeff": 0.25, "loss_agg_mode": "token-mean"}
+    assert described(request)["metadata"] == sent
+    assert result["meta_info"]["ignored"] == []
+
+
 def test_params_travel_in_the_frame(batch: dict[str, Any]) -> None:
     """An operation's arguments go with its batch."""
     request, _ = send(batch, "forward_backward", loss="cross_entropy")
@@ -190,7 +204,10 @@ def test_params_travel_in_the_frame(batch: dict[str, Any]) -> None:
         ({"tensors": {}, "metdata": {"temperature": 1}}, "unknown keys metdata"),
         ({"batch": None, "meta_info": {}}, "no dict of tensors"),
         ({"tensors": {}, "values": [1]}, "'values' is list"),
-        ({"tensors": {}, "metadata": {"temperature": torch.tensor(1.0)}}, "temperature.*float"),
+        ({"tensors": {}, "metadata": {"temperature": torch.ones(1)}}, "temperature.*float"),
+        ({"tensors": {}, "metadata": {"distillation_coeff": np.ones((1, 1))}}, "distillation_coeff.*float"),
+        ({"tensors": {}, "metadata": {"entropy_coeff": {1.0}}}, "entropy_coeff.*float"),
+        ({"tensors": {}, "metadata": {"loss_agg_mode": object()}}, "loss_agg_mode.*str"),
         ({"tensors": {}, "metadata": {"note": "x" * 2_000_000}}, "header"),
     ],
 )

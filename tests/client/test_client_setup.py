@@ -40,7 +40,18 @@ def test_body_has_the_arguments() -> None:
         "dispatch_mode": "x",
     }
     bare = initialize("student", config_dict=config)
-    assert bare.json() == {"config_dict": config, "role": "actor", "identifier": "student"}
+    assert bare.json() == {"config_dict": config, "identifier": "student"}
+
+
+def test_the_entry_says_the_role(tmp_path: Path) -> None:
+    """In a file or a dict: the default argument leaves it to the service to read it there; another one is sent."""
+    file = tmp_path / "config.yaml"
+    file.write_text(SERVICE)
+    for arguments in ({"config_path": str(file)}, {"config_dict": {"role": "teacher", "actor": {}}}):
+        body = initialize("teacher", **arguments).json()
+        assert body["config_dict"]["role"] == "teacher"
+        assert "role" not in body
+        assert initialize("teacher", role="ref", **arguments).json()["role"] == "ref"
 
 
 @pytest.mark.parametrize(

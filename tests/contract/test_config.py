@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from nexrl_contract.config import GroupConfig, differing_keys, parse_config
+from nexrl_contract.config import GroupConfig, differing_keys, effective, parse_config
 from nexrl_contract.errors import ServiceError
+from nexrl_contract.sections import ActorConfig
 from nexrl_contract.yaml12 import load
 
 
@@ -72,6 +73,7 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(
         {"rollout_correction": {"upper": 3.0}},
         {"fsdp_config": {"param_offload": True}},
         {"fsdp_config": {"optimizer_offload": True}},
+        {"optim": {"lr_scheduler": "cosine", "total_training_steps": 10, "lr_warmup_steps_ratio": 1.0}},
     ],
 )
 def test_a_value_that_cannot_be_used_is_refused_by_its_key(actor: dict[str, Any]) -> None:
@@ -86,19 +88,31 @@ def test_a_value_that_cannot_be_used_is_refused_by_its_key(actor: dict[str, Any]
     ("given", "meant"),
     [
         ({"loss_func_type": "NX_20250515"}, {"policy_loss": "ppo", "clip_ratio_c": None}),
+        ({"loss_func_type": "NX_20250515", "clip_ratio_c": 3.0}, {"policy_loss": "ppo", "clip_ratio_c": None}),
+        ({"loss_func_type": "NX_20241031", "clip_ratio_c": 3.0}, {"policy_loss": "ppo", "clip_ratio_c": None}),
+        ({"policy_loss": "NX_20241031", "clip_ratio_c": 3.0}, {"policy_loss": "ppo", "clip_ratio_c": None}),
         ({"loss_func_type": "NX_20250515_v2"}, {"policy_loss": "ppo", "clip_ratio_c": 3.0}),
         ({"loss_func_type": "NX_20250515_v2", "clip_ratio_c": 5.0}, {"policy_loss": "ppo", "clip_ratio_c": 5.0}),
         ({"loss_func_type": "NX_20241031", "clip_ratio": 0.1}, {"policy_loss": "ppo", "clip_ratio": 0.1}),
         ({"loss_func_type": "importance_sampling"}, {"policy_loss": "importance_sampling"}),
         ({"policy_loss": "gspo"}, {"loss_agg_mode": "seq-mean-token-mean", "clip_ratio_low": None}),
         ({"policy_loss": "gspo", "clip_ratio": 0.01}, {"clip_ratio_low": 0.01, "clip_ratio_high": 0.01}),
+        (
+            {"policy_loss": "gspo", "clip_ratio": 0.1, "clip_ratio_low": None, "clip_ratio_high": None},
+            {"clip_ratio_low": 0.1, "clip_ratio_high": 0.1},
+        ),
+        (
+            {"policy_loss": "gspo", "clip_ratio": 0.1, "clip_ratio_low": 0.05, "clip_ratio_high": None},
+            {"clip_ratio_low": 0.05, "clip_ratio_high": 0.1},
+        ),
     ],
 )
 def test_names_of_existing_configurations_mean_ours(given: dict[str, Any], meant: dict[str, Any]) -> None:
     settings = parse(given).settings()
 
     assert {name: settings[name] for name in meant} == meant
-    assert parse_config({"actor": settings}).settings() == settings  # what the ranks read is what was checked
+    ranks = ActorConfig.model_validate(settings)
+    assert effective(ranks) == settings  # what the ranks read is what was checked
 
 
 @pytest.mark.parametrize(

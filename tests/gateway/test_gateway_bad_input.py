@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import wait_until
 from gateway.kit import FRAME, B, Gateway, PlayedGroup, R, S, frame, json_tensors, refusal, tensors
+from nexrl_contract.names import CHECKSUM_HEADER
 
 UPDATE = "/update_actor?identifier=student"
 
@@ -171,6 +172,17 @@ def test_a_body_over_the_limit_is_refused_before_it_is_read(gateway: Gateway, gr
     text = json.dumps(entry).encode()
     lie = (piece for piece in [len(text).to_bytes(8, "little") + text, b"\0" * 100])
     refusal(gateway.post("/compute_log_prob?identifier=student", data=lie, headers=FRAME), 413, "TOO_LARGE")
+    nothing_changed(gateway, group)
+
+
+def test_a_part_over_the_limit_is_refused_before_it_is_read(gateway: Gateway, group: PlayedGroup) -> None:
+    """413 from the length alone, also where the body would be taken straight from the connection."""
+    host, port = gateway.url.removeprefix("http://").split(":")
+    lines = [f"PUT /payloads/{'a' * 32}/parts/0 HTTP/1.1", "Host: x", f"{CHECKSUM_HEADER}: {'0' * 32}"]
+    head = "\r\n".join([*lines, f"Content-Length: {300 * 1024**2 + 1}", "", ""])
+    with socket.create_connection((host, int(port)), timeout=5) as client:
+        client.sendall(head.encode())
+        assert client.recv(100).startswith(b"HTTP/1.1 413 ")
     nothing_changed(gateway, group)
 
 

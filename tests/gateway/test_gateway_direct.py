@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.client
 import json
@@ -192,6 +193,23 @@ def test_a_body_that_nobody_can_store(receiver: Receiver) -> None:
         assert read_answer(client) == (507, {"error": "no space"})
         assert read_answer(client) == (200, {"sha256": digest(BIG), "direct": True})
         sender.join()
+
+
+def test_a_server_without_descriptors(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request fails, and nothing has been changed: its connection goes on with the next one."""
+
+    def full(_: int) -> int:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    with receiver.connect() as client:
+        with monkeypatch.context() as patch:
+            patch.setattr("nexrl_gateway.direct.os.dup", full)
+            sender = threading.Thread(target=client.sendall, args=(post(BIG) + BIG,))
+            sender.start()
+            assert read_answer(client)[0] == 507
+            sender.join()
+        client.sendall(post(BIG) + BIG)
+        assert read_answer(client) == (200, {"sha256": digest(BIG), "direct": True})
 
 
 def _close(client: socket.socket) -> None:

@@ -73,7 +73,7 @@ def test_initialize_makes_a_group_and_again_changes_nothing(gateway: Gateway, le
 
 
 def test_a_whole_service_entry_needs_nothing_else(gateway: Gateway, ledger: Ledger, model: Path) -> None:
-    """identifier and world size may stand in the entry; the client's role argument decides."""
+    """identifier, role and world size may stand in the entry; the client's role argument wins, and that is said."""
     entry = {
         "identifier": "entry",
         "role": "actor",
@@ -86,7 +86,25 @@ def test_a_whole_service_entry_needs_nothing_else(gateway: Gateway, ledger: Ledg
     assert response.json()["identifier"] == "entry"
     group = ledger.group("entry")
     assert group is not None
-    assert (group.role, group.world_size, group.ignored) == ("teacher", 3, [])
+    assert (group.role, group.world_size, group.ignored) == ("teacher", 3, ["role"])
+    entry |= {"identifier": "other", "role": "critic", "actor": entry["actor"] | {"entropy_coeff": 0.1}}
+    gateway.post("/initialize", json={"config_dict": entry}, headers=ASYNC)
+    group = ledger.group("other")
+    assert group is not None
+    assert (group.role, group.ignored) == ("critic", ["actor.entropy_coeff"])
+
+
+def test_the_ranks_share_a_micro_batch(gateway: Gateway, ledger: Ledger, model: Path) -> None:
+    """What the group gets is its own share; to say the same share directly is the same group."""
+    whole, own = body(model), body(model)
+    whole["config_dict"]["actor"]["ppo_micro_batch_size"] = 9
+    own["config_dict"]["actor"]["ppo_micro_batch_size_per_gpu"] = 4
+    gateway.post(INITIALIZE, json=whole, headers=ASYNC)
+    place(ledger)
+    group = ledger.group("student")
+    assert group is not None
+    assert group.config["ppo_micro_batch_size_per_gpu"] == 4
+    assert gateway.post(INITIALIZE, json=own).json()["already"]
 
 
 def test_a_repeated_key_is_the_same_group(gateway: Gateway, ledger: Ledger, model: Path) -> None:
@@ -119,6 +137,11 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], object], str, str]] = {
     "no ranks": (lambda body: body.update(world_size=0), "INVALID_ARGUMENT", "world_size"),
     "an unknown argument": (lambda body: body.update(worldsize=1), "INVALID_ARGUMENT", "worldsize"),
     "an unknown role": (lambda body: body.update(role="gardener"), "INVALID_ARGUMENT", "role"),
+    "an unknown role of the entry": (
+        lambda body: body["config_dict"].update(role={"name": "actor"}),
+        "INVALID_ARGUMENT",
+        "role",
+    ),
     "an unknown key": (
         lambda body: body["config_dict"]["actor"].update(clip_ration=1),
         "INVALID_CONFIG",

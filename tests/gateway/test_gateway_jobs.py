@@ -66,6 +66,21 @@ def test_a_synchronous_update_answers_when_it_is_done(gateway: Gateway, group: P
     assert info["timing"]["queued_s"] >= 0
 
 
+def test_metadata_that_only_distillation_reads_is_named(gateway: Gateway, group: PlayedGroup) -> None:
+    """In a frame, in JSON and in parts; distillation itself names nothing."""
+    metadata = {"entropy_coeff": 0.1, "loss_agg_mode": "token-mean", "temperature": 1.0}
+    sent = frame(metadata=metadata)
+    parts = put_parts(gateway, sent, 100_000)
+    gateway.post(UPDATE, data=sent, headers={**FRAME, **ASYNC})
+    gateway.post(UPDATE, json={"batch": json_tensors(), "meta_info": metadata}, headers=ASYNC)
+    gateway.post(UPDATE, json={"payload": PAYLOAD, "parts": parts}, headers=ASYNC)
+    for _ in range(3):
+        assert group.run_next().ignored == ["entropy_coeff", "loss_agg_mode"]
+    taught = frame(tensors(teacher_log_probs=np.zeros((B, R), np.float32), advantages=None), metadata=metadata)
+    gateway.post("/update_actor_with_distillation", data=taught, headers={**FRAME, **ASYNC})
+    assert group.run_next().ignored == []
+
+
 def test_tensors_come_back_as_json_or_as_a_frame(gateway: Gateway, group: PlayedGroup) -> None:
     """The same result in both forms, chosen by Accept; a frame carries metrics and job id in its header."""
     scores = np.arange(B * R, dtype=np.float32).reshape(B, R)

@@ -9,23 +9,31 @@ from nexrl_contract.errors import ServiceError
 _DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
 
 
-def normalise(config: dict[str, Any]) -> dict[str, Any]:
+_SINGLE_CLIP = ("NX_20250515", "NX_20241031")
+"""Losses of NexRL 1.x that never read ``clip_ratio_c``, which its recipes set as a matter of course."""
+
+
+def normalise(config: dict[str, Any], role: str) -> tuple[dict[str, Any], tuple[str, ...]]:
     """``loss_func_type`` and its values, short dtype names, and what a loss fixes by itself; ``config`` stays as it is.
 
-    Raises INVALID_CONFIG for a loss whose meaning cannot be had here.
+    Also the dotted names of the keys that the loss's old name makes mean nothing. Raises INVALID_CONFIG for a loss
+    whose meaning cannot be had here.
     """
     actor = config.get("actor")
     if not isinstance(actor, dict):
-        return config
-    actor = _own_loss(dict(actor))
-    if actor.get("policy_loss") == "gspo":
+        return config, ()
+    dated = actor.get("loss_func_type", actor.get("policy_loss")) in _SINGLE_CLIP
+    dropped = ("actor.clip_ratio_c",) if dated and actor.get("clip_ratio_c") is not None else ()
+    actor = _own_loss({name: value for name, value in actor.items() if not (dated and name == "clip_ratio_c")})
+    if actor.get("policy_loss") == "gspo" and role == "actor":
         actor.setdefault("loss_agg_mode", "seq-mean-token-mean")
-        if "clip_ratio" in actor:
-            actor = {"clip_ratio_low": actor["clip_ratio"], "clip_ratio_high": actor["clip_ratio"]} | actor
+        if actor.get("clip_ratio") is not None:
+            bounds = [name for name in ("clip_ratio_low", "clip_ratio_high") if actor.get(name) is None]
+            actor |= dict.fromkeys(bounds, actor["clip_ratio"])
     fsdp = actor.get("fsdp_config")
     if isinstance(fsdp, dict):
         actor["fsdp_config"] = _short_dtypes(fsdp)
-    return {**config, "actor": actor}
+    return {**config, "actor": actor}, dropped
 
 
 def _own_loss(actor: dict[str, Any]) -> dict[str, Any]:

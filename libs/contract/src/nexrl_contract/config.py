@@ -11,8 +11,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from nexrl_contract.aliases import normalise
+from nexrl_contract.effects import keys_without_effect, takes_warmup_ratio
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.operations import ROLES
+from nexrl_contract.operations import POLICY_LOSSES, ROLES
 from nexrl_contract.sections import ActorConfig, Section, ServiceEntry, is_inert, is_not_offered, section_of
 
 
@@ -24,39 +25,47 @@ class GroupConfig(BaseModel):
     entry: ServiceEntry
     ignored: tuple[str, ...]
 
-    def settings(self) -> dict[str, Any]:
-        """What makes two groups equal: the effective ``actor`` keys, JSON-able, defaults filled in."""
-        return effective(self.entry.actor)
+    def settings(self, world_size: int = 1) -> dict[str, Any]:
+        """What makes two groups equal: the effective ``actor`` keys, JSON-able, defaults filled in.
+
+        Of ``world_size`` ranks each takes its share of ``ppo_micro_batch_size``, where it has no size of its own.
+        """
+        actor = self.entry.actor
+        if actor.ppo_micro_batch_size_per_gpu is None and actor.ppo_micro_batch_size is not None:
+            share = max(1, actor.ppo_micro_batch_size // world_size)
+            actor = actor.model_copy(update={"ppo_micro_batch_size_per_gpu": share})
+        return effective(actor)
 
 
-_ROUTING = ("identifier", "role", "backend", "url")
+def parse_config(config: dict[str, Any], role: str = "actor") -> GroupConfig:
+    """Check a ``config_dict`` for a group of this role, one of ROLES.
 
-
-def parse_config(config: dict[str, Any]) -> GroupConfig:
-    """Check a ``config_dict``; raises ``INVALID_CONFIG`` naming the key (and the nearest known one, if it is unknown)."""
+    Raises ``INVALID_CONFIG`` naming the key (and the nearest known one, if it is unknown).
+    """
     _refuse_interpolation(config)
-    config = normalise(config)
-    _refuse_unknown(config, ServiceEntry, "")
+    ours, dropped = normalise(config, role)
+    _refuse_unknown(ours, ServiceEntry, "")
     try:
-        entry = ServiceEntry.model_validate(config)
+        entry = ServiceEntry.model_validate(ours)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise ServiceError("INVALID_CONFIG", f"config key {key}: {first['msg']}", key=key) from None
-    _refuse_contradictions(entry.actor)
+    ignored = [*dropped, *keys_without_effect(config, entry, role)]
+    entry = entry.model_copy(update={"actor": _with_warmup(entry.actor)})
+    _refuse_contradictions(entry.actor, role)
     _refuse_not_offered(entry, "")
-    ignored = [name for name in _inert_keys(config, ServiceEntry, "") if name not in _ROUTING]
-    return GroupConfig(entry=entry, ignored=tuple(ignored))
+    return GroupConfig(entry=entry, ignored=tuple(dict.fromkeys(ignored)))
 
 
-def check_role(role: str) -> str:
+def check_role(role: Any) -> str:
     """``role`` if a group can have it; raises ``INVALID_ARGUMENT`` otherwise."""
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise ServiceError(
             "INVALID_ARGUMENT",
-            f"role {role!r} is not one of {', '.join(ROLES)}",
+            f"role {str(role)[:100]!r} is not one of {', '.join(ROLES)}",
             key="role",
-            nearest=nearest(role, ROLES),
+            nearest=nearest(str(role)[:100], ROLES),
         )
     return role
 
@@ -65,7 +74,7 @@ def effective(section: Section) -> dict[str, Any]:
     """The keys of a section that have an effect, recursively, as JSON values."""
     values: dict[str, Any] = {}
     for name, info in type(section).model_fields.items():
-        if is_inert(info) or is_not_offered(info):
+        if is_inert(info) or is_not_offered(info) or info.exclude:
             continue
         value = getattr(section, name)
         values[name] = (
@@ -96,23 +105,54 @@ def nearest(word: str, known: Any) -> str | None:
     return matches[0] if matches else None
 
 
-def _refuse_contradictions(actor: ActorConfig) -> None:
+def _with_warmup(actor: ActorConfig) -> ActorConfig:
+    optim = actor.optim
+    if not takes_warmup_ratio(optim):
+        return actor
+    steps = int((optim.lr_warmup_steps_ratio or 0.0) * (optim.total_training_steps or 0))
+    return actor.model_copy(update={"optim": optim.model_copy(update={"lr_warmup_steps": steps})})
+
+
+def _refuse_contradictions(actor: ActorConfig, role: str) -> None:
     """Keys that are fine each by itself and not together."""
     optim, correction = actor.optim, actor.rollout_correction
-    scaled = actor.loss_agg_mode == "seq-mean-token-sum-norm"
     if optim.lr_scheduler != "constant" and (optim.total_training_steps or 0) <= optim.lr_warmup_steps:
         message = f"lr_scheduler {optim.lr_scheduler!r} needs total_training_steps above lr_warmup_steps"
         raise _contradiction("optim.total_training_steps", message)
+    if role == "actor":
+        _refuse_other_losses_keys(actor)
+    scaled = actor.loss_agg_mode == "seq-mean-token-sum-norm"
     if scaled and actor.loss_scale_factor is None:
         raise _contradiction("loss_scale_factor", "loss_agg_mode 'seq-mean-token-sum-norm' needs loss_scale_factor")
     if not scaled and actor.loss_scale_factor is not None:
         raise _contradiction(
             "loss_scale_factor", "only loss_agg_mode 'seq-mean-token-sum-norm' has a loss_scale_factor"
         )
-    if actor.policy_loss == "gspo" and actor.loss_agg_mode != "seq-mean-token-mean":
-        raise _contradiction("loss_agg_mode", "policy_loss 'gspo' is always seq-mean-token-mean")
     if correction is not None and correction.lower > correction.upper:
         raise _contradiction("rollout_correction.lower", "rollout_correction.lower is above rollout_correction.upper")
+    _refuse_mixed_float64(actor)
+
+
+def _refuse_other_losses_keys(actor: ActorConfig) -> None:
+    """Keys that the group's loss has no use for, where that would go unnoticed."""
+    loss = actor.policy_loss
+    if loss == "gspo" and actor.loss_agg_mode != "seq-mean-token-mean":
+        raise _contradiction("loss_agg_mode", "policy_loss 'gspo' is always seq-mean-token-mean")
+    if loss == "linear" and actor.loss_agg_mode != "token-mean":
+        raise _contradiction("loss_agg_mode", "policy_loss 'linear' is a plain sum; leave loss_agg_mode out")
+    if loss not in POLICY_LOSSES and actor.rollout_correction is not None:
+        message = f"policy_loss {loss!r} has no ratio to correct; leave rollout_correction out"
+        raise _contradiction("rollout_correction", message)
+
+
+def _refuse_mixed_float64(actor: ActorConfig) -> None:
+    """float64 is for exact comparisons; computing such weights in less would not be one."""
+    mixed = actor.fsdp_config.mixed_precision
+    for name in ("param_dtype", "reduce_dtype"):
+        value = getattr(mixed, name)
+        if actor.fsdp_config.model_dtype == "float64" and value not in (None, "float64"):
+            key = f"fsdp_config.mixed_precision.{name}"
+            raise _contradiction(key, f"{key} {value!r} contradicts model_dtype 'float64'; leave it out")
 
 
 def _contradiction(key: str, message: str) -> ServiceError:
@@ -157,15 +197,3 @@ def _refuse_unknown(config: dict[str, Any], section: type[Section], prefix: str)
         inner = section_of(info)
         if inner is not None and isinstance(value, dict):
             _refuse_unknown(value, inner, f"{prefix}{name}.")
-
-
-def _inert_keys(config: dict[str, Any], section: type[Section], prefix: str) -> list[str]:
-    names: list[str] = []
-    for name, value in config.items():
-        info = section.model_fields[name]
-        inner = section_of(info)
-        if is_inert(info):
-            names.append(f"{prefix}{name}")
-        elif inner is not None and isinstance(value, dict):
-            names += _inert_keys(value, inner, f"{prefix}{name}.")
-    return names

@@ -136,6 +136,14 @@ OPERATIONS: dict[str, Operation] = {
 POLICY_LOSSES = ("ppo", "grpo", "gspo", "cispo", "importance_sampling", "reinforce")
 LOSSES = (*POLICY_LOSSES, "cross_entropy", "linear")
 
+_DISTILLATION = "update_actor_with_distillation"
+_DISTILLATION_METADATA = ("distillation_coeff", "entropy_coeff", "loss_agg_mode")
+
+
+def unread_metadata(operation: str, metadata: Mapping[str, Any]) -> list[str]:
+    """Keys of a batch's metadata that change what distillation computes, and do nothing in this operation."""
+    return [] if operation == _DISTILLATION else [name for name in _DISTILLATION_METADATA if name in metadata]
+
 
 def required_tensors(operation: str, params: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, ...]:
     """What a batch must hold for this operation with these arguments, in a group of this ``actor`` configuration."""
@@ -145,7 +153,10 @@ def required_tensors(operation: str, params: Mapping[str, Any], config: Mapping[
         needed += ("advantages",) if loss in POLICY_LOSSES else ("loss_weights",) if loss == "linear" else ()
         corrects = config.get("rollout_correction") is not None and loss in POLICY_LOSSES
         needed += ("rollout_log_probs",) if corrects else ()
-    elif operation == "update_actor_with_distillation":
+    elif operation == _DISTILLATION:
         kind = params.get("distillation_loss") or config.get("distillation_loss")
-        needed += _TOP_K if kind in ("forward_kl", "reverse_kl") else ("teacher_log_probs",)
+        if kind in ("forward_kl", "reverse_kl"):
+            return needed + _TOP_K
+        needed += ("teacher_log_probs",)
+        needed += ("rollout_log_probs",) if config.get("rollout_correction") is not None else ()
     return needed

@@ -1,6 +1,7 @@
 """The configuration keys of a worker group: every key that recipes in the field use, with its default and meaning.
 
-A key marked :func:`_inert` is known, so that existing recipes are accepted, and does nothing in this service.
+A key marked :func:`_inert` is known, so that existing recipes are accepted, and does nothing in this service. One with
+``exclude`` says another key's value in another way, and is no setting of its own.
 """
 
 from __future__ import annotations
@@ -82,12 +83,18 @@ class OptimConfig(Section):
     eps: float = Field(default=1e-8, gt=0, description="Added to the root of the second moment.")
     weight_decay: float = Field(default=0.01, ge=0, description="Decoupled; applied to every parameter.")
     lr_warmup_steps: Steps = Field(default=0, description="The first step of a warm-up of n uses lr/n.")
+    lr_warmup_steps_ratio: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        exclude=True,
+        description="Of total_training_steps, rounded down: lr_warmup_steps where that is not given.",
+    )
     lr_scheduler: Literal["constant", "linear", "cosine"] = Field(
         default="constant", description="Shape after the warm-up."
     )
     total_training_steps: Count | None = Field(default=None, description="Where linear and cosine end.")
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1, description="Where linear and cosine end, as a share of lr.")
-    lr_warmup_steps_ratio: Any = _inert()
     warmup_style: Any = _inert()
 
 
@@ -185,11 +192,17 @@ class ActorConfig(Section):
     ppo_epochs: int = Field(default=1, ge=1, le=1000, description="Passes over the batch in one update.")
     shuffle: bool = Field(default=False, description="Draw the rows of a mini-batch at random, by seed.")
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seeds shuffling and the ranks' generators.")
-    ppo_micro_batch_size_per_gpu: Count | None = Field(default=None, description="Rows per forward; null: all.")
+    ppo_micro_batch_size_per_gpu: Count | None = Field(
+        default=None, description="Rows per forward of each rank; null: by ppo_micro_batch_size, else all."
+    )
+    ppo_micro_batch_size: Count | None = Field(
+        default=None,
+        exclude=True,
+        description="Rows per forward of all ranks together: each takes this / world size, rounded down, at least 1.",
+    )
     use_dynamic_bsz: bool = Field(default=False, description="Micro-batches by token budget instead of rows.")
     ppo_max_token_len_per_gpu: Count = Field(default=16384, description="That budget; a longer row stands alone.")
     grad_clip: float = Field(default=1.0, gt=0, description="Largest gradient norm (L2, all parameters).")
-    ppo_micro_batch_size: Any = _inert()
     ulysses_sequence_parallel_size: Any = _inert()
     use_ring_sequence_parallel: Any = _inert()
     do_old_log_prob_compute: Any = _inert()

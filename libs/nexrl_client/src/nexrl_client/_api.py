@@ -46,7 +46,8 @@ class TrainServiceClient(ABC):
 
         config_path is a YAML file of this machine, a whole service's or one entry; config_dict wins over it. A client
         of create_train_service_clients needs neither: it has its configuration and role from its entry.
-        world_size None takes the configuration's. zmq_base_port and dispatch_mode come back under "ignored".
+        world_size None takes the configuration's; so does role "actor", where that has a role. zmq_base_port and
+        dispatch_mode come back under "ignored".
         """
 
     @abstractmethod

@@ -22,6 +22,8 @@ _FORMS = (
     "a Batch, {'tensors', 'values', 'metadata'}, {'batch', 'non_tensor_batch', 'meta_info'}, or a flat dict of tensors"
 )
 _NO_JSON = object()
+_SETTINGS = ("temperature", "distillation_coeff", "entropy_coeff", "loss_agg_mode")
+"""Metadata that changes what is computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +49,7 @@ def normalise(batch: object, operation: Operation | None) -> Content:
             kept[name] = _check_tensor(name, value)
     ignored += [str(name) for name in values]
     converted = {str(name): to_json(value) for name, value in metadata.items()}
-    if converted.get("temperature") is _NO_JSON:  # dropping it would change what is computed
-        raise InvalidBatch(
-            f"metadata 'temperature' is {type(metadata['temperature']).__name__}; give float(temperature)"
-        )
+    converted |= {name: _setting(name, metadata[name]) for name in _SETTINGS if name in metadata}
     ignored += [name for name, value in converted.items() if value is _NO_JSON]
     sent = {name: value for name, value in converted.items() if value is not _NO_JSON}
     return Content(kept, sent, tuple(dict.fromkeys(ignored)))
@@ -80,6 +79,15 @@ def to_json(value: object) -> Any:
         members = [to_json(item) for item in value]
         return _NO_JSON if any(item is _NO_JSON for item in members) else members
     return _NO_JSON
+
+
+def _setting(name: str, value: Any) -> Any:
+    """The setting as JSON, a tensor of one number as that; raises InvalidBatch, since without it another loss is meant."""
+    converted = to_json(value.item() if is_tensor(value) and value.ndim == 0 else value)
+    if converted is _NO_JSON:
+        kind = "str" if name == "loss_agg_mode" else "float"
+        raise InvalidBatch(f"metadata {name!r} is {type(value).__name__}; give {kind}({name})")
+    return converted
 
 
 def _non_finite(value: float) -> str:

@@ -127,9 +127,10 @@ def _other_fields(call: Call) -> dict[str, Any]:
     params = call.params
     if call.operation == "initialize_worker":
         inert = [name for name in ("zmq_base_port", "dispatch_mode") if name in params]
-        resource = params["config_dict"].get("resource")
+        config = params["config_dict"]
+        role, resource = params.get("role") or config.get("role") or "actor", config.get("resource")
         size = params.get("world_size") or (resource or {}).get("world_size") or 1
-        fields = {"role": params["role"], "world_size": size, "ignored": inert, "already": False}
+        fields = {"role": role, "world_size": size, "ignored": inert, "already": False}
         return {"identifier": params["identifier"], **fields}
     if call.operation == "save_checkpoint":
         kind = "sharded" if params.get("saved_fully_shared_ckpt", True) else "huggingface"

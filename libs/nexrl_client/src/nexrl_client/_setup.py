@@ -23,12 +23,11 @@ def setup_params(
 ) -> dict[str, Any]:
     """The body of /initialize. config_dict wins over config_path, that over the client's own entry, own.
 
-    The client's identifier wins over the configuration's; own also says the role, unless another than actor is given.
-    Raises InvalidSetup where there is no configuration, it cannot be read, or nothing names the group.
+    The client's identifier wins over the configuration's; the role is the configuration's, unless another than
+    actor is given. Raises InvalidSetup where there is no configuration, it cannot be read, or nothing names the group.
     """
     if config_dict is None and config_path is None and own is not None:
         config: Mapping[str, Any] = own
-        role = role if role != _DEFAULT_ROLE else str(own.get("role") or role)
     elif config_dict is not None:
         config = config_dict
     elif config_path is not None:
@@ -40,9 +39,15 @@ def setup_params(
     name = identifier or config.get("identifier")
     if not name:
         raise InvalidSetup("nothing names the worker group: give the client, or the configuration, an identifier")
-    optional = {"world_size": world_size, "zmq_base_port": zmq_base_port, "dispatch_mode": dispatch_mode}
+    own_role = None if role == _DEFAULT_ROLE else role
+    optional = {
+        "role": own_role,
+        "world_size": world_size,
+        "zmq_base_port": zmq_base_port,
+        "dispatch_mode": dispatch_mode,
+    }
     given = {key: value for key, value in optional.items() if value is not None}
-    return {"config_dict": dict(config), "role": role, "identifier": name, **given}
+    return {"config_dict": dict(config), "identifier": name, **given}
 
 
 def _choose(entries: Mapping[str, Mapping[str, Any]], identifier: str | None, path: str) -> Mapping[str, Any]:

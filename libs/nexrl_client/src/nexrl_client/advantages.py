@@ -113,4 +113,7 @@ def _numbered(groups: Any, rows: int) -> NDArray[np.int64]:
     if len(names) != rows:
         raise InvalidBatch(f"there are {len(names)} groups for {rows} scores; give each score the name of its group")
     numbers: dict[Hashable, int] = {}
-    return np.asarray([numbers.setdefault(name, len(numbers)) for name in names], np.int64)
+    try:
+        return np.asarray([numbers.setdefault(name, len(numbers)) for name in names], np.int64)
+    except TypeError:  # rows of a 2-D array, or lists
+        raise InvalidBatch("groups must be [B]: one name or integer, which can be hashed, for each score") from None

@@ -45,11 +45,18 @@ def declared_length(request: Request) -> int | None:
     return int(text)
 
 
-async def pieces(request: Request, limit: int, advice: str) -> AsyncIterator[bytes]:
-    """The body as it arrives; raises TOO_LARGE with ``advice`` above ``limit`` bytes, at once if the length is told."""
+def pieces(request: Request, limit: int, advice: str) -> AsyncIterator[bytes]:
+    """The body as it arrives; raises TOO_LARGE with ``advice`` above ``limit`` bytes.
+
+    A declared length is judged by this call, not by the first piece: a body that is taken directly has none.
+    """
     declared = declared_length(request)
     if declared is not None and declared > limit:
         raise _too_large(declared, limit, advice)
+    return _limited(request, limit, advice)
+
+
+async def _limited(request: Request, limit: int, advice: str) -> AsyncIterator[bytes]:
     seen = 0
     async for piece in request.stream():
         seen += len(piece)

@@ -52,13 +52,14 @@ class DirectBody:
         Raises ClientDisconnect, and what ``write`` raises; the connection stays usable after the latter.
         """
         transport = self._protocol.transport
-        self._protocol.flow.pause_reading()
-        if self._cycle.waiting_for_100_continue:
-            transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self._cycle.waiting_for_100_continue = False
-        here, self._cycle.body = self._cycle.body, bytearray()
-        self._protocol.parser = self._protocol.make_parser()
-        with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as connection:
+        descriptor = os.dup(transport.get_extra_info("socket").fileno())  # may fail, so before anything is changed
+        with socket.socket(fileno=descriptor) as connection:
+            self._protocol.flow.pause_reading()
+            if self._cycle.waiting_for_100_continue:
+                transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                self._cycle.waiting_for_100_continue = False
+            here, self._cycle.body = self._cycle.body, bytearray()
+            self._protocol.parser = self._protocol.make_parser()
             flow = _Flow(connection, self._unparsed, write)
             try:
                 await run_sync(flow.begin, head, here)

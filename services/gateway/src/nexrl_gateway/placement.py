@@ -22,12 +22,15 @@ _RACES = 5
 
 
 class InitializeBody(BaseModel):
-    """``POST /initialize``. ``config_dict`` is a whole service entry, or just ``{"actor": ...}``."""
+    """``POST /initialize``. ``config_dict`` is a whole service entry, or just ``{"actor": ...}``.
+
+    A ``role`` here wins over the entry's; without either it is an actor.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     config_dict: dict[str, Any] | None = None
-    role: str = "actor"
+    role: str | None = None
     world_size: int | None = Field(default=None, ge=1)
     zmq_base_port: Any = None
     dispatch_mode: Any = None
@@ -69,18 +72,21 @@ def read_wanted(document: dict[str, Any], identifier: str | None, roots: Roots) 
         raise ServiceError(
             "INVALID_ARGUMENT", "config_dict is missing; it needs at least actor.model.path", key="config_dict"
         )
-    config = parse_config(body.config_dict)
+    named = body.config_dict.get("role")
+    role = check_role(body.role or named or "actor")
+    config = parse_config(body.config_dict, role)
     world_size = body.world_size or config.entry.resource.world_size
     if world_size is None:
         raise ServiceError(
             "INVALID_ARGUMENT", "give world_size, or resource.world_size in config_dict", key="world_size"
         )
     unused = [name for name in ("zmq_base_port", "dispatch_mode") if getattr(body, name) is not None]
+    unused += ["role"] if named not in (None, role) else []
     return Wanted(
         identifier=_checked_identifier(body.config_dict.get("identifier") if identifier is None else identifier),
-        role=check_role(body.role),
+        role=role,
         world_size=world_size,
-        settings=_with_model_paths(config.settings(), roots),
+        settings=_with_model_paths(config.settings(world_size), roots),
         ignored=[*config.ignored, *unused],
     )
 

@@ -16,7 +16,7 @@ from fastapi import Request
 from nexrl_contract import names
 from nexrl_contract.config import nearest
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.operations import LOSSES, Operation
+from nexrl_contract.operations import LOSSES, Operation, unread_metadata
 from nexrl_contract.records import GroupRecord, JobRecord, PayloadRef
 from nexrl_ledger import Ledger
 from pydantic import ValidationError
@@ -150,8 +150,10 @@ async def _frame_draft(services: Services, operation: Operation, request: Reques
     job_id = names.new_job_id()
 
     def verdict(header: Header) -> tuple[dict[str, Any], Judged]:
-        params = check_params(operation, intake.envelope_of(header).params)
-        return params, judge(header.tensors, operation, params, group.config)
+        envelope = intake.envelope_of(header)
+        params = check_params(operation, envelope.params)
+        unread = unread_metadata(operation.name, envelope.metadata)
+        return params, judge(header.tensors, operation, params, group.config, unread)
 
     limit = services.settings.max_body_bytes
     (params, judged), ref = await intake.store_frame(request, services.store, job_id, limit, verdict)
@@ -164,7 +166,7 @@ async def _json_draft(services: Services, operation: Operation, batch: BatchDocu
     params = check_params(operation, batch.params)
     read = {name: entry for name, entry in batch.tensors.items() if name in operation.reads}
     tensors = await run_sync(intake.decode_tensors, read)
-    unread = [name for name in batch.tensors if name not in read]
+    unread = [name for name in batch.tensors if name not in read] + unread_metadata(operation.name, batch.metadata)
     judged = judge(tensors, operation, params, group.config, [*unread, *batch.values])
     job_id = names.new_job_id()
     ref = await intake.store_tensors(services.store, job_id, tensors, intake.Envelope(batch.metadata, batch.params))
@@ -189,8 +191,10 @@ def _submit_parts(
     ref = services.store.assemble(batch.payload, batch.parts)
     with services.store.open(batch.payload) as payload:
         header = payload.header
-    params = check_params(operation, {**intake.envelope_of(header).params, **batch.params})
-    judged = judge(header.tensors, operation, params, group.config, batch.values)
+    envelope = intake.envelope_of(header)
+    params = check_params(operation, {**envelope.params, **batch.params})
+    unread = unread_metadata(operation.name, envelope.metadata)
+    judged = judge(header.tensors, operation, params, group.config, [*unread, *batch.values])
     payload_ref = PayloadRef(id=ref.id, nbytes=ref.nbytes)
     draft = Draft(names.new_job_id(), mark, params, payload_ref, judged.rows, judged.ignored)
     return submit_draft(services, operation, group, draft, key)

@@ -24,7 +24,7 @@ from nexrl_worker.training.objectives.value import ValueObjective
 from nexrl_worker.training.optim import Schedule
 from nexrl_worker.training.parallelize import release
 from nexrl_worker.training.plan import Cut, Plan, make_plan
-from nexrl_worker.training.probe import Probe, probe
+from nexrl_worker.training.probe import Probe, probe, strictest
 from nexrl_worker.training.queries import QUERIES
 from nexrl_worker.training.reference import FrozenReference
 from nexrl_worker.training.roots import Root
@@ -62,7 +62,7 @@ class Engine(TrainingState):
             agree(lambda: Schedule(actor.optim))  # refuses a bad schedule before anything is loaded
         precision = Precision.of(actor.fsdp_config, device)
         root: Root = agree(lambda: load_root(actor, actor.model.path, device, kind, kind.trains))
-        outcome = probe(root, device, precision.param, actor.model.use_remove_padding)
+        outcome = strictest(probe(root, device, precision.param, actor.model.use_remove_padding), device)
         if isinstance(root, Scorer):
             root.fallback = outcome.reason
         engine: Engine = agree(lambda: cls(actor, role, device, root, outcome))

@@ -51,10 +51,9 @@ def probe(root: Root, device: torch.device, dtype: torch.dtype, packing: bool = 
     """
     try:
         if isinstance(root, Scorer):
-            return _strictest(_probe_scorer(root, device, dtype, packing), device)
+            return _probe_scorer(root, device, dtype, packing)
         scale = float(_attempt(root, _tiny(root.vocabulary, device, packed=False), []).abs().max())
-        found = _with_packing(Probe(float("nan"), None), root, device, dtype, packing, max(scale, 1e-6))
-        return _strictest(found, device)
+        return _with_packing(Probe(float("nan"), None), root, device, dtype, packing, max(scale, 1e-6))
     finally:
         release(root)
 
@@ -164,7 +163,7 @@ def _tiny(vocabulary: int, device: torch.device, packed: bool) -> MicroBatch:
     return BatchReader(rows, Layout.of(rows), (), device, torch.float32, packed).read(range(rows.size))
 
 
-def _strictest(outcome: Probe, device: torch.device) -> Probe:
+def strictest(outcome: Probe, device: torch.device) -> Probe:
     """`outcome` with what any rank found against chunks or packing: ranks must compute alike. Collective."""
     worst = torch.tensor([outcome.reason is not None, not outcome.packs], dtype=torch.int32, device=device)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)

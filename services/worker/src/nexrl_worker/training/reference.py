@@ -9,7 +9,7 @@ import torch
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.kinds import KINDS
 from nexrl_worker.training.model import Precision, load_root
-from nexrl_worker.training.probe import probe
+from nexrl_worker.training.probe import probe, strictest
 from nexrl_worker.training.roots import Root
 from nexrl_worker.training.scorer import Scorer
 
@@ -53,7 +53,7 @@ class FrozenReference:
         """Find out how the loaded model may be computed, the same on all ranks. Collective; `check` tells what is wrong."""
         assert self.root is not None
         dtype = Precision.of(self._actor.fsdp_config, self._device).param
-        outcome = probe(self.root, self._device, dtype, self._packs)
+        outcome = strictest(probe(self.root, self._device, dtype, self._packs), self._device)
         self.root.fallback = outcome.reason
         if self._packs and not outcome.packs:
             self._refusal = (
