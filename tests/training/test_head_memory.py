@@ -60,13 +60,16 @@ def test_the_plain_way_takes_more() -> None:
 
 
 def test_peak_of_a_block() -> None:
-    """The peak counts what was held for a moment inside, not what an earlier block took."""
+    """The peak counts what was held for a moment inside, not what an earlier block took.
+
+    Both are too large for memory that the process has freed and kept: malloc maps every piece above 32 MiB anew.
+    """
     cpu = torch.device("cpu")
     with peak_memory(cpu) as large:
         torch.ones(200 * MIB // 4).sum()
     with peak_memory(cpu) as small:
-        torch.ones(20 * MIB // 4).sum()
+        torch.ones(60 * MIB // 4).sum()
     if large.since_start:
         pytest.skip("this kernel does not allow a process to reset its peak")
     assert 195 <= large.mib - large.before <= 260
-    assert 15 <= small.mib - small.before <= 100
+    assert 55 <= small.mib - small.before <= 120
