@@ -49,11 +49,13 @@ def growth(way: str, tokens: int) -> float:
     return float(done.stdout)
 
 
+@pytest.mark.slow
 def test_chunks_take_half_of_one_copy_of_the_logits() -> None:
     """Log-probabilities, entropies and their backward: at most half of one float32 [tokens,V] beside the gradients."""
     assert growth(CHUNKED, TOKENS) <= ONE / 2 + GRADIENTS
 
 
+@pytest.mark.slow
 def test_the_plain_way_takes_more() -> None:
     """The bound can be missed: a log-softmax over all logits holds several copies of them."""
     assert growth(PLAIN, FEWER) > 2 * ONE * FEWER / TOKENS + GRADIENTS

@@ -56,7 +56,7 @@ def plain(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_training_is_the_plain_loop(folder: Path, plain: dict[str, dict[str, Any]], world_size: int) -> None:
     """Four AdamW steps give the plain loop's weights and gradient norms, however rows and tokens are cut."""
     answer = run_ranks(world_size, "training", folder, str(folder / "cases.json"))

@@ -94,6 +94,7 @@ def test_kl_is_measured_to_it(tmp_path: Path) -> None:
     assert found == pytest.approx(float((apart[picked].square() / 2).mean()), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_two_ranks(tmp_path: Path) -> None:
     """Ranks examine it together and compute alike, packed too."""
     own, other = granite(tmp_path / "own", 1.0, 1), granite(tmp_path / "other", 8.0, 2)

@@ -70,6 +70,7 @@ def test_gradients_kept_back_are_the_same(tmp_path: Path, world_size: int) -> No
     assert (answer["communication"]["each"] > 0.0) == (world_size > 1)
 
 
+@pytest.mark.slow
 def test_the_clock_shows_who_waits(tmp_path: Path) -> None:
     """A rank that waits half a second for another in a collective reports it as communication, inside its forward."""
     answer = run_ranks(2, "waiting", tmp_path, save_model(tmp_path / "model"), script=RANKS)
