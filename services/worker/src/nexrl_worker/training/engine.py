@@ -122,7 +122,7 @@ class Engine(TrainingState):
             self._training()
         else:
             names = self._check_policy(operation, plan, rows, layout, params)
-        with_reference = self._uses_reference(operation, rows, params) and not self._is_reference
+        with_reference = self._uses_frozen(operation, rows, params)
         if with_reference:
             self._reference.check()
         limits = self._limits(with_reference)
@@ -130,7 +130,7 @@ class Engine(TrainingState):
 
     def lacks_reference(self, operation: str, rows: Rows, params: Mapping[str, Any]) -> bool:
         """Whether `load_reference` and `examine_reference` must come first; raises InvalidValue for bad parameters. Local."""
-        return self._uses_reference(operation, rows, params) and not (self._is_reference or self._reference.ready)
+        return self._uses_frozen(operation, rows, params) and not self._reference.ready
 
     def explain(self, plan: Plan, rows: Rows, lengths: Sequence[int], params: Mapping[str, Any]) -> dict[str, Any]:
         """What the plan means for rows of these lengths, with the peak memory of the largest rank. Collective."""
@@ -142,7 +142,7 @@ class Engine(TrainingState):
             trains=trains,
             first_step=plan.operation in UPDATES and self.optimizer_steps == 0,
             keeps_gradients=config.fsdp_config.gradient_sync == "mini_batch" and len(plan.mini_batches[0].ranks[0]) > 1,
-            reference=self._uses_reference(plan.operation, rows, params) and not self._is_reference,
+            reference=self._uses_frozen(plan.operation, rows, params),
             compute_bytes=Precision.of(config.fsdp_config, self._device).param.itemsize,
         )
         activations = measure_activations(
@@ -252,11 +252,12 @@ class Engine(TrainingState):
         if k is not None and k > self._root.vocabulary:
             raise InvalidValue(f"top_k is {k}, the model's vocabulary has {self._root.vocabulary} tokens")
 
-    def _uses_reference(self, operation: str, rows: Rows, params: Mapping[str, Any]) -> bool:
+    def _uses_frozen(self, operation: str, rows: Rows, params: Mapping[str, Any]) -> bool:
+        """Whether a second model, the frozen reference, takes part."""
+        if self._is_reference or operation == "update_critic":
+            return False
         if operation in QUERIES:
             return operation == "compute_ref_log_prob"
-        if operation == "update_critic":
-            return False
         return loss_spec(self._actor, operation, rows, params).uses_kl and not rows.has("ref_log_prob")
 
     @property

@@ -23,9 +23,10 @@ def weights_of(path: str, hf: nn.Module, config: Any, kind: Kind, dtype: torch.d
     needed = {name for name, _ in hf.named_parameters()} | {name for name, _ in persistent_buffers(hf)}
     fresh = _head_names(hf) if kind.fresh_head else set()
     if needed - fresh <= folder.names:
+        shapes = folder.shapes()
         for name, param in hf.named_parameters():
-            if name in folder.names and folder.shape(name) != tuple(param.shape):
-                found, expected = str(list(folder.shape(name))), str(list(param.shape))
+            if name in shapes and shapes[name] != tuple(param.shape):
+                found, expected = str(list(shapes[name])), str(list(param.shape))
                 message = f"{name} in {path} has shape {found}, the model needs {expected}"
                 raise InvalidValue(message, tensor=name, expected=expected, actual=found)
         return _WithZeros(folder, hf, fresh - folder.names)

@@ -50,10 +50,13 @@ class FolderReader:
             raise InvalidValue(f"{folder} has no safetensors weights; other formats are not read")
         self.names = set(self._files)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The whole tensor's shape."""
-        with safe_open(str(self._folder / self._files[name]), framework="pt") as file:
-            return tuple(file.get_slice(name).get_shape())
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The whole tensors' shapes by name; every file is opened once."""
+        found: dict[str, tuple[int, ...]] = {}
+        for file in sorted(set(self._files.values())):
+            with safe_open(str(self._folder / file), framework="pt") as opened:
+                found |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        return found
 
     def read(self, name: str, offset: int, length: int) -> Tensor:
         with safe_open(str(self._folder / self._files[name]), framework="pt") as file:
