@@ -17,14 +17,12 @@ from models import make_tiny_model
 from nexrl_client import (
     HTTPTrainServiceClient,
     TrainServiceClient,
-    create_train_service_clients,
-    load_service_config,
     response_mask,
 )
 from policy import LocalPolicy, Rollout
 from report import Goal, RunReport
 from task import CountingLanguage
-from trainer import common_options, run_folder
+from trainer import common_options, run_folder, started_groups
 from transformers.utils.logging import disable_progress_bar
 
 SERVICE = """\
@@ -205,13 +203,7 @@ def main() -> int:
     student_folder = make_tiny_model(folder / "model", CountingLanguage.words, options.seed + 1, layers=2)
     policy = LocalPolicy(student_folder, recipe.max_new_tokens)
 
-    config = load_service_config(service_file(folder, options, student_folder, teacher_folder))
-    with create_train_service_clients(config) as clients, ExitStack() as groups:
-        with report.clock("group start"):
-            for client in clients.values():
-                client.initialize_worker()
-                groups.callback(client.destroy)
-                client.init_model()
+    with started_groups(service_file(folder, options, student_folder, teacher_folder), report) as clients:
         top_k = None if options.loss == "policy_gradient" else options.top_k
         student, teacher = clients["student"], clients["teacher"]
         with report:

@@ -6,23 +6,20 @@ Run it against a stack that `nexrl up` started: `python examples/ppo.py --url ht
 import argparse
 import json
 import sys
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from nexrl_client import (
     TrainServiceClient,
-    create_train_service_clients,
     gae,
-    load_service_config,
     response_mask,
     whiten,
 )
 from policy import LocalPolicy, Rollout
 from recipes import Recipe, ppo_recipe
 from report import Goal, RunReport
-from trainer import Trainer, common_options, run_folder
+from trainer import Trainer, common_options, run_folder, started_groups
 from transformers.utils.logging import disable_progress_bar
 
 SERVICE = """\
@@ -117,13 +114,7 @@ def main() -> int:
     policy = LocalPolicy(model, recipe.max_new_tokens)
     report = RunReport(folder, Goal("PPO", recipe.target), recipe.steps, recipe.supervised_steps)
 
-    config = load_service_config(service_file(folder, options, recipe, model))
-    with create_train_service_clients(config) as clients, ExitStack() as groups:
-        with report.clock("group start"):
-            for client in clients.values():
-                client.initialize_worker()
-                groups.callback(client.destroy)
-                client.init_model()
+    with started_groups(service_file(folder, options, recipe, model), report) as clients:
         actor, critic = clients.by_role("actor"), clients.by_role("critic")
         trainer = PPOTrainer(actor, critic, recipe, policy, report, options.seed)
         before = trainer.sample_answers()

@@ -3,12 +3,14 @@
 import argparse
 import random
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from nexrl_client import TrainServiceClient
+from nexrl_client import TrainServiceClient, TrainServiceClients, create_train_service_clients, load_service_config
 from policy import LocalPolicy, Rollout
 from recipes import Recipe
 from report import RunReport
@@ -120,6 +122,19 @@ def run_folder(path: Path) -> Path:
     folder = path.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@contextmanager
+def started_groups(service_file: Path, report: RunReport) -> Iterator[TrainServiceClients]:
+    """A client for every service of the file, its group started and its model loaded; ends the groups afterwards."""
+    config = load_service_config(service_file)
+    with create_train_service_clients(config) as clients, ExitStack() as groups:
+        with report.clock("group start"):
+            for client in clients.values():
+                client.initialize_worker()
+                groups.callback(client.destroy)
+                client.init_model()
+        yield clients
 
 
 def common_options(description: str, world_size: int) -> argparse.ArgumentParser:
