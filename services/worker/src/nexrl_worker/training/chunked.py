@@ -55,10 +55,33 @@ def head_log_probs(
 
 def scaled_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
     """(hidden W^T + b) / temperature [T,V], at least float32."""
-    logits = F.linear(hidden, weight, bias)
-    if logits.dtype != torch.float64:
-        logits = logits.float()
+    logits = F.linear(hidden, weight, bias).to(_wide(hidden))
     return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _fill_logits(into: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    """`scaled_logits`, outside autograd, in memory that is there already."""
+    if into.dtype != weight.dtype:
+        into.copy_(F.linear(hidden, weight, bias))
+    elif bias is None:
+        torch.mm(hidden, weight.t(), out=into)
+    else:
+        torch.addmm(bias, hidden, weight.t(), out=into)
+    return into if temperature == 1.0 else into.div_(temperature)
+
+
+def _wide(hidden: Tensor) -> torch.dtype:
+    """What logits are computed with: at least float32."""
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def _workspace(hidden: Tensor, weight: Tensor, length: int) -> Tensor:
+    """Room for two chunks of logits [2,T,V], used by one chunk after the other.
+
+    Made and freed for each, they would take several times as much wherever the allocator leaves gaps between them.
+    """
+    rows = min(length, hidden.shape[0])
+    return torch.empty(2, rows, weight.shape[0], dtype=_wide(hidden), device=hidden.device)
 
 
 class _HeadLogProbs(torch.autograd.Function):
@@ -74,21 +97,23 @@ class _HeadLogProbs(torch.autograd.Function):
         active: tuple[bool, ...],
         entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        log_probs, normaliser, entropies = (hidden.new_zeros(hidden.shape[0], dtype=dtype) for _ in range(3))
+        log_probs, normaliser, entropies = (hidden.new_zeros(hidden.shape[0], dtype=_wide(hidden)) for _ in range(3))
         kept: dict[int, Tensor] = {}
         room = _KEPT.get(hidden.device.type, 0)
+        workspace = _workspace(hidden, weight, length)
         for part in _parts(hidden.shape[0], length, active):
-            logits = scaled_logits(hidden[part], weight, bias, temperature)
+            logits, powers = workspace[:, : part.stop - part.start]
             if logits.numel() <= room:
-                kept[part.start] = logits
+                kept[part.start] = logits = torch.empty_like(logits)
                 room -= logits.numel()
-            total = torch.logsumexp(logits, dim=-1)
+            _fill_logits(logits, hidden[part], weight, bias, temperature)
+            highest = logits.amax(dim=-1, keepdim=True)
+            mass = torch.sub(logits, highest, out=powers).exp_().sum(dim=-1)
+            total = highest.squeeze(1) + mass.log()
             log_probs[part] = logits.gather(1, labels[part, None]).squeeze(1) - total
             normaliser[part] = total
             if entropy:
-                shares = (logits - total[:, None]).exp_()
-                entropies[part] = total - shares.mul_(logits).sum(dim=-1)
+                entropies[part] = total - powers.mul_(logits).sum(dim=-1) / mass
         ctx.save_for_backward(hidden, weight, bias, labels, normaliser, entropies.clone())
         ctx.settings = (temperature, length, active)
         ctx.kept = kept
@@ -100,16 +125,18 @@ class _HeadLogProbs(torch.autograd.Function):
         by_log_prob, by_entropy = grads
         hidden, weight, bias, labels, normaliser, entropies = ctx.saved_tensors
         temperature, length, active = ctx.settings
-        wide = hidden.dtype if hidden.dtype == torch.float64 else torch.float32
+        wide = _wide(hidden)
         hidden_grad = torch.zeros_like(hidden)
         weight_grad = torch.zeros(weight.shape, dtype=wide, device=weight.device)
         bias_grad = None if bias is None else torch.zeros(bias.shape, dtype=wide, device=bias.device)
+        workspace = _workspace(hidden, weight, length)
         for part in _parts(hidden.shape[0], length, active):
+            room, shares = workspace[:, : part.stop - part.start]
             logits = ctx.kept.pop(part.start, None)  # used up below: a second backward computes it again
             if logits is None:
-                logits = scaled_logits(hidden[part], weight, bias, temperature)
+                logits = _fill_logits(room, hidden[part], weight, bias, temperature)
             centred = logits.sub_(normaliser[part, None])
-            shares = centred.exp()
+            torch.exp(centred, out=shares)
             if by_entropy is not None:  # dH/dz = -p (log p + H)
                 grad = centred.add_(entropies[part, None]).mul_(shares).mul_(-by_entropy[part, None])
                 if by_log_prob is not None:
