@@ -20,6 +20,7 @@ from nexrl_contract.processes import die_with_parent
 from nexrl_contract.records import GroupRecord, JobRecord, PayloadRef
 from nexrl_ledger import Ledger, connect
 from nexrl_payloads import open_store
+from records import new_job
 from tensor_codec import encode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -70,19 +71,19 @@ class Agents:
     def submit(self, operation: str, identifier: str = "student", **params: Any) -> JobRecord:
         """An operation of a group, with the arguments' defaults filled in as the gateway does."""
         document = OPERATIONS[operation].params.model_validate(params).model_dump(mode="json")
-        job = self.job(operation, identifier, names.train_queue(identifier), document)
+        job = new_job(operation, identifier=identifier, queue=names.train_queue(identifier), params=document)
         return self.ledger.submit(job, names.RUN_JOB)[0]
 
     def submit_batch(self, operation: str, tensors: dict[str, torch.Tensor], job: JobRecord | None = None) -> JobRecord:
         """An operation of ``student`` with a batch."""
-        job = job or self.job(operation, "student", names.train_queue("student"), {})
+        job = job or new_job(operation, identifier="student", queue=names.train_queue("student"))
         stored = open_store(f"file://{self.data}/.nexrl/payloads").put(job.id, encode(tensors, {}))
         payload = PayloadRef(id=stored.id, nbytes=stored.nbytes)
         return self.ledger.submit(job.model_copy(update={"payload": payload}), names.RUN_JOB)[0]
 
     def place(self, model: Path, identifier: str = "student", world_size: int = 1, **actor: Any) -> JobRecord:
         """``initialize_worker``."""
-        job = self.job("initialize_worker", identifier, names.AGENT_QUEUE, {})
+        job = new_job("initialize_worker", identifier=identifier, queue=names.AGENT_QUEUE)
         group = GroupRecord(
             identifier=identifier,
             world_size=world_size,
@@ -130,14 +131,3 @@ class Agents:
             return ours and f'"data": "{self.data}"' in process.environ().get("NEXRL_GROUP", "")
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             return False
-
-    def job(self, operation: str, identifier: str, queue: str, params: dict[str, Any]) -> JobRecord:
-        """A record that is not in the ledger yet."""
-        return JobRecord(
-            id=names.new_job_id(),
-            operation=operation,
-            identifier=identifier,
-            queue=queue,
-            params=params,
-            created_at=time.time(),
-        )

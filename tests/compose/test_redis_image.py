@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import redis
 from nexrl_contract import names
-from nexrl_contract.records import GroupRecord, JobRecord
+from nexrl_contract.records import GroupRecord
 from nexrl_ledger import Fenced, Ledger, ResidentWorker, connect
+from records import new_job
 
 from .engine import require_engine, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.docker]
 GROUP = "student"
 QUEUE = names.train_queue(GROUP)
+job = partial(new_job, identifier=GROUP, queue=QUEUE, fingerprint="f")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,7 @@ def ledger(image_url: str) -> Iterator[Ledger]:
     """A ledger with one group in its first epoch."""
     ledger = Ledger(connect(image_url))
     ledger.client.flushall()
-    placement = job("initialize_worker", names.AGENT_QUEUE)
+    placement = job("initialize_worker", queue=names.AGENT_QUEUE)
     ledger.submit(placement, names.PLACE_JOB, group=GroupRecord(identifier=GROUP, created_at=time.time()))
     claimed = ledger.claim(names.AGENT_QUEUE, job_id=placement.id)
     assert claimed is not None
@@ -46,18 +49,6 @@ def ledger(image_url: str) -> Iterator[Ledger]:
     ledger.start_epoch(GROUP, "agent", ["host"])
     yield ledger
     ledger.client.close()
-
-
-def job(operation: str = "barrier", queue: str = QUEUE, key: str | None = None) -> JobRecord:
-    return JobRecord(
-        id=names.new_job_id(),
-        operation=operation,
-        identifier=GROUP,
-        queue=queue,
-        key=key,
-        fingerprint="f",
-        created_at=time.time(),
-    )
 
 
 def _answers(url: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import rq
@@ -13,9 +14,11 @@ from nexrl_contract import names
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.records import GroupRecord, JobRecord
 from nexrl_ledger import Fenced, Ledger, ResidentWorker, connect
+from records import new_job
 
 GROUP = "student"
 QUEUE = names.train_queue(GROUP)
+job = partial(new_job, identifier=GROUP, queue=QUEUE, fingerprint="f")
 
 
 @pytest.fixture
@@ -29,18 +32,6 @@ def ledger(redis_url: str) -> Iterator[Ledger]:
     ledger.start_epoch(GROUP, "agent", ["host"])
     yield ledger
     ledger.client.close()
-
-
-def job(operation: str = "barrier", *, queue: str = QUEUE, key: str | None = None, fingerprint: str = "f") -> JobRecord:
-    return JobRecord(
-        id=names.new_job_id(),
-        operation=operation,
-        identifier=GROUP,
-        queue=queue,
-        key=key,
-        fingerprint=fingerprint,
-        created_at=time.time(),
-    )
 
 
 def submit(ledger: Ledger, count: int = 1) -> list[str]:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import RedisServer, wait_until
 from lossy import LosesReplies
 from nexrl_contract import names
-from nexrl_contract.records import GroupRecord, JobRecord
+from nexrl_contract.records import GroupRecord
 from nexrl_ledger import Ledger, ResidentWorker, connect
+from records import new_job
 
 GROUP = "student"
 QUEUE = names.train_queue(GROUP)
+job = partial(new_job, identifier=GROUP, queue=QUEUE, fingerprint="f")
 
 
 @pytest.fixture
@@ -23,18 +26,6 @@ def lossy(redis_server: RedisServer, redis_url: str) -> Iterator[LosesReplies]:
     proxy = LosesReplies(redis_server.port)
     yield proxy
     proxy.close()
-
-
-def job(operation: str = "barrier", key: str | None = None) -> JobRecord:
-    return JobRecord(
-        id=names.new_job_id(),
-        operation=operation,
-        identifier=GROUP,
-        queue=QUEUE,
-        key=key,
-        fingerprint="f",
-        created_at=time.time(),
-    )
 
 
 @pytest.mark.parametrize("key", ["k", None])

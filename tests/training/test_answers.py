@@ -3,43 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from nexrl_worker.training import Engine, InvalidValue
+from nexrl_worker.training import InvalidValue
 from safetensors.torch import load_file, save_file
-from support import SMALL, MemoryRows, batch, config, save_model
+from single_rank import build, update
+from support import SMALL, batch, save_model
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForSequenceClassification
 
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    meeting = tmp_path_factory.mktemp("group") / "meeting"
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_model(tmp_path_factory.mktemp("model"))
-
-
-def engine_of(path: str, role: str = "actor", **changes: Any) -> Engine:
-    return Engine.build(config(path, **changes), role, CPU)
-
-
-def updated(engine: Engine, rows: MemoryRows) -> list[dict[str, Any]]:
-    plan = engine.plan("update_actor", rows.size, rows.lengths())
-    engine.check("update_actor", plan, rows, {})
-    return [result.metrics for result in engine.update(plan, rows, {})]
 
 
 @pytest.mark.parametrize("loss", ["reinforce", "importance_sampling"])
@@ -48,29 +28,30 @@ def test_a_rollout_correction_weighs_by_the_old_log_probs_that_were_sent(path: s
     rows = batch()
     rows.tensors["rollout_log_probs"] = rows.tensors["old_log_probs"] - 0.5
     correction = SimpleNamespace(mode="token_truncate", lower=0.0, upper=9.0)
-    engine = engine_of(path, policy_loss=loss, rollout_correction=correction)
+    engine = build(path, policy_loss=loss, rollout_correction=correction)
 
-    [metrics] = updated(engine, rows)
+    [result] = update(engine, rows)
 
-    assert metrics["actor/rollout_weight_mean"] == pytest.approx(math.exp(0.5), rel=1e-6)
-    assert metrics["actor/mismatch_kl"] == pytest.approx(-0.5, rel=1e-6)
+    assert result.metrics["actor/rollout_weight_mean"] == pytest.approx(math.exp(0.5), rel=1e-6)
+    assert result.metrics["actor/mismatch_kl"] == pytest.approx(-0.5, rel=1e-6)
 
 
 def test_a_correction_over_several_steps_needs_old_log_probs(path: str) -> None:
     rows = batch()
     rows.tensors["rollout_log_probs"] = rows.tensors.pop("old_log_probs")
     correction = SimpleNamespace(mode="token_mask", lower=0.0, upper=2.0)
-    engine = engine_of(path, policy_loss="reinforce", rollout_correction=correction, ppo_mini_batch_size=3)
+    engine = build(path, policy_loss="reinforce", rollout_correction=correction, ppo_mini_batch_size=3)
 
     with pytest.raises(InvalidValue, match="need old_log_probs"):
-        updated(engine, rows)
+        update(engine, rows)
 
 
 def test_a_step_without_anything_to_learn_still_says_its_norm_and_rate(path: str) -> None:
     """Three mini-batches of which one is masked: no entry of any list is missing."""
     rows = batch()
     rows.tensors["scoring_attention_mask"][3:5] = 0
-    results = updated(engine_of(path, ppo_mini_batch_size=2, shuffle=False, policy_loss="reinforce"), rows)
+    steps = update(build(path, ppo_mini_batch_size=2, shuffle=False, policy_loss="reinforce"), rows)
+    results = [step.metrics for step in steps]
 
     masked = [result for result in results if not result["step_applied"]]
     assert all(result.keys() == results[0].keys() for result in results)
@@ -79,7 +60,7 @@ def test_a_step_without_anything_to_learn_still_says_its_norm_and_rate(path: str
 
 def test_seconds_are_those_of_the_operation(path: str) -> None:
     """Looking leaves nothing on the clock, and optim_step answers for its own time."""
-    engine, rows = engine_of(path), batch()
+    engine, rows = build(path), batch()
     plan = engine.plan("forward_backward", rows.size, rows.lengths())
     metrics = engine.accumulate(plan, rows, {}).metrics
     assert metrics["time/forward_s"] > 0 and metrics["time/step_s"] == 0
@@ -100,7 +81,7 @@ def test_a_row_without_tokens_has_reward_zero(tmp_path: Path, micro: int | None,
     Qwen2ForSequenceClassification(made).save_pretrained(tmp_path)
     rows = batch()
     rows.tensors["attention_mask"][2] = 0
-    engine = engine_of(str(tmp_path), "reward", ppo_micro_batch_size_per_gpu=micro, packing=packing)
+    engine = build(str(tmp_path), "reward", ppo_micro_batch_size_per_gpu=micro, packing=packing)
 
     parts = engine.compute(engine.plan("compute_rewards", rows.size), rows, {})["rewards"]
 
@@ -112,7 +93,7 @@ def test_a_plan_of_a_model_with_few_positions(tmp_path: Path) -> None:
     """`explain` measures on rows that the model can take."""
     GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=24, n_layer=2, n_head=2, n_positions=16)).save_pretrained(tmp_path)
     rows = batch()
-    engine = engine_of(str(tmp_path), dtype="float32")
+    engine = build(str(tmp_path), dtype="float32")
 
     plan = engine.explain(engine.plan("update_actor", rows.size), rows, rows.lengths(), {})
 
@@ -129,4 +110,4 @@ def test_weights_of_another_shape_are_refused(path: str, tmp_path: Path) -> None
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
 
     with pytest.raises(InvalidValue, match="has shape"):
-        engine_of(str(tmp_path))
+        build(str(tmp_path))

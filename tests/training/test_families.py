@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from nexrl_worker.checkpoint.huggingface import FolderWriter, Stamp, export
 from nexrl_worker.training import Engine, InvalidValue
-from support import MemoryRows, batch, config, save_model
+from single_rank import build, compute, update
+from support import MemoryRows, batch, save_model
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -43,20 +42,11 @@ FAMILIES: dict[str, tuple[PretrainedConfig, bool]] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    meeting = tmp_path_factory.mktemp("group") / "meeting"
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
-def run(engine: Engine, operation: str, rows: MemoryRows) -> object:
-    plan = engine.plan(operation, rows.size, rows.lengths())
-    engine.check(operation, plan, rows, {})
-    if operation == "update_actor":
-        return engine.update(plan, rows, {})[0].metrics
-    return engine.compute(plan, rows, {})["old_log_probs"][0][1]
+def scored(engine: Engine, rows: MemoryRows) -> torch.Tensor:
+    return compute(engine, "compute_log_prob", rows)["old_log_probs"]
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -67,29 +57,29 @@ def test_family(family: str, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_config(made)
     model.save_pretrained(tmp_path / "first")
     cut = {"dtype": "float32", "ppo_micro_batch_size_per_gpu": 2}
-    engine = Engine.build(config(str(tmp_path / "first"), **cut), "actor", torch.device("cpu"))
+    engine = build(str(tmp_path / "first"), **cut)
     info = engine.info()
     assert info["chunked_log_probs"] is chunked and (info["chunked_log_probs_reason"] is None) is chunked
     ids = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(1))
     rows = MemoryRows(
         {"input_ids": ids, "attention_mask": torch.ones_like(ids), "advantages": torch.ones(2)}, temperature=0.8
     )
-    assert torch.allclose(run(engine, "compute_log_prob", rows), own_scores(model, ids), atol=1e-5)  # type: ignore[arg-type]
+    assert torch.allclose(scored(engine, rows), own_scores(model, ids), atol=1e-5)
     before = engine.fingerprint()
-    result = run(engine, "update_actor", rows)
-    assert result["step_applied"] and result["actor/grad_norm"] > 0 and engine.fingerprint() != before  # type: ignore[index]
+    result = update(engine, rows)[0].metrics
+    assert result["step_applied"] and result["actor/grad_norm"] > 0 and engine.fingerprint() != before
 
     folder = tmp_path / "second"
     folder.mkdir()
     writer = FolderWriter(folder, tmp_path / "first", Stamp("family", 1, 1, "0" * 16))
     assert export(engine.full_weights(), writer) is None
     writer.finish()
-    again = Engine.build(config(str(folder), **cut), "actor", torch.device("cpu"))
+    again = build(str(folder), **cut)
     assert again.fingerprint() == engine.fingerprint()
-    trained = run(engine, "compute_log_prob", rows)
-    assert torch.equal(run(again, "compute_log_prob", rows), trained)  # type: ignore[arg-type]
+    trained = scored(engine, rows)
+    assert torch.equal(scored(again, rows), trained)
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    assert torch.allclose(trained, own_scores(loaded, ids), atol=1e-5)  # type: ignore[arg-type]
+    assert torch.allclose(trained, own_scores(loaded, ids), atol=1e-5)
 
 
 @torch.no_grad()
@@ -101,30 +91,29 @@ def own_scores(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 def test_padding_side_does_not_matter(tmp_path: Path) -> None:
     """The same tokens padded left or right get the same log-probabilities."""
-    engine = Engine.build(config(save_model(tmp_path)), "teacher", torch.device("cpu"))
+    engine = build(save_model(tmp_path), "teacher")
     ids = torch.randint(0, 61, (1, 6), generator=torch.Generator().manual_seed(1))
     junk = torch.full((1, 3), 999)
     one, zero = torch.ones(1, 6, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64)
     left = MemoryRows({"input_ids": torch.cat([junk, ids], 1), "attention_mask": torch.cat([zero, one], 1)})
     right = MemoryRows({"input_ids": torch.cat([ids, junk], 1), "attention_mask": torch.cat([one, zero], 1)})
-    scores = [run(engine, "compute_log_prob", rows) for rows in (left, right)]
-    assert torch.equal(scores[0][:, 3:], scores[1][:, :5])  # type: ignore[index]
+    scores = [scored(engine, rows) for rows in (left, right)]
+    assert torch.equal(scores[0][:, 3:], scores[1][:, :5])
 
 
 def test_bad_folders_and_positions(tmp_path: Path) -> None:
     """A folder without safetensors, a float8 dtype, an unknown role and a sequence beyond the positions are refused."""
     path = save_model(tmp_path / "good")
-    cpu = torch.device("cpu")
-    engine = Engine.build(config(path), "actor", cpu)
+    engine = build(path)
     long = MemoryRows({"input_ids": torch.zeros(1, 65, dtype=torch.int64), "attention_mask": torch.ones(1, 65)})
     with pytest.raises(InvalidValue, match="64"):
-        run(engine, "compute_log_prob", long)
+        scored(engine, long)
     (tmp_path / "good" / "model.safetensors").unlink()
     for call in (
-        lambda: Engine.build(config(path), "actor", cpu),
-        lambda: Engine.build(config(str(tmp_path / "none")), "actor", cpu),
-        lambda: Engine.build(config(path, dtype="float8"), "actor", cpu),
-        lambda: Engine.build(config(path), "critic", cpu),
+        lambda: build(path),
+        lambda: build(str(tmp_path / "none")),
+        lambda: build(path, dtype="float8"),
+        lambda: build(path, "critic"),
     ):
         with pytest.raises(InvalidValue):
             call()
@@ -135,11 +124,11 @@ def test_steps_without_old_log_probs(tmp_path: Path) -> None:
     path = save_model(tmp_path)
     rows = batch()
     del rows.tensors["old_log_probs"]
-    engine = Engine.build(config(path), "actor", torch.device("cpu"))
-    assert run(engine, "update_actor", rows)["actor/ratio_mean"] == 1.0  # type: ignore[index]
-    engine = Engine.build(config(path, ppo_epochs=2), "actor", torch.device("cpu"))
+    engine = build(path)
+    assert update(engine, rows)[0].metrics["actor/ratio_mean"] == 1.0
+    engine = build(path, ppo_epochs=2)
     with pytest.raises(InvalidValue, match="old_log_probs"):
-        run(engine, "update_actor", rows)
+        update(engine, rows)
 
 
 def test_kl_to_the_own_reference(tmp_path: Path) -> None:
@@ -147,8 +136,8 @@ def test_kl_to_the_own_reference(tmp_path: Path) -> None:
     rows = batch()
     del rows.tensors["ref_log_prob"]
     settings = {"use_kl_loss": True, "kl_loss_type": "k2", "entropy_coeff": 0.1}
-    engine = Engine.build(config(save_model(tmp_path), **settings), "actor", torch.device("cpu"))
-    apart = [run(engine, "update_actor", rows)["actor/kl_loss"] for _ in range(2)]  # type: ignore[index]
+    engine = build(save_model(tmp_path), **settings)
+    apart = [update(engine, rows)[0].metrics["actor/kl_loss"] for _ in range(2)]
     assert apart[0] == 0.0
     assert apart[1] > 1e-6
 
@@ -157,7 +146,7 @@ def test_an_error_midway_drops_the_gradients(tmp_path: Path) -> None:
     """When reading the second micro-batch fails, nothing of the first one reaches a later step."""
     rows, broken = batch(), batch()
     cut = {"ppo_micro_batch_size_per_gpu": 3}
-    engines = [Engine.build(config(save_model(tmp_path), **cut), "actor", torch.device("cpu")) for _ in range(2)]
+    engines = [build(save_model(tmp_path), **cut) for _ in range(2)]
     plan = engines[0].plan("forward_backward", rows.size, None)
     whole = broken.tensor
 
@@ -171,7 +160,7 @@ def test_an_error_midway_drops_the_gradients(tmp_path: Path) -> None:
         engines[0].accumulate(plan, broken, {})
     assert not engines[0].pending
     for engine in engines:
-        run(engine, "update_actor", rows)
+        update(engine, rows)
     assert engines[0].fingerprint() == engines[1].fingerprint()
 
 

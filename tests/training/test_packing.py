@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from nexrl_worker.training.batch import BatchReader, Layout, MicroBatch
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.kinds import kind_of
@@ -272,13 +270,6 @@ def test_attention_by_formula(window: int | None, softcap: float | None, scaling
 
 
 # -- sharded -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def one_rank(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("one_rank")

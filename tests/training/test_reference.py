@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace as Space
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from nexrl_worker.training import Engine, InvalidValue
 from nexrl_worker.training.weights import MemoryReader
 from reference_ranks import ready
-from support import SMALL, MemoryRows, batch, config, plain_scores, run_ranks, save_model
+from single_rank import build, compute, update
+from support import SMALL, MemoryRows, batch, plain_scores, run_ranks, save_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    meeting = tmp_path_factory.mktemp("group") / "meeting"
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 def granite(folder: Path, scaling: float, seed: int) -> str:
@@ -33,18 +26,12 @@ def granite(folder: Path, scaling: float, seed: int) -> str:
 
 
 def engine_of(path: str, reference: str | None, role: str = "actor", **changes: Any) -> Engine:
-    return Engine.build(config(path, ref=Space(model=Space(path=reference)), **changes), role, torch.device("cpu"))
+    return build(path, role, ref=Space(model=Space(path=reference)), **changes)
 
 
 def scored(engine: Engine, operation: str, rows: MemoryRows) -> Tensor:
-    """Checked and computed; the reference is read and examined where it is first used."""
-    plan = engine.plan(operation, rows.size, rows.lengths())
-    engine.check(operation, plan, rows, {})
-    (parts,) = engine.compute(plan, rows, {}).values()
-    result = torch.zeros(rows.size, parts[0][1].shape[1])
-    for indices, values in parts:
-        result[indices] = values
-    return result
+    (found,) = compute(engine, operation, rows).values()
+    return found
 
 
 def plain(path: str, rows: MemoryRows) -> Tensor:
@@ -83,11 +70,9 @@ def test_kl_is_measured_to_it(tmp_path: Path) -> None:
     rows = batch()
     del rows.tensors["ref_log_prob"]
     engine = engine_of(own, other, use_kl_loss=True, kl_loss_type="k2")
-    plan = engine.plan("update_actor", rows.size)
     ready(engine, "update_actor", rows)
-    engine.check("update_actor", plan, rows, {})
 
-    found = engine.update(plan, rows, {})[0].metrics["actor/kl_loss"]
+    found = update(engine, rows)[0].metrics["actor/kl_loss"]
 
     apart = plain(own, rows) - plain(other, rows)
     picked = rows.tensors["scoring_attention_mask"][:, -apart.shape[1] :].bool()

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from nexrl_worker.checkpoint.huggingface import FolderWriter, Stamp, export
 from nexrl_worker.training import Engine, InvalidValue
-from support import SMALL, MemoryRows, batch, config, plain_scores, save_model
+from single_rank import build, compute, update
+from support import SMALL, MemoryRows, batch, plain_scores, save_model
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -23,36 +22,10 @@ from transformers import (
     Qwen2ForTokenClassification,
 )
 
-CPU = torch.device("cpu")
 PAD = 0
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    meeting = tmp_path_factory.mktemp("group") / "meeting"
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def engine_of(path: str, role: str, **changes: Any) -> Engine:
-    return Engine.build(config(path, **changes), role, CPU)
-
-
-def update(engine: Engine, operation: str, rows: MemoryRows, **params: Any) -> Any:
-    plan = engine.plan(operation, rows.size, rows.lengths())
-    engine.check(operation, plan, rows, params)
-    return engine.update(plan, rows, params)
-
-
-def compute(engine: Engine, operation: str, rows: MemoryRows, **params: Any) -> dict[str, Tensor]:
-    plan = engine.plan(operation, rows.size, rows.lengths())
-    engine.check(operation, plan, rows, params)
-    found = {}
-    for name, parts in engine.compute(plan, rows, params).items():
-        order = torch.tensor([row for indices, _ in parts for row in indices]).argsort()
-        found[name] = torch.cat([values for _, values in parts])[order]
-    return found
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 def gradients(engine: Engine, operation: str, rows: MemoryRows, **params: Any) -> dict[str, Tensor]:
@@ -65,7 +38,7 @@ def gradients(engine: Engine, operation: str, rows: MemoryRows, **params: Any) -
         engine._trainer.optimizer.discard()
 
     engine._trainer.optimizer.step = seen
-    update(engine, operation, rows, **params)
+    update(engine, rows, operation, **params)
     return found
 
 
@@ -106,7 +79,7 @@ def test_rewards(tmp_path: Path, padding: str, packing: bool) -> None:
     """compute_rewards pools at the last attended token, as transformers' sequence classification does."""
     path = headed(tmp_path, Qwen2ForSequenceClassification)
     rows = padded(padding)
-    found = compute(engine_of(path, "reward", packing=packing, ppo_micro_batch_size_per_gpu=3), "compute_rewards", rows)
+    found = compute(build(path, "reward", packing=packing, ppo_micro_batch_size_per_gpu=3), "compute_rewards", rows)
     model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float64).eval()
     wanted = own_answers(model, rows)[:, 0]
     assert found["rewards"].shape == (7,) and wanted.std() > 0.1
@@ -119,7 +92,7 @@ def test_values(tmp_path: Path, padding: str, packing: bool) -> None:
     """values[:, k] is transformers' token classification at position S-R-1+k, wherever k and k-1 are attended."""
     path = headed(tmp_path, Qwen2ForTokenClassification)
     rows = padded(padding)
-    found = compute(engine_of(path, "critic", packing=packing, ppo_micro_batch_size_per_gpu=3), "compute_values", rows)
+    found = compute(build(path, "critic", packing=packing, ppo_micro_batch_size_per_gpu=3), "compute_values", rows)
     model = AutoModelForTokenClassification.from_pretrained(path, dtype=torch.float64).eval()
     wanted = own_answers(model, rows)[:, 5:13, 0]
     attention = rows.tensors["attention_mask"].bool()
@@ -141,15 +114,15 @@ def test_critic(tmp_path: Path) -> None:
     """Of a language model it starts at 0; trained and exported, transformers and a new critic load its values."""
     path = save_model(tmp_path / "causal")
     rows = padded("left")
-    engine = engine_of(path, "critic", ppo_micro_batch_size_per_gpu=3)
+    engine = build(path, "critic", ppo_micro_batch_size_per_gpu=3)
     assert compute(engine, "compute_values", rows)["values"].abs().max() == 0
     rows.tensors["returns"] = torch.linspace(-1, 1, 56).view(7, 8)
     for _ in range(3):
-        update(engine, "update_critic", rows)
+        update(engine, rows, "update_critic")
     values = compute(engine, "compute_values", rows)["values"]
     assert values.std() > 1e-3
     folder = exported(engine, path, tmp_path / "exported")
-    again = compute(engine_of(folder, "critic"), "compute_values", rows)["values"]
+    again = compute(build(folder, "critic"), "compute_values", rows)["values"]
     assert torch.allclose(again, values, atol=1e-7)
     model = AutoModelForTokenClassification.from_pretrained(folder, dtype=torch.float64).eval()
     assert model.config.num_labels == 1
@@ -161,8 +134,8 @@ def test_explained_variance_of_equal_returns(tmp_path: Path) -> None:
     """Returns that do not vary have no variance to explain: 0, not what rounding makes of it."""
     rows = padded("right")
     rows.tensors["returns"] = torch.full((7, 8), 0.1)
-    engine = engine_of(headed(tmp_path, Qwen2ForTokenClassification), "critic", dtype="float32")
-    metrics = update(engine, "update_critic", rows)[0].metrics
+    engine = build(headed(tmp_path, Qwen2ForTokenClassification), "critic", dtype="float32")
+    metrics = update(engine, rows, "update_critic")[0].metrics
     assert metrics["critic/explained_variance"] == 0.0 and metrics["critic/returns_mean"] == pytest.approx(0.1)
 
 
@@ -171,7 +144,7 @@ def test_top_k(tmp_path: Path, k: int) -> None:
     """compute_log_prob(top_k=K) gives torch.topk of log_softmax at every attended label, and the labels' own."""
     path = save_model(tmp_path)
     rows = batch()
-    found = compute(engine_of(path, "teacher", ppo_micro_batch_size_per_gpu=2), "compute_log_prob", rows, top_k=k)
+    found = compute(build(path, "teacher", ppo_micro_batch_size_per_gpu=2), "compute_log_prob", rows, top_k=k)
     assert found.keys() == {"old_log_probs", "teacher_topk_ids", "teacher_topk_log_probs"}
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
     ids, attention = rows.tensors["input_ids"], rows.tensors["attention_mask"].bool()
@@ -185,14 +158,14 @@ def test_top_k(tmp_path: Path, k: int) -> None:
             assert torch.equal(found["teacher_topk_ids"][row, places], best.indices)
             assert torch.allclose(found["teacher_topk_log_probs"][row, places], best.values.float(), atol=1e-6)
     with pytest.raises(InvalidValue, match="62"):
-        compute(engine_of(path, "teacher"), "compute_log_prob", rows, top_k=62)
+        compute(build(path, "teacher"), "compute_log_prob", rows, top_k=62)
 
 
 def test_linear(tmp_path: Path) -> None:
     """`linear` answers with log-probabilities, and with w = dL/dlp has the gradient of a loss made outside."""
     path = save_model(tmp_path)
     rows = batch()
-    engine = engine_of(path, "actor", policy_loss="linear", grad_clip=0.0, ppo_micro_batch_size_per_gpu=2)
+    engine = build(path, "actor", policy_loss="linear", grad_clip=0.0, ppo_micro_batch_size_per_gpu=2)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
     mask = rows.tensors["scoring_attention_mask"][:, 6:].bool()
     outside = plain_scores(model, rows)[0]
@@ -200,7 +173,7 @@ def test_linear(tmp_path: Path) -> None:
     loss = torch.sigmoid(3 * outside[mask]).square().mean() + outside[mask].std()
     loss.backward()
     rows.tensors["loss_weights"] = outside.grad.where(mask, float("nan"))
-    parts = update(engine_of(path, "actor", policy_loss="linear"), "update_actor", rows)[0].answers["log_probs"]
+    parts = update(build(path, "actor", policy_loss="linear"), rows)[0].answers["log_probs"]
     assert torch.allclose(torch.cat([p for _, p in parts]), outside.detach().float(), atol=1e-6)
     found = gradients(engine, "update_actor", rows)
     wanted = {name: param.grad for name, param in model.named_parameters()}
@@ -219,11 +192,11 @@ def test_two_teachers(tmp_path: Path, old: bool) -> None:
     found = []
     for teacher in teachers:
         rows.tensors["teacher_log_probs"] = teacher
-        engine = engine_of(path, "actor")
+        engine = build(path, "actor")
         found.append(gradients(engine, "update_actor_with_distillation", rows, distillation_coeff=0.5))
     rows.tensors["advantages"] = 0.5 * (teachers[1] - teachers[0])
     name = "importance_sampling" if old else "reinforce"
-    wanted = gradients(engine_of(path, "actor", policy_loss=name), "update_actor", rows)
+    wanted = gradients(build(path, "actor", policy_loss=name), "update_actor", rows)
     gap = sum(float((found[1][key] - found[0][key] - value).square().sum()) for key, value in wanted.items())
     length = sum(float(value.square().sum()) for value in wanted.values())
     assert (gap / length) ** 0.5 < 1e-5  # Qwen2's norms compute in float32 whatever the dtype
@@ -240,7 +213,7 @@ def candidates(rows: MemoryRows, k: int = 3) -> MemoryRows:
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
 def test_bad_candidates_are_refused(tmp_path: Path, kind: str) -> None:
     """Ids beyond the vocabulary, ids twice, too much mass, NaN and wrong shapes: refused by name and row; masked, not."""
-    engine = engine_of(save_model(tmp_path), "actor", distillation_loss=kind)
+    engine = build(save_model(tmp_path), "actor", distillation_loss=kind)
     good = candidates(batch())
     operation = "update_actor_with_distillation"
     plan = engine.plan(operation, 7, None)
@@ -282,6 +255,6 @@ def test_settings_that_lack_something_are_refused(tmp_path: Path) -> None:
         ({"policy_loss": "dpo"}, "dpo"),
         ({"policy_loss": "linear"}, "loss_weights"),
     ):
-        engine = engine_of(path, "actor", **changes)
+        engine = build(path, "actor", **changes)
         with pytest.raises(InvalidValue, match=message):
-            update(engine, "update_actor", batch())
+            update(engine, batch())

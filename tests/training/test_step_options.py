@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace as Space
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from nexrl_worker.training import parallelize
 from nexrl_worker.training.batch import BatchReader, Layout
 from nexrl_worker.training.clock import Clock
@@ -97,13 +95,6 @@ def test_clock_adds_up_and_forgets() -> None:
 
 
 # -- one rank ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def one_rank(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def build(path: str, **changes: Any) -> Scorer:

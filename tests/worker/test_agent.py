@@ -11,6 +11,7 @@ import pytest
 from conftest import RedisServer, wait_until
 from lossy import LosesReplies
 from nexrl_contract import names
+from records import new_job
 from running_agent import Agents, save_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -80,7 +81,7 @@ def test_a_claim_whose_reply_is_lost_still_runs_and_a_replaced_group_gives_its_s
     agents.ready(model)
     barrier = agents.submit("barrier")
     lost = wait_until(lambda: agents.ended(barrier).attempt, 10)
-    job = agents.job("barrier", "student", names.train_queue("student"), {})
+    job = new_job("barrier", identifier="student", queue=names.train_queue("student"))
     lossy.reply = b"OK\r\n$32\r\n" + job.id.encode()
     agents.ledger.submit(job, names.RUN_JOB)
 

@@ -16,6 +16,7 @@ from nexrl_contract import names
 from nexrl_contract.manifest import Manifest, describe, write_manifest
 from nexrl_contract.records import JobRecord
 from nexrl_worker.checkpoint.shards import staging_folder
+from records import new_job
 from running_agent import Agents, save_model
 from safetensors.torch import load_file, save_file
 
@@ -79,7 +80,7 @@ def test_a_message_that_is_longer_than_its_place_reaches_all_ranks(agents: Agent
 
 def test_a_result_that_cannot_be_stored_for_a_while_is_stored_later(agents: Agents) -> None:
     """The store's trouble is not the weights': the group must not go down with it."""
-    job = agents.job("compute_log_prob", "student", names.train_queue("student"), {})
+    job = new_job("compute_log_prob", identifier="student", queue=names.train_queue("student"))
     in_the_way = agents.data / ".nexrl" / "payloads" / f"{job.id}.result"
     in_the_way.mkdir(parents=True)
     agents.submit_batch("compute_log_prob", {"input_ids": torch.full((4, 6), 3)}, job)
