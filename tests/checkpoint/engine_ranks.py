@@ -1,8 +1,9 @@
-"""One rank: `engine_ranks.py save|load RANK WORLD MEETING FOLDER`. Save after one update and go on; or load and go on."""
+"""What the ranks of test_resume.py run: save after one update and go on; or load and go on."""
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from nexrl_worker.checkpoint.huggingface import FolderWriter, Stamp, export
 from nexrl_worker.checkpoint.load import inspect
 from nexrl_worker.checkpoint.shards import GroupState, write_shards
 from nexrl_worker.training import Engine
+from rank_processes import be_a_rank
 from support import batch, config
 
 
@@ -21,15 +23,16 @@ def update(engine: Engine) -> None:
     engine.update(plan, rows, {})
 
 
-def save(engine: Engine, folder: Path, rank: int, world_size: int) -> None:
+def save(engine: Engine, folder: Path) -> None:
     update(engine)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     group = GroupState({"scalars": engine.scalars()}, folder / "model") if rank == 0 else None
     write_shards(folder / "staging", rank, world_size, engine.shards(), engine.rng_state(), group)
 
 
-def load(engine: Engine, folder: Path, rank: int, world_size: int) -> None:
+def load(engine: Engine, folder: Path) -> None:
     plan = inspect(folder / "ckpt")
-    plan.verify(rank, world_size)
+    plan.verify(dist.get_rank(), dist.get_world_size())
     reader = plan.reader()
     plan.check_fits(reader, {shard.name: shard.global_shape for shard in engine.shards()}, engine.architecture())
     engine.load_shards(reader)
@@ -37,19 +40,17 @@ def load(engine: Engine, folder: Path, rank: int, world_size: int) -> None:
     reader.close()
 
 
-def main(phase: str, rank: int, world_size: int, meeting: str, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
+def check(phase: Callable[[Engine, Path], None], folder: Path) -> None:
     engine = Engine.build(config(str(folder / "model")), "actor", torch.device("cpu"))
-    (save if phase == "save" else load)(engine, folder, rank, world_size)
+    phase(engine, folder)
     update(engine)
     stamp = Stamp("student", 0, engine.weight_version, f"{engine.fingerprint():016x}")
-    writer = FolderWriter(folder / f"after-{phase}", folder / "model", stamp) if rank == 0 else None
+    after = folder / f"after-{phase.__name__}"
+    writer = FolderWriter(after, folder / "model", stamp) if dist.get_rank() == 0 else None
     assert export(engine.full_weights(), writer) is None
     if writer is not None:
         writer.finish()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], Path(sys.argv[5]))
+    be_a_rank({phase.__name__: partial(check, phase) for phase in (save, load)})

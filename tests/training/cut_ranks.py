@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace as Space
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from nexrl_worker.training import Engine, Plan
+from rank_processes import be_a_rank
 from ranks import build, save, weights
 from safetensors.torch import load_file
 from support import MemoryRows
@@ -86,15 +86,5 @@ def resident() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
-def main() -> None:
-    checks, rank, world, meeting, out, *arguments = sys.argv[1:]
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=int(world))
-    answer = {"cases": cases, "memory": memory}[checks](Path(out).parent, *arguments)
-    if rank == "0":
-        Path(out).write_text(json.dumps(answer))
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    be_a_rank({"cases": cases, "memory": memory})

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from nexrl_worker.training import Engine
+from rank_processes import be_a_rank
 from support import MemoryRows, config
 
 
-def measured(path: str, settings: dict[str, Any]) -> dict[str, Any]:
+def explain(_: Path, path: str, settings: str) -> dict[str, Any]:
     """The plan of an update, and the update's own account."""
-    engine = Engine.build(config(path, dtype="float32", **settings), "actor", torch.device("cpu"))
+    engine = Engine.build(config(path, dtype="float32", **json.loads(settings)), "actor", torch.device("cpu"))
     random = torch.Generator().manual_seed(1)
     size, width = 10, 320
     attention = torch.ones(size, width, dtype=torch.int64)
@@ -33,10 +32,4 @@ def measured(path: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    _, rank, world, meeting, out, path, settings = sys.argv[1:]
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=int(world))
-    answer = measured(path, json.loads(settings))
-    if dist.get_rank() == 0:
-        Path(out).write_text(json.dumps(answer))
-    dist.destroy_process_group()
+    be_a_rank({"explain": explain})

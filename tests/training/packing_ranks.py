@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from nexrl_worker.training.kinds import kind_of
 from nexrl_worker.training.model import Options, Precision, build_root
 from nexrl_worker.training.parallelize import forget_kept_back, synchronise
 from nexrl_worker.training.scorer import Scorer
+from rank_processes import be_a_rank
 from safetensors.torch import save_file
 from support import MemoryRows, batch, config
 from torch import Tensor
@@ -107,15 +106,5 @@ def waiting(folder: Path, path: str) -> dict[str, Any]:
     return clock.seconds()
 
 
-def main() -> None:
-    checks, rank, world, meeting, out, *arguments = sys.argv[1:]
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=int(world))
-    answer = {"synchronisation": synchronisation, "waiting": waiting}[checks](Path(out).parent, *arguments)
-    if rank == "0":
-        Path(out).write_text(json.dumps(answer))
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    be_a_rank({"synchronisation": synchronisation, "waiting": waiting})

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from nexrl_worker.training import Engine, InvalidValue, Plan
+from rank_processes import be_a_rank
 from safetensors import safe_open
 from safetensors.torch import save_file
 from support import MemoryRows, batch, config
@@ -271,15 +271,5 @@ def distillation(path: str, rows: MemoryRows) -> list[Any]:
     return found
 
 
-def main() -> None:
-    checks, rank, world, meeting, out, *arguments = sys.argv[1:]
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=int(world))
-    answer = {"training": training, "behaviour": behaviour}[checks](Path(out).parent, *arguments)
-    if rank == "0":
-        Path(out).write_text(json.dumps(answer))
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    be_a_rank({"training": training, "behaviour": behaviour})

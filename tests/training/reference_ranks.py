@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace as Space
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from nexrl_worker.training import Engine
+from rank_processes import be_a_rank
 from ranks import build, collect
 from support import MemoryRows, batch
 
@@ -22,7 +19,7 @@ def ready(engine: Engine, operation: str, rows: MemoryRows) -> None:
         engine.examine_reference()
 
 
-def frozen(group: str, reference: str) -> list[Any]:
+def frozen(_: Path, group: str, reference: str) -> list[Any]:
     """Every row's frozen log-probabilities, of a group that packs."""
     engine, rows = build(group, ref=Space(model=Space(path=reference)), packing=True), batch()
     ready(engine, "compute_ref_log_prob", rows)
@@ -30,15 +27,5 @@ def frozen(group: str, reference: str) -> list[Any]:
     return found
 
 
-def main() -> None:
-    _, rank, world, meeting, out, *arguments = sys.argv[1:]
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=int(world))
-    answer = frozen(*arguments)
-    if rank == "0":
-        Path(out).write_text(json.dumps(answer))
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    be_a_rank({"frozen": frozen})

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace as Space
 from typing import Any
@@ -118,37 +114,6 @@ def batch(size: int = 7, width: int = 14, response: int = 8, temperature: float 
         },
         temperature=temperature,
     )
-
-
-def run_ranks(
-    world_size: int, checks: str, folder: Path, *arguments: str, limit: float = 300, script: str = "ranks.py"
-) -> dict[str, Any]:
-    """Run `checks` of `script` (beside this file) on that many processes over gloo; returns rank 0's JSON."""
-    out = folder / f"{checks}-{world_size}.json"
-    meeting = folder / f"meeting-{checks}-{world_size}"
-    meeting.unlink(missing_ok=True)
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    program = str(Path(__file__).with_name(script))
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, program, checks, str(rank), str(world_size), str(meeting), str(out), *arguments],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(world_size)
-    ]  # fmt: skip
-    try:
-        outputs = [rank.communicate(timeout=limit)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    failed = [output for rank, output in zip(ranks, outputs, strict=True) if rank.returncode != 0]
-    assert not failed, failed[0]
-    return json.loads(out.read_text())
 
 
 # -- a plain single-process loop, from the formulas alone ------------------------------------------------------------

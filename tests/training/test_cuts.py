@@ -15,8 +15,9 @@ import pytest
 import torch
 from cases import LOSSES, Case, drawn, make, plain
 from plain_loop import Trained
+from rank_processes import run_ranks
 from safetensors.torch import load_file
-from support import SMALL, relative_gap, run_ranks, save_model
+from support import SMALL, relative_gap, save_model
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForTokenClassification
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import run_ranks, save_model
+from rank_processes import run_ranks
+from support import save_model
 
 CUTS: dict[str, dict[str, Any]] = {
     "one micro-batch": {},

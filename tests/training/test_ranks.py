@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from nexrl_worker.training import fingerprint_of
+from rank_processes import run_ranks
 from safetensors.torch import load_file
-from support import batch, config, plain_scores, plain_training, relative_gap, run_ranks, save_model
+from support import batch, config, plain_scores, plain_training, relative_gap, save_model
 from transformers import AutoModelForCausalLM
 
 BASE: dict[str, Any] = {

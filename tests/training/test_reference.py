@@ -10,9 +10,10 @@ import pytest
 import torch
 from nexrl_worker.training import Engine, InvalidValue
 from nexrl_worker.training.weights import MemoryReader
+from rank_processes import run_ranks
 from reference_ranks import ready
 from single_rank import build, compute, update
-from support import SMALL, MemoryRows, batch, plain_scores, run_ranks, save_model
+from support import SMALL, MemoryRows, batch, plain_scores, save_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import run_ranks
+from rank_processes import run_ranks
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
 BIG: dict[str, Any] = dict(

@@ -23,8 +23,9 @@ from nexrl_worker.training.parallelize import (
     synchronise,
 )
 from nexrl_worker.training.scorer import Scorer
+from rank_processes import run_ranks
 from safetensors.torch import load_file
-from support import batch, config, run_ranks, save_model
+from support import batch, config, save_model
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
