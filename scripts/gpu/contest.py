@@ -44,6 +44,8 @@ class EngineSide:
     ) -> None:  # fmt: skip
         settings = actor(path, packing=packing, recompute=recompute, ppo_micro_batch_size_per_gpu=micro)
         self._engine = Engine.build(settings, "actor", device)
+        if packing and not self._engine.info()["packing"]:
+            raise RuntimeError(f"it does not pack: {self._engine.info()['packing_reason']}")
         self.model: nn.Module = self._engine._root
         self._rows = rows
         self._plan = self._engine.plan("update_actor", rows.size, rows.lengths)

@@ -28,7 +28,8 @@ def parity(folder: Path, device: torch.device) -> dict[str, Any]:
     }
     if device.type != "cpu":
         ways |= {"CUDA": (device, "float32", False), "CUDA, packed": (device, "float32", True)}
-    ways |= {f"{device.type.upper()}, bfloat16": (device, "bfloat16", False)}
+    name = device.type.upper()
+    ways |= {f"{name}, bfloat16": (device, "bfloat16", False), f"{name}, bfloat16, packed": (device, "bfloat16", True)}
     wanted = _plain(path, rows, shape.micro)
     found = {way: _engine(path, rows, shape.micro, *settings) for way, settings in ways.items()}
     answer: dict[str, Any] = {"limit": LIMIT, "ways": {way: _deviations(one, wanted) for way, one in found.items()}}

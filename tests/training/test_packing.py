@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace as Space
 from typing import Any
 
 import pytest
 import torch
+from nexrl_worker.training import Engine
 from nexrl_worker.training.batch import BatchReader, Layout, MicroBatch
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.kinds import kind_of
@@ -15,6 +17,7 @@ from nexrl_worker.training.model import Options, Precision, build_root
 from nexrl_worker.training.packing import Segments, attend
 from nexrl_worker.training.probe import Probe, probe
 from nexrl_worker.training.scorer import Scorer
+from single_rank import build, compute
 from support import MemoryRows, batch, config, save_model
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -289,3 +292,23 @@ def test_the_probe_leaves_nothing_gathered(tmp_path: Path, family: str) -> None:
     assert outcome.packs is (family == "qwen2")
     assert all(isinstance(param, DTensor) for param in root.parameters())
     assert torch.equal(root.score(micro, 1.0, entropy=False, all_labels=True)[0], before)
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("family", ["qwen2", "mistral"])
+def test_packing_where_layers_compute_in_another_dtype(tmp_path: Path, family: str) -> None:
+    """float32 weights and bfloat16 layers, the usual way on a GPU: packed, and as close to float64 as padded rows are."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(FAMILIES[family]).save_pretrained(tmp_path)
+    half = Space(param_dtype="bfloat16", reduce_dtype=None)
+    rows = hard_rows()
+    truth = compute(build(str(tmp_path), "teacher"), "compute_log_prob", rows)["old_log_probs"]
+    gaps = []
+    for packing in (True, False):
+        settings = config(str(tmp_path), dtype="float32", packing=packing)
+        settings.fsdp_config.mixed_precision = half
+        engine = Engine.build(settings, "teacher", CPU)
+        info = engine.info()
+        assert info["compute_dtype"] == "bfloat16" and info["packing"] is packing and info["packing_reason"] is None
+        gaps.append(float((compute(engine, "compute_log_prob", rows)["old_log_probs"] - truth).norm()))
+    assert 0 < gaps[0] < 1.5 * gaps[1] < 0.05 * float(truth.norm())

@@ -6,7 +6,6 @@ attention function; a family that does not hand it down is found out by the prob
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -23,14 +22,17 @@ ATTENTION = "nexrl_segments"
 _NOT_OFFERED = ("s_aux", "position_bias", "head_mask")
 
 
-@dataclass(frozen=True, eq=False)
 class Segments:
-    """`lengths` of the rows in a stream of T tokens; `windows` collects the sliding window of every layer that ran."""
+    """`lengths` of the rows in a stream of T tokens; `windows` collects the sliding window of every layer that ran.
 
-    lengths: tuple[int, ...]
-    device: torch.device
-    windows: list[int | None] = field(default_factory=list)
-    _masks: dict[int | None, Any] = field(default_factory=dict)
+    Not a dataclass: FSDP, where it casts what a layer is given, would hand every layer a copy of its own.
+    """
+
+    def __init__(self, lengths: tuple[int, ...], device: torch.device) -> None:
+        self.lengths = lengths
+        self.device = device
+        self.windows: list[int | None] = []
+        self._masks: dict[int | None, Any] = {}
 
     @cached_property
     def bounds(self) -> Tensor:
