@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,36 @@ def test_correction_by_hand() -> None:
     for mode, weights in wanted.items():
         found = Correction(mode, 0.8, 2.0).weights(old, torch.zeros(1, 4).double(), mask)
         assert found.tolist()[0][:3] == pytest.approx(weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "gain", "clip", "loss"),
+    [
+        ("ppo", 2.0, Clip(0.2, 0.2), -2.4),
+        ("ppo", 0.0, Clip(0.2, 0.2), 0.0),
+        ("ppo", -2.0, Clip(0.2, 0.2, dual=3.0), 6.0),
+        ("gspo", 2.0, Clip(3e-4, 4e-4), -2.0008),
+        ("cispo", 0.0, Clip(None, 0.2), 0.0),
+        ("importance_sampling", 0.0, Clip(), 0.0),
+    ],
+)
+def test_a_ratio_beyond_float32_costs_what_its_clipped_loss_says(
+    name: str, gain: float, clip: Clip, loss: float
+) -> None:
+    """exp(200) is inf in float32: where the formula bounds the loss it stays finite, its gradient is 0, the ratio told."""
+    lp = torch.tensor([[-1.0]], requires_grad=True)
+    made = select_tokens(lp, torch.ones(1, 1).bool(), torch.tensor([[-201.0]]), torch.tensor([[gain]]))
+    found = LOSSES[name].function(made, clip)
+    found.loss.sum().backward()
+    assert found.loss.item() == pytest.approx(loss) and lp.grad is not None and lp.grad.item() == 0.0
+    assert found.ratio is not None and found.ratio.item() == math.inf
+
+
+def test_a_ratio_beyond_float32_is_not_hidden_where_it_counts() -> None:
+    """A < 0 without a dual clip: the formula's loss is beyond float32 too, and the step is refused for it."""
+    _, made = tokens([-1.0], [-201.0], [-1.0])
+    made = replace(made, **{f.name: getattr(made, f.name).float() for f in fields(made) if f.name != "mask"})
+    assert LOSSES["ppo"].function(made, Clip()).loss.item() == math.inf
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from nexrl_worker.training.errors import InvalidValue
 
+_FAR = 60.0  # e^60 lies beyond every clip bound; its product with an advantage is finite in float32
+
 
 @dataclass(frozen=True)
 class Clip:
@@ -38,8 +40,8 @@ class Tokens:
     mask: Tensor
 
     @property
-    def ratio(self) -> Tensor:
-        return torch.exp(self.log_probs - self.old)
+    def log_ratio(self) -> Tensor:
+        return self.log_probs - self.old
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def ppo(tokens: Tokens, clip: Clip) -> PerToken:
     Schulman et al., "Proximal Policy Optimization Algorithms", 2017; separate bounds: Yu et al., "DAPO", 2025;
     dual clip: Ye et al., "Mastering Complex Control in MOBA Games with Deep Reinforcement Learning", 2020.
     """
-    return _clipped(tokens, tokens.ratio, clip)
+    return _clipped(tokens, tokens.log_ratio, clip)
 
 
 def gspo(tokens: Tokens, clip: Clip) -> PerToken:
@@ -81,20 +83,30 @@ def gspo(tokens: Tokens, clip: Clip) -> PerToken:
     Zheng et al., "Group Sequence Policy Optimization", 2025, the token form (GSPO-token); by row means.
     """
     lengths = tokens.mask.sum(dim=-1, keepdim=True).clamp(min=1)
-    whole = torch.exp((tokens.log_probs - tokens.old).sum(dim=-1, keepdim=True) / lengths).detach()
-    return _clipped(tokens, whole * torch.exp(tokens.log_probs - tokens.log_probs.detach()), clip)
+    whole = tokens.log_ratio.sum(dim=-1, keepdim=True).detach() / lengths
+    return _clipped(tokens, whole + (tokens.log_probs - tokens.log_probs.detach()), clip)
 
 
-def _clipped(tokens: Tokens, ratio: Tensor, clip: Clip) -> PerToken:
+def _clipped(tokens: Tokens, log_ratio: Tensor, clip: Clip) -> PerToken:
     gain = tokens.advantages
     low, high = None if clip.low is None else 1.0 - clip.low, 1.0 + clip.high
+    bounded = gain >= 0 if clip.dual is None else torch.ones_like(tokens.mask)
+    ratio = _finite_ratio(log_ratio, bounded)
     loss = torch.maximum(-gain * ratio, -gain * ratio.clamp(low, high))
     below = torch.zeros_like(tokens.mask) if low is None else (gain < 0) & (ratio < low)
     dual = None
     if clip.dual is not None:
         dual = (gain < 0) & (ratio > clip.dual)
         loss = torch.where(gain < 0, torch.minimum(loss, -gain * clip.dual), loss)
-    return PerToken(loss, ratio, below, (gain > 0) & (ratio > high), dual)
+    return PerToken(loss, log_ratio.detach().exp(), below, (gain > 0) & (ratio > high), dual)
+
+
+def _finite_ratio(log_ratio: Tensor, unread: Tensor) -> Tensor:
+    """exp(log_ratio), and no more than e^60 where a ratio beyond that does not count (bool `unread`).
+
+    There the loss and its gradient are finite by the formula, but inf x 0 would make them NaN.
+    """
+    return torch.exp(torch.where(unread, log_ratio.clamp(max=_FAR), log_ratio))
 
 
 def cispo(tokens: Tokens, clip: Clip) -> PerToken:
@@ -102,7 +114,7 @@ def cispo(tokens: Tokens, clip: Clip) -> PerToken:
 
     MiniMax, "MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention", 2025.
     """
-    ratio = tokens.ratio.detach()
+    ratio = tokens.log_ratio.detach().exp()
     high = 1.0 + clip.high
     low = None if clip.low is None else 1.0 - clip.low
     below = torch.zeros_like(tokens.mask) if low is None else ratio < low
@@ -111,7 +123,8 @@ def cispo(tokens: Tokens, clip: Clip) -> PerToken:
 
 def importance_sampling(tokens: Tokens, clip: Clip) -> PerToken:
     """-r A: the off-policy policy gradient (Degris et al., "Off-Policy Actor-Critic", 2012). No clipping."""
-    return PerToken(-tokens.ratio * tokens.advantages, tokens.ratio)
+    ratio = _finite_ratio(tokens.log_ratio, tokens.advantages == 0)
+    return PerToken(-ratio * tokens.advantages, tokens.log_ratio.detach().exp())
 
 
 def reinforce(tokens: Tokens, clip: Clip) -> PerToken:
