@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -147,3 +148,26 @@ def _pid(agents: Agents) -> int:
         return int((agents.data / ".nexrl" / "groups" / "student" / "run" / "rank0.pid").read_text())
     except (FileNotFoundError, ValueError):
         return 0
+
+
+def test_a_barrier_behind_a_save_waits_until_it_is_published(agents: Agents, redis_url: str, model: Path) -> None:
+    """Of the two halves of a save the second is the checkpointer's; what does not count on it need not wait."""
+    agents.start(redis_url)
+    agents.ready(model)
+    save = agents.submit("save_checkpoint", local_path=str(agents.data / "step_1"), global_step=1)
+    wait_until(lambda: agents.ledger.waiting(names.CHECKPOINT_QUEUE), 20, "the hand-over")
+    assert agents.ended(agents.submit("init_model"), 20).state == "finished"
+    load = agents.submit("load_checkpoint", path=str(model))
+    barrier = agents.submit("barrier")
+
+    wait_until(lambda: agents.ledger.require_job(load.id).waits_for, 10, "a reason")
+    reason = agents.ledger.require_job(load.id).waits_for
+    time.sleep(1)
+    states = [agents.ledger.require_job(job.id).state for job in (load, barrier)]
+    publishing = agents.ledger.claim(names.CHECKPOINT_QUEUE, job_id=save.id)
+    assert publishing is not None
+    agents.ledger.finish(publishing, result={})
+
+    assert reason is not None and save.id in reason and states == ["queued", "queued"]
+    assert [agents.ended(job, 20).state for job in (load, barrier)] == ["finished", "finished"]
+    assert agents.ledger.require_job(load.id).waits_for is None

@@ -27,6 +27,8 @@ from nexrl_worker.team import Refused, Team
 HEARTBEAT_S = 5.0
 STORE_PATIENCE_S = 60.0
 INLINE_RESULT_BYTES = 1024
+SAVE_POLL_S = 0.1
+AFTER_SAVES = ("barrier", "load_checkpoint", "convert_checkpoint_to_huggingface")
 _log = logging.getLogger(__name__)
 
 
@@ -42,6 +44,7 @@ class Consumer:
         self._store = store
         self._seq = seq
         self._in_doubt = False
+        self._saving = True  # until the ledger says that no save of the group is with the checkpointer
         self._folders = GroupFolders(settings.data, settings.identifier)
         self._ledger = Ledger(connect(settings.redis_url))
         self._queue = train_queue(settings.identifier)
@@ -70,10 +73,26 @@ class Consumer:
 
     def _drain(self) -> None:
         while not self._worker.stopping and not self._folders.stop_request.exists():
+            if self._comes_after_a_save():
+                time.sleep(SAVE_POLL_S)
+                continue
             job = self._claim()
             if job is None:
                 return
             self._run(job)
+
+    def _comes_after_a_save(self) -> bool:
+        """Whether the head of the queue counts on a save that the checkpointer has not published yet; its record says so."""
+        if not self._saving:
+            return False
+        handed_over = self._ledger.waiting(names.CHECKPOINT_QUEUE)
+        saves = [job.id for job in handed_over if job.identifier == self._settings.identifier]
+        self._saving = bool(saves)
+        head = next(iter(self._ledger.waiting(self._queue)), None) if saves else None
+        if head is None or head.operation not in AFTER_SAVES:
+            return False
+        self._ledger.explain_wait(head.id, f"the checkpointer, which has yet to publish save {saves[0]}")
+        return True
 
     def _claim(self) -> JobRecord | None:
         """The head of the queue. After an error, which may have been a lost reply, a running head is what we had claimed."""
@@ -113,6 +132,7 @@ class Consumer:
     def _conclude(self, job: JobRecord, outcome: Outcome) -> None:
         if outcome.publish is not None:
             publish = outcome.publish
+            self._saving = True
             epoch = self._settings.epoch
             until_redis(
                 lambda: self._ledger.hand_over(
