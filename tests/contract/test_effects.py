@@ -25,6 +25,11 @@ def parse(actor: dict[str, Any], role: str = "actor") -> GroupConfig:
         ("actor", {"loss_func_type": "importance_sampling", "clip_ratio_c": 3.0}, ["clip_ratio_c"]),
         ("actor", {"policy_loss": "gspo", "clip_ratio_c": 3.0}, []),
         ("actor", {"entropy_coeff": 0.1, "use_kl_loss": True, "rollout": {"temperature": 0.7}}, []),
+        (
+            "actor",
+            {"use_dynamic_bsz": True, "ppo_micro_batch_size": 8, "ppo_micro_batch_size_per_gpu": 1},
+            ["ppo_micro_batch_size_per_gpu", "ppo_micro_batch_size"],
+        ),
         ("critic", {"loss_func_type": "cispo", "clip_ratio": 0.1}, ["loss_func_type", "clip_ratio"]),
         ("critic", {"rollout_correction": {"mode": "token_mask"}}, ["rollout_correction"]),
         ("critic", {"rollout": {"temperature": 0.7, "n": 8}}, ["rollout.temperature"]),

@@ -45,6 +45,7 @@ def test_plan_balances_and_refuses() -> None:
     plan = make_plan("update_actor", 8, 2, Cut(token_budget=100), [50, 1, 1, 1, 1, 20, 20, 10])
     loads = [sum([50, 1, 1, 1, 1, 20, 20, 10][row] for m in rank for row in m) for rank in plan.mini_batches[0].ranks]
     assert abs(loads[0] - loads[1]) <= 2
+    assert plan == make_plan("update_actor", 8, 2, Cut(token_budget=100, micro_rows=1), [50, 1, 1, 1, 1, 20, 20, 10])
     broken = plan.to_dict()
     broken["mini_batches"][0][0].append([])
     for call in (lambda: Plan.from_dict(broken), lambda: make_plan("update_actor", 8, 2, Cut(token_budget=9))):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from nexrl_contract.errors import ServiceError
+from nexrl_contract.sections import ActorConfig
 
 _DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
-
-
+_CLIP_DEFAULT = ActorConfig.model_fields["clip_ratio"].default
 _SINGLE_CLIP = ("NX_20250515", "NX_20241031")
 """Losses of NexRL 1.x that never read ``clip_ratio_c``, which its recipes set as a matter of course."""
 
@@ -27,9 +27,12 @@ def normalise(config: dict[str, Any], role: str) -> tuple[dict[str, Any], tuple[
     actor = _own_loss({name: value for name, value in actor.items() if not (dated and name == "clip_ratio_c")})
     if actor.get("policy_loss") == "gspo" and role == "actor":
         actor.setdefault("loss_agg_mode", "seq-mean-token-mean")
-        if actor.get("clip_ratio") is not None:
+        if actor.get("clip_ratio") not in (None, _CLIP_DEFAULT):  # recipes spell the default out: gspo keeps its own
             bounds = [name for name in ("clip_ratio_low", "clip_ratio_high") if actor.get(name) is None]
             actor |= dict.fromkeys(bounds, actor["clip_ratio"])
+    optim = actor.get("optim")
+    if isinstance(optim, dict) and optim.get("total_training_steps") == 0:  # how NexRL 1.x said: not known
+        actor["optim"] = {**optim, "total_training_steps": None}
     fsdp = actor.get("fsdp_config")
     if isinstance(fsdp, dict):
         actor["fsdp_config"] = _short_dtypes(fsdp)

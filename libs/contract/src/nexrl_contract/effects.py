@@ -10,6 +10,8 @@ from nexrl_contract.sections import ActorConfig, OptimConfig, Section, ServiceEn
 _CLIPPED_TWICE = ("ppo", "grpo", "gspo")
 _ROUTING = ("identifier", "role", "backend", "url")
 
+_MICRO_ROWS = ("ppo_micro_batch_size_per_gpu", "ppo_micro_batch_size")  # the first one given counts
+
 _POLICY = (
     "policy_loss",
     "clip_ratio",
@@ -92,8 +94,8 @@ def _superseded(actor: ActorConfig, role: str) -> Iterator[str]:
     """Keys that another one has replaced, or has no use for."""
     if role == "actor" and actor.clip_ratio_c is not None and actor.policy_loss not in _CLIPPED_TWICE:
         yield "actor.clip_ratio_c"
-    if actor.ppo_micro_batch_size is not None and actor.ppo_micro_batch_size_per_gpu is not None:
-        yield "actor.ppo_micro_batch_size"
+    rows = [name for name in _MICRO_ROWS if getattr(actor, name) is not None]
+    yield from (f"actor.{name}" for name in (rows if actor.use_dynamic_bsz else rows[1:]))
     if actor.optim.lr_warmup_steps_ratio and not takes_warmup_ratio(actor.optim):
         yield "actor.optim.lr_warmup_steps_ratio"
 

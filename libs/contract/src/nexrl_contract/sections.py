@@ -158,9 +158,14 @@ class ActorConfig(Section):
     )
     clip_ratio: float = Field(default=0.2, ge=0, description="The ratio is clipped to 1 - low, 1 + high.")
     clip_ratio_low: float | None = Field(
-        default=None, ge=0, le=1, description="Null takes clip_ratio; gspo 0.0003; cispo has none."
+        default=None,
+        ge=0,
+        le=1,
+        description="Null takes clip_ratio; with gspo 0.0003 unless clip_ratio is changed; cispo has none.",
     )
-    clip_ratio_high: float | None = Field(default=None, ge=0, description="Null takes clip_ratio; gspo 0.0004.")
+    clip_ratio_high: float | None = Field(
+        default=None, ge=0, description="Null takes clip_ratio; with gspo 0.0004 unless clip_ratio is changed."
+    )
     clip_ratio_c: float | None = Field(
         default=None, gt=1, description="Dual clip for negative advantages; off by default."
     )
@@ -200,7 +205,9 @@ class ActorConfig(Section):
         exclude=True,
         description="Rows per forward of all ranks together: each takes this / world size, rounded down, at least 1.",
     )
-    use_dynamic_bsz: bool = Field(default=False, description="Micro-batches by token budget instead of rows.")
+    use_dynamic_bsz: bool = Field(
+        default=False, description="Micro-batches by ppo_max_token_len_per_gpu, whatever ppo_micro_batch_size says."
+    )
     ppo_max_token_len_per_gpu: Count = Field(default=16384, description="That budget; a longer row stands alone.")
     grad_clip: float = Field(default=1.0, gt=0, description="Largest gradient norm (L2, all parameters).")
     ulysses_sequence_parallel_size: Any = _inert()

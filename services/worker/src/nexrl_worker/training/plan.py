@@ -73,7 +73,7 @@ class Plan:
 class Cut:
     """The settings of a cut. `None` means: whole batch (mini), all rows of the rank (micro), no budget (tokens).
 
-    `packed`: a micro-batch costs its tokens; else as many as its longest row has, times its rows.
+    A token budget goes before `micro_rows`. `packed`: a micro-batch costs its tokens; else as many as its longest row has, times its rows.
     """
 
     mini_rows: int | None = None
@@ -136,7 +136,7 @@ def _by_tokens(rows: list[int], budget: int, lengths: Sequence[int], cut: Cut) -
     for row in rows:
         length = max(lengths[row], 1)
         size = total + length if cut.packed else (len(some) + 1) * max(lengths[some[0]] if some else 0, length)
-        if some and (size > budget or len(some) == cut.micro_rows):
+        if some and size > budget:
             micros.append(tuple(sorted(some)))
             some, total = [], 0
         some.append(row)
