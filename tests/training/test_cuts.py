@@ -132,7 +132,7 @@ def test_float64(folder: Path, world: int) -> None:
 def test_float32(folder: Path, world: int) -> None:
     """The same in float32: the first step's gradients and norm to 1e-5 of the float64 loop, weights to 1e-3."""
     found = all_compared(
-        folder, world, "float32", ["ppo", "gspo", "distillation-forward", "critic", "cispo", "linear"], 1
+        folder, world, "float32", ["ppo", "gspo", "distillation-forward", "critic", "cispo", "linear"], len(WORLDS)
     )
     for name, worst in found.items():
         assert max(worst["first_gradient"], worst["first_norm"]) <= 1e-5, (name, worst)
