@@ -276,6 +276,18 @@ def test_ended_jobs_leave_no_key_without_an_expiry(ledger: Ledger, redis_url: st
     }
 
 
+def test_names_of_consumers_that_died_are_forgotten(ledger: Ledger, redis_url: str) -> None:
+    """One that was killed signs off nowhere; the next one of its queue drops its name from RQ's two lists."""
+    lists = "rq:workers", f"rq:workers:{QUEUE}"
+    for each in lists:
+        ledger.client.sadd(each, "rq:worker:killed")
+
+    with Group(redis_url):
+        wait_until(lambda: not any(ledger.client.sismember(each, "rq:worker:killed") for each in lists), 5)
+
+        assert all(ledger.client.scard(each) == 1 for each in lists)
+
+
 def test_a_record_stays_small(ledger: Ledger) -> None:
     """At most 8 KB an operation while RQ's own record lives, 2 KB after."""
     (job_id,) = submit(ledger)

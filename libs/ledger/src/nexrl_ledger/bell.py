@@ -20,7 +20,7 @@ from rq.exceptions import StopRequested
 from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq.timeouts import BaseDeathPenalty
-from rq.worker_registration import REDIS_WORKER_KEYS, WORKERS_BY_QUEUE_KEY
+from rq.worker_registration import REDIS_WORKER_KEYS, WORKERS_BY_QUEUE_KEY, clean_worker_registry
 
 IDLE_TICK_S = 1
 _SOCKET_MARGIN_S = 4
@@ -200,7 +200,9 @@ class ResidentWorker(rq.SimpleWorker):
         """See :meth:`subscribe`."""
 
     def run_maintenance_tasks(self) -> None:
-        """RQ must not fail or requeue anything: the ledger decides."""
+        """RQ must not fail or requeue anything: the ledger decides. Only the names of consumers that died are dropped."""
+        for queue in self.queues:
+            clean_worker_registry(queue)
         self.last_cleaned_at = rq.utils.now()  # type: ignore[assignment] # RQ annotates only its initial None
 
     def set_state(self, state: str, pipeline: Pipeline | None = None) -> None:
