@@ -8,7 +8,7 @@ import pytest
 from nexrl_contract.config import GroupConfig, parse_config
 from nexrl_contract.effects import WITHOUT_EFFECT
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.operations import ROLES, required_tensors, unread_metadata
+from nexrl_contract.operations import ROLES, required_tensors, unread_metadata, unread_tensors
 
 
 def parse(actor: dict[str, Any], role: str = "actor") -> GroupConfig:
@@ -182,3 +182,42 @@ def test_metadata_that_only_distillation_reads_is_known() -> None:
     metadata = {"loss_agg_mode": "token-mean", "entropy_coeff": 0.1, "temperature": 1.0, "global_step": 3}
     assert unread_metadata("update_actor", metadata) == ["entropy_coeff", "loss_agg_mode"]
     assert unread_metadata("update_actor_with_distillation", metadata) == []
+
+
+@pytest.mark.parametrize(
+    ("operation", "params", "actor", "unread"),
+    [
+        ("update_actor", {}, {}, {"ref_log_prob", "loss_weights"}),
+        ("update_actor", {}, {"use_kl_loss": True}, {"loss_weights"}),
+        ("update_actor", {}, {"use_kl_loss": True, "kl_loss_coef": 0.0}, {"ref_log_prob", "loss_weights"}),
+        (
+            "update_actor",
+            {},
+            {"policy_loss": "cross_entropy"},
+            {"advantages", "old_log_probs", "ref_log_prob", "loss_weights"},
+        ),
+        ("forward_backward", {"loss": "linear"}, {}, {"advantages", "old_log_probs", "ref_log_prob"}),
+        ("forward_backward", {"loss": "reinforce"}, {}, {"old_log_probs", "ref_log_prob", "loss_weights"}),
+        (
+            "update_actor_with_distillation",
+            {},
+            {"distillation_loss": "forward_kl"},
+            {"advantages", "old_log_probs", "ref_log_prob", "teacher_log_probs"},
+        ),
+        ("update_actor_with_distillation", {}, {}, {"ref_log_prob", "teacher_topk_ids"}),
+        ("compute_log_prob", {}, {}, set()),
+    ],
+)
+def test_tensors_that_the_loss_does_not_read(
+    operation: str, params: dict[str, Any], actor: dict[str, Any], unread: set[str]
+) -> None:
+    """Of all that trainers send, what the configured loss never looks at; unknown names are another matter."""
+    sent = {"input_ids", "advantages", "old_log_probs", "ref_log_prob", "loss_weights"}
+    sent |= {"teacher_log_probs", "teacher_topk_ids"} if "distillation" in operation else set()
+    assert unread_tensors(operation, params, parse(actor).settings(), sent) == unread
+
+
+def test_what_a_rollout_correction_weighs_by_is_read() -> None:
+    """`reinforce` itself has no ratio; its mismatch metrics and correction have."""
+    sent = {"input_ids", "advantages", "old_log_probs", "rollout_log_probs"}
+    assert unread_tensors("update_actor", {}, parse({"policy_loss": "reinforce"}).settings(), sent) == set()

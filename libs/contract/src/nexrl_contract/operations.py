@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -160,3 +160,24 @@ def required_tensors(operation: str, params: Mapping[str, Any], config: Mapping[
         needed += ("teacher_log_probs",)
         needed += ("rollout_log_probs",) if config.get("rollout_correction") is not None else ()
     return needed
+
+
+def unread_tensors(
+    operation: str, params: Mapping[str, Any], config: Mapping[str, Any], tensors: Collection[str]
+) -> set[str]:
+    """Those of a batch's ``tensors`` that the operation knows and that the loss of this ``actor`` does not look at."""
+    if operation not in ("update_actor", "forward_backward", _DISTILLATION):
+        return set()
+    read = set(_TEXT)
+    ratio = {"advantages", "old_log_probs", "rollout_log_probs"}
+    if operation == _DISTILLATION:
+        kind = params.get("distillation_loss") or config.get("distillation_loss")
+        read |= set(_TOP_K) if kind in ("forward_kl", "reverse_kl") else {"teacher_log_probs", *ratio}
+    else:
+        loss = params.get("loss") or config.get("policy_loss")
+        read |= ratio if loss in POLICY_LOSSES else {"loss_weights"} if loss == "linear" else set()
+        if loss == "reinforce" and "rollout_log_probs" not in tensors:
+            read.discard("old_log_probs")
+    if config.get("use_kl_loss") and config.get("kl_loss_coef"):
+        read.add("ref_log_prob")
+    return {name for name in OPERATIONS[operation].reads if name in tensors} - read

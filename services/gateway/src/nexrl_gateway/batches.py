@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.operations import Operation, required_tensors
+from nexrl_contract.operations import Operation, required_tensors, unread_tensors
 
 _INTEGERS = frozenset({"I64", "I32", "I16", "I8", "U8"})
 _FLOATS = frozenset({"F64", "F32", "BF16", "F16"})
@@ -71,7 +71,8 @@ def judge(
         if tensor.shape[:1] != (rows,):
             raise _wrong(name, "shape", f"{rows} rows, as input_ids has", tensor.shape)
     _check_widths(read, rows, sequence)
-    return Judged(rows, shortened([*(name for name in tensors if name not in operation.reads), *dropped]))
+    unknown = [name for name in tensors if name not in operation.reads]
+    return Judged(rows, shortened([*unknown, *unread_tensors(operation.name, params, config, tensors), *dropped]))
 
 
 def shortened(names: Sequence[str]) -> list[str]:
