@@ -223,15 +223,18 @@ def test_families_that_cannot_pack_say_why() -> None:
     assert not outcome.packs and outcome.packing_reason is None
 
 
-def test_rows_that_see_each_other_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The probe tells a stream attended to as one row from packed rows."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_see_each_other_are_found_out(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """The probe tells a stream attended to as one row from packed rows, through bfloat16's rounding too."""
+    scorer = llama().to(dtype)
+    assert probe(scorer, CPU, dtype, packing=True).packs
 
     def as_one(self: Segments, _: object = None) -> tuple[int, ...]:
         return (20,)
 
     monkeypatch.setattr(Segments, "lengths", property(as_one, lambda self, value: None), raising=False)
-    outcome = probed(llama())
-    assert not outcome.packs and "differ" in (outcome.packing_reason or "") and outcome.packed_difference > 0.5
+    outcome = probe(scorer, CPU, dtype, packing=True)
+    assert not outcome.packs and "differ" in (outcome.packing_reason or "") and outcome.packed_difference > 5.0
 
 
 def test_attention_refuses_what_it_cannot_do() -> None:

@@ -38,6 +38,8 @@ _ELSEWHERE = "another rank found a difference"
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 # Of packed from padded rows: some families compute softmax or norms in float32 whatever the dtype.
 _PACKED_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+# In bfloat16 30 layers differ by 0.8 % of the peak from rounding alone, rows that see each other by more than 10 %.
+_PACKED_TOLERANCE_HALF = 4e-2
 _PEAK = 50.0
 _LENGTHS = (9, 4, 7)
 
@@ -100,7 +102,7 @@ def _with_packing(
         reason: str | None = f"the model cannot run packed: {failures[0]}"[:300]
     else:
         reason = _unlike(root.hf, packed.segments)
-    if reason is None and not difference <= _PACKED_TOLERANCE.get(dtype, 1e-2) * scale:
+    if reason is None and not difference <= _PACKED_TOLERANCE.get(dtype, _PACKED_TOLERANCE_HALF) * scale:
         reason = f"packed rows differ from padded ones by {difference:.2g}"
     return Probe(outcome.difference, outcome.reason, reason is None, difference, reason)
 
