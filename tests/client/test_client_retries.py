@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import time
 from typing import Any
 
@@ -186,6 +188,23 @@ def test_silence_is_a_timeout(server: ScriptedServer, client: HTTPTrainServiceCl
     with pytest.raises(ServiceTimeout):
         client.barrier()
     assert time.monotonic() - start < 4
+
+
+@pytest.mark.parametrize("call", ["barrier", "health_check", "get_models"])
+def test_request_timeout_bounds_connecting(call: str) -> None:
+    """An address that takes no connections, as a host behind a firewall, is given up when request_timeout is spent."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):  # the queue of connections is full: the next one gets no answer at all
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        client = stack.enter_context(HTTPTrainServiceClient(f"127.0.0.1:{listener.getsockname()[1]}"))
+        client.request_timeout = 0.7
+        start = time.monotonic()
+        with pytest.raises(Unreachable):
+            getattr(client, call)()
+        assert 0.6 < time.monotonic() - start < 1.5
 
 
 def test_uploading_does_not_count(server: ScriptedServer, client: HTTPTrainServiceClient) -> None:

@@ -7,14 +7,17 @@ import math
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from typing import Any
 
 from ._errors_status import status_error
-from ._transport import Request, Response, Transport
+from ._transport import CONNECT_TIMEOUT_S, Request, Response, Transport
 from .errors import InvalidAnswer, ServiceFault, ServiceTimeout, StatusError, Unreachable
 
 MAX_WAIT_S = 25.0
+MIN_CONNECT_S = 0.5
+"""For a call whose time is spent, which asks once all the same."""
 FIRST_BACK_OFF_S, MAX_BACK_OFF_S = 0.1, 5.0
 
 
@@ -41,6 +44,10 @@ class Budget:
     def wait_s(self) -> float:
         """How long the service may hold the next answer back."""
         return min(MAX_WAIT_S, self.remaining())
+
+    def connect_s(self) -> float:
+        """How long the next connection may take to be made."""
+        return min(CONNECT_TIMEOUT_S, max(MIN_CONNECT_S, self.remaining()))
 
     def grace_s(self) -> float:
         """How much later than that the answer may still come: a busy host is no lost one."""
@@ -72,6 +79,7 @@ class Exchange:
     def send_once(self, request: Request, budget: Budget) -> Response:
         """One attempt."""
         try:
+            request = replace(request, connect_s=budget.connect_s())
             response = self._transport.send(request, budget.wait_s() + budget.grace_s())
         finally:
             if request.body is not None:

@@ -29,7 +29,8 @@ class HTTPTrainServiceClient(OperationMethods):
     """A client of one worker group. Threads may share it; pickled, it connects anew. Close it, or use it in a with.
 
     Lost connections, 429, 502 and 503 are retried until request_timeout is spent, under one idempotency key per call,
-    so that nothing runs twice. Batches above max_request_bytes travel in parts of that size, and run as one.
+    so that nothing runs twice. Connecting counts, and may take 10 s at most; uploading does not count.
+    Batches above max_request_bytes travel in parts of that size, and run as one.
     progress shows a bar while a batch is uploaded. transport replaces the network; see nexrl_client.testing.
     config is the group's own entry of a service's configuration, for an initialize_worker() without arguments.
     """
@@ -82,7 +83,7 @@ class HTTPTrainServiceClient(OperationMethods):
 
     def health_check(self) -> dict[str, Any]:
         timeout = _HEALTH_TIMEOUT_S if self.request_timeout is None else min(_HEALTH_TIMEOUT_S, self.request_timeout)
-        request = Request("GET", "/health", headers=_JSON)
+        request = Request("GET", "/health", headers=_JSON, connect_s=timeout)
         response = self._transport.send(request, timeout)
         body = read_json(response if response.status == 503 else checked(request, response))
         if "status" not in body:

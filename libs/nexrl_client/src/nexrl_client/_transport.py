@@ -22,13 +22,14 @@ CONNECT_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One HTTP request; path is below the base URL, headers are as sent."""
+    """One HTTP request; path is below the base URL, headers are as sent, connect_s is how long connecting may take."""
 
     method: str
     path: str
     query: Mapping[str, str] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     body: Body | None = None
+    connect_s: float = CONNECT_TIMEOUT_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ class HTTPTransport:
             params=dict(request.query),
             headers=dict(request.headers),
             data=request.body,  # type: ignore[arg-type]  # it takes whatever the socket takes
-            timeout=(CONNECT_TIMEOUT_S, silence_s),
+            timeout=(request.connect_s, silence_s),
             allow_redirects=False,
             stream=True,
         ) as answer:
