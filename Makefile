@@ -10,7 +10,7 @@ STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check lint format format-check types bench clean
+.PHONY: help setup demo test test-fast check docs lint format format-check types bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ test-fast: $(STAMP) ## the tests that take seconds and need no Docker
 	@$(BIN)/python -m pytest -m "not slow and not docker" $(ARGS)
 
 check: format-check lint types test ## what CI runs: format, lint, types, tests
+
+docs: $(STAMP) ## write the generated pages again (docs/configuration.md)
+	@$(BIN)/python scripts/configuration_docs.py
 
 lint: $(STAMP) ## ruff, and generated pages that are current
 	@$(BIN)/ruff check .

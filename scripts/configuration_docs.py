@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nexrl_contract.sections import ResourceConfig, Section, ServiceEntry
+from nexrl_contract.sections import Section, ServiceEntry, is_inert, is_not_offered, section_of
 from pydantic.fields import FieldInfo
 
 TARGET = Path(__file__).parents[1] / "docs" / "configuration.md"
@@ -22,30 +23,44 @@ An unknown key is refused with the nearest known one; `${...}` is refused by nam
 """
 
 
+INERT = """
+## Known, and without effect here
+
+Accepted so that existing recipes run; the answer lists those you sent under `ignored`.
+
+"""
+NOT_OFFERED = """
+## Known, and not offered
+
+`true` is refused, because it would change what the group does; `false` changes nothing and is not listed anywhere.
+
+"""
+
+
 def document() -> str:
     """The page."""
-    rows, inert = _walk(ServiceEntry, "")
-    tail = (
-        "\n## Known, and without effect here\n\n"
-        "Accepted so that existing recipes run; the answer lists those you sent under `ignored`.\n\n"
-    )
-    return HEAD + "".join(rows) + tail + ", ".join(f"`{name}`" for name in inert) + "\n"
-
-
-def _walk(section: type[Section], prefix: str) -> tuple[list[str], list[str]]:
     rows: list[str] = []
     inert: list[str] = []
-    for name, info in section.model_fields.items():
-        inner = info.annotation
-        if isinstance(inner, type) and issubclass(inner, Section):
-            deeper = _walk(inner, f"{prefix}{name}.")
-            rows += deeper[0]
-            inert += deeper[1]
-        elif info.json_schema_extra:
-            inert += [f"{prefix}{name}"] if prefix or section is ResourceConfig else []
+    not_offered: list[str] = []
+    for key, info in _keys(ServiceEntry, ""):
+        if is_inert(info):
+            inert += [f"`{key}`"] if "." in key else []  # the others say which group is meant
+        elif is_not_offered(info):
+            not_offered.append(f"`{key}`")
         else:
-            rows.append(f"| `{prefix}{name}` | {_type(inner)} | {_default(info)} | {info.description or ''} |\n")
-    return rows, inert
+            meaning = (info.description or "").replace("|", r"\|")
+            rows.append(f"| `{key}` | {_type(info.annotation)} | {_default(info)} | {meaning} |\n")
+    return HEAD + "".join(rows) + INERT + ", ".join(inert) + "\n" + NOT_OFFERED + ", ".join(not_offered) + "\n"
+
+
+def _keys(section: type[Section], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
+    """Every key by its dotted name. A section has no row, unless it may be null: then its keys follow it."""
+    for name, info in section.model_fields.items():
+        inner = section_of(info)
+        if inner is None or info.annotation is not inner:
+            yield f"{prefix}{name}", info
+        if inner is not None:
+            yield from _keys(inner, f"{prefix}{name}.")
 
 
 def _type(annotation: Any) -> str:
@@ -53,6 +68,8 @@ def _type(annotation: Any) -> str:
         return ", ".join(f"`{value}`" for value in typing.get_args(annotation))
     if typing.get_origin(annotation) is typing.Annotated:
         return _type(typing.get_args(annotation)[0])
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return "mapping"
     inner = [part for part in typing.get_args(annotation) if part is not type(None)]
     if typing.get_origin(annotation) is tuple:
         return "two numbers"

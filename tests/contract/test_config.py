@@ -10,6 +10,8 @@ from nexrl_contract.errors import ServiceError
 from nexrl_contract.sections import ActorConfig
 from nexrl_contract.yaml12 import load
 
+_MIXED = "actor.fsdp_config.mixed_precision"
+
 
 def parse(actor: dict[str, Any]) -> GroupConfig:
     return parse_config({"actor": {"model": {"path": "/models/tiny"}, **actor}})
@@ -29,6 +31,13 @@ def test_a_model_path_is_enough_and_the_rest_has_the_documented_defaults() -> No
         ({"optim": {"learning_rate": 1}}, "actor.optim.learning_rate", "actor.optim.lr"),
         ({"zebra": 1}, "actor.zebra", None),
         ({"clip_ration": 0.1}, "actor.clip_ration", "actor.clip_ratio"),
+        ({"lr": 1e-4}, "actor.lr", "actor.optim.lr"),
+        ({"learning_rate": 1e-4}, "actor.learning_rate", "actor.optim.lr"),
+        ({"optim": {"grad_clip": 1.0}}, "actor.optim.grad_clip", "actor.grad_clip"),
+        ({"temperatur": 1.0}, "actor.temperatur", "actor.rollout.temperature"),
+        ({"fsdp_config": {"param_dtype": "float32"}}, "actor.fsdp_config.param_dtype", f"{_MIXED}.param_dtype"),
+        ({"world_size": 2}, "actor.world_size", "resource.world_size"),
+        ({"optim": {"name": "adamw"}}, "actor.optim.name", None),
         (
             {"fsdp_config": {"mixed_precison": {}}},
             "actor.fsdp_config.mixed_precison",
@@ -96,6 +105,7 @@ def test_a_value_that_cannot_be_used_is_refused_by_its_key(actor: dict[str, Any]
         ({"loss_func_type": "NX_20241031", "clip_ratio": 0.1}, {"policy_loss": "ppo", "clip_ratio": 0.1}),
         ({"loss_func_type": "importance_sampling"}, {"policy_loss": "importance_sampling"}),
         ({"policy_loss": "gspo"}, {"loss_agg_mode": "seq-mean-token-mean", "clip_ratio_low": None}),
+        ({"policy_loss": "gspo", "clip_ratio": 0.2}, {"clip_ratio_low": None, "clip_ratio_high": None}),
         ({"policy_loss": "gspo", "clip_ratio": 0.01}, {"clip_ratio_low": 0.01, "clip_ratio_high": 0.01}),
         (
             {"policy_loss": "gspo", "clip_ratio": 0.1, "clip_ratio_low": None, "clip_ratio_high": None},
@@ -113,6 +123,11 @@ def test_names_of_existing_configurations_mean_ours(given: dict[str, Any], meant
     assert {name: settings[name] for name in meant} == meant
     ranks = ActorConfig.model_validate(settings)
     assert effective(ranks) == settings  # what the ranks read is what was checked
+
+
+def test_no_number_of_steps_may_be_written_as_zero() -> None:
+    """NexRL 1.x's own default of `total_training_steps`: what it says is that nobody knows."""
+    assert parse({"optim": {"total_training_steps": 0}}).settings() == parse({}).settings()
 
 
 @pytest.mark.parametrize(

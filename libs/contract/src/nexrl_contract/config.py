@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -99,7 +100,7 @@ def nearest(word: str, known: Any) -> str | None:
     """The known word that ``word`` abbreviates to (``learning_rate``: ``lr``) or resembles most, None when nothing is close."""
     words = [str(name) for name in known]
     initials = "".join(part[:1] for part in word.split("_"))
-    if initials in words:
+    if len(initials) > 1 and initials in words:
         return initials
     matches = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
     return matches[0] if matches else None
@@ -182,18 +183,38 @@ def _refuse_interpolation(config: dict[str, Any]) -> None:
             raise ServiceError("INVALID_CONFIG", message, key=path)
 
 
+def _nearest_key(name: str, section: type[Section], prefix: str) -> str | None:
+    """The dotted name of what was meant: that name in another section, else what resembles it, here before elsewhere."""
+    elsewhere: dict[str, str] = {}
+    for dotted in _keys_with_effect(ServiceEntry, ""):
+        elsewhere.setdefault(dotted.rpartition(".")[2], dotted)
+    if name in elsewhere:
+        return elsewhere[name]
+    close = nearest(name, section.model_fields)
+    if close is not None:
+        return f"{prefix}{close}"
+    close = nearest(name, elsewhere)
+    return elsewhere[close] if close is not None else None
+
+
+def _keys_with_effect(section: type[Section], prefix: str) -> Iterator[str]:
+    for name, info in section.model_fields.items():
+        if is_inert(info) or is_not_offered(info):
+            continue
+        yield f"{prefix}{name}"
+        inner = section_of(info)
+        if inner is not None:
+            yield from _keys_with_effect(inner, f"{prefix}{name}.")
+
+
 def _refuse_unknown(config: dict[str, Any], section: type[Section], prefix: str) -> None:
     for name, value in config.items():
         info = section.model_fields.get(name)
         if info is None:
-            close = nearest(str(name), section.model_fields)
-            hint = f"; did you mean {prefix}{close}?" if close else ""
-            raise ServiceError(
-                "INVALID_CONFIG",
-                f"unknown config key {prefix}{name}{hint}",
-                key=f"{prefix}{name}",
-                nearest=f"{prefix}{close}" if close else None,
-            )
+            close = _nearest_key(str(name), section, prefix)
+            hint = f"; did you mean {close}?" if close else ""
+            key = f"{prefix}{name}"
+            raise ServiceError("INVALID_CONFIG", f"unknown config key {key}{hint}", key=key, nearest=close)
         inner = section_of(info)
         if inner is not None and isinstance(value, dict):
             _refuse_unknown(value, inner, f"{prefix}{name}.")

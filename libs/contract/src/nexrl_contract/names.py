@@ -74,11 +74,11 @@ def applied_key(identifier: str) -> str:
 
 
 def valid_identifier(text: str) -> bool:
-    return _IDENTIFIER.match(text) is not None
+    return _IDENTIFIER.fullmatch(text) is not None
 
 
 def valid_idempotency_key(text: str) -> bool:
-    return _KEY.match(text) is not None
+    return _KEY.fullmatch(text) is not None
 
 
 def new_job_id() -> str:
