@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import requests
+import xxhash
 from conftest import free_port, wait_until
 from nexrl_contract import names
 from nexrl_contract.config import parse_config
@@ -25,6 +26,8 @@ from nexrl_payloads import open_store
 from tensor_codec import encode, to_json
 
 B, S, R = 4, 8, 3
+PAYLOAD = "0123456789abcdef0123456789abcdef"
+"""An id for an upload in parts."""
 Arrays = dict[str, Any]
 
 
@@ -193,6 +196,16 @@ FRAME = {"Content-Type": names.FRAME_TYPE}
 ASYNC = {"Prefer": "respond-async"}
 
 
+def put_parts(gateway: Gateway, body: bytes, size: int, payload: str = PAYLOAD) -> int:
+    """Upload ``body`` in parts, the last one first; how many there are."""
+    parts = [body[start : start + size] for start in range(0, len(body), size)]
+    for number, part in reversed(list(enumerate(parts))):
+        checksum = {names.CHECKSUM_HEADER: xxhash.xxh3_128_hexdigest(part)}
+        response = gateway.call("PUT", f"/payloads/{payload}/parts/{number}", data=part, headers=checksum)
+        assert response.json() == {"payload": payload, "part": number, "nbytes": len(part)}
+    return len(parts)
+
+
 def refusal(response: requests.Response, status: int, code: str) -> dict[str, Any]:
     """The error of a refused request, after checking its status, code and shape."""
     assert (response.status_code, response.json().get("error", {}).get("code")) == (status, code), response.text
@@ -200,3 +213,10 @@ def refusal(response: requests.Response, status: int, code: str) -> dict[str, An
     assert set(error) >= {"code", "message", "retryable", "identifier", "job_id", "rank"}
     assert ("Retry-After" in response.headers) == (status in (429, 503))
     return error
+
+
+def keys_of(value: Any) -> Any:
+    """What a document looks like without its values; of a list only the first item, which the others are like."""
+    if isinstance(value, dict):
+        return {name: keys_of(inner) for name, inner in value.items()}
+    return [keys_of(inner) for inner in value[:1]] if isinstance(value, list) else None

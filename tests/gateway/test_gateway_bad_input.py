@@ -161,6 +161,35 @@ def test_a_malformed_json_tensor_is_named(change: dict[str, Any], gateway: Gatew
     nothing_changed(gateway, group)
 
 
+@pytest.mark.parametrize("flat", [True, False], ids=["flat", "under tensors"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        [[1, 2], [3, 4]],
+        {"data": "BQAAAAAAAAA=", "shape": [1, 1], "dtype": "int64"},
+        {"shape": [1, 1], "values": [5]},
+    ],
+    ids=["a nested list", "without its encoding", "of another form"],
+)
+def test_a_tensor_in_another_form_is_told_the_right_one(
+    value: Any, flat: bool, gateway: Gateway, group: PlayedGroup
+) -> None:
+    """400 naming the tensor, with an example that is accepted as it stands."""
+    batch = {"input_ids": value}
+    error = refusal(gateway.post(UPDATE, json=batch if flat else {"tensors": batch}), 400, "MALFORMED")
+    assert error["tensor"] == "input_ids"
+    shown = json.loads(error["message"][error["message"].index('{"tensors"') :])
+    response = gateway.post("/compute_log_prob?identifier=student", json=shown, headers={"Prefer": "respond-async"})
+    assert response.status_code == 202, response.text
+
+
+def test_a_word_beside_a_batch_is_compared_with_all_that_may_stand_there(gateway: Gateway, group: PlayedGroup) -> None:
+    """Not only with the operation's arguments."""
+    sent = {"tensors": json_tensors(), "metdata": {"temperature": 0.5}}
+    assert refusal(gateway.post(UPDATE, json=sent), 422, "INVALID_ARGUMENT")["nearest"] == "metadata"
+    nothing_changed(gateway, group)
+
+
 def test_a_body_over_the_limit_is_refused_before_it_is_read(gateway: Gateway, group: PlayedGroup) -> None:
     """413 from the length alone; a frame that only its header admits to be too large, too."""
     host, port = gateway.url.removeprefix("http://").split(":")

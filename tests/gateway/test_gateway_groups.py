@@ -171,7 +171,7 @@ def test_a_bad_configuration_is_refused_by_key(name: str, gateway: Gateway, ledg
 def test_an_identifier_is_needed_and_checked(gateway: Gateway, ledger: Ledger, model: Path) -> None:
     """A new group has a name of the documented form."""
     refusal(gateway.post("/initialize", json=body(model)), 400, "IDENTIFIER_REQUIRED")
-    for name in ("a b", "../x", "x" * 64, ""):
+    for name in ("a b", "../x", "x" * 64, "", "stu\n"):
         refusal(gateway.post("/initialize", params={"identifier": name}, json=body(model)), 422, "INVALID_ARGUMENT")
 
 

@@ -14,15 +14,26 @@ import numpy as np
 import pytest
 import requests
 import tensor_codec
-import xxhash
 from conftest import wait_until
-from gateway.kit import ASYNC, FRAME, B, Gateway, PlayedGroup, R, frame, json_tensors, refusal, tensors
+from gateway.kit import (
+    ASYNC,
+    FRAME,
+    PAYLOAD,
+    B,
+    Gateway,
+    PlayedGroup,
+    R,
+    frame,
+    json_tensors,
+    put_parts,
+    refusal,
+    tensors,
+)
 from nexrl_contract import names
 from nexrl_contract.errors import ServiceError
 from nexrl_ledger import Ledger
 
 UPDATE = "/update_actor?identifier=student"
-PAYLOAD = "0123456789abcdef0123456789abcdef"
 
 
 def waiting_call(call: Callable[[], requests.Response]) -> Callable[[], requests.Response]:
@@ -36,16 +47,6 @@ def waiting_call(call: Callable[[], requests.Response]) -> Callable[[], requests
         return found[0]
 
     return answer
-
-
-def put_parts(gateway: Gateway, body: bytes, size: int, payload: str = PAYLOAD) -> int:
-    """Upload ``body`` in parts, the last one first; how many there are."""
-    parts = [body[start : start + size] for start in range(0, len(body), size)]
-    for number, part in reversed(list(enumerate(parts))):
-        checksum = {names.CHECKSUM_HEADER: xxhash.xxh3_128_hexdigest(part)}
-        response = gateway.call("PUT", f"/payloads/{payload}/parts/{number}", data=part, headers=checksum)
-        assert response.json() == {"payload": payload, "part": number, "nbytes": len(part)}
-    return len(parts)
 
 
 def test_a_synchronous_update_answers_when_it_is_done(gateway: Gateway, group: PlayedGroup) -> None:
@@ -214,49 +215,6 @@ def test_every_form_of_a_batch_is_stored_as_the_same_bytes(form: str, gateway: G
     """What the ranks read does not depend on how it travelled."""
     job_id = gateway.post("/update_actor", **_with(FORMS[form](), ASYNC)).json()["id"]
     assert (gateway.payloads / job_id).read_bytes() == frame(metadata={"temperature": 0.7})
-
-
-def test_parts_become_one_batch(gateway: Gateway, group: PlayedGroup) -> None:
-    """Parts in any order, seen by GET, are one payload and one job; its arguments may stand in the verb."""
-    whole = frame()
-    refusal(gateway.get(f"/payloads/{PAYLOAD}"), 404, "PAYLOAD_NOT_FOUND")
-    count = put_parts(gateway, whole, 300)
-    seen = gateway.get(f"/payloads/{PAYLOAD}").json()
-    assert seen == {"payload": PAYLOAD, "parts": list(range(count)), "nbytes": len(whole)}
-    body = {"payload": PAYLOAD, "parts": count, "loss": "ppo"}
-    assert gateway.post("/forward_backward", json=body, headers=ASYNC).status_code == 202
-    job = wait_until(group.claim, 5, "the job")
-    assert (job.rows, job.params) == (B, {"loss": "ppo", "explain": False})
-    assert job.payload is not None
-    assert group.store.open(job.payload.id).nbytes == len(whole)
-    np.testing.assert_array_equal(group.store.open(job.payload.id).numpy("input_ids"), tensors()["input_ids"])
-    group.end(job, {})
-    assert gateway.stored() == []
-
-
-def test_a_verb_over_parts_can_be_repeated(gateway: Gateway, group: PlayedGroup) -> None:
-    """With a key, also after the job has ended and its batch is gone; a missing part is named and the others stay."""
-    whole = frame()
-    count = put_parts(gateway, whole, 300)
-    body, key = {"payload": PAYLOAD, "parts": count + 1}, {**ASYNC, "Idempotency-Key": "parts-1"}
-    assert refusal(gateway.post(UPDATE, json=body, headers=key), 422, "INVALID_ARGUMENT")["missing"] == [count]
-    body["parts"] = count
-    first = gateway.post(UPDATE, json=body, headers=key).json()["id"]
-    group.run_next(result={})
-    assert gateway.stored() == []
-    again = gateway.post(UPDATE, json=body, headers={"Idempotency-Key": "parts-1"})
-    assert again.json()["meta_info"]["job_id"] == first
-    refusal(gateway.post(UPDATE, json={**body, "parts": 1}, headers=key), 409, "IDEMPOTENCY_MISMATCH")
-
-
-def test_a_damaged_part_is_refused(gateway: Gateway, group: PlayedGroup) -> None:
-    """The checksum must be there and be right; nothing stays of a damaged part."""
-    path = f"/payloads/{PAYLOAD}/parts/0"
-    wrong = {names.CHECKSUM_HEADER: xxhash.xxh3_128_hexdigest(b"other")}
-    assert refusal(gateway.call("PUT", path, data=b"bytes", headers=wrong), 422, "CHECKSUM_MISMATCH")["retryable"]
-    refusal(gateway.call("PUT", path, data=b"bytes"), 422, "INVALID_ARGUMENT")
-    refusal(gateway.call("PUT", "/payloads/nothex/parts/0", data=b"x", headers=wrong), 422, "INVALID_ARGUMENT")
-    refusal(gateway.get(f"/payloads/{PAYLOAD}"), 404, "PAYLOAD_NOT_FOUND")
 
 
 def test_a_key_makes_two_requests_one_job(gateway: Gateway, group: PlayedGroup) -> None:

@@ -141,9 +141,10 @@ def test_redis_away_is_503_in_time_and_comes_back(tmp_path: Path) -> None:
             for method, path in (("POST", "/barrier"), ("GET", "/jobs"), ("GET", "/get_models")):
                 refusal(gateway.call(method, path), 503, "REDIS_UNAVAILABLE")
             refusal(gateway.post("/update_actor", data=frame(), headers=FRAME), 503, "REDIS_UNAVAILABLE")
-            report = gateway.get("/health")
-            assert (report.status_code, report.json()["redis"]) == (503, "unavailable")
-            assert gateway.get("/ready").status_code == 503
+            for path in ("/health", "/ready"):
+                report = gateway.get(path)
+                assert (report.status_code, report.json()["redis"]) == (503, "unavailable")
+                assert int(report.headers["Retry-After"]) > 0
             refusal(waiting.result(), 503, "REDIS_UNAVAILABLE")
             assert time.monotonic() - started < 5
         assert gateway.stored() == []

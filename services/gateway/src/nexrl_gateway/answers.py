@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -18,8 +16,9 @@ from nexrl_contract.records import GroupRecord, JobRecord
 from nexrl_ledger import Ledger
 from nexrl_payloads import PayloadStore
 from starlette.responses import Response
-from tensor_codec import ALIGNMENT, PREFIX_BYTES, Header, RawTensor, header_length, parse_header, to_json
+from tensor_codec import RawTensor, to_json
 
+from nexrl_gateway.frames import StoredFrame, header_bytes, read_frame
 from nexrl_gateway.replies import finite, json_response
 from nexrl_gateway.services import Services
 from nexrl_gateway.wishes import Wishes
@@ -112,28 +111,9 @@ def _raise_unless_finished(job: JobRecord) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """A result frame: its header, what was read with it, and what follows."""
-
-    header: Header
-    body: Iterator[bytes]
-
-    @property
-    def document(self) -> dict[str, Any]:
-        loaded: dict[str, Any] = json.loads(self.header.metadata.get(FRAME_METADATA_KEY, "{}"))
-        loaded.pop("version", None)
-        return loaded
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensors."""
-        return self.header.total_size - self.header.data_start
-
-
 def _response(store: PayloadStore, job: JobRecord, frame: bool, extra: dict[str, Any]) -> Response:
     stored = _stored(store, job)
-    result = {**(stored.document if stored else {}), **(job.result or {})}
+    result = {**_document(stored), **(job.result or {})}
     if not OPERATIONS.get(job.operation, OPERATIONS["barrier"]).takes_batch:
         ignored = {"ignored": job.ignored} if job.ignored or job.operation == "initialize_worker" else {}
         return json_response(
@@ -169,25 +149,25 @@ def _meta_info(job: JobRecord, result: dict[str, Any]) -> dict[str, Any]:
     return {**said, **result, **known, "timing": timing}
 
 
-def _stored(store: PayloadStore, job: JobRecord) -> _Stored | None:
+def _stored(store: PayloadStore, job: JobRecord) -> StoredFrame | None:
     if job.result_payload is None:
         return None
     try:
-        pieces = store.stream(job.result_payload.id)
+        return read_frame(store, job.result_payload.id)
     except ServiceError as error:
         if error.code != "PAYLOAD_NOT_FOUND":
             raise
         raise ServiceError("EXPIRED", f"the result of job {job.id} has expired", job_id=job.id) from None
-    head = b""
-    for piece in pieces:
-        head += piece
-        if len(head) >= PREFIX_BYTES and len(head) >= header_length(head[:PREFIX_BYTES]):
-            break
-    header = parse_header(head)
-    return _Stored(header, chain([head[header.data_start :]], pieces))
 
 
-def _json_tensors(stored: _Stored) -> dict[str, Any]:
+def _document(stored: StoredFrame | None) -> dict[str, Any]:
+    """What was said beside a result's tensors."""
+    loaded: dict[str, Any] = json.loads(stored.header.metadata.get(FRAME_METADATA_KEY, "{}")) if stored else {}
+    loaded.pop("version", None)
+    return loaded
+
+
+def _json_tensors(stored: StoredFrame) -> dict[str, Any]:
     data = memoryview(b"".join(stored.body))
     return {
         name: to_json(RawTensor(info.dtype, info.shape, data[info.start : info.end]))
@@ -195,15 +175,9 @@ def _json_tensors(stored: _Stored) -> dict[str, Any]:
     }
 
 
-def _frame_response(stored: _Stored, document: dict[str, Any]) -> Response:
+def _frame_response(stored: StoredFrame, document: dict[str, Any]) -> Response:
     """The stored tensors under a header of our own, which says what only the ledger knows."""
-    entries: dict[str, Any] = {
-        "__metadata__": {FRAME_METADATA_KEY: json.dumps(finite(document), separators=(",", ":"))}
-    }
-    for name, info in stored.header.tensors.items():
-        entries[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [info.start, info.end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    length = len(text) + -(PREFIX_BYTES + len(text)) % ALIGNMENT
-    head = length.to_bytes(PREFIX_BYTES, "little") + text.ljust(length)
+    text = json.dumps(finite(document), separators=(",", ":"))
+    head = header_bytes(stored.header, {FRAME_METADATA_KEY: text})
     headers = {"Content-Length": str(len(head) + stored.nbytes)}
     return StreamingResponse(chain([head], stored.body), media_type=FRAME_TYPE, headers=headers)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from typing import Any
 
 from fastapi import FastAPI
 
+from nexrl_gateway.docs import with_nulls
 from nexrl_gateway.errors import add_error_handlers
 from nexrl_gateway.janitor import keep_clean
 from nexrl_gateway.routes import groups, health, jobs, operations, payloads
@@ -18,6 +20,15 @@ _DESCRIPTION = """Training of language models on worker groups: make a group, lo
 
 Every operation answers when it is done; `Prefer: respond-async` answers 202 with a job to ask for. An `Idempotency-Key`
 makes a repeated request the same job. Errors have one shape: `{"error": {"code", "message", ...}}`."""
+
+
+class _Application(FastAPI):
+    """FastAPI, whose page keeps what is null in an example."""
+
+    def openapi(self) -> dict[str, Any]:
+        if not self.openapi_schema:
+            self.openapi_schema = with_nulls(super().openapi())
+        return self.openapi_schema
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -34,7 +45,7 @@ def create_app(settings: Settings) -> FastAPI:
             janitor.cancel()
             await services.close()
 
-    app = FastAPI(
+    app = _Application(
         title="NexRL Training Service",
         version="0.1.0",
         description=_DESCRIPTION,

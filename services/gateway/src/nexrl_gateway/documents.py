@@ -10,6 +10,9 @@ from nexrl_contract.errors import ServiceError
 _TENSORS = ("tensors", "batch")
 _VALUES = ("values", "non_tensor_batch")
 _METADATA = ("metadata", "meta_info")
+_FIELDS = frozenset({"data", "shape", "dtype", "encoding"})
+BATCH_KEYS = (*_TENSORS, *_VALUES, *_METADATA, "payload", "parts")
+"""What a body with a batch may hold besides the operation's arguments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +27,12 @@ class BatchDocument:
 
 @dataclass(frozen=True, slots=True)
 class PartsDocument:
-    """A batch that was uploaded before as ``parts`` parts of ``payload``."""
+    """A batch that was uploaded before as ``parts`` parts of ``payload``; ``metadata`` is beside what its frame has."""
 
     payload: str
     parts: int
     values: list[str]
+    metadata: dict[str, Any]
     params: dict[str, Any]
 
 
@@ -39,13 +43,15 @@ def read_batch(document: dict[str, Any]) -> BatchDocument | PartsDocument:
     values = list(_take(rest, _VALUES) or {})
     metadata = _take(rest, _METADATA) or {}
     if "payload" in rest:
-        return _parts(rest, values, tensors)
+        return _parts(rest, values, metadata, tensors)
     if tensors is None:
         tensors = {name: rest.pop(name) for name in list(rest) if _is_tensor(rest[name])}
     return BatchDocument(tensors, values, metadata, rest)
 
 
-def _parts(rest: dict[str, Any], values: list[str], tensors: dict[str, Any] | None) -> PartsDocument:
+def _parts(
+    rest: dict[str, Any], values: list[str], metadata: dict[str, Any], tensors: dict[str, Any] | None
+) -> PartsDocument:
     payload, parts = rest.pop("payload"), rest.pop("parts", None)
     if tensors:
         raise ServiceError(
@@ -55,7 +61,7 @@ def _parts(rest: dict[str, Any], values: list[str], tensors: dict[str, Any] | No
         raise ServiceError("INVALID_ARGUMENT", "payload must be the id of an uploaded payload", key="payload")
     if not isinstance(parts, int) or isinstance(parts, bool) or parts < 1:
         raise ServiceError("INVALID_ARGUMENT", "parts must say how many parts were uploaded, from 1", key="parts")
-    return PartsDocument(payload, parts, values, rest)
+    return PartsDocument(payload, parts, values, metadata, rest)
 
 
 def _take(rest: dict[str, Any], spellings: tuple[str, str]) -> dict[str, Any] | None:
@@ -75,4 +81,5 @@ def _take(rest: dict[str, Any], spellings: tuple[str, str]) -> dict[str, Any] | 
 
 
 def _is_tensor(value: Any) -> bool:
-    return isinstance(value, dict) and "encoding" in value
+    """Whether somebody meant a tensor, well-formed or not: no argument is a list, or has one of these fields."""
+    return isinstance(value, list) or (isinstance(value, dict) and not _FIELDS.isdisjoint(value))

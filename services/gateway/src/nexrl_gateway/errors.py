@@ -8,7 +8,7 @@ import redis
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from nexrl_contract.config import nearest
-from nexrl_contract.errors import RETRY_AFTER_S, ServiceError
+from nexrl_contract.errors import ServiceError
 from pydantic import ValidationError
 from redis.exceptions import BusyLoadingError, OutOfMemoryError, ReadOnlyError
 from starlette.exceptions import HTTPException
@@ -45,9 +45,8 @@ async def _answer(request: Request, error: Exception) -> Response:
 
 
 def error_response(error: ServiceError) -> Response:
-    """The error's body with its status; 429 and 503 say when to come again."""
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if error.kind.status in (429, 503) else {}
-    return json_response({"error": error.body()}, error.kind.status, headers)
+    """The error's body with its status."""
+    return json_response({"error": error.body()}, error.kind.status)
 
 
 def as_service_error(error: Exception, request: Request) -> ServiceError:

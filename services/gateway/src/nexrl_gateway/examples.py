@@ -9,11 +9,11 @@ from nexrl_contract.names import FRAME_TYPE, JSON_TYPE
 from nexrl_contract.operations import Operation
 from tensor_codec import RawTensor, to_json
 
-_B, _S, _R = 2, 4, 2
-_PATH = "/models/tiny"
+B, S, R = 2, 4, 2
+PATH = "/models/tiny"
 
 INITIALIZE: dict[str, Any] = {
-    "config_dict": {"actor": {"model": {"path": _PATH}, "optim": {"lr": 1e-3}}},
+    "config_dict": {"actor": {"model": {"path": PATH}, "optim": {"lr": 1e-3}}},
     "role": "actor",
     "world_size": 2,
 }
@@ -24,18 +24,20 @@ def _integers(*values: int, width: int) -> Any:
     return to_json(RawTensor("I64", (len(values) // width, width), struct.pack(f"<{len(values)}q", *values)))
 
 
-def _floats(*values: float, width: int) -> Any:
-    return to_json(RawTensor("F32", (len(values) // width, width), struct.pack(f"<{len(values)}f", *values)))
+def floats(*values: float, width: int | None = None) -> Any:
+    """A JSON tensor of float32 numbers, ``[len(values)]`` or, with a width, ``[len(values) // width, width]``."""
+    shape = (len(values),) if width is None else (len(values) // width, width)
+    return to_json(RawTensor("F32", shape, struct.pack(f"<{len(values)}f", *values)))
 
 
 _TENSORS: dict[str, Any] = {
-    "input_ids": _integers(5, 6, 7, 8, 5, 6, 9, 8, width=_S),
-    "attention_mask": _integers(*[1] * _B * _S, width=_S),
-    "responses": _integers(7, 8, 9, 8, width=_R),
+    "input_ids": _integers(5, 6, 7, 8, 5, 6, 9, 8, width=S),
+    "attention_mask": _integers(*[1] * B * S, width=S),
+    "responses": _integers(7, 8, 9, 8, width=R),
 }
 _LEARNED = {
-    "advantages": _floats(0.5, 0.5, -0.5, -0.5, width=_R),
-    "old_log_probs": _floats(-1.0, -1.2, -0.9, -1.1, width=_R),
+    "advantages": floats(0.5, 0.5, -0.5, -0.5, width=R),
+    "old_log_probs": floats(-1.0, -1.2, -0.9, -1.1, width=R),
 }
 
 
@@ -45,9 +47,9 @@ def batch_example(operation: Operation) -> dict[str, Any]:
     if "advantages" in operation.reads:
         tensors |= _LEARNED
     if "returns" in operation.reads:
-        tensors |= {"values": _floats(0.1, 0.2, 0.1, 0.3, width=_R), "returns": _floats(1.0, 1.0, 0.0, 0.0, width=_R)}
+        tensors |= {"values": floats(0.1, 0.2, 0.1, 0.3, width=R), "returns": floats(1.0, 1.0, 0.0, 0.0, width=R)}
     if "teacher_log_probs" in operation.reads:
-        tensors["teacher_log_probs"] = _floats(-0.8, -1.0, -1.5, -1.0, width=_R)
+        tensors["teacher_log_probs"] = floats(-0.8, -1.0, -1.5, -1.0, width=R)
     return {"tensors": tensors, "metadata": {"temperature": 1.0}}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import struct
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,12 +15,23 @@ from fastapi import Request
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.names import FRAME_METADATA_KEY
 from nexrl_payloads import PartUpload, PayloadStore, StoredPayload, Upload
-from tensor_codec import PREFIX_BYTES, CodecError, Header, RawTensor, encode, from_json, header_length, parse_header
+from tensor_codec import (
+    PREFIX_BYTES,
+    CodecError,
+    Header,
+    RawTensor,
+    encode,
+    from_json,
+    header_length,
+    parse_header,
+    to_json,
+)
 
 from nexrl_gateway.bodies import declared_length, pieces
 from nexrl_gateway.direct import direct_body
 
 JOIN_BYTES = 1024 * 1024
+_EXAMPLE = to_json(RawTensor("I64", (1, 2), struct.pack("<2q", 5, 7)))
 Verdict = TypeVar("Verdict")
 
 
@@ -91,7 +103,9 @@ def _decode(name: str, entry: Any) -> RawTensor:
     try:
         return from_json(entry)
     except CodecError as error:
-        raise ServiceError("MALFORMED", f"tensor {name}: {error}", tensor=name) from None
+        unlike = not isinstance(entry, dict) or entry.keys() != _EXAMPLE.keys()
+        hint = f'; in JSON tensors look so: {{"tensors": {json.dumps({name[:64]: _EXAMPLE})}}}' if unlike else ""
+        raise ServiceError("MALFORMED", f"tensor {name}: {error}{hint}", tensor=name) from None
 
 
 async def _read_header(body: AsyncIterator[bytes], total: int | None) -> tuple[bytearray, Header]:

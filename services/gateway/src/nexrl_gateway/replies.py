@@ -7,12 +7,15 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from nexrl_contract.errors import RETRY_AFTER_S
+from nexrl_contract.names import JSON_TYPE
 from starlette.responses import Response
 
 
 def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A response of ``content``."""
-    return Response(json_bytes(content), status, dict(headers or {}), "application/json")
+    """A response of ``content``; 429 and 503 say when to come again."""
+    again = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else {}
+    return Response(json_bytes(content), status, {**again, **(headers or {})}, JSON_TYPE)
 
 
 def json_bytes(content: Any) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -26,8 +27,9 @@ from nexrl_gateway import intake
 from nexrl_gateway.admission import admit, named_identifier, resolve
 from nexrl_gateway.batches import Judged, judge
 from nexrl_gateway.bodies import content_kind, read_json
-from nexrl_gateway.documents import BatchDocument, PartsDocument, read_batch
+from nexrl_gateway.documents import BATCH_KEYS, BatchDocument, PartsDocument, read_batch
 from nexrl_gateway.errors import checked_argument_error
+from nexrl_gateway.frames import store_with_metadata
 from nexrl_gateway.paths import settle
 from nexrl_gateway.services import Services
 
@@ -126,7 +128,8 @@ def check_params(operation: Operation, given: dict[str, Any]) -> dict[str, Any]:
     try:
         params = operation.params.model_validate(given).model_dump(mode="json")
     except ValidationError as error:
-        raise checked_argument_error(error, list(operation.params.model_fields)) from None
+        beside = BATCH_KEYS if operation.takes_batch else ()
+        raise checked_argument_error(error, [*operation.params.model_fields, *beside]) from None
     loss = params.get("loss")
     if loss is not None and loss not in LOSSES:
         raise ServiceError(
@@ -184,17 +187,35 @@ def _submit_parts(
     services: Services, operation: Operation, batch: PartsDocument, group: GroupRecord, key: str | None
 ) -> JobRecord:
     """The parts stay until a job has taken them, so the verb may be repeated; the id stands for their content."""
-    mark = fingerprint(operation.name, group.identifier, batch.params, f"parts:{batch.payload}:{batch.parts}")
+    said = {"params": batch.params, "metadata": batch.metadata}
+    mark = fingerprint(operation.name, group.identifier, said, f"parts:{batch.payload}:{batch.parts}")
     first = services.ledger.replay_of(key, mark) if key is not None else None
     if first is not None:
         return first
+    draft = _parts_draft(services, operation, batch, group, mark)
+    job = submit_draft(services, operation, group, draft, key)
+    if draft.stored_here:
+        with contextlib.suppress(ServiceError):  # the job is there all the same, and the janitor takes them later
+            services.store.delete(batch.payload)
+    return job
+
+
+def _parts_draft(
+    services: Services, operation: Operation, batch: PartsDocument, group: GroupRecord, mark: str
+) -> Draft:
+    """What the verb says wins over the frame; metadata that the frame lacks makes a copy, as the ranks read it there."""
     ref = services.store.assemble(batch.payload, batch.parts)
     with services.store.open(batch.payload) as payload:
         header = payload.header
     envelope = intake.envelope_of(header)
     params = check_params(operation, {**envelope.params, **batch.params})
-    unread = unread_metadata(operation.name, envelope.metadata)
+    metadata = {**envelope.metadata, **batch.metadata}
+    unread = unread_metadata(operation.name, metadata)
     judged = judge(header.tensors, operation, params, group.config, [*unread, *batch.values])
+    job_id, copied = names.new_job_id(), metadata != envelope.metadata
+    if copied:
+        text = intake.Envelope(metadata, envelope.params).text()
+        frame_metadata = {**header.metadata, names.FRAME_METADATA_KEY: text}
+        ref = store_with_metadata(services.store, batch.payload, job_id, frame_metadata)
     payload_ref = PayloadRef(id=ref.id, nbytes=ref.nbytes)
-    draft = Draft(names.new_job_id(), mark, params, payload_ref, judged.rows, judged.ignored)
-    return submit_draft(services, operation, group, draft, key)
+    return Draft(job_id, mark, params, payload_ref, judged.rows, judged.ignored, stored_here=copied)

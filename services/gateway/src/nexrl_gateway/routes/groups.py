@@ -9,9 +9,11 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from nexrl_gateway.admission import named_identifier, resolve
+from nexrl_gateway.answer_examples import INITIALIZED, MODELS, WORKER_INFO
 from nexrl_gateway.answers import answer, initialized
 from nexrl_gateway.bodies import content_kind, read_json
-from nexrl_gateway.docs import errors
+from nexrl_gateway.docs import accepted, errors
+from nexrl_gateway.docs import answer as shown
 from nexrl_gateway.examples import INITIALIZE
 from nexrl_gateway.placement import InitializeBody, initialize, read_wanted
 from nexrl_gateway.replies import json_response
@@ -28,10 +30,7 @@ _BODY = {"schema": InitializeBody.model_json_schema(), "examples": {"two ranks":
 @router.post(
     "/initialize",
     summary="Make a worker group",
-    responses={
-        202: {"description": "Accepted: the job, when the request prefers respond-async"},
-        **errors(400, 409, 422, 504),
-    },
+    responses={**shown(INITIALIZED), **accepted("initialize_worker"), **errors(400, 409, 413, 415, 422, 500, 504)},
     openapi_extra={"requestBody": {"required": True, "content": {"application/json": _BODY}}},
 )
 async def initialize_worker(
@@ -47,13 +46,13 @@ async def initialize_worker(
     return await answer(services, job, wishes, {"already": True} if already else None)
 
 
-@router.get("/get_models", summary="The living groups", responses=errors())
+@router.get("/get_models", summary="The living groups", responses={**shown(MODELS), **errors()})
 async def get_models(services: Here) -> Response:
     """Their roles, states and heartbeats."""
     return json_response(await run_sync(models, services))
 
 
-@router.get("/worker_info", summary="One group in detail", responses=errors(400, 404))
+@router.get("/worker_info", summary="One group in detail", responses={**shown(WORKER_INFO), **errors(400, 404, 422)})
 async def get_worker_info(services: Here, identifier: Identifier = None) -> Response:
     """The group's record, and what its ranks say of themselves."""
     return json_response(worker_info(await run_sync(resolve, services.ledger, identifier)))

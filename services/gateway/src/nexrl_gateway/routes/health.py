@@ -8,7 +8,8 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends
 from starlette.responses import PlainTextResponse, Response
 
-from nexrl_gateway.docs import errors
+from nexrl_gateway.answer_examples import HEALTH, METRICS, NOT_READY, READY, UNHEALTHY
+from nexrl_gateway.docs import answer, errors, unavailable
 from nexrl_gateway.replies import json_response
 from nexrl_gateway.services import Services, services_of
 from nexrl_gateway.status import health, metrics
@@ -17,14 +18,18 @@ Here = Annotated[Services, Depends(services_of)]
 router = APIRouter(tags=["health"])
 
 
-@router.get("/health", summary="Redis, the payload store, each group and its last heartbeat")
+@router.get(
+    "/health",
+    summary="Redis, the payload store, each group and its last heartbeat",
+    responses={**answer(HEALTH), **unavailable(UNHEALTHY)},
+)
 async def show_health(services: Here) -> Response:
     """200 with ``status`` healthy, or degraded where a group is not well; 503 while Redis or the store is away."""
     report, serving = await run_sync(health, services)
     return json_response(report, 200 if serving else 503)
 
 
-@router.get("/ready", summary="Whether requests can be served")
+@router.get("/ready", summary="Whether requests can be served", responses={**answer(READY), **unavailable(NOT_READY)})
 async def show_ready(services: Here) -> Response:
     """200 or 503."""
     report, serving = await run_sync(health, services)
@@ -33,7 +38,12 @@ async def show_ready(services: Here) -> Response:
     )
 
 
-@router.get("/metrics", summary="Gauges for Prometheus", responses=errors())
+@router.get(
+    "/metrics",
+    summary="Gauges for Prometheus",
+    response_class=PlainTextResponse,
+    responses={200: {"description": "Done", "content": {"text/plain": {"example": METRICS}}}, **errors()},
+)
 async def show_metrics(services: Here) -> Response:
     """Prometheus' text format."""
     return PlainTextResponse(await run_sync(metrics, services), media_type="text/plain; version=0.0.4")

@@ -9,8 +9,9 @@ from fastapi import APIRouter, Depends, Query
 from nexrl_contract.records import JobRecord
 from starlette.responses import Response
 
+from nexrl_gateway.answer_examples import CANCELLED, JOB, JOBS
 from nexrl_gateway.answers import job_view, result_response
-from nexrl_gateway.docs import errors
+from nexrl_gateway.docs import answer, errors, operation_results
 from nexrl_gateway.placement import cancel
 from nexrl_gateway.replies import json_response
 from nexrl_gateway.services import Services, services_of
@@ -21,7 +22,7 @@ Here = Annotated[Services, Depends(services_of)]
 router = APIRouter(tags=["jobs"])
 
 
-@router.get("/jobs", summary="The newest jobs first", responses=errors(422))
+@router.get("/jobs", summary="The newest jobs first", responses={**answer(JOBS), **errors(422)})
 async def list_jobs(
     services: Here, identifier: str | None = None, limit: Annotated[int, Query(ge=1, le=1000)] = 100
 ) -> Response:
@@ -33,14 +34,18 @@ async def list_jobs(
     return json_response({"jobs": await run_sync(views)})
 
 
-@router.get("/jobs/{job_id}", summary="One job", responses=errors(404, 410, 422))
+@router.get("/jobs/{job_id}", summary="One job", responses={**answer(JOB), **errors(404, 410, 422)})
 async def show_job(services: Here, job_id: str, wait: Wait = 0.0) -> Response:
     """The job as it is when it has ended, or after ``wait`` seconds."""
     job = await _job(services, job_id, wait)
     return json_response(await run_sync(job_view, services.ledger, job))
 
 
-@router.get("/jobs/{job_id}/result", summary="What the operation answered", responses=errors(404, 409, 410, 422, 500))
+@router.get(
+    "/jobs/{job_id}/result",
+    summary="What the operation answered",
+    responses={**operation_results(), **errors(404, 409, 410, 422, 500, 507)},
+)
 async def show_result(
     services: Here, job_id: str, wishes: Annotated[Wishes, Depends(read_wishes)], wait: Wait = 0.0
 ) -> Response:
@@ -48,7 +53,11 @@ async def show_result(
     return await result_response(services, await _job(services, job_id, wait), wishes)
 
 
-@router.delete("/jobs/{job_id}", summary="Cancel a job that has not started", responses=errors(404, 409, 410))
+@router.delete(
+    "/jobs/{job_id}",
+    summary="Cancel a job that has not started",
+    responses={**answer(CANCELLED), **errors(404, 409, 410, 422)},
+)
 async def cancel_job(services: Here, job_id: str) -> Response:
     """A running job is not interrupted: 409."""
     job = await run_sync(cancel, services, job_id)

@@ -11,7 +11,7 @@ from nexrl_contract.operations import OPERATIONS, Operation
 from starlette.responses import Response
 
 from nexrl_gateway.answers import answer
-from nexrl_gateway.docs import errors
+from nexrl_gateway.docs import errors, operation_answers
 from nexrl_gateway.examples import request_body
 from nexrl_gateway.placement import destroy_idle
 from nexrl_gateway.services import services_of
@@ -62,7 +62,7 @@ for _operation in OPERATIONS.values():
         operation_id=_operation.name,
         summary=_SUMMARIES[_operation.name],
         responses={
-            202: {"description": "Accepted: the job, when the request prefers respond-async"},
+            **operation_answers(_operation),
             **errors(400, 404, 409, 410, 413, 415, 422, 429, 500, 504, 507),
         },
         openapi_extra={"requestBody": request_body(_operation)},

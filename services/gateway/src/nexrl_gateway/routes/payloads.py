@@ -9,7 +9,8 @@ from fastapi import APIRouter, Depends, Header, Path, Request
 from nexrl_contract.names import CHECKSUM_HEADER
 from starlette.responses import Response
 
-from nexrl_gateway.docs import errors
+from nexrl_gateway.answer_examples import PART, PAYLOAD
+from nexrl_gateway.docs import answer, errors
 from nexrl_gateway.parts import list_parts, store_part
 from nexrl_gateway.replies import json_response
 from nexrl_gateway.services import Services, services_of
@@ -22,7 +23,7 @@ router = APIRouter(tags=["payloads"])
 @router.put(
     "/payloads/{payload_id}/parts/{part}",
     summary="Upload one part of a frame",
-    responses=errors(400, 413, 415, 422, 507),
+    responses={**answer(PART), **errors(400, 413, 415, 422, 507)},
     openapi_extra={
         "requestBody": {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
     },
@@ -41,7 +42,9 @@ async def put_part(
     return json_response({"payload": payload_id, "part": part, "nbytes": nbytes})
 
 
-@router.get("/payloads/{payload_id}", summary="Which parts are there", responses=errors(404))
+@router.get(
+    "/payloads/{payload_id}", summary="Which parts are there", responses={**answer(PAYLOAD), **errors(404, 422)}
+)
 async def show_payload(services: Here, payload_id: PayloadId) -> Response:
     """The numbers of the parts, and their bytes so far."""
     return json_response(await run_sync(list_parts, services, payload_id))

@@ -1,0 +1,195 @@
+"""The answers that the OpenAPI page shows; tests compare their keys with those of a real gateway and of a real group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nexrl_gateway.examples import PARTS, PATH, R, floats
+
+JOB_ID = "019a0c3f5d207c1f8e2a4b6d8f0a1c3e"
+_AT = 1767225600.0
+_FINGERPRINT = "dcdffb064cbb6937"
+_GROUP = "student"
+_DONE = {"status": "success", "identifier": _GROUP, "job_id": JOB_ID}
+
+_LEARNED: dict[str, Any] = {
+    "actor/loss": 0.71,
+    "actor/tokens": 4.0,
+    "actor/rows": 2.0,
+    "actor/pg_loss": 0.71,
+    "actor/entropy_loss": 4.15,
+    "actor/ratio_mean": 1.0,
+    "actor/ppo_kl": 0.0,
+    "time/forward_s": 0.04,
+    "time/backward_s": 0.04,
+    "memory/peak_mib": 379.1,
+}
+_STEPPED: dict[str, Any] = {"actor/grad_norm": 1.7, "actor/lr": 0.001, "step_applied": True, "time/step_s": 0.004}
+_CRITICISED: dict[str, Any] = {
+    "critic/loss": 0.2,
+    "critic/vf_loss": 0.2,
+    "critic/values_mean": 0.4,
+    "step_applied": True,
+}
+_VERSION: dict[str, Any] = {"weight_version": 1, "fingerprint": _FINGERPRINT}
+_MODEL: dict[str, Any] = {
+    "role": "actor",
+    "model_type": "qwen2",
+    "parameters": 20768,
+    "vocab_size": 64,
+    "max_position_embeddings": 32768,
+    "dtype": "float32",
+    "compute_dtype": "float32",
+    "reduce_dtype": "float32",
+    "device": "cpu",
+    "world_size": 2,
+    "chunked_log_probs": True,
+    "chunked_log_probs_reason": None,
+    "packing": False,
+    "packing_reason": None,
+    "optimizer_steps": 0,
+    "weight_version": 0,
+}
+
+
+def _result(
+    operation: str, metrics: dict[str, Any], tensors: dict[str, Any] | None = None, **said: Any
+) -> dict[str, Any]:
+    about = {"job_id": JOB_ID, "identifier": _GROUP, "operation": operation, "ignored": []}
+    timing = {"queued_s": 0.005, "run_s": 0.15, "ranks_s": 0.11}
+    return {
+        "batch": tensors or {},
+        "metrics": metrics,
+        "meta_info": {"metrics": metrics, **said, **about, "timing": timing},
+    }
+
+
+_BRIEF: dict[str, Any] = {
+    "world_size": 2,
+    "role": "actor",
+    "state": "ready",
+    "initialised": True,
+    "epoch": 1,
+    "last_heartbeat": _AT + 59.0,
+    "cause": None,
+    "agent": "local",
+}
+_AGENT: dict[str, Any] = {
+    "name": "local",
+    "host": "gpu-1",
+    "device": "cpu",
+    "slots": 4,
+    "free": 2,
+    "last_heartbeat": _AT + 59.0,
+}
+_JOB: dict[str, Any] = {
+    "id": JOB_ID,
+    "operation": "update_actor",
+    "identifier": _GROUP,
+    "state": "finished",
+    "waits_for": None,
+    "attempt": 1,
+    "epoch": 1,
+    "created_at": _AT,
+    "started_at": _AT + 0.005,
+    "finished_at": _AT + 0.155,
+    "error": None,
+    "result_url": f"/jobs/{JOB_ID}/result",
+}
+_NOT_STARTED = {"attempt": 0, "epoch": None, "started_at": None, "finished_at": None, "result_url": None}
+QUEUED: dict[str, Any] = _JOB | _NOT_STARTED | {"state": "queued", "waits_for": f"the consumer of train:{_GROUP}"}
+CANCELLED: dict[str, Any] = {
+    **QUEUED,
+    "state": "cancelled",
+    "waits_for": None,
+    "finished_at": _AT + 1.0,
+    "error": {
+        "code": "JOB_CANCELLED",
+        "message": "the job was cancelled before it ran",
+        "retryable": False,
+        "identifier": None,
+        "job_id": JOB_ID,
+        "rank": None,
+    },
+    "result_url": f"/jobs/{JOB_ID}/result",
+}
+
+OPERATION_ANSWERS: dict[str, dict[str, Any]] = {
+    "init_model": {**_DONE, "already": False, **_MODEL},
+    "update_actor": _result("update_actor", _LEARNED | _STEPPED, **_VERSION),
+    "update_actor_with_distillation": _result(
+        "update_actor_with_distillation", {**_LEARNED, "actor/teacher_kl": 0.3, **_STEPPED}, **_VERSION
+    ),
+    "forward_backward": _result("forward_backward", _LEARNED),
+    "optim_step": {
+        **_DONE,
+        "metrics": _STEPPED,
+        "meta_info": {**_VERSION, "timing": {"ranks_s": 0.04}, "ignored": []},
+    },
+    "compute_log_prob": _result("compute_log_prob", {}, {"old_log_probs": floats(-4.2, -3.8, -4.1, -3.9, width=R)}),
+    "compute_ref_log_prob": _result(
+        "compute_ref_log_prob", {}, {"ref_log_prob": floats(-4.2, -3.8, -4.1, -3.9, width=R)}
+    ),
+    "compute_values": _result("compute_values", {}, {"values": floats(0.1, 0.2, 0.1, 0.3, width=R)}),
+    "update_critic": _result("update_critic", _CRITICISED, **_VERSION),
+    "compute_rewards": _result("compute_rewards", {}, {"rewards": floats(0.7, -0.2)}),
+    "save_checkpoint": {
+        **_DONE,
+        "weight_version": 1,
+        "path": "/data/ckpt/step_1",
+        "global_step": 1,
+        "kind": "sharded",
+        "nbytes": 336648,
+        "world_size": 2,
+    },
+    "load_checkpoint": {
+        **_DONE,
+        "path": "/data/ckpt/step_1",
+        "kind": "sharded",
+        "global_step": 1,
+        "optimizer": "restored",
+        "rng": "restored",
+    },
+    "convert_checkpoint_to_huggingface": {**_DONE, "path": "/data/ckpt/step_1-hf", "kind": "huggingface"},
+    "barrier": _DONE,
+    "destroy": _DONE,
+}
+"""What each operation answers, by its name."""
+
+INITIALIZED: dict[str, Any] = {**_DONE, "role": "actor", "world_size": 2, "already": False, "ignored": []}
+JOB: dict[str, Any] = _JOB
+JOBS: dict[str, Any] = {"jobs": [_JOB]}
+PART: dict[str, Any] = {"payload": PARTS["payload"], "part": 0, "nbytes": 104857600}
+PAYLOAD: dict[str, Any] = {"payload": PARTS["payload"], "parts": [0, 1, 2], "nbytes": 262144000}
+READY: dict[str, Any] = {"ready": True, "redis": "ok", "payload_store": "ok"}
+NOT_READY: dict[str, Any] = {"ready": False, "redis": "unavailable", "payload_store": "ok"}
+HEALTH: dict[str, Any] = {
+    "status": "healthy",
+    "redis": "ok",
+    "payload_store": "ok",
+    "groups": {_GROUP: _BRIEF},
+    "agents": [_AGENT],
+    "checkpointers": [{**_AGENT, "name": "local-1", "slots": 1, "free": 1}],
+    "slots": {"total": 4, "free": 2},
+}
+UNHEALTHY: dict[str, Any] = {"status": "degraded", "redis": "unavailable", "payload_store": "ok"}
+MODELS: dict[str, Any] = {"status": "success", "identifiers": [_GROUP], "count": 1, "models": {_GROUP: _BRIEF}}
+WORKER_INFO: dict[str, Any] = {
+    "status": "success",
+    "identifier": _GROUP,
+    **_BRIEF,
+    "seq": 1,
+    "nodes": ["gpu-1"],
+    "running_job": None,
+    "ignored": [],
+    "config": {"model": {"path": PATH}, "optim": {"lr": 0.001}, "policy_loss": "ppo"},
+    "created_at": _AT,
+    "info": {**_MODEL, "host": "gpu-1", "pid": 4711},
+}
+METRICS = """# HELP nexrl_jobs Jobs that have not ended.
+# TYPE nexrl_jobs gauge
+nexrl_jobs{queue="student",state="queued"} 1
+# HELP nexrl_slots_free Slots without a rank.
+# TYPE nexrl_slots_free gauge
+nexrl_slots_free 2
+"""
