@@ -101,6 +101,28 @@ def test_a_bad_save_fails_its_job_and_the_next_one_works(tmp_path: Path, ledger:
     assert ended(ledger, hand_over(ledger, tmp_path, tmp_path / "ckpt", NEW)).state == "finished"
 
 
+def test_a_path_that_cannot_be_is_the_callers_error(tmp_path: Path, ledger: Ledger, start: Start) -> None:
+    """422 that names the path, nothing left behind, and the process lives on."""
+    start()
+    (tmp_path / "file").write_text("x")
+    paths = [tmp_path / ("n" * 300), tmp_path / ("n" * 240), tmp_path / ("n" * 300) / "x", tmp_path / "file" / "x"]
+    for path in paths:
+        error = ended(ledger, hand_over(ledger, tmp_path, path, NEW)).error
+        assert error is not None and error["code"] == "PATH_REFUSED" and str(path.parent) in error["message"]
+    assert not any(path.name.startswith((".n", "n")) and path.name != ".nexrl" for path in tmp_path.iterdir())
+    assert list((tmp_path / ".nexrl" / "staging").iterdir()) == []
+    assert ended(ledger, hand_over(ledger, tmp_path, tmp_path / "ckpt", NEW)).state == "finished"
+
+
+def test_the_record_of_a_destroyed_groups_checkpoints_goes(tmp_path: Path, ledger: Ledger, start: Start) -> None:
+    """Within moments, without another save."""
+    start()
+    ended(ledger, hand_over(ledger, tmp_path, tmp_path / "ckpt", NEW))
+    assert ledger.client.hlen(CHECKPOINTS_KEY) == 1
+    ledger.group_destroyed("student", None)
+    eventually(lambda: ledger.client.hlen(CHECKPOINTS_KEY) == 0)
+
+
 def test_a_lost_bell_delays_nothing(tmp_path: Path, ledger: Ledger, start: Start) -> None:
     """The ledger says what waits: with the bell deleted by hand the save is still published."""
     job = hand_over(ledger, tmp_path, tmp_path / "ckpt", NEW)

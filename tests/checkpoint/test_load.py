@@ -30,6 +30,10 @@ def a_file(tmp_path: Path) -> Path:
     return tmp_path / "file"
 
 
+def a_name_too_long(tmp_path: Path) -> Path:
+    return tmp_path / ("n" * 300)
+
+
 def never_published(tmp_path: Path) -> Path:
     return stage(tmp_path, "b" * 32, make_state())
 
@@ -93,6 +97,7 @@ def indexed_file_missing(tmp_path: Path) -> Path:
 CASES: dict[Callable[[Path], Path], str] = {
     nothing_there: "there is no checkpoint at",
     a_file: "there is no checkpoint at",
+    a_name_too_long: "there is no checkpoint at .*: File name too long",
     never_published: "its save was never finished",
     shard_missing: r"model\.rank2-of-3\.safetensors is missing",
     shard_cut_short: r"model\.rank2-of-3\.safetensors has \d+ bytes; \d+ were written",

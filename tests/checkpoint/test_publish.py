@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
-from nexrl_checkpointer.previous import replace_previous
+from nexrl_checkpointer.previous import forget_destroyed, replace_previous
 from nexrl_checkpointer.publish import publish
 from nexrl_checkpointer.request import PublishRequest
 from nexrl_contract import durable
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.manifest import describe, published, read_manifest
-from nexrl_ledger import connect
+from nexrl_contract.names import CHECKPOINTS_KEY, GROUPS_KEY, group_key
+from nexrl_contract.records import GroupRecord
+from nexrl_ledger import Ledger, connect
 from toy_checkpoints import leftovers, loads, make_request, make_state
 
 OLD, NEW = make_state(1), make_state(2)
 
 
 def run(client: redis.Redis, request: PublishRequest) -> None:
-    """What the service does with a request."""
+    """What the service does with a request of a living group."""
     publish(request, lambda: None)
-    replace_previous(client, request)
+    replace_previous(Ledger(client), request, submitted=time.time())
+
+
+def make_group(client: redis.Redis, identifier: str = "student") -> None:
+    """A group of that name, made now."""
+    record = GroupRecord(identifier=identifier, state="ready", created_at=time.time())
+    client.delete(group_key(identifier))
+    client.hset(group_key(identifier), mapping=record.to_hash())
+    client.sadd(GROUPS_KEY, identifier)
 
 
 def run_until_killed(url: str, request: PublishRequest, at: int) -> bool:
@@ -60,26 +72,40 @@ def run_until_killed(url: str, request: PublishRequest, at: int) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # the forked child only touches files
-@pytest.mark.parametrize("same_path", [True, False], ids=["replacing", "removing-previous"])
+@pytest.mark.parametrize(
+    ("same_path", "foreign"),
+    [(True, False), (False, False), (False, True)],
+    ids=["replacing", "removing-previous", "removing-previous-around-other-things"],
+)
 def test_killed_anywhere_a_checkpoint_loads_and_the_next_attempt_completes(
-    tmp_path: Path, redis_url: str, same_path: bool
+    tmp_path: Path, redis_url: str, same_path: bool, foreign: bool
 ) -> None:
-    """At every file operation: what is visible is whole, the old or the new one; afterwards the new one alone is left."""
+    """At every file operation: what is visible is whole, the old or the new one; afterwards the new one alone is left.
+
+    And what others put into the folder of the previous one, at its place at every moment.
+    """
     client, at, killed = connect(redis_url), 0, True
+    make_group(client)
     while killed:
         at += 1
         data = tmp_path / str(at)
         first = make_request(data, data / "ckpt" / "step_1", OLD)
         run(client, first)
+        notes = first.path / "huggingface" / "notes.txt"
+        if foreign:
+            notes.write_text("mine")
         path = first.path if same_path else data / "ckpt" / "step_2"
         second = make_request(data, path, NEW, remove_previous=True, step=2)
         killed = run_until_killed(redis_url, second, at)
+        assert notes.is_file() == foreign, f"killed at {at}: another's file is not at its place"
         visible = published([data / "ckpt"])
         assert visible, f"killed at {at}: nothing to load"
         assert all(loads(Path(found.path), OLD, NEW) for found in visible)
         run(client, second.model_copy(update={"attempt": 2}))
         assert [found.path for found in published([data / "ckpt"])] == [str(path)]
         assert loads(path, NEW) and leftovers(data) == []
+        others = [file for file in first.path.rglob("*") if file.is_file() and not same_path]
+        assert others == ([notes] if foreign else [])
         shutil.rmtree(data)
     assert at > 15
 
@@ -229,7 +255,11 @@ class Saves:
 
 @pytest.fixture
 def saves(tmp_path: Path, redis_url: str) -> Saves:
-    return Saves(tmp_path, connect(redis_url))
+    """Of two living groups, student and teacher."""
+    client = connect(redis_url)
+    for identifier in ("student", "teacher"):
+        make_group(client, identifier)
+    return Saves(tmp_path, client)
 
 
 def test_a_new_save_removes_the_one_before(saves: Saves) -> None:
@@ -271,3 +301,140 @@ def test_the_same_path_again_is_not_its_own_previous(saves: Saves) -> None:
     saves("latest")
     saves("latest")
     assert saves.left() == {"latest"}
+
+
+def test_a_later_group_of_the_same_name_removes_nothing_of_the_earlier_one(saves: Saves) -> None:
+    """Destroyed and made again with the same identifier: the last checkpoint of the former run stays."""
+    saves("run/step_1")
+    saves("run/step_2")
+    Ledger(saves.client).group_destroyed("student", None)
+    make_group(saves.client)
+    saves("other/step_1")
+    assert saves.left() == {"run/step_2", "other/step_1"}
+    saves("other/step_2")
+    assert saves.left() == {"run/step_2", "other/step_2"}
+
+
+def test_a_restart_of_the_groups_processes_is_the_same_group(saves: Saves) -> None:
+    """A new epoch does not make the previous checkpoint another's."""
+    saves("step_1")
+    Ledger(saves.client).start_epoch("student", "agent", ["here"])
+    saves("step_2")
+    assert saves.left() == {"step_2"}
+
+
+def test_a_save_that_outlived_its_group_removes_nothing(saves: Saves) -> None:
+    """It is published, but is neither the previous one of the next group of that name nor removes anything."""
+    saves("step_1")
+    late = make_request(saves.data, saves.data / "late", remove_previous=True)
+    submitted = time.time()
+    publish(late, lambda: None)
+    make_group(saves.client)
+    replace_previous(Ledger(saves.client), late, submitted)
+    saves("new")
+    assert saves.left() == {"step_1", "late", "new"}
+
+
+def test_a_destroyed_group_leaves_no_record_of_its_checkpoints(saves: Saves) -> None:
+    """Fields of the living ones stay."""
+    saves("ours")
+    saves("weights", weight_only=True)
+    saves("theirs", identifier="teacher")
+    ledger = Ledger(saves.client)
+    ledger.group_destroyed("student", None)
+    forget_destroyed(ledger)
+    assert list(saves.client.hgetall(CHECKPOINTS_KEY)) == ["teacher:sharded"]
+    late = make_request(saves.data, saves.data / "late")
+    replace_previous(ledger, late, time.time())
+    assert list(saves.client.hgetall(CHECKPOINTS_KEY)) == ["teacher:sharded"]
+
+
+def put_others_into(folder: Path) -> set[Path]:
+    """A weight-sync folder and a file of somebody's, one of them in a folder of the checkpoint; returns all that must stay."""
+    version = folder / ".hf.v1"
+    version.mkdir()
+    (version / "model.safetensors").write_text("weights")
+    (folder / "hf").symlink_to(".hf.v1")
+    (folder / "huggingface" / "notes.txt").write_text("mine")
+    return {
+        folder / "hf",
+        version,
+        version / "model.safetensors",
+        folder / "huggingface",
+        folder / "huggingface/notes.txt",
+    }
+
+
+def test_removing_the_previous_one_leaves_what_others_put_into_its_folder(saves: Saves) -> None:
+    """Only what its manifest lists goes; a weight-sync folder inside is never what a full save removes."""
+    path = saves("step_1")
+    others = put_others_into(path)
+    saves("step_2")
+    assert saves.left() == {"step_2"}
+    assert set(path.rglob("*")) == others and (path / "hf" / "model.safetensors").read_text() == "weights"
+
+
+def test_a_folder_that_others_use_is_not_replaced(tmp_path: Path) -> None:
+    """The refusal names what is in the way; the former checkpoint and all else stay."""
+    first = make_request(tmp_path, tmp_path / "z", OLD)
+    publish(first, lambda: None)
+    put_others_into(first.path)
+    before = {path: path.read_bytes() for path in first.path.rglob("*") if path.is_file()}
+    request = make_request(tmp_path, tmp_path / "z", NEW)
+    with pytest.raises(
+        ServiceError, match=r"PATH_REFUSED.*\(\.hf\.v1, hf, huggingface/notes\.txt\); choose another path"
+    ):
+        publish(request, lambda: None)
+    assert {path: path.read_bytes() for path in first.path.rglob("*") if path.is_file()} == before
+    assert loads(first.path, OLD) and not list(tmp_path.glob(".z*"))
+
+
+def test_what_comes_while_a_checkpoint_is_prepared_stays(tmp_path: Path) -> None:
+    """The destination is looked at again just before the swap."""
+    publish(make_request(tmp_path, tmp_path / "z", OLD), lambda: None)
+    with pytest.raises(ServiceError, match=r"notes\.txt"):
+        publish(make_request(tmp_path, tmp_path / "z", NEW), lambda: put_others_into(tmp_path / "z") and None)
+    assert loads(tmp_path / "z", OLD) and (tmp_path / "z" / "hf").is_symlink()
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["", "killed-after-the-swap"])
+def test_what_comes_in_the_moment_of_the_swap_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    """It is found at its place, in the new checkpoint; the next attempt puts it there if this one is killed."""
+    exchange = durable._exchange
+
+    def others_first(left: Path, right: Path) -> bool:
+        put_others_into(right)
+        swapped = exchange(left, right)
+        if killed:
+            raise KeyboardInterrupt
+        return swapped
+
+    publish(make_request(tmp_path, tmp_path / "z", OLD), lambda: None)
+    monkeypatch.setattr(durable, "_exchange", others_first)
+    request = make_request(tmp_path, tmp_path / "z", NEW)
+    with pytest.raises(KeyboardInterrupt) if killed else contextlib.nullcontext():
+        publish(request, lambda: None)
+    publish(request.model_copy(update={"attempt": 2}), lambda: None)
+    assert loads(tmp_path / "z", NEW) and (tmp_path / "z" / "hf" / "model.safetensors").read_text() == "weights"
+    assert (tmp_path / "z" / "huggingface" / "notes.txt").read_text() == "mine" and not list(tmp_path.glob(".z*"))
+
+
+def test_nothing_is_removed_through_a_link(saves: Saves) -> None:
+    """A folder of the checkpoint that became a link to elsewhere: what is there stays."""
+    path = saves("step_1")
+    elsewhere = saves.data / "elsewhere"
+    shutil.move(path / "huggingface", elsewhere)
+    (path / "huggingface").symlink_to(elsewhere)
+    saves("step_2")
+    assert (elsewhere / "config.json").is_file() and (path / "huggingface").is_symlink()
+
+
+def test_the_checkpoint_of_another_group_is_not_replaced(tmp_path: Path) -> None:
+    """The refusal names the other group, before anything is written beside it."""
+    publish(make_request(tmp_path, tmp_path / "latest", OLD), lambda: None)
+    request = make_request(tmp_path, tmp_path / "latest", NEW, identifier="teacher")
+    with pytest.raises(ServiceError, match=r"PATH_REFUSED.*of group 'student'; choose another path, or remove it"):
+        publish(request, lambda: None)
+    assert loads(tmp_path / "latest", OLD) and request.staging.is_dir() and not list(tmp_path.glob(".latest*"))

@@ -10,23 +10,33 @@ from pathlib import Path
 
 import pytest
 from nexrl_checkpointer.publish import publish
+from nexrl_contract import durable
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.manifest import Export, write_manifest
+from nexrl_contract.manifest import Export, describe, read_manifest, write_manifest
 from nexrl_worker.checkpoint.publish import PlainPath, VersionedPath
 from toy_checkpoints import make_request
 
 
-def put(target: VersionedPath | PlainPath, number: int) -> None:
+def put(target: VersionedPath | PlainPath, number: int, identifier: str = "student") -> None:
     """Publish a version that says its number in two files."""
     target.check()
-    folder = target.begin()
-    (folder / "a").write_text(str(number))
-    (folder / "b").write_text(str(number))
+    fill(target.begin(), number, identifier)
+    target.commit()
+
+
+def fill(folder: Path, number: int, identifier: str = "student") -> None:
+    """Write what a group would."""
+    for name in "ab":
+        (folder / name).write_text(str(number))
     record = Export(
-        identifier="student", step=0, fingerprint=None, created=time.time(), files=(), weight_version=number
+        identifier=identifier,
+        step=0,
+        fingerprint=None,
+        created=time.time(),
+        files=tuple(describe(folder, name) for name in "ab"),
+        weight_version=number,
     )
     write_manifest(folder, record)
-    target.commit()
 
 
 def test_a_reader_sees_one_whole_version_at_every_moment(tmp_path: Path) -> None:
@@ -78,14 +88,17 @@ def test_a_discarded_version_leaves_nothing(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [".sync.v1", "sync"]
 
 
-def test_two_groups_on_one_path_do_not_break_it(tmp_path: Path) -> None:
-    """Each publishes whole versions; the later one is seen."""
+def test_two_groups_on_one_path_are_told_apart(tmp_path: Path) -> None:
+    """The second is refused by the first one's name, even where it began before; nothing of it stays."""
     first, second = VersionedPath(tmp_path / "sync", "one"), VersionedPath(tmp_path / "sync", "two")
-    folder = first.begin()
-    put(second, 7)
-    (folder / "a").write_text("8")
-    first.commit()
-    assert (tmp_path / "sync" / "a").read_text() == "8"
+    fill(first.begin(), 8, "one")
+    put(second, 7, "two")
+    for refused in (first.check, first.commit):
+        with pytest.raises(ServiceError, match=r"PATH_REFUSED.* of group 'two'; choose another path"):
+            refused()
+    first.discard()
+    assert (tmp_path / "sync" / "a").read_text() == "7"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".sync.v1", "sync"]
 
 
 @pytest.mark.parametrize("kind", [VersionedPath, PlainPath])
@@ -113,3 +126,74 @@ def test_an_empty_folder_or_an_export_of_ours_is_replaced(tmp_path: Path) -> Non
     assert (tmp_path / "ckpt-hf").is_symlink()
     assert json.loads((tmp_path / "ckpt-hf" / "nexrl.json").read_bytes())["ours"] is True
     assert (tmp_path / "empty" / "b").read_text() == "1"
+
+
+def test_a_version_goes_without_what_others_put_into_it(tmp_path: Path) -> None:
+    """A checkpoint that somebody saved below the path stays when its version's time has come, and ever after."""
+    target = VersionedPath(tmp_path / "model", "student")
+    put(target, 1)
+    publish(make_request(tmp_path, tmp_path / ".model.v1" / "step_1"), lambda: None)
+    for number in range(2, 6):
+        put(target, number)
+    assert [path.name for path in (tmp_path / ".model.v1").iterdir()] == ["step_1"]
+    assert read_manifest(tmp_path / ".model.v1" / "step_1") is not None
+    assert sorted(path.name for path in tmp_path.glob(".model*")) == [".model.v1", ".model.v4", ".model.v5"]
+
+
+@pytest.mark.parametrize("kind", [VersionedPath, PlainPath])
+def test_an_export_that_others_use_is_not_replaced(tmp_path: Path, kind: type[VersionedPath | PlainPath]) -> None:
+    """The refusal names what is in the way, at the start and again where it came while the export was written."""
+    put(PlainPath(tmp_path / "export", "student"), 1)
+    target = kind(tmp_path / "export", "student")
+    target.check()
+    fill(target.begin(), 2)
+    (tmp_path / "export" / "README.md").write_text("mine")
+    for refused in (target.check, target.commit):
+        with pytest.raises(ServiceError, match=r"PATH_REFUSED.*\(README\.md\); choose another path"):
+            refused()
+    target.discard()
+    assert sorted(path.name for path in (tmp_path / "export").iterdir()) == ["README.md", "a", "b", "nexrl.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+@pytest.mark.parametrize("kind", [VersionedPath, PlainPath])
+def test_what_comes_in_the_moment_of_the_swap_stays(
+    tmp_path: Path, kind: type[VersionedPath | PlainPath], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under another name, where no later save removes it."""
+    exchange = durable._exchange
+
+    def others_first(left: Path, right: Path) -> bool:
+        if right.is_dir() and not right.is_symlink():
+            (right / "README.md").write_text("mine")
+        return exchange(left, right)
+
+    put(PlainPath(tmp_path / "export", "student"), 1)
+    monkeypatch.setattr(durable, "_exchange", others_first)
+    put(kind(tmp_path / "export", "student"), 2)
+    monkeypatch.undo()
+    put(kind(tmp_path / "export", "student"), 3)
+    assert (tmp_path / "export" / "a").read_text() == "3"
+    assert [path.read_text() for path in tmp_path.rglob("README.md")] == ["mine"]
+
+
+@pytest.mark.parametrize("kind", [VersionedPath, PlainPath])
+@pytest.mark.parametrize("name", ["file/x", "n" * 245, "n" * 300], ids=["through-a-file", "245", "300"])
+def test_a_path_that_cannot_be_is_refused(tmp_path: Path, kind: type[VersionedPath | PlainPath], name: str) -> None:
+    """422 PATH_REFUSED that names the path, and nothing is left behind."""
+    (tmp_path / "file").write_text("x")
+    target = kind(tmp_path / name, "student")
+    with pytest.raises(ServiceError, match=f"PATH_REFUSED: {tmp_path / name} ") as refused:
+        put(target, 1)
+    target.discard()
+    assert refused.value.kind.status == 422 and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_version_without_its_link_does_not_stay(tmp_path: Path) -> None:
+    """A name with room for a version but not for the link that is swapped in: no complete hidden model remains."""
+    name = "n" * (255 - len("..new-student.lin"))
+    target = VersionedPath(tmp_path / name, "student")
+    with pytest.raises(ServiceError, match="PATH_REFUSED"):
+        put(target, 1)
+    target.discard()
+    assert list(tmp_path.iterdir()) == []

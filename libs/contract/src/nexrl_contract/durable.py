@@ -7,7 +7,8 @@ import ctypes
 import errno
 import os
 import shutil
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePath
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -35,16 +36,17 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def replace_folder(new: Path, path: Path) -> None:
+def replace_folder(new: Path, path: Path, remove: Callable[[Path], None] | None = None) -> None:
     """Put ``new`` (a folder, or a link) at ``path``, its sibling, synced; then remove what was there, if it can be.
 
-    Linux swaps the two in one step; elsewhere ``path`` is missing between two renames.
+    Linux swaps the two in one step; elsewhere ``path`` is missing between two renames. ``remove`` gets the former
+    ``path`` under its hidden name; without it, all of that is deleted.
     """
     aside = _put(new, path)
     sync_folder(path.parent)
     if aside is not None:
         with contextlib.suppress(OSError):
-            remove_folder(aside)
+            (remove or remove_folder)(aside)
 
 
 def _put(new: Path, path: Path) -> Path | None:
@@ -72,6 +74,53 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(folder)
     except FileNotFoundError:
         return
+
+
+def unlisted(folder: Path, names: Iterable[str]) -> list[str]:
+    """What lies in ``folder`` besides the files ``names`` and the folders on the way to them: relative paths, sorted.
+
+    A folder or a link that is not on the way stands for all that is in it.
+    """
+    files = set(names)
+    ways = _ways(files)
+    found: list[str] = []
+    for way in ways:
+        if _through_link(folder, way) or not (folder / way).is_dir():
+            continue
+        for entry in os.scandir(folder / way):
+            name = str(PurePath(way, entry.name))
+            if name not in (ways if entry.is_dir(follow_symlinks=False) else files):
+                found.append(name)
+    return sorted(found)
+
+
+def remove_listed(folder: Path, names: Iterable[str], record: str) -> None:
+    """Delete the files ``names``, then ``record`` (the file that lists them), and ``folder`` if it is empty then.
+
+    Whatever others put there stays, and nothing is reached through a link. A killed removal can be repeated as long
+    as ``record`` is there.
+    """
+    files = [name for name in names if name != record]
+    for name in files:
+        if not _through_link(folder, str(PurePath(name).parent)):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                (folder / name).unlink()
+    for way in sorted(_ways(files) - {"."}, reverse=True):
+        with contextlib.suppress(OSError):
+            (folder / way).rmdir()
+    (folder / record).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _ways(names: Iterable[str]) -> set[str]:
+    """The folders that lead to ``names``; ``.`` is always one."""
+    return {".", *(str(way) for name in names for way in PurePath(name).parents)}
+
+
+def _through_link(folder: Path, way: str) -> bool:
+    parts = PurePath(way).parts
+    return any(folder.joinpath(*parts[: count + 1]).is_symlink() for count in range(len(parts)))
 
 
 def _exchange(left: Path, right: Path) -> bool:

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from pathlib import Path
 
-import redis
-from nexrl_contract.durable import remove_folder, sync_folder
+from nexrl_contract.durable import remove_listed, sync_folder
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.manifest import Manifest, read_manifest
+from nexrl_contract.manifest import MANIFEST, Manifest, read_manifest
 from nexrl_contract.names import CHECKPOINTS_KEY
+from nexrl_ledger import Ledger
 from pydantic import BaseModel, ValidationError
 
+from nexrl_checkpointer.publish import file_names, foreign_entries
 from nexrl_checkpointer.request import PublishRequest
 
 _log = logging.getLogger(__name__)
 
 
 class Latest(BaseModel):
-    """A value of the Redis hash ``CHECKPOINTS_KEY``: the newest published checkpoint of one group and kind."""
+    """A value of the Redis hash ``CHECKPOINTS_KEY``: the newest published checkpoint of one group and kind.
+
+    ``life`` is the time at which the group was made: a later group of that name has another one.
+    """
 
     path: Path
     step: int
     job_id: str
+    life: float
 
 
 def slot(request: PublishRequest) -> str:
@@ -31,20 +37,34 @@ def slot(request: PublishRequest) -> str:
     return f"{request.identifier}:{request.kind}" + (":weight_only" if request.weight_only else "")
 
 
-def replace_previous(client: redis.Redis, request: PublishRequest) -> None:
+def replace_previous(ledger: Ledger, request: PublishRequest, submitted: float) -> None:
     """Remove the previous checkpoint if that was asked for, then record the new one. Repeatable.
 
-    The new one must be durable.
+    The new one must be durable. ``submitted``: when the save was asked for; where the group of that time is gone,
+    nothing is known about its checkpoints, and nothing is removed or recorded.
     """
-    previous = _latest(client, request)
-    if request.remove_previous and previous is not None:
+    group = ledger.group(request.identifier)
+    if group is None or group.state == "destroyed" or submitted < group.created_at:
+        return
+    previous = _latest(ledger, request)
+    if request.remove_previous and previous is not None and previous.life == group.created_at:
         _remove(previous, request)
-    new = Latest(path=request.path, step=request.step, job_id=request.job_id)
-    client.hset(CHECKPOINTS_KEY, slot(request), new.model_dump_json())
+    new = Latest(path=request.path, step=request.step, job_id=request.job_id, life=group.created_at)
+    ledger.client.hset(CHECKPOINTS_KEY, slot(request), new.model_dump_json())
 
 
-def _latest(client: redis.Redis, request: PublishRequest) -> Latest | None:
-    text = client.hget(CHECKPOINTS_KEY, slot(request))
+def forget_destroyed(ledger: Ledger) -> None:
+    """Drop what is recorded of groups that are no more."""
+    fields = ledger.client.hkeys(CHECKPOINTS_KEY)
+    if fields:
+        living = set(ledger.identifiers())
+        gone = [field for field in fields if field.partition(":")[0] not in living]
+        if gone:
+            ledger.client.hdel(CHECKPOINTS_KEY, *gone)
+
+
+def _latest(ledger: Ledger, request: PublishRequest) -> Latest | None:
+    text = ledger.client.hget(CHECKPOINTS_KEY, slot(request))
     try:
         return Latest.model_validate_json(str(text)) if text else None
     except ValidationError:
@@ -53,28 +73,46 @@ def _latest(client: redis.Redis, request: PublishRequest) -> Latest | None:
 
 
 def _remove(previous: Latest, request: PublishRequest) -> None:
-    """A rename hides it first, so that no half of it is ever seen. What cannot be removed stays:
+    """A rename hides it first, so that no half of it is ever seen.
 
-    The new one is safe.
+    That of its folder; of its manifest alone where others put something into the folder, which stays. So does what
+    cannot be removed: the new one is safe.
     """
     path = previous.path
     aside = path.with_name(f".{path.name}.old-{request.job_id}")
+    hidden = path / f".{MANIFEST}.old-{request.job_id}"
     try:
-        if _may_go(previous, request):
-            os.rename(path, aside)
+        manifest = _removable(previous, request)
+        if manifest is not None:
+            os.rename(*((path / MANIFEST, hidden) if foreign_entries(path, manifest) else (path, aside)))
             sync_folder(path.parent)
             _log.info("previous.removed path=%s step=%d", path, previous.step)
-        remove_folder(aside)
+        _remove_files(path, hidden)
+        _remove_files(aside, aside / MANIFEST)
+        with contextlib.suppress(OSError):
+            aside.rmdir()
+        if aside.is_dir() and not os.path.lexists(path):  # others put something into it at the very last moment
+            os.rename(aside, path)
     except OSError as error:
         _log.warning("previous.kept path=%s reason=%s", path, error.strerror)
 
 
-def _may_go(previous: Latest, request: PublishRequest) -> bool:
+def _remove_files(folder: Path, record: Path) -> None:
+    """Delete what ``record``, the manifest under its present name, lists; a killed removal left it to be found."""
+    try:
+        manifest = Manifest.model_validate_json(record.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValidationError):
+        return
+    remove_listed(folder, file_names(manifest), record.name)
+
+
+def _removable(previous: Latest, request: PublishRequest) -> Manifest | None:
     """Only what this service published there for this group, and nothing that holds the new one."""
     if previous.path.is_symlink() or request.path.is_relative_to(previous.path):
-        return False
+        return None
     try:
-        manifest: Manifest | None = read_manifest(previous.path)
+        manifest = read_manifest(previous.path)
     except (OSError, ServiceError):
-        return False
-    return manifest is not None and (manifest.identifier, manifest.job_id) == (request.identifier, previous.job_id)
+        return None
+    ours = manifest is not None and (manifest.identifier, manifest.job_id) == (request.identifier, previous.job_id)
+    return manifest if ours else None

@@ -15,9 +15,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from nexrl_contract.durable import remove_folder, replace_folder, sync_folder
+from nexrl_contract.durable import remove_folder, remove_listed, replace_folder, sync_folder, unlisted
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.manifest import (
+    MANIFEST,
     FileEntry,
     Manifest,
     describe,
@@ -30,6 +31,7 @@ from pydantic import BaseModel, ValidationError
 
 from nexrl_checkpointer.request import PublishRequest
 
+_NAMED = 5
 _log = logging.getLogger(__name__)
 
 
@@ -51,7 +53,8 @@ def publish(request: PublishRequest, check_claim: Callable[[], None]) -> Manifes
         check_destination(request)
         manifest = _prepare(request)
         check_claim()
-        replace_folder(_sibling(request), request.path)
+        check_destination(request)  # long ago since the first time: others may have come meanwhile
+        replace_folder(_sibling(request), request.path, lambda old: _remove_replaced(old, request.path))
     discard(request)
     return manifest
 
@@ -60,29 +63,60 @@ def discard(request: PublishRequest) -> None:
     """Remove what this and earlier attempts left outside the destination, as far as that goes."""
     for folder in (*_siblings(request), request.staging):
         try:
-            remove_folder(folder)
+            record = _manifest(folder)
+            if record is not None and record.job_id != request.job_id:
+                _remove_replaced(folder, request.path)
+            else:
+                remove_folder(folder)
         except OSError as error:
             _log.warning("leftover.kept path=%s reason=%s", folder, error.strerror)
 
 
+def _remove_replaced(old: Path, path: Path) -> None:
+    """``old`` was at ``path`` until now. What others put into it in the very last moment goes back to its place."""
+    record = _manifest(old)
+    if record is None:
+        old.rmdir()
+        return
+    for name in foreign_entries(old, record):
+        if os.path.lexists(path / name):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path / name))
+        os.rename(old / name, path / name)
+    remove_listed(old, file_names(record), MANIFEST)
+
+
 def check_destination(request: PublishRequest) -> None:
-    """Only an empty folder or a sharded checkpoint of this service is replaced; raises ``PATH_REFUSED``."""
+    """Only an empty folder, or a sharded checkpoint of the same group and nothing else, is replaced.
+
+    Raises ``PATH_REFUSED``.
+    """
     path = request.path
-    if os.path.lexists(path) and not _replaceable(path):
-        raise ServiceError(
-            "PATH_REFUSED",
-            f"{path} holds something that is no sharded checkpoint of this service; choose another path, or remove it",
-            key="local_path",
-        )
+    if not os.path.lexists(path):
+        return
+    record = None if path.is_symlink() else _manifest(path)
+    if record is None:
+        if path.is_symlink() or not path.is_dir() or any(path.iterdir()):
+            raise _refused(path, "holds something that is no sharded checkpoint of this service", "remove it")
+        return
+    if record.identifier != request.identifier:
+        raise _refused(path, f"holds a checkpoint of group {record.identifier!r}", "remove it if nobody needs it")
+    if others := foreign_entries(path, record):
+        named = ", ".join(others[:_NAMED]) + (f" and {len(others) - _NAMED} more" if len(others) > _NAMED else "")
+        raise _refused(path, f"holds more than the checkpoint to be replaced ({named})", "move that elsewhere")
 
 
-def _replaceable(path: Path) -> bool:
-    if path.is_symlink() or not path.is_dir():
-        return False
-    try:
-        return read_manifest(path) is not None or not any(path.iterdir())
-    except ServiceError:
-        return False
+def file_names(manifest: Manifest) -> list[str]:
+    """The files of a checkpoint besides its manifest."""
+    return [entry.name for entry in manifest.files]
+
+
+def foreign_entries(folder: Path, manifest: Manifest) -> list[str]:
+    """What others put into the folder of a checkpoint."""
+    return unlisted(folder, [*file_names(manifest), MANIFEST])
+
+
+def _refused(path: Path, why: str, way_out: str) -> ServiceError:
+    return ServiceError("PATH_REFUSED", f"{path} {why}; choose another path, or {way_out}", key="local_path")
 
 
 def _sibling(request: PublishRequest) -> Path:
@@ -95,15 +129,20 @@ def _siblings(request: PublishRequest) -> list[Path]:
     prefix = f".{request.path.name}.new-{request.job_id}-"
     try:
         return [path for path in request.path.parent.iterdir() if path.name.startswith(prefix)]
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:
         return []
 
 
-def _of_this_job(request: PublishRequest, folder: Path) -> Manifest | None:
+def _manifest(folder: Path) -> Manifest | None:
+    """None where there is none that can be read."""
     try:
-        manifest = read_manifest(folder)
+        return read_manifest(folder)
     except ServiceError:
         return None
+
+
+def _of_this_job(request: PublishRequest, folder: Path) -> Manifest | None:
+    manifest = _manifest(folder)
     return manifest if manifest is not None and manifest.job_id == request.job_id else None
 
 

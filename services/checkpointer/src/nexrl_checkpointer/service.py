@@ -16,12 +16,13 @@ from nexrl_contract.names import CHECKPOINT_QUEUE
 from nexrl_contract.records import JobRecord
 from nexrl_ledger import Fenced, Ledger, ResidentWorker, connect, until_redis
 
-from nexrl_checkpointer.previous import replace_previous
+from nexrl_checkpointer.previous import forget_destroyed, replace_previous
 from nexrl_checkpointer.publish import discard, publish
 from nexrl_checkpointer.pulse import LEASE_S, Pulse
 from nexrl_checkpointer.request import PublishRequest
 from nexrl_checkpointer.settings import Settings
 
+_NO_SUCH_PLACE = (errno.ENAMETOOLONG, errno.ENOTDIR)
 _log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
@@ -75,6 +76,7 @@ class Checkpointer:
     def _drain(self) -> None:
         """Groups side by side, the saves of one group in their order: "previous" means the one before."""
         taken: set[str] = set()
+        forget_destroyed(self._ledger)
         for waiting in self._ledger.waiting(CHECKPOINT_QUEUE):
             if self._stopping:
                 return
@@ -115,7 +117,7 @@ class Checkpointer:
                 discard(request)
             self._until_redis(lambda: self._ledger.finish(job, error=refusal.body()))
             return
-        self._until_redis(lambda: replace_previous(self._ledger.client, request))
+        self._until_redis(lambda: replace_previous(self._ledger, request, job.created_at))
         self._until_redis(lambda: self._ledger.finish(job, result=_result(request, manifest)))
 
 
@@ -137,5 +139,8 @@ def _as_service_error(error: Exception, job: JobRecord) -> ServiceError:
     _log.exception("publish.failed job_id=%s", job.id)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ServiceError("NO_SPACE", "no space is left to publish the checkpoint; free some and save again", **about)
+    if isinstance(error, OSError) and error.errno in _NO_SUCH_PLACE:
+        message = f"the checkpoint cannot be published at {job.params.get('path')}: {error.strerror}"
+        return ServiceError("PATH_REFUSED", message, key="local_path", **about)
     reason = error.strerror if isinstance(error, OSError) else type(error).__name__
     return ServiceError("OPERATION_FAILED", f"the checkpoint could not be published: {reason}", **about)

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from nexrl_contract.errors import ServiceError
+from nexrl_contract.manifest import EXPORT
 
 from nexrl_gateway.settings import Settings
+
+LONGEST_NAME = 180
+"""Bytes in the name of a checkpoint's folder: hidden siblings add up to 74 (``..new-``, an identifier, ``.link``)."""
+LONGEST_PART = 255
+LONGEST_PATH = 3700
+"""Bytes; Linux allows 4096, and the longest file inside, below a hidden sibling, adds some 340."""
+_VERSION = re.compile(r"\.(.+)\.v\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +39,7 @@ class Roots:
             checkpoints, None if anywhere else (*models, *checkpoints), Path(os.path.realpath(settings.own_folder))
         )
 
-    def checkpoint(self, given: str, key: str) -> str:
+    def checkpoint(self, given: str, key: str, longest_name: int = LONGEST_PART) -> str:
         """The absolute path of a checkpoint; raises PATH_REFUSED (HDFS_NOT_CONFIGURED for an hdfs:// URL).
 
         Links in the folders above are resolved; a link in its place (the weight-sync folder is one) is kept.
@@ -42,6 +51,22 @@ class Roots:
                 key, given, f"it is not below a checkpoint root ({named}); a relative path means below the first"
             )
         self._refuse_own(path, given, key)
+        _refuse_long(path, given, key, longest_name)
+        return str(path)
+
+    def target(self, given: str, key: str) -> str:
+        """As :meth:`checkpoint`, of a path that is to be written: it can be made, and is in no weight-sync folder."""
+        path = Path(self.checkpoint(given, key, LONGEST_NAME))
+        for folder in path.parents:
+            if os.path.lexists(folder):
+                if not folder.is_dir():
+                    raise _refused(key, given, f"{folder} is no folder")
+                break
+        for folder in (path, *path.parents):
+            version = _VERSION.fullmatch(folder.name)
+            if version is not None and _is_file(folder / EXPORT) and _below(folder, self.checkpoints):
+                reason = f"{folder.with_name(version[1])} is a weight-sync folder, replaced whole by the next save"
+                raise _refused(key, given, f"{reason}; choose a path outside of it")
         return str(path)
 
     def model(self, given: str, key: str) -> str:
@@ -73,10 +98,8 @@ def settle(params: dict[str, Any], roots: Roots) -> dict[str, Any]:
     """The parameters of a checkpoint operation with absolute paths; raises as :meth:`Roots.checkpoint` does."""
     if params.get("hdfs_path") is not None:
         raise ServiceError("HDFS_NOT_CONFIGURED", "hdfs_path: this service has no HDFS; leave it out", key="hdfs_path")
-    return {
-        name: roots.checkpoint(value, name) if name in ("local_path", "path") else value
-        for name, value in params.items()
-    }
+    place = {"path": roots.checkpoint, "local_path": roots.target}
+    return {name: place[name](value, name) if name in place else value for name, value in params.items()}
 
 
 def _path(given: str, key: str, base: Path) -> Path:
@@ -93,6 +116,14 @@ def _resolved(path: Path, key: str) -> Path:
         return Path(os.path.realpath(path))
     except (OSError, ValueError):
         raise _refused(key, str(path), "it cannot be resolved") from None
+
+
+def _refuse_long(path: Path, given: str, key: str, longest_name: int) -> None:
+    for part, longest in ((path.name, longest_name), *((part, LONGEST_PART) for part in path.parts)):
+        if len(os.fsencode(part)) > longest:
+            raise _refused(key, given, f"a name in it has {len(os.fsencode(part))} bytes; {longest} are possible")
+    if len(os.fsencode(path)) > LONGEST_PATH:
+        raise _refused(key, given, f"it has {len(os.fsencode(path))} bytes; {LONGEST_PATH} are possible")
 
 
 def _below(path: Path, roots: tuple[Path, ...]) -> bool:

@@ -132,5 +132,8 @@ def _as_service_error(error: Exception, rank: int) -> ServiceError:
     _log.exception("operation.refused rank=%d", rank)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ServiceError("NO_SPACE", f"rank {rank}: no space left for {error.filename}", rank=rank)
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        named = f"{error.filename}: {error.strerror}; choose a shorter path"
+        return ServiceError("PATH_REFUSED", named[:_LONGEST_MESSAGE], rank=rank)
     message = f"rank {rank}: {type(error).__name__}: {error}"
     return ServiceError("OPERATION_FAILED", message[:_LONGEST_MESSAGE], rank=rank)

@@ -144,7 +144,11 @@ def inspect(path: Path) -> LoadPlan:
     Looks at names, sizes and headers; :meth:`LoadPlan.verify` hashes.
     """
     folder = path.resolve()
-    if not folder.is_dir():
+    try:
+        there = folder.is_dir()
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise ServiceError("CHECKPOINT_INVALID", f"there is no checkpoint at {path}: {error.strerror}") from None
+    if not there:
         raise ServiceError("CHECKPOINT_INVALID", f"there is no checkpoint at {path}")
     record = _record(folder)
     for entry in record.files if record is not None else ():
