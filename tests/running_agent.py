@@ -102,6 +102,12 @@ class Agents:
 
         return wait_until(look, timeout_s, f"the end of {job.operation}: {self.log.read_text()[-2000:]}")
 
+    def published(self, save: JobRecord) -> None:
+        """End a save that was handed over, as a checkpointer would; the staged files stay."""
+        handed_over = self.ledger.claim(names.CHECKPOINT_QUEUE, job_id=save.id)
+        assert handed_over is not None
+        self.ledger.finish(handed_over, result={})
+
     def ready(self, model: Path, identifier: str = "student", world_size: int = 1, **actor: Any) -> None:
         """A group with its model."""
         for job in (self.place(model, identifier, world_size, **actor), self.submit("init_model", identifier)):

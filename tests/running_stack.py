@@ -18,13 +18,14 @@ STOP_S = 75.0
 class Stack:
     """``nexrl up`` on a data folder; its processes are known by their environment and folder."""
 
-    def __init__(self, data: Path, *options: str) -> None:
+    def __init__(self, data: Path, *options: str, prefix: tuple[str, ...] = ()) -> None:
+        """``prefix`` is a command that runs its arguments in its own place."""
         self.data = data
         self._out = data.parent / f"{data.name}.out"
         self._err = data.parent / f"{data.name}.err"
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "nexrl_stack", "up", "--port", "0", "--data", str(data), *options],
+                [*prefix, sys.executable, "-m", "nexrl_stack", "up", "--port", "0", "--data", str(data), *options],
                 stdout=out,
                 stderr=err,
                 cwd=data.parent,

@@ -12,7 +12,7 @@ from single_rank import CPU, compute, update
 from support import SMALL, batch, config, save_model
 from transformers import Qwen2Config, Qwen2ForSequenceClassification, Qwen2ForTokenClassification
 
-pytestmark = pytest.mark.usefixtures("one_rank")
+pytestmark = [pytest.mark.usefixtures("one_rank"), pytest.mark.slow]
 HEADS = {"critic": Qwen2ForTokenClassification, "reward": Qwen2ForSequenceClassification}
 NEAR = 0.06
 

@@ -71,9 +71,7 @@ def test_a_message_that_is_longer_than_its_place_reaches_all_ranks(agents: Agent
     """Rank 0 alone finds the path too long, and says so in characters that take six bytes each."""
     path = str(agents.data / ("\u4e2d" * 800))
 
-    refused(
-        agents, agents.submit("save_checkpoint", local_path=path, saved_fully_shared_ckpt=False), "OPERATION_FAILED"
-    )
+    refused(agents, agents.submit("save_checkpoint", local_path=path, saved_fully_shared_ckpt=False), "PATH_REFUSED")
 
     assert fingerprint(agents)
 
@@ -105,6 +103,7 @@ def test_a_checkpoint_whose_parts_lie_is_refused_before_any_weight_changes(agent
     """Its hashes are right; what they protect is an index of other files, no random state, or no seed."""
     saved = agents.submit("save_checkpoint", local_path=str(agents.data / "unused"))
     wait_until(lambda: agents.ledger.require_job(saved.id).queue == names.CHECKPOINT_QUEUE, 20)
+    agents.published(saved)
     before = fingerprint(agents)
     for spoil in (_mislead, _forget_random_state, _forget_steps):
         folder = agents.data / spoil.__name__

@@ -235,11 +235,16 @@ def _slots_awaited(ledger: Ledger, wanted: Wanted) -> str | None:
     An agent that is kept for a fixed group (``NEXRL_IDENTIFIER``) takes no other.
     """
     world_size = wanted.world_size
-    agents = [agent for agent in ledger.agents() if agent.identifier in (None, wanted.identifier)]
-    if not agents:
+    registered = ledger.agents()
+    if not registered:
         raise ServiceError(
             "GROUP_DOWN", "no worker agent is registered; start one (python -m nexrl_worker.agent) and try again"
         )
+    agents = [agent for agent in registered if agent.identifier in (None, wanted.identifier)]
+    if not agents:
+        fixed = sorted({str(agent.identifier) for agent in registered})
+        message = f"every worker agent is kept for a fixed group (NEXRL_IDENTIFIER): {', '.join(fixed)}; use one of these names"
+        raise ServiceError("NO_SUCH_SLOTS", message, key="identifier", identifiers=fixed)
     largest, free = max(agent.slots for agent in agents), max(agent.free for agent in agents)
     if world_size > largest:
         message = f"world_size {world_size} is impossible: the largest agent has {largest} slots"

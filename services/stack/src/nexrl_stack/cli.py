@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -143,7 +144,8 @@ def _show(value: dict[str, Any], view: RenderableType, as_json: bool) -> None:
 
 
 def _note(message: str) -> None:
-    typer.echo(f"nexrl: {message}", err=True)
+    with contextlib.suppress(OSError):  # a terminal that was closed must not end what it started
+        typer.echo(f"nexrl: {message}", err=True)
 
 
 def _fail(message: str) -> NoReturn:

@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _LOCK = "lock"
@@ -31,8 +31,9 @@ def locked(own_folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Refused(_in_use(own_folder.parent, os.read(lock, 32).decode().strip())) from None
-        os.truncate(lock, 0)
-        os.write(lock, str(os.getpid()).encode())
+        with suppress(OSError):  # on a full disk; only the message for a second `nexrl up` needs it
+            os.truncate(lock, 0)
+            os.write(lock, str(os.getpid()).encode())
         yield
     finally:
         os.close(lock)

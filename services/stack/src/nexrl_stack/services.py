@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CPU_SLOTS = 4
-_AGENT_GRACE_S = 60.0
+STOP_LIMIT_S = 30 * 60
+"""How long a stop waits for running operations to end and for groups to keep their state."""
+_AGENT_GRACE_S = STOP_LIMIT_S + 60.0
 _CHECKPOINTER_GRACE_S = 60.0
 _GATEWAY_GRACE_S = 15.0
 
@@ -60,7 +62,12 @@ def stack_services(settings: StackSettings, redis_url: str) -> list[Service]:
     """Gateway, checkpointers and agent in the order of starting; stopping is the reverse."""
     shared = _shared_environment(settings, redis_url)
     gateway = {**shared, "NEXRL_HOST": settings.host, "NEXRL_PORT": str(settings.port)}
-    agent = {**shared, "NEXRL_SLOTS": str(settings.slots), "NEXRL_AGENT_NAME": settings.agent_name}
+    agent = {
+        **shared,
+        "NEXRL_SLOTS": str(settings.slots),
+        "NEXRL_AGENT_NAME": settings.agent_name,
+        "NEXRL_STOP_LIMIT_S": str(STOP_LIMIT_S),
+    }
     return [
         _python("gateway", "nexrl_gateway", gateway, _GATEWAY_GRACE_S),
         *(

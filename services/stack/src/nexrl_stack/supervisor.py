@@ -22,6 +22,8 @@ _BACKOFF_S = 0.25
 _KILLED_S = 5.0
 _SAME_CTRL_C_S = 1.0
 _TAIL_LINES = 20
+_LOOK_EVERY_S = 1.0
+_TELL_EVERY_S = 15.0
 
 
 class GaveUp(Exception):
@@ -31,9 +33,14 @@ class GaveUp(Exception):
 class Supervisor:
     """Children of the *main* thread, since the kernel kills them when the thread that forked them ends."""
 
-    def __init__(self, logs: Path, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, logs: Path, say: Callable[[str], None], obstacle: Callable[[], str | None] = lambda: None
+    ) -> None:
+        """``obstacle`` says why nothing can live at the moment: deaths do not count then, and the dead wait for its end."""
         self._logs = logs
         self._say = say
+        self._obstacle = obstacle
+        self._stopping = False
         self._children: list[_Child] = []
         self._stop_since: float | None = None
         self._hurry = False
@@ -63,10 +70,22 @@ class Supervisor:
                 self._revive(child)
         return False
 
-    def stop(self) -> None:
-        """Stop all, last started first; a second Ctrl-C ends what is left at once."""
-        for child in reversed(self._children):
-            self._stop(child)
+    def stop(self, progress: Callable[[], str]) -> None:
+        """Stop all, last started first, and keep the others running meanwhile; a second Ctrl-C ends what is left at once.
+
+        ``progress`` tells what is still waited for.
+        """
+        self._stopping = True
+        while self._children:
+            child = self._children.pop()
+            self._stop(child, child.service.grace_s, progress)
+
+    def stop_within(self, seconds: float) -> None:
+        """Stop what still runs, where some of it cannot: each process gets so long at the most."""
+        self._children = [child for child in self._children if child.restart_at is None]
+        while self._children:
+            child = self._children.pop()
+            self._stop(child, min(child.service.grace_s, seconds), None)
 
     def _sleep(self, seconds: float) -> None:
         due = [child.restart_at - time.monotonic() for child in self._children if child.restart_at is not None]
@@ -84,31 +103,55 @@ class Supervisor:
     def _revive(self, child: _Child) -> None:
         if child.restart_at is not None:
             if time.monotonic() >= child.restart_at:
-                child.start()
+                self._start_again(child)
             return
         code = child.process.poll()
         if code is None:
             return
         child.end_group()
-        delay_s = child.count_death()
         name = child.service.name
-        if child.quick_deaths >= _QUICK_DEATHS:
+        if (obstacle := self._obstacle()) is not None:
+            child.hold_back()
+            self._say(f"{obstacle}; {name} has ended ({_describe(code)}) and is started again as soon as there is room")
+            return
+        delay_s = child.count_death()
+        if child.quick_deaths >= _QUICK_DEATHS and not self._stopping:
             raise GaveUp(
                 f"{name} died {_QUICK_DEATHS} times right after its start; the end of {child.log}:\n{child.tail()}"
             )
         self._say(f"{name} died ({_describe(code)}); it is started again in {delay_s:g} s; log: {child.log}")
 
-    def _stop(self, child: _Child) -> None:
+    def _start_again(self, child: _Child) -> None:
+        if child.held_back:
+            if self._obstacle() is not None:
+                child.hold_back()
+                return
+            self._say(f"there is room again; {child.service.name} is started")
+        child.start()
+
+    def _stop(self, child: _Child, grace_s: float, progress: Callable[[], str] | None) -> None:
         if child.restart_at is not None:
             return
-        deadline = time.monotonic() + child.service.grace_s
+        deadline = time.monotonic() + grace_s
+        tell_at = time.monotonic() + _TELL_EVERY_S
         if child.process.poll() is None:
             child.process.terminate()
         while child.process.poll() is None and time.monotonic() < deadline and not self._hurry:
-            self._sleep(deadline - time.monotonic())
+            self._sleep(min(deadline, tell_at) - time.monotonic())
+            if progress is not None:
+                for other in self._children:
+                    self._revive(other)
+                if time.monotonic() >= tell_at:
+                    tell_at += _TELL_EVERY_S
+                    self._tell(child, progress())
         if child.process.poll() is None:
-            self._say(f"{child.service.name} did not stop in time and is killed")
+            self._say(f"{child.service.name} {'' if self._hurry else 'did not stop in time and '}is killed")
         child.end_group()
+
+    def _tell(self, child: _Child, doing: str) -> None:
+        obstacle = self._obstacle()
+        reasons = [reason for reason in (doing, obstacle) if reason]
+        self._say(f"still waiting for {child.service.name}{': ' if reasons else ''}{'; '.join(reasons)}")
 
 
 class _Child:
@@ -122,9 +165,11 @@ class _Child:
         self.started_at = 0.0
         self.restart_at: float | None = None
         self.quick_deaths = 0
+        self.held_back = False
 
     def start(self) -> None:
         self.restart_at = None
+        self.held_back = False
         self.started_at = time.time()
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -144,6 +189,11 @@ class _Child:
         delay_s = _BACKOFF_S * 2.0 ** max(0, self.quick_deaths - 1)
         self.restart_at = time.monotonic() + delay_s
         return delay_s
+
+    def hold_back(self) -> None:
+        """Plan the next look at what keeps it from living."""
+        self.held_back = True
+        self.restart_at = time.monotonic() + _LOOK_EVERY_S
 
     def end_group(self) -> None:
         """Kill what is left of the process and its session's group."""

@@ -12,13 +12,17 @@ from nexrl_ledger import Ledger, connect
 
 from nexrl_stack import embedded_redis
 from nexrl_stack.data_folder import Refused, forget, locked
-from nexrl_stack.services import StackSettings, stack_services
+from nexrl_stack.disk import lack_of_room
+from nexrl_stack.running import running_operations
+from nexrl_stack.services import STOP_LIMIT_S, StackSettings, stack_services
 from nexrl_stack.supervisor import Supervisor
 
 Tell = Callable[[str], None]
 _POLL_S = 0.1
 _NOTE_EVERY_S = 15.0
 _PROBE_S = 2.0
+_BROKEN_STOP_S = 60.0
+_IMPATIENT = "a second Ctrl-C stops at once and loses what has not been saved"
 
 
 def run_stack(settings: StackSettings, *, fresh: bool, ready: Tell, say: Tell) -> None:
@@ -32,11 +36,15 @@ def run_stack(settings: StackSettings, *, fresh: bool, ready: Tell, say: Tell) -
             _check_redis(settings.redis_url)
         if fresh:
             forget(settings.own_folder)
-        supervisor = Supervisor(settings.own_folder / "logs", say)
+        full = lack_of_room(settings.data)
+        if (lack := full()) is not None:
+            raise Refused(lack)
+        supervisor = Supervisor(settings.own_folder / "logs", say, full)
         try:
             _keep(supervisor, settings, ready, say)
         finally:
-            supervisor.stop()
+            # What _keep has not stopped itself; a part is missing then, and what waits for that part waits in vain.
+            supervisor.stop_within(_BROKEN_STOP_S)
 
 
 def service_url(host: str, port: int) -> str:
@@ -59,11 +67,13 @@ def _keep(supervisor: Supervisor, settings: StackSettings, ready: Tell, say: Tel
             return
     for service in stack_services(settings, redis_url):
         supervisor.start(service)
-    if not supervisor.watch(_Readiness(settings, redis_url, supervisor, say), every_s=_POLL_S):
-        return
-    ready(service_url(settings.host, settings.port))
-    supervisor.watch()
-    say("stopping")
+    if supervisor.watch(_Readiness(settings, redis_url, supervisor, say), every_s=_POLL_S):
+        ready(service_url(settings.host, settings.port))
+        supervisor.watch()
+    running = running_operations(redis_url)
+    doing = running()
+    say(f"stopping; waiting at most {STOP_LIMIT_S // 60} min for {doing}; {_IMPATIENT}" if doing else "stopping")
+    supervisor.stop(running)
 
 
 class _Readiness:

@@ -23,11 +23,11 @@ from nexrl_payloads import open_store
 from nexrl_worker.group_process import GroupProcess
 from nexrl_worker.settings import AgentSettings, GroupFolders
 from nexrl_worker.slots import Slots
-from nexrl_worker.suspended import suspended_seq
+from nexrl_worker.suspended import Suspended, lost_operations, suspended
 from nexrl_worker.watch import GroupWatch, clear_staging
 
 BEAT_S = 5.0
-STOP_LIMIT_S = 50.0
+WATCHER_END_S = 15.0
 LEASE_S = 60.0
 Answer = TypeVar("Answer")
 _log = logging.getLogger(__name__)
@@ -56,8 +56,9 @@ class Agent:
         """Serve until SIGTERM or SIGINT, then stop the groups so that they can come back."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._worker.stop())
-        self._patiently(self._beat)
+        # Not heard before it has brought its groups back: one that cannot is not there.
         self._patiently(self._bring_back)
+        self._patiently(self._beat)
         self._worker.run()
         self._stop_groups()
         with contextlib.suppress(redis.exceptions.RedisError):
@@ -161,8 +162,8 @@ class Agent:
             and group.state in ("starting", "up", "ready")
             and group.identifier not in self._running
         ]
-        kept = {group.identifier: suspended_seq(self._folders(group).state) for group in mine}
-        whole = [group for group in mine if group.seq <= kept[group.identifier]]
+        kept = {group.identifier: suspended(self._folders(group).state) for group in mine}
+        whole = [group for group in mine if kept[group.identifier].accounts_for(group.seq, group.epoch)]
         needed = sum(group.world_size for group in whole)
         if needed > self._slots.free:
             names_of = ", ".join(group.identifier for group in whole)
@@ -176,7 +177,7 @@ class Agent:
             except Fenced as error:
                 _log.warning("group.fenced identifier=%s %s", group.identifier, error)
 
-    def _bring_back_one(self, group: GroupRecord, kept: int) -> None:
+    def _bring_back_one(self, group: GroupRecord, kept: Suspended) -> None:
         identifier = group.identifier
         job = self._ledger.job(group.running_job) if group.running_job else None
         if job is not None and not job.final:
@@ -185,21 +186,25 @@ class Agent:
                 return
             cause = "the agent stopped while this ran; whether it took effect is not known"
             self._ledger.finish(job, error=ServiceError("OPERATION_FAILED", cause, identifier=identifier).body())
-        if group.seq > kept:
-            self._give_up(group, kept)
+        if not kept.accounts_for(group.seq, group.epoch):
+            self._give_up(group, kept.seq)
             return
+        if group.seq > kept.seq:
+            group = self._without_dropped(group, kept.seq)
         placement = self._ledger.claim(names.AGENT_QUEUE, job_id=group.placement_job or "-", stale_before=time.time())
         self._start(group, placement)
 
     def _give_up(self, group: GroupRecord, kept: int) -> None:
         epoch = self._ledger.start_epoch(group.identifier, self._settings.name, [])
         lost = self._ledger.roll_back(group.identifier, epoch, kept)
-        self._ledger.group_down(
-            group.identifier,
-            epoch,
-            f"its processes were killed and {lost} finished operations that changed the weights went with them (now rolled_back); "
-            "destroy the group, initialise it again and load a checkpoint",
-        )
+        cause = f"its processes were killed: {lost_operations(lost)}"
+        self._ledger.group_down(group.identifier, epoch, cause)
+
+    def _without_dropped(self, group: GroupRecord, kept: int) -> GroupRecord:
+        """Gradients that awaited optim_step ended with the ranks; before the new incarnation, for which nothing is dropped."""
+        lost = self._ledger.roll_back(group.identifier, group.epoch, kept)
+        _log.warning("gradients.lost identifier=%s: %d forward_backward are rolled_back", group.identifier, lost)
+        return group.model_copy(update={"seq": kept})
 
     def _folders(self, group: GroupRecord) -> GroupFolders:
         return GroupFolders(self._settings.data, group.identifier)
@@ -210,17 +215,26 @@ class Agent:
         """Every group ends after its current operation and keeps its state for the next start."""
         processes = list(self._running.values())
         for process in processes:
-            try:
-                process.request_stop()
-            except OSError as error:
-                _log.error("group.unstoppable identifier=%s %s", process.identifier, error)
-        deadline = time.monotonic() + STOP_LIMIT_S
+            _ask_to_stop(process)
+        deadline = time.monotonic() + self._settings.stop_limit_s
         for process in processes:
-            if not process.wait(max(0.1, deadline - time.monotonic())):
-                _log.error("group.killed identifier=%s: it did not stop within %d s", process.identifier, STOP_LIMIT_S)
-                process.kill()
+            while not process.wait(max(0.0, min(BEAT_S, deadline - time.monotonic()))):
+                self._show_slots()  # nobody may take the groups for lost meanwhile
+                _ask_to_stop(process)
+                if time.monotonic() >= deadline:
+                    process.end(self._overdue(process.identifier))
+                    break
         for watcher in self._watchers:
-            watcher.join(timeout=5.0)
+            watcher.join(timeout=WATCHER_END_S)
+
+    def _overdue(self, identifier: str) -> str:
+        """The cause of a group's end that had to be forced."""
+        what = "its operation or the saving of its state"
+        with contextlib.suppress(redis.exceptions.RedisError):
+            group = self._ledger.group(identifier)
+            job = self._ledger.job(group.running_job) if group is not None and group.running_job else None
+            what = job.operation if job is not None else "the saving of its state"
+        return f"the service was stopped, and {what} had not ended {self._settings.stop_limit_s} s later"
 
     def _patiently(self, act: Callable[[], Answer]) -> Answer:
         """Wait for Redis, unless the operator wants this process to end."""
@@ -229,6 +243,14 @@ class Agent:
     def _leave_if_stopping(self) -> None:
         if self._worker.stopping:
             raise SystemExit(0)
+
+
+def _ask_to_stop(process: GroupProcess) -> None:
+    """May be repeated, and has to be where the disk is full."""
+    try:
+        process.request_stop()
+    except OSError as error:
+        _log.error("group.unstoppable identifier=%s %s", process.identifier, error)
 
 
 def main() -> None:

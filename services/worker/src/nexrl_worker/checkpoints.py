@@ -30,7 +30,7 @@ from nexrl_worker.checkpoint.shards import (
 )
 from nexrl_worker.outcome import Outcome
 from nexrl_worker.settings import GroupFolders, RankSettings
-from nexrl_worker.suspended import SEQ_FILE, suspended_seq
+from nexrl_worker.suspended import SEQ_FILE, Suspended, suspended
 from nexrl_worker.team import Team
 from nexrl_worker.training.engine import Engine
 from nexrl_worker.training.rng import seed_all
@@ -211,24 +211,28 @@ class Checkpoints:
 
     # --- clean stop and start ---
 
-    def suspend(self, engine: Engine, seq: int) -> None:
-        """Keep the state for the next start of the group; nothing is written when it is there already."""
+    def suspend(self, engine: Engine, seq: int, dropped: int) -> None:
+        """Keep the state for the next start: ``seq`` operations, and of ``dropped`` more only that their gradients are gone.
+
+        Nothing is written when it is there already.
+        """
         state = self._folders.state
-        if seq == 0 or self._team.agree(lambda: suspended_seq(state)) == seq:
+        if not dropped and (seq == 0 or self._team.agree(lambda: suspended(state)).seq == seq):
             return
         folder = self._folders.new_state
         self._write_sharded(engine, folder, engine.optimizer_steps, seq, weight_only=False)
+        kept = Suspended(seq, dropped, self._settings.epoch)
 
         def publish() -> None:
             write_manifest(folder, self._suspended_manifest(folder, seq))
-            write_file(folder / SEQ_FILE, json.dumps({"seq": seq}).encode())
+            write_file(folder / SEQ_FILE, json.dumps(kept._asdict()).encode())
             replace_folder(folder, state)
 
         self._team.agree(publish if self._team.rank == 0 else _nothing)
 
     def resume(self, engine: Engine) -> None:
         """Load what :meth:`suspend` kept, if anything."""
-        if self._team.agree(lambda: suspended_seq(self._folders.state)) > 0:
+        if self._team.agree(lambda: suspended(self._folders.state)).seq > 0:
             plan = self._team.agree(lambda: inspect(self._folders.state))
             self._load(engine, plan, weight_only=False)
 

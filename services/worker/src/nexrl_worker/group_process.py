@@ -56,6 +56,7 @@ class GroupProcess:
                 preexec_fn=die_with_parent,
             )
         self._watched: dict[int, int] = {}
+        self._ended_because: str | None = None
 
     def poll_failure(self) -> Failure | None:
         """Set once a rank or torchrun has died without being asked to."""
@@ -98,6 +99,11 @@ class GroupProcess:
             return False
         return True
 
+    def end(self, cause: str) -> None:
+        """Begin to kill it for a reason that only the caller knows; whoever watches it sees the end with that cause."""
+        self._ended_because = cause
+        self._torchrun.kill()
+
     def kill(self) -> None:
         """End torchrun at once; its ranks die with it."""
         self._torchrun.kill()
@@ -129,6 +135,8 @@ class GroupProcess:
 
     def _cause(self, dead: list[int], code: int | None) -> Failure:
         """The rank that began it: one that died without a word was killed, and its peers only lost their connection to it."""
+        if self._ended_because is not None:
+            return Failure(self._ended_because, None)
         time.sleep(_LAST_WORDS_S)
         words = {rank: said for rank in range(self.world_size) if (said := _read(self.folders.error(rank))) is not None}
         silent = [rank for rank in dead if rank not in words]

@@ -6,6 +6,7 @@ What raises outside a vote has left the ranks out of step: it ends the process, 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -25,7 +26,9 @@ from nexrl_worker.training.engine import Engine
 from nexrl_worker.training.plan import Plan
 from nexrl_worker.training.trainer import Parts
 
+_NO_SPACE_PAUSE_S = 1.0
 Answer = TypeVar("Answer")
+_log = logging.getLogger(__name__)
 
 
 class Operations:
@@ -40,6 +43,8 @@ class Operations:
         self._store = store
         self._device = device
         self._engine: Engine | None = None
+        self._unstepped_from = 0
+        """Operations in the weights before the first of the pending gradients."""
         self._checkpoints = Checkpoints(settings, config, team)
         self._table: dict[str, Callable[[Request], Outcome]] = {
             "init_model": self._init_model,
@@ -72,12 +77,21 @@ class Operations:
         self._build()
         self._checkpoints.resume(self._model())
 
-    def suspend(self, seq: int) -> bool:
-        """Write the state for the next start; False where there is nothing to keep. Collective."""
-        if self._engine is None or self._engine.pending:
-            return False
-        self._checkpoints.suspend(self._engine, seq)
-        return True
+    def suspend(self, seq: int) -> None:
+        """Write the state for the next start, pending gradients left out; waits while the disk is full. Collective."""
+        if self._engine is None:
+            return
+        kept = self._unstepped_from if self._engine.pending else seq
+        while True:
+            try:
+                self._checkpoints.suspend(self._engine, kept, seq - kept)
+            except Refused as error:
+                if error.code != "NO_SPACE":
+                    raise
+                _log.warning("state.waits %s", error)
+                time.sleep(_NO_SPACE_PAUSE_S)
+            else:
+                return
 
     def info(self) -> dict[str, Any]:
         """What ``worker_info`` shows of the model."""
@@ -135,6 +149,8 @@ class Operations:
 
     def _forward_backward(self, request: Request) -> Outcome:
         def run(engine: Engine, plan: Plan, rows: PayloadRows) -> Outcome:
+            if not engine.pending:
+                self._unstepped_from = request.seq
             result = engine.accumulate(plan, rows, request.params)
             return _with_metrics(self._answered(result.answers, rows.size), [result.metrics], {})
 

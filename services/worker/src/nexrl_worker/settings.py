@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any, Self
 
 _DEFAULT_CPU_SLOTS = 4
+_DEFAULT_STOP_LIMIT_S = 50  # within the stop_grace_period of docker-compose.yml
 
 
 @dataclass(frozen=True, slots=True)
 class AgentSettings:
-    """``identifier`` and ``world_size`` keep the agent for one fixed group; ``gpus`` is empty on CPU."""
+    """``identifier`` keeps the agent for one fixed group; ``gpus`` is empty on CPU.
+
+    ``stop_limit_s``: how long its groups may take, when it is stopped, to end their operation and keep their state.
+    """
 
     name: str
     redis_url: str
@@ -26,6 +30,7 @@ class AgentSettings:
     gpus: tuple[str, ...]
     identifier: str | None
     fsync: bool
+    stop_limit_s: int
 
     @classmethod
     def from_env(cls) -> Self:
@@ -48,6 +53,7 @@ class AgentSettings:
             gpus=gpus,
             identifier=fixed,
             fsync=os.environ.get("NEXRL_FSYNC", "0") == "1",
+            stop_limit_s=_integer("NEXRL_STOP_LIMIT_S", _DEFAULT_STOP_LIMIT_S),
         )
 
 

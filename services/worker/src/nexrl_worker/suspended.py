@@ -1,16 +1,37 @@
-"""The state of a group that was stopped cleanly: how many operations it contains. Readable without torch."""
+"""The state of a group that was stopped cleanly: which operations it contains. Readable without torch."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 SEQ_FILE = "suspended.json"
 
 
-def suspended_seq(folder: Path) -> int:
-    """The ``seq`` of the state in ``folder``, 0 where there is none."""
+class Suspended(NamedTuple):
+    """``seq`` operations are in the state. Incarnation ``epoch`` had ``dropped`` more: gradients that no step had used."""
+
+    seq: int = 0
+    dropped: int = 0
+    epoch: int = 0
+
+    def accounts_for(self, seq: int, epoch: int) -> bool:
+        """Whether a group that stood at ``seq`` operations in incarnation ``epoch`` lost no weights."""
+        return seq <= self.seq + (self.dropped if epoch == self.epoch else 0)
+
+
+def suspended(folder: Path) -> Suspended:
+    """What the state in ``folder`` contains; nothing where there is none."""
     try:
-        return int(json.loads((folder / SEQ_FILE).read_text())["seq"])
+        return Suspended(**json.loads((folder / SEQ_FILE).read_text()))
     except FileNotFoundError:
-        return 0
+        return Suspended()
+
+
+def lost_operations(count: int) -> str:
+    """How a cause says what went with a group's processes, and what to do."""
+    return (
+        f"{count} finished operations that changed the weights went with its processes (now rolled_back); "
+        "destroy the group, initialise it again and load a checkpoint"
+    )

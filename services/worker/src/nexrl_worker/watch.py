@@ -16,6 +16,7 @@ from nexrl_ledger import Fenced, Ledger, until_redis
 from nexrl_payloads import PayloadStore
 
 from nexrl_worker.group_process import Failure, GroupProcess
+from nexrl_worker.suspended import lost_operations, suspended
 
 WATCH_S = 0.1
 RENEW_S = 5.0
@@ -89,13 +90,24 @@ class GroupWatch:
             until_redis(lambda: self._ledger.group_destroyed(identifier, epoch, spare_job=destroy, cause=cause))
             _log.info("group.destroyed identifier=%s epoch=%d", identifier, epoch)
         elif failure is not None:
-            _log.error("group.down identifier=%s epoch=%d %s", identifier, epoch, failure.cause)
-            until_redis(lambda: self._ledger.group_down(identifier, epoch, failure.cause, rank=failure.rank))
+            cause = failure.cause + self._roll_back()
+            _log.error("group.down identifier=%s epoch=%d %s", identifier, epoch, cause)
+            until_redis(lambda: self._ledger.group_down(identifier, epoch, cause, rank=failure.rank))
         else:
             until_redis(lambda: self._ledger.update_group(identifier, epoch, state="starting"))
             doomed = []
         self._refuse(cause or "the ranks were stopped before they had met")
         self._drop_payloads(doomed)
+
+    def _roll_back(self) -> str:
+        """Mark what only the dead ranks held as rolled back; how a cause goes on, empty where nothing was lost."""
+        identifier, epoch = self._process.identifier, self._process.epoch
+        kept = suspended(self._process.folders.state).seq
+        group = until_redis(lambda: self._ledger.group(identifier))
+        if group is None or group.seq <= kept:
+            return ""
+        lost = until_redis(lambda: self._ledger.roll_back(identifier, epoch, kept))
+        return f"; {lost_operations(lost)}"
 
     def _give_up(self, error: Exception) -> None:
         self._end()
