@@ -8,6 +8,7 @@ from nexrl_client import GradientsPending
 from service_kit import StartGroup, make_batch
 
 
+@pytest.mark.slow
 def test_a_loss_of_the_clients_own_answers_for_every_row_of_every_step(start_group: StartGroup) -> None:
     """Three optimizer steps, twice over: the log-probabilities are those of the first pass, in row order."""
     client = start_group(

@@ -76,6 +76,7 @@ def facts(folder: Path) -> dict[int, dict[str, Any]]:
     return {world: run_ranks(world, "behaviour", folder, path) for world in (2, 1)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 class TestFacts:
     def test_one_row(self, facts: dict[int, dict[str, Any]], world_size: int) -> None:
