@@ -7,9 +7,10 @@ import ctypes
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePath
 
+_NAMED = 5
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
@@ -92,6 +93,12 @@ def unlisted(folder: Path, names: Iterable[str]) -> list[str]:
             if name not in (ways if entry.is_dir(follow_symlinks=False) else files):
                 found.append(name)
     return sorted(found)
+
+
+def first_few(names: Sequence[str]) -> str:
+    """Names for a message: the first five, and how many more."""
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def remove_listed(folder: Path, names: Iterable[str], record: str) -> None:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from nexrl_contract.durable import remove_folder, remove_listed, replace_folder, sync_folder, unlisted
+from nexrl_contract.durable import first_few, remove_folder, remove_listed, replace_folder, sync_folder, unlisted
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.manifest import (
     MANIFEST,
@@ -31,7 +31,6 @@ from pydantic import BaseModel, ValidationError
 
 from nexrl_checkpointer.request import PublishRequest
 
-_NAMED = 5
 _log = logging.getLogger(__name__)
 
 
@@ -101,8 +100,9 @@ def check_destination(request: PublishRequest) -> None:
     if record.identifier != request.identifier:
         raise _refused(path, f"holds a checkpoint of group {record.identifier!r}", "remove it if nobody needs it")
     if others := foreign_entries(path, record):
-        named = ", ".join(others[:_NAMED]) + (f" and {len(others) - _NAMED} more" if len(others) > _NAMED else "")
-        raise _refused(path, f"holds more than the checkpoint to be replaced ({named})", "move that elsewhere")
+        raise _refused(
+            path, f"holds more than the checkpoint to be replaced ({first_few(others)})", "move that elsewhere"
+        )
 
 
 def file_names(manifest: Manifest) -> list[str]:

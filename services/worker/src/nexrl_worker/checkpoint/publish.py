@@ -14,14 +14,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from nexrl_contract.durable import remove_folder, remove_listed, replace_folder, unlisted
+from nexrl_contract.durable import first_few, remove_folder, remove_listed, replace_folder, unlisted
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.manifest import EXPORT, MANIFEST, Export, read_export
 
 from nexrl_worker.checkpoint.tensor_file import no_space
 
 KEPT_VERSIONS = 2
-_NAMED = 5
 _NO_SUCH_PLACE = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS)
 _log = logging.getLogger(__name__)
 
@@ -149,8 +148,7 @@ def check_replaceable(path: Path) -> None:
     if record is None:
         raise _refused(path, "holds files that this service did not write")
     if others := unlisted(path, [*_file_names(record), EXPORT]):
-        named = ", ".join(others[:_NAMED]) + (f" and {len(others) - _NAMED} more" if len(others) > _NAMED else "")
-        raise _refused(path, f"holds more than the model to be replaced ({named})")
+        raise _refused(path, f"holds more than the model to be replaced ({first_few(others)})")
 
 
 def _refused(path: Path, why: str) -> ServiceError:
