@@ -102,6 +102,13 @@ class Agents:
 
         return wait_until(look, timeout_s, f"the end of {job.operation}: {self.log.read_text()[-2000:]}")
 
+    def fingerprint(self) -> str:
+        """The fingerprint of the weights of ``student``, by way of a published folder."""
+        path = str(self.data / "fingerprint")
+        job = self.ended(self.submit("save_checkpoint", local_path=path, saved_fully_shared_ckpt=False))
+        assert job.result is not None, job.error
+        return str(job.result["fingerprint"])
+
     def published(self, save: JobRecord) -> None:
         """End a save that was handed over, as a checkpointer would; the staged files stay."""
         handed_over = self.ledger.claim(names.CHECKPOINT_QUEUE, job_id=save.id)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,29 +12,9 @@ from conftest import RedisServer, wait_until
 from lossy import LosesReplies
 from nexrl_contract import names
 from records import new_job
-from running_agent import Agents, save_model
+from running_agent import Agents
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with random weights."""
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    save_model(folder)
-    return folder
-
-
-@pytest.fixture
-def agents(tmp_path: Path, redis_url: str) -> Iterator[Agents]:
-    """An agent's folder and Redis; afterwards no rank may be left."""
-    (tmp_path / "data").mkdir()
-    agents = Agents(tmp_path / "data", redis_url)
-    yield agents
-    if agents.process is not None:
-        agents.stop(signal.SIGKILL)
-    wait_until(lambda: not agents.ranks(), 10, "the end of every rank")
-    agents.ledger.client.close()
 
 
 def test_ranks_that_still_start_die_with_their_agent(agents: Agents, redis_url: str, model: Path) -> None:

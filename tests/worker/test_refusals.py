@@ -50,14 +50,6 @@ def agents(tmp_path_factory: pytest.TempPathFactory, redis_server: RedisServer, 
     agents.ledger.client.close()
 
 
-def fingerprint(agents: Agents) -> str:
-    """The weights' fingerprint, by way of a published folder."""
-    path = str(agents.data / "fingerprint")
-    job = agents.ended(agents.submit("save_checkpoint", local_path=path, saved_fully_shared_ckpt=False))
-    assert job.result is not None, job.error
-    return str(job.result["fingerprint"])
-
-
 def refused(agents: Agents, job: JobRecord, code: str) -> str:
     """The message of a job that failed so; the group has gone on with the weights that it had."""
     ended = agents.ended(job)
@@ -73,7 +65,7 @@ def test_a_message_that_is_longer_than_its_place_reaches_all_ranks(agents: Agent
 
     refused(agents, agents.submit("save_checkpoint", local_path=path, saved_fully_shared_ckpt=False), "PATH_REFUSED")
 
-    assert fingerprint(agents)
+    assert agents.fingerprint()
 
 
 def test_a_result_that_cannot_be_stored_for_a_while_is_stored_later(agents: Agents) -> None:
@@ -91,12 +83,12 @@ def test_a_result_that_cannot_be_stored_for_a_while_is_stored_later(agents: Agen
 
 def test_a_reference_that_knows_too_few_tokens_is_refused(agents: Agents) -> None:
     """Its forward would fail on the ranks that have such a token, in the middle of a collective."""
-    before = fingerprint(agents)
+    before = agents.fingerprint()
 
     job = agents.submit_batch("compute_ref_log_prob", {"input_ids": torch.full((4, 6), 63)})
 
     assert "8 tokens" in refused(agents, job, "INVALID_CONFIG")
-    assert fingerprint(agents) == before
+    assert agents.fingerprint() == before
 
 
 def test_a_checkpoint_whose_parts_lie_is_refused_before_any_weight_changes(agents: Agents) -> None:
@@ -104,7 +96,7 @@ def test_a_checkpoint_whose_parts_lie_is_refused_before_any_weight_changes(agent
     saved = agents.submit("save_checkpoint", local_path=str(agents.data / "unused"))
     wait_until(lambda: agents.ledger.require_job(saved.id).queue == names.CHECKPOINT_QUEUE, 20)
     agents.published(saved)
-    before = fingerprint(agents)
+    before = agents.fingerprint()
     for spoil in (_mislead, _forget_random_state, _forget_steps):
         folder = agents.data / spoil.__name__
         shutil.copytree(staging_folder(agents.data, saved.id), folder)
@@ -112,7 +104,7 @@ def test_a_checkpoint_whose_parts_lie_is_refused_before_any_weight_changes(agent
         _sign(folder)
 
         refused(agents, agents.submit("load_checkpoint", path=str(folder)), "CHECKPOINT_INVALID")
-        assert fingerprint(agents) == before
+        assert agents.fingerprint() == before
 
 
 def _mislead(folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,29 +13,9 @@ from conftest import wait_until
 from nexrl_contract import names
 from nexrl_contract.records import JobRecord
 from nexrl_worker.suspended import suspended
-from running_agent import Agents, save_model
+from running_agent import Agents
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with random weights."""
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    save_model(folder)
-    return folder
-
-
-@pytest.fixture
-def agents(tmp_path: Path, redis_url: str) -> Iterator[Agents]:
-    """An agent's folder and Redis; afterwards no rank may be left."""
-    (tmp_path / "data").mkdir()
-    agents = Agents(tmp_path / "data", redis_url)
-    yield agents
-    if agents.process is not None:
-        agents.stop(signal.SIGKILL)
-    wait_until(lambda: not agents.ranks(), 10, "the end of every rank")
-    agents.ledger.client.close()
 
 
 def batch(rows: int = 2, length: int = 8) -> dict[str, torch.Tensor]:
@@ -44,14 +23,6 @@ def batch(rows: int = 2, length: int = 8) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 64, (rows, length), generator=generator)
     return {"input_ids": tokens, "advantages": torch.ones(rows)}
-
-
-def fingerprint(agents: Agents) -> str:
-    """The weights' fingerprint, by way of a published folder."""
-    path = str(agents.data / "fingerprint")
-    saved = agents.ended(agents.submit("save_checkpoint", local_path=path, saved_fully_shared_ckpt=False))
-    assert saved.result is not None, saved
-    return str(saved.result["fingerprint"])
 
 
 def state(agents: Agents, job: JobRecord) -> str:
@@ -69,7 +40,7 @@ def test_only_pending_gradients_are_lost_in_a_clean_stop(agents: Agents, redis_u
     """Weights, optimizer and schedule come back as the last step left them; each lost forward_backward is rolled back."""
     begin(agents, redis_url, model)
     updated = agents.ended(agents.submit_batch("update_actor", batch()))
-    before = fingerprint(agents)
+    before = agents.fingerprint()
     lost = [agents.ended(agents.submit_batch("forward_backward", batch())) for _ in range(2)]
     assert [job.state for job in lost] == ["finished", "finished"]
     assert agents.stop() == 0
@@ -80,7 +51,7 @@ def test_only_pending_gradients_are_lost_in_a_clean_stop(agents: Agents, redis_u
     assert [state(agents, job) for job in (updated, *lost)] == ["finished", "rolled_back", "rolled_back"]
     assert agents.group().seq == updated.seq
     assert agents.group().info["optimizer_steps"] == 1
-    assert fingerprint(agents) == before
+    assert agents.fingerprint() == before
     nothing = agents.ended(agents.submit("optim_step")).result
     assert nothing is not None
     assert (nothing["metrics"]["step_applied"], nothing["meta_info"]["skipped"]) == (False, "nothing_to_learn")
