@@ -80,6 +80,21 @@ def test_jobs_are_claimed_in_order_and_one_at_a_time(ledger: Ledger) -> None:
     assert ran == ids
 
 
+def test_a_held_operation_at_the_head_stays_until_it_is_no_longer_held(ledger: Ledger) -> None:
+    """The claim itself looks, so that none submitted a moment before slips through; what waits behind keeps its place."""
+    load = ledger.submit(job("load_checkpoint"), names.RUN_JOB)[0]
+    ledger.submit(job("update_actor"), names.RUN_JOB)
+    holding = partial(ledger.claim, QUEUE, identifier=GROUP, epoch=1, held=("barrier", "load_checkpoint"))
+
+    assert holding() is None
+    assert ledger.require_job(load.id).state == "queued"
+    claimed = claim(ledger)
+    assert claimed is not None and claimed.id == load.id
+    ledger.finish(claimed, epoch=1)
+    following = holding()
+    assert following is not None and following.operation == "update_actor"
+
+
 def test_a_replaced_incarnation_can_neither_claim_nor_finish(ledger: Ledger) -> None:
     submit(ledger, 2)
     claimed = claim(ledger)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import redis
@@ -143,16 +143,17 @@ class JobRecords(LedgerPart):
         identifier: str = "",
         epoch: int | None = None,
         stale_before: float | None = None,
+        held: Iterable[str] = (),
     ) -> JobRecord | None:
         """Take a queued job: the head of ``queue``, or ``job_id``; None when there is nothing to take.
 
         A group's consumer gives its ``epoch`` and raises :class:`Fenced` when it has been replaced. ``stale_before`` also takes a
-        running job whose lease is older than that time.
+        running job whose lease is older than that time. A queued job of one of the ``held`` operations stays where it is.
         """
         while True:
             answer = self._script["claim"](
                 keys=[names.waiting_key(queue), names.group_key(identifier)],
-                args=[time.time(), optional(epoch), job_id, optional(stale_before)],
+                args=[time.time(), optional(epoch), job_id, optional(stale_before), *held],
             )
             if answer[0] == "FENCED":
                 raise Fenced(f"epoch {epoch} of {identifier!r} has been replaced")

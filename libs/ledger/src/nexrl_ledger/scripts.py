@@ -20,7 +20,8 @@ end
 """
 
 CLAIM = """
--- KEYS: waiting, group ('' without one). ARGV: now, epoch ('' without a group), job id ('' takes the head), stale_before
+-- KEYS: waiting, group ('' without one).
+-- ARGV: now, epoch ('' without a group), job id ('' takes the head), stale_before, operation that is not to start yet, ...
 if ARGV[2] ~= '' then
   local group = redis.call('HMGET', KEYS[2], 'epoch', 'state')
   if group[1] ~= ARGV[2] or group[2] == 'down' or group[2] == 'destroyed' then return {'FENCED'} end
@@ -36,6 +37,12 @@ local state = redis.call('HGET', job, 'state')
 if not state then redis.call('ZREM', KEYS[1], id) return {'GONE'} end
 local started = tonumber(redis.call('HGET', job, 'lease_at') or '0')
 if state ~= 'queued' and not (state == 'running' and ARGV[4] ~= '' and started < tonumber(ARGV[4])) then return {'NONE'} end
+if state == 'queued' then
+  local operation = redis.call('HGET', job, 'operation')
+  for i = 5, #ARGV do
+    if ARGV[i] == operation then return {'NONE'} end
+  end
+end
 local attempt = redis.call('HINCRBY', job, 'attempt', 1)
 redis.call('HSET', job, 'state', 'running', 'started_at', ARGV[1], 'lease_at', ARGV[1])
 redis.call('HDEL', job, 'waits_for')

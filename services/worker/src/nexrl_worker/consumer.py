@@ -73,29 +73,29 @@ class Consumer:
 
     def _drain(self) -> None:
         while not self._worker.stopping and not self._folders.stop_request.exists():
-            if self._comes_after_a_save():
+            save = self._save_being_published()
+            job = self._claim(held=AFTER_SAVES if save else ())
+            if job is not None:
+                self._run(job)
+            elif save and (waiting := self._ledger.waiting(self._queue)):
+                if waiting[0].operation in AFTER_SAVES:
+                    self._ledger.explain_wait(waiting[0].id, f"the checkpointer, which has yet to publish save {save}")
                 time.sleep(SAVE_POLL_S)
-                continue
-            job = self._claim()
-            if job is None:
+            else:
                 return
-            self._run(job)
 
-    def _comes_after_a_save(self) -> bool:
-        """Whether the head of the queue counts on a save that the checkpointer has not published yet; its record says so."""
+    def _save_being_published(self) -> str | None:
+        """The id of a save of this group that the checkpointer has yet to publish."""
         if not self._saving:
-            return False
+            return None
         handed_over = self._ledger.waiting(names.CHECKPOINT_QUEUE)
-        saves = [job.id for job in handed_over if job.identifier == self._settings.identifier]
-        self._saving = bool(saves)
-        head = next(iter(self._ledger.waiting(self._queue)), None) if saves else None
-        if head is None or head.operation not in AFTER_SAVES:
-            return False
-        self._ledger.explain_wait(head.id, f"the checkpointer, which has yet to publish save {saves[0]}")
-        return True
+        save = next((job.id for job in handed_over if job.identifier == self._settings.identifier), None)
+        self._saving = save is not None
+        return save
 
-    def _claim(self) -> JobRecord | None:
-        """The head of the queue. After an error, which may have been a lost reply, a running head is what we had claimed."""
+    def _claim(self, held: tuple[str, ...]) -> JobRecord | None:
+        """The head of the queue, if it is not ``held``. After an error, which may have been a lost reply, a running head is what
+        we had claimed."""
         stale_before = time.time() + 1 if self._in_doubt else None
         self._in_doubt = True
         job = self._ledger.claim(
@@ -103,6 +103,7 @@ class Consumer:
             identifier=self._settings.identifier,
             epoch=self._settings.epoch,
             stale_before=stale_before,
+            held=held,
         )
         self._in_doubt = False
         return job
