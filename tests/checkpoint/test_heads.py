@@ -14,6 +14,7 @@ from nexrl_checkpointer.publish import publish
 from nexrl_checkpointer.request import PublishRequest
 from nexrl_contract.manifest import describe, read_manifest, write_manifest
 from nexrl_contract.names import new_job_id
+from nexrl_worker.checkpoint.shards import OPTIMIZER_PREFIX
 from nexrl_worker.checkpoints import Checkpoints
 from nexrl_worker.settings import RankSettings
 from nexrl_worker.team import Refused, Team
@@ -61,8 +62,12 @@ class Group:
 
     def state(self) -> tuple[Any, ...]:
         """Weights, moments and schedule."""
-        moments = {part.name: part.local_tensor.sum().item() for part in self.engine.shards()}
-        return self.engine.fingerprint(), moments, self.engine.scalars()
+        return self.engine.fingerprint(), self.moments(), self.engine.scalars()
+
+    def moments(self) -> dict[str, float]:
+        """A sum for each of AdamW's."""
+        parts = (part for part in self.engine.shards() if part.name.startswith(OPTIMIZER_PREFIX))
+        return {part.name: part.local_tensor.sum().item() for part in parts}
 
 
 @pytest.fixture(scope="module")
@@ -127,17 +132,32 @@ def test_another_head_is_refused(
     ("held", "given"), [("actor", "actor"), ("critic", "critic"), ("ref", "actor"), ("teacher", "actor")]
 )
 def test_the_same_head_loads(folder: Path, saved: dict[str, Path], held: str, given: str, form: str) -> None:
-    """Into a group of the same class, whatever its role, the weights come back."""
+    """Into a group of the same class, whatever its role, the weights come back; moments where there is an optimizer."""
     group = Group(folder, held, str(folder / "model"))
     before = group.engine.fingerprint()
-    weight_only = held != given
 
-    found = group.load(saved[f"{given} {form}"], weight_only=weight_only)
+    found = group.load(saved[f"{given} {form}"])
 
-    restored = form in ("sharded", "older") and not weight_only
+    restored = form in ("sharded", "older") and held == given
     assert found["optimizer"] == ("restored" if restored else "kept")
     assert group.engine.fingerprint() != before
     assert group.engine.optimizer_steps == (1 if restored else 0)
+
+
+@pytest.mark.parametrize("role", ["ref", "teacher"])
+def test_what_a_group_without_an_optimizer_saves_is_weights(folder: Path, role: str) -> None:
+    """An actor loads a full save of it: the weights come back, its own moments and schedule stay."""
+    frozen = Group(folder, role, str(folder / "model"))
+    path = frozen.save(folder / f"{role}-full", sharded=True)
+    actor = Group(folder, "actor", str(folder / "model"))
+    actor.learn()
+    before = actor.moments()
+
+    found = actor.load(path)
+
+    assert found["optimizer"] == "kept" and not list(path.glob("optim*"))
+    assert actor.engine.fingerprint() == frozen.engine.fingerprint()
+    assert actor.moments() == before and actor.engine.optimizer_steps == 1
 
 
 def test_a_head_written_twice_loads(folder: Path) -> None:

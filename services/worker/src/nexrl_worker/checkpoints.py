@@ -62,14 +62,15 @@ class Checkpoints:
                 }
             )
         staging = staging_folder(self._settings.data, job_id)
-        self._write_sharded(engine, staging, step, seq, weight_only=bool(params["save_weight_only"]))
+        weight_only = bool(params["save_weight_only"]) or not engine.learns
+        self._write_sharded(engine, staging, step, seq, weight_only=weight_only)
         return Outcome(
             publish={
                 "staging": str(staging),
                 "path": str(path),
                 "step": step,
                 "kind": "sharded",
-                "weight_only": bool(params["save_weight_only"]),
+                "weight_only": weight_only,
                 "remove_previous": bool(params["remove_previous_ckpt"]),
                 "world_size": self._team.size,
                 "config_hash": self._config_hash(),
@@ -178,7 +179,7 @@ class Checkpoints:
         folder = Path(self._from_rank_0({"folder": resolved})["folder"])
         plan = self._team.agree(lambda: inspect(folder))
         self._team.agree(lambda: plan.verify(self._team.rank, self._team.size))
-        restored = self._load(engine, plan, weight_only=bool(params["load_weight_only"]))
+        restored = self._load(engine, plan, weight_only=bool(params["load_weight_only"]) or not engine.learns)
         step = {} if plan.step is None else {"global_step": plan.step}
         return Outcome({"path": params["path"], "kind": plan.kind, **step, **restored}, applied=True)
 

@@ -38,6 +38,11 @@ class TrainingState:
         self._loaded = False
 
     @property
+    def learns(self) -> bool:
+        """Whether the role has an optimizer: what is saved of others is weights."""
+        return self._trainer is not None
+
+    @property
     def pending(self) -> bool:
         """True while gradients of forward_backward await optim_step."""
         return self._trainer is not None and self._trainer.pending
