@@ -14,7 +14,7 @@ from support import MemoryRows, config
 
 def explain(_: Path, path: str, settings: str) -> dict[str, Any]:
     """The plan of an update, and the update's own account."""
-    engine = Engine.build(config(path, dtype="float32", **json.loads(settings)), "actor", torch.device("cpu"))
+    engine = Engine.build(config(path, **{"dtype": "float32", **json.loads(settings)}), "actor", torch.device("cpu"))
     random = torch.Generator().manual_seed(1)
     size, width = 10, 320
     attention = torch.ones(size, width, dtype=torch.int64)

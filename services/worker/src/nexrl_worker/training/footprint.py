@@ -111,7 +111,8 @@ def _head(root: Root, tokens: int, device: torch.device, trains: bool) -> float:
     if not isinstance(root, Scorer):
         return 0.0
     if root.fallback is not None:
-        return 4.0 * tokens * root.vocabulary * (6 if trains else 3)
+        size = max(next(root.hf.parameters()).element_size(), 4)
+        return float(size * tokens * root.vocabulary * (5 if trains else 3))
     return float(head_bytes(tokens, root.vocabulary, device, trains))
 
 
