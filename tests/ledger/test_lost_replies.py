@@ -13,7 +13,7 @@ from conftest import RedisServer, wait_until
 from lossy import LosesReplies
 from nexrl_contract import names
 from nexrl_contract.records import GroupRecord
-from nexrl_ledger import Ledger, ResidentWorker, connect
+from nexrl_ledger import Ledger, ResidentWorker, connect, until_redis
 from records import new_job
 
 GROUP = "student"
@@ -82,3 +82,43 @@ def test_a_consumer_stops_while_redis_is_away(tmp_path: Path) -> None:
     thread.join(8)
 
     assert not thread.is_alive()
+
+
+def test_what_a_redis_that_takes_no_writes_refuses_is_said_again_when_it_takes_them(redis_url: str) -> None:
+    """Its disk is full, or a replica is missing. A finish that gave up would leave the job at the head of its queue for ever."""
+    ledger = Ledger(connect(redis_url))
+    ledger.submit(job(), names.RUN_JOB, group=GroupRecord(identifier=GROUP, created_at=time.time()))
+    ledger.start_epoch(GROUP, "agent", ["host"])
+    running = ledger.claim(QUEUE, identifier=GROUP, epoch=1)
+    assert running is not None
+    refused = []
+    ledger.client.config_set("min-replicas-to-write", 1)
+
+    def take_writes_again() -> None:
+        refused.append(ledger.require_job(running.id).state)
+        ledger.client.config_set("min-replicas-to-write", 0)
+
+    try:
+        until_redis(lambda: ledger.finish(running, epoch=1), while_waiting=take_writes_again)
+    finally:
+        ledger.client.config_set("min-replicas-to-write", 0)
+
+    assert (refused, ledger.require_job(running.id).state) == (["running"], "finished")
+
+
+def test_a_consumer_is_ticked_while_redis_takes_no_writes(redis_url: str) -> None:
+    """A group's rank 0 is asked to stop by a file: unless it looks, it is killed and its weights are lost."""
+    client = connect(redis_url)
+    client.config_set("min-replicas-to-write", 1)
+    worker = ResidentWorker(
+        QUEUE, connect(redis_url, decode=False), name="w", on_bell=lambda _: None, on_tick=lambda: worker.stop()
+    )
+    thread = threading.Thread(target=worker.run, daemon=True)
+    try:
+        thread.start()
+        thread.join(5)
+        assert not thread.is_alive()
+    finally:
+        client.config_set("min-replicas-to-write", 0)
+        worker.stop()
+        thread.join(8)

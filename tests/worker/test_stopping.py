@@ -13,9 +13,9 @@ from conftest import wait_until
 from nexrl_contract import names
 from nexrl_contract.records import JobRecord
 from nexrl_worker.suspended import suspended
-from running_agent import Agents
+from running_agent import START_S, Agents
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 def batch(rows: int = 2, length: int = 8) -> dict[str, torch.Tensor]:
@@ -45,7 +45,7 @@ def test_only_pending_gradients_are_lost_in_a_clean_stop(agents: Agents, redis_u
     assert [job.state for job in lost] == ["finished", "finished"]
     assert agents.stop() == 0
     agents.start(redis_url)
-    wait_until(lambda: agents.group().epoch == 2 and agents.group().state in ("ready", "down"), 60, "the group")
+    wait_until(lambda: agents.group().epoch == 2 and agents.group().state in ("ready", "down"), START_S, "the group")
 
     assert (agents.group().state, agents.group().cause) == ("ready", None)
     assert [state(agents, job) for job in (updated, *lost)] == ["finished", "rolled_back", "rolled_back"]
@@ -71,7 +71,7 @@ def test_gradients_before_the_first_step_are_all_that_is_lost(agents: Agents, re
     lost = agents.ended(agents.submit_batch("forward_backward", batch()))
     assert agents.stop() == 0
     agents.start(redis_url)
-    wait_until(lambda: agents.group().epoch == 2 and agents.group().state in ("ready", "down"), 60, "the group")
+    wait_until(lambda: agents.group().epoch == 2 and agents.group().state in ("ready", "down"), START_S, "the group")
 
     assert (agents.group().state, agents.group().seq, state(agents, lost)) == ("ready", 0, "rolled_back")
 
@@ -124,10 +124,29 @@ def test_an_agent_without_the_slots_for_its_groups_is_never_heard(agents: Agents
     agents.ledger.client.config_set("notify-keyspace-events", "Kgh")
     heard.psubscribe("__keyspace@0__:" + names.agent_key("here"))
 
-    assert agents.start(redis_url, slots=1).wait(60) == 1
+    assert agents.start(redis_url, slots=1).wait(START_S) == 1
 
     assert "need 2 slots" in agents.log.read_text()
     messages = [heard.get_message(timeout=0.2) for _ in range(3)]
     heard.close()
     agents.ledger.client.config_set("notify-keyspace-events", "")
     assert [message["type"] for message in messages if message] == ["psubscribe"]
+
+
+def test_an_operation_ends_although_redis_took_no_writes_when_it_did(
+    agents: Agents, redis_url: str, model: Path
+) -> None:
+    """Redis' disk was full for a moment: the job is reported when there is room, and the next one runs."""
+    rank = begin(agents, redis_url, model)
+    os.kill(rank, signal.SIGSTOP)
+    job = agents.submit("barrier")
+    wait_until(lambda: state(agents, job) == "running", 10)
+    agents.ledger.client.config_set("min-replicas-to-write", 1)
+    try:
+        os.kill(rank, signal.SIGCONT)
+        time.sleep(1)
+    finally:
+        agents.ledger.client.config_set("min-replicas-to-write", 0)
+
+    assert agents.ended(job, 15).state == "finished"
+    assert agents.ended(agents.submit("barrier"), 15).state == "finished"

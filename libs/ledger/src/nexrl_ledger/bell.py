@@ -6,6 +6,7 @@ middle of a collective. What stays is its queue format, so RQ's tools can look a
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import uuid
@@ -144,6 +145,10 @@ class ResidentWorker(rq.SimpleWorker):
                 self.work(logging_level="WARNING")
             except redis.exceptions.RedisError:
                 time.sleep(0.5)
+                # RQ gives no tick while Redis takes no worker's name, and it may be a tick that learns of a stop.
+                if not self._stop_requested:
+                    with contextlib.suppress(redis.exceptions.RedisError):
+                        self._guarded(self._on_tick)
             if self._failure is not None:
                 raise self._failure
 

@@ -19,6 +19,8 @@ _AWAY = (
     OutOfMemoryError,
     ReadOnlyError,
 )
+# A full disk, a missing replica, a cluster that fails over: redis-py has no classes for these.
+_PASSING = ("MISCONF", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "BUSY ")
 
 
 def connect(url: str, *, decode: bool = True, timeout_s: float | None = 2.0) -> redis.Redis:
@@ -33,11 +35,20 @@ def connect(url: str, *, decode: bool = True, timeout_s: float | None = 2.0) -> 
     )
 
 
+def is_away(error: Exception) -> bool:
+    """Whether Redis did not answer, or takes nothing just now (its disk may be full): what was asked for may be repeated."""
+    if isinstance(error, _AWAY):
+        return True
+    return isinstance(error, redis.exceptions.ResponseError) and any(code in str(error) for code in _PASSING)
+
+
 def until_redis(act: Callable[[], Answer], *, while_waiting: Callable[[], None] = lambda: None) -> Answer:
-    """Repeat an *idempotent* ``act`` until Redis answers; ``while_waiting`` runs between attempts, half a second apart."""
+    """Repeat an *idempotent* ``act`` while Redis :func:`is_away`; ``while_waiting`` runs between attempts, half a second apart."""
     while True:
         try:
             return act()
-        except _AWAY:
+        except redis.exceptions.RedisError as error:
+            if not is_away(error):
+                raise
             while_waiting()
             time.sleep(0.5)

@@ -9,8 +9,8 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from nexrl_contract.config import nearest
 from nexrl_contract.errors import ServiceError
+from nexrl_ledger import is_away
 from pydantic import ValidationError
-from redis.exceptions import BusyLoadingError, OutOfMemoryError, ReadOnlyError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -18,13 +18,6 @@ from tensor_codec import CodecError
 
 from nexrl_gateway.replies import json_response
 
-REDIS_AWAY: tuple[type[Exception], ...] = (
-    redis.exceptions.ConnectionError,
-    redis.exceptions.TimeoutError,
-    BusyLoadingError,
-    OutOfMemoryError,
-    ReadOnlyError,
-)
 _BY_STATUS = {404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}
 
 
@@ -35,13 +28,18 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _answer)
     app.add_exception_handler(HTTPException, _answer)
     app.add_exception_handler(ClientDisconnect, _answer)
-    for kind in REDIS_AWAY:
-        app.add_exception_handler(kind, _answer)
+    app.add_exception_handler(redis.exceptions.RedisError, _answer_for_redis)
     app.add_exception_handler(Exception, _answer)
 
 
 async def _answer(request: Request, error: Exception) -> Response:
     return error_response(as_service_error(error, request))
+
+
+async def _answer_for_redis(request: Request, error: Exception) -> Response:
+    if not is_away(error):
+        raise error
+    return await _answer(request, error)
 
 
 def error_response(error: ServiceError) -> Response:
@@ -63,7 +61,7 @@ def as_service_error(error: Exception, request: Request) -> ServiceError:
             return ServiceError(code, f"{request.method} {request.url.path}: {error.detail}; /docs lists what there is")
         case ClientDisconnect():
             return ServiceError("MALFORMED", "the connection ended before the body did")
-    if isinstance(error, REDIS_AWAY):
+    if is_away(error):
         return ServiceError("REDIS_UNAVAILABLE", "Redis does not answer; try again shortly")
     return ServiceError("INTERNAL", "something unexpected went wrong in the gateway; its log has the details")
 

@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+import redis
 from nexrl_contract import names
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.records import AgentRecord, GroupRecord
 
-from nexrl_gateway.errors import REDIS_AWAY
 from nexrl_gateway.services import Services
 
 STALE_S = 20.0
@@ -25,7 +25,7 @@ def health(services: Services) -> tuple[dict[str, Any], bool]:
         services.ledger.client.ping()
         groups = services.ledger.groups()
         agents, checkpointers = services.ledger.agents(), services.ledger.checkpointers()
-    except REDIS_AWAY:
+    except redis.exceptions.RedisError:
         return {**report, "redis": "unavailable"}, False
     serving = report["payload_store"] == "ok"
     if serving and not any(group.state == "down" or _stale(group) for group in groups):

@@ -16,8 +16,6 @@ from nexrl_contract.names import ENDED_CHANNEL
 from nexrl_contract.records import JobRecord
 from nexrl_ledger import Ledger, connect
 
-from nexrl_gateway.errors import REDIS_AWAY
-
 REREAD_S = 1.0
 _PATIENCE_S = 2.0
 _LISTEN_S = 0.5
@@ -46,7 +44,7 @@ class Endings:
                 event.clear()
                 try:
                     job = await run_sync(ledger.require_job, job_id)
-                except REDIS_AWAY:
+                except redis.exceptions.RedisError:
                     if time.monotonic() - answered > _PATIENCE_S:
                         raise
                     await asyncio.sleep(_LISTEN_S)
