@@ -335,6 +335,29 @@ def test_a_save_that_outlived_its_group_removes_nothing(saves: Saves) -> None:
     assert saves.left() == {"step_1", "late", "new"}
 
 
+def test_a_save_that_was_taken_over_removes_nothing_that_came_after_it(tmp_path: Path, redis_url: str) -> None:
+    """Its first checkpointer lost Redis, and with it the lease, between publishing and removing; it wakes two saves later."""
+    client = connect(redis_url)
+    make_group(client)
+    requests = [
+        make_request(tmp_path, tmp_path / "ckpt" / f"step_{step}", NEW, remove_previous=True, step=step).model_copy(
+            update={"order": step}
+        )
+        for step in (1, 2)
+    ]
+    submitted = time.time()
+    publish(requests[0], lambda: None)
+    for request in requests:  # the other checkpointer
+        run(client, request.model_copy(update={"attempt": 2}))
+
+    replace_previous(Ledger(client), requests[0], submitted)
+
+    assert [Path(found.path).name for found in published([tmp_path / "ckpt"])] == ["step_2"]
+    third = make_request(tmp_path, tmp_path / "ckpt" / "step_3", NEW, remove_previous=True, step=3)
+    run(client, third.model_copy(update={"order": 3}))
+    assert [Path(found.path).name for found in published([tmp_path / "ckpt"])] == ["step_3"]
+
+
 def test_a_destroyed_group_leaves_no_record_of_its_checkpoints(saves: Saves) -> None:
     """Fields of the living ones stay."""
     saves("ours")

@@ -23,13 +23,14 @@ _log = logging.getLogger(__name__)
 class Latest(BaseModel):
     """A value of the Redis hash ``CHECKPOINTS_KEY``: the newest published checkpoint of one group and kind.
 
-    ``life`` is the time at which the group was made: a later group of that name has another one.
+    ``life`` is the time at which the group was made: a later group of that name has another one. ``order`` is the save's.
     """
 
     path: Path
     step: int
     job_id: str
     life: float
+    order: int = 0
 
 
 def slot(request: PublishRequest) -> str:
@@ -41,15 +42,20 @@ def replace_previous(ledger: Ledger, request: PublishRequest, submitted: float) 
     """Remove the previous checkpoint if that was asked for, then record the new one. Repeatable.
 
     The new one must be durable. ``submitted``: when the save was asked for; where the group of that time is gone,
-    nothing is known about its checkpoints, and nothing is removed or recorded.
+    nothing is known about its checkpoints, and nothing is removed or recorded. Nor is it where a later save has been recorded:
+    this one's lease had lapsed, and to whoever comes late with it the newest one looks like the previous one.
     """
     group = ledger.group(request.identifier)
     if group is None or group.state == "destroyed" or submitted < group.created_at:
         return
     previous = _latest(ledger, request)
+    if previous is not None and previous.life == group.created_at and previous.order > request.order:
+        return
     if request.remove_previous and previous is not None and previous.life == group.created_at:
         _remove(previous, request)
-    new = Latest(path=request.path, step=request.step, job_id=request.job_id, life=group.created_at)
+    new = Latest(
+        path=request.path, step=request.step, job_id=request.job_id, life=group.created_at, order=request.order
+    )
     ledger.client.hset(CHECKPOINTS_KEY, slot(request), new.model_dump_json())
 
 

@@ -17,6 +17,7 @@ class PublishRequest(BaseModel):
 
     job_id: str
     attempt: int
+    order: int = 0
     identifier: str
     staging: Path
     path: Path
@@ -35,7 +36,13 @@ class PublishRequest(BaseModel):
         """Raises ``INTERNAL`` for params that no rank of ours wrote: the staging folder is deleted in the end."""
         try:
             request = cls.model_validate(
-                {**job.params, "job_id": job.id, "attempt": job.attempt, "identifier": job.identifier}
+                {
+                    **job.params,
+                    "job_id": job.id,
+                    "attempt": job.attempt,
+                    "order": job.order,
+                    "identifier": job.identifier,
+                }
             )
         except ValidationError as error:
             raise ServiceError("INTERNAL", f"the publish request is malformed: {error.errors()[0]['msg']}") from None

@@ -117,6 +117,7 @@ class Checkpointer:
                 discard(request)
             self._until_redis(lambda: self._ledger.finish(job, error=refusal.body()))
             return
+        check_claim()
         self._until_redis(lambda: replace_previous(self._ledger, request, job.created_at))
         self._until_redis(lambda: self._ledger.finish(job, result=_result(request, manifest)))
 
