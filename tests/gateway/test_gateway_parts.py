@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import requests
 import xxhash
 from conftest import wait_until
 from gateway.kit import (
@@ -22,6 +26,7 @@ from gateway.kit import (
 )
 from nexrl_contract import names
 from nexrl_contract.records import JobRecord
+from nexrl_ledger import Ledger
 from tensor_codec import encode
 
 UPDATE = "/update_actor?identifier=student"
@@ -141,3 +146,29 @@ def test_a_refused_verb_keeps_the_parts(gateway: Gateway, group: PlayedGroup) ->
     assert gateway.get(f"/payloads/{PAYLOAD}").json()["nbytes"] == len(whole)
     group.ledger.client.hset(names.group_key("student"), "state", "ready")
     assert gateway.post(UPDATE, json=body, headers=ASYNC).status_code == 202
+
+
+def test_a_verb_that_is_repeated_while_its_first_attempt_copies_the_parts_is_that_attempts_job(
+    tmp_path: Path, redis_url: str, ledger: Ledger
+) -> None:
+    """A client whose connection was lost asks again at once; the first attempt takes the parts under the second one's eyes."""
+    gateway = Gateway(tmp_path, redis_url, NEXRL_PAYLOADS=redis_url)
+    PlayedGroup(ledger, gateway.payloads)
+    shape = (64, 65536)
+    large = tensors(
+        input_ids=np.zeros(shape, np.int64), attention_mask=np.ones(shape, np.int64), advantages=np.ones(64, np.float32)
+    )
+    large = {name: value for name, value in large.items() if name in ("input_ids", "attention_mask", "advantages")}
+    count = put_parts(gateway, encode(large).tobytes(), 32 * 1024**2)
+    body = {"payload": PAYLOAD, "parts": count, "metadata": {"temperature": 0.25}}
+
+    def attempt(delay_s: float) -> requests.Response:
+        time.sleep(delay_s)
+        return gateway.post(UPDATE, json=body, headers={**ASYNC, "Idempotency-Key": "parts-3"})
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(attempt, (0.0, 0.02, 0.05, 0.1)))
+
+    assert [answer.status_code for answer in answers] == [202] * 4, [answer.text for answer in answers]
+    assert len({answer.json()["id"] for answer in answers}) == 1
+    gateway.stop()

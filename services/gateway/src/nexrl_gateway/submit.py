@@ -192,7 +192,13 @@ def _submit_parts(
     first = services.ledger.replay_of(key, mark) if key is not None else None
     if first is not None:
         return first
-    draft = _parts_draft(services, operation, batch, group, mark)
+    try:
+        draft = _parts_draft(services, operation, batch, group, mark)
+    except ServiceError:
+        first = services.ledger.replay_of(key, mark) if key is not None else None
+        if first is None:
+            raise
+        return first  # an earlier attempt, whose connection was lost, has taken the parts meanwhile
     job = submit_draft(services, operation, group, draft, key)
     if draft.stored_here:
         with contextlib.suppress(ServiceError):  # the job is there all the same, and the janitor takes them later
