@@ -30,7 +30,7 @@ class GroupRecords(LedgerPart):
         return [group for name in self.identifiers() if (group := self.group(name)) is not None]
 
     def update_group(self, identifier: str, epoch: int | None = None, **fields: Any) -> None:
-        """Set fields of a group (None deletes one); raises :class:`Fenced` when ``epoch`` is not the current one."""
+        """Set fields of a group (None deletes one); raises :class:`Fenced` when ``epoch`` is not the current one, or has ended."""
         encoded = encode_fields(fields)
         settings = [item for name in fields for item in (name, encoded.get(name, ""))]
         if self._script["update_group"](keys=[names.group_key(identifier)], args=[optional(epoch), *settings]) != "OK":
@@ -47,24 +47,26 @@ class GroupRecords(LedgerPart):
             raise Fenced(f"group {identifier!r} is gone")
         return epoch
 
-    def group_down(self, identifier: str, epoch: int | None, cause: str, *, rank: int | None = None) -> None:
-        """The group has failed: state ``down`` with its cause, and every job that waits for it fails."""
-        running = _went_down(identifier, cause, rank)
-        queued = ServiceError("GROUP_DOWN", f"the group went down before it ran this: {cause}", identifier=identifier)
-        self._end_group(identifier, epoch, "down", cause, "", running, queued, None)
-
-    def group_destroyed(
-        self, identifier: str, epoch: int | None, *, spare_job: str = "", cause: str | None = None
+    def group_down(
+        self, identifier: str, epoch: int | None, cause: str, *, rank: int | None = None, kept: int | None = None
     ) -> None:
-        """The group is gone; its record stays for a day, jobs that still wait fail, ``spare_job`` (the destroy) is finished.
+        """The group has failed: state ``down`` with its cause, and every job that waits for it fails.
+
+        A ``destroy`` among them has what it asks for: it finishes, and the group is destroyed. What was applied after ``kept`` is
+        rolled back in the same step: a group rolled back and not yet down would pass for one that has lost nothing.
+        """
+        queued = ServiceError("GROUP_DOWN", f"the group went down before it ran this: {cause}", identifier=identifier)
+        self._end_group(identifier, epoch, "down", cause, _went_down(identifier, cause, rank), queued, kept)
+
+    def group_destroyed(self, identifier: str, epoch: int | None, *, cause: str | None = None) -> None:
+        """The group is gone; its record stays for a day, jobs that still wait fail, and the ``destroy`` is finished.
 
         All at once: a destroy that stayed behind unfinished would stand before every job of the next group of that name.
         ``cause`` says why the job that was running failed, where the group went down before it was destroyed.
         """
         queued = ServiceError("GROUP_NOT_READY", "the group was destroyed before it ran this", identifier=identifier)
         running = queued if cause is None else _went_down(identifier, cause)
-        self._end_group(identifier, epoch, "destroyed", "", spare_job, running, queued, names.RESULT_TTL_S)
-        self.bell.silence(names.train_queue(identifier))
+        self._end_group(identifier, epoch, "destroyed", "", running, queued, None)
 
     def _end_group(
         self,
@@ -72,30 +74,20 @@ class GroupRecords(LedgerPart):
         epoch: int | None,
         state: str,
         cause: str,
-        spare_job: str,
         running: ServiceError,
         queued: ServiceError,
-        ttl_s: int | None,
+        kept: int | None,
     ) -> None:
-        answer = self._script["end_group"](
-            keys=[
-                names.group_key(identifier),
-                names.waiting_key(names.train_queue(identifier)),
-                names.applied_key(identifier),
-            ],
-            args=[
-                optional(epoch),
-                state,
-                cause,
-                spare_job,
-                time.time(),
-                json.dumps(running.body()),
-                json.dumps(queued.body()),
-                optional(ttl_s),
-            ],
+        queue = names.train_queue(identifier)
+        errors = [json.dumps(error.body()) for error in (running, queued)]
+        ended = self._script["end_group"](
+            keys=[names.group_key(identifier), names.waiting_key(queue), names.applied_key(identifier)],
+            args=[optional(epoch), state, cause, time.time(), *errors, optional(kept)],
         )
-        if answer != "OK":
+        if ended == "FENCED":
             raise Fenced(f"epoch {epoch} of {identifier!r} has been replaced")
+        if ended == "destroyed":
+            self.bell.silence(queue)
 
     def roll_back(self, identifier: str, epoch: int, seq: int) -> int:
         """Mark what was applied after ``seq`` as rolled back and set the group's ``seq``; returns how many jobs that were."""

@@ -232,7 +232,8 @@ class JobRecords(LedgerPart):
 
     def explain_wait(self, job_id: str, reason: str) -> None:
         """Say why a queued job waits."""
-        if self.client.hget(names.job_key(job_id), "state") == "queued":
+        state, told = self.client.hmget(names.job_key(job_id), "state", "waits_for")
+        if state == "queued" and told != reason:
             self.client.hset(names.job_key(job_id), "waits_for", reason)
 
 

@@ -19,6 +19,18 @@ local function end_job(id, fields)
 end
 """
 
+_ROLL_BACK = """
+local function roll_back(group, applied, seq)
+  local lost = redis.call('ZRANGEBYSCORE', applied, '(' .. seq, '+inf')
+  for _, id in ipairs(lost) do
+    if redis.call('EXISTS', 'nexrl:job:' .. id) == 1 then redis.call('HSET', 'nexrl:job:' .. id, 'state', 'rolled_back') end
+  end
+  redis.call('ZREMRANGEBYSCORE', applied, '(' .. seq, '+inf')
+  if tonumber(redis.call('HGET', group, 'seq') or '0') > tonumber(seq) then redis.call('HSET', group, 'seq', seq) end
+  return #lost
+end
+"""
+
 CLAIM = """
 -- KEYS: waiting, group ('' without one).
 -- ARGV: now, epoch ('' without a group), job id ('' takes the head), stale_before, operation that is not to start yet, ...
@@ -91,6 +103,7 @@ HAND_OVER = """
 if redis.call('HGET', KEYS[1], 'queue') == ARGV[4] then return 'OK' end
 if redis.call('HGET', KEYS[1], 'attempt') ~= ARGV[2] then return 'FENCED' end
 if redis.call('HGET', KEYS[2], 'epoch') ~= ARGV[3] then return 'FENCED' end
+if redis.call('HGET', KEYS[1], 'state') ~= 'running' then return 'FENCED' end
 redis.call('HSET', KEYS[1], 'queue', ARGV[4], 'state', 'queued', unpack(ARGV, 6))
 redis.call('ZREM', KEYS[3], ARGV[1])
 redis.call('ZADD', KEYS[4], ARGV[5], ARGV[1])
@@ -100,7 +113,9 @@ return 'OK'
 
 UPDATE_GROUP = """
 -- KEYS: group. ARGV: epoch ('' for any), field, value, ... ; an empty value deletes the field
-if redis.call('EXISTS', KEYS[1]) == 0 then return 'FENCED' end
+-- A group that is down or destroyed stays so: what its processes still say is not heard.
+local state = redis.call('HGET', KEYS[1], 'state')
+if not state or state == 'down' or state == 'destroyed' then return 'FENCED' end
 if ARGV[1] ~= '' and redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return 'FENCED' end
 for i = 2, #ARGV, 2 do
   if ARGV[i + 1] == '' then redis.call('HDEL', KEYS[1], ARGV[i]) else redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
@@ -120,45 +135,44 @@ return epoch
 
 END_GROUP = (
     _END_JOB
+    + _ROLL_BACK
     + """
--- The group goes down (its first cause stays) or is destroyed, and every job that still waits for it ends:
--- the destroy job finished, the others failed with a cause.
--- KEYS: group, waiting, applied. ARGV: epoch ('' for any), state, cause ('' for none), id of the destroy job, now,
--- error of the running job, error of queued ones, the group's ttl ('' keeps it)
+-- The group goes down (its first cause stays) or is destroyed, and every job that still waits for it ends: a destroy has what it
+-- asks for, the others failed with a cause. Returns the state: one that goes down while a destroy waits is destroyed.
+-- KEYS: group, waiting, applied. ARGV: epoch ('' for any), state, cause ('' for none), now, error of the running job,
+-- error of queued ones, the seq that is left of its weights ('' for all)
 local before = redis.call('HGET', KEYS[1], 'state')
-if not before or (before == 'destroyed' and ARGV[2] ~= before) then return 'FENCED' end
+local state = ARGV[2]
+if not before or (before == 'destroyed' and state ~= before) then return 'FENCED' end
 if ARGV[1] ~= '' and redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return 'FENCED' end
-redis.call('HSET', KEYS[1], 'state', ARGV[2])
-if ARGV[3] ~= '' and before ~= ARGV[2] then redis.call('HSET', KEYS[1], 'cause', ARGV[3]) end
 for _, id in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do
-  if id == ARGV[4] then
-    end_job(id, {'state', 'finished', 'finished_at', ARGV[5], 'result', '{}'})
+  local job = redis.call('HMGET', 'nexrl:job:' .. id, 'operation', 'state')
+  if job[1] == 'destroy' then
+    state = 'destroyed'
+    end_job(id, {'state', 'finished', 'finished_at', ARGV[4], 'result', '{}'})
   else
-    local state = redis.call('HGET', 'nexrl:job:' .. id, 'state')
-    end_job(id, {'state', 'failed', 'finished_at', ARGV[5], 'error', state == 'running' and ARGV[6] or ARGV[7]})
+    end_job(id, {'state', 'failed', 'finished_at', ARGV[4], 'error', job[2] == 'running' and ARGV[5] or ARGV[6]})
   end
   redis.call('ZREM', KEYS[2], id)
 end
+redis.call('HSET', KEYS[1], 'state', state)
+if ARGV[3] ~= '' and before ~= state then redis.call('HSET', KEYS[1], 'cause', ARGV[3]) end
+if ARGV[7] ~= '' then roll_back(KEYS[1], KEYS[3], ARGV[7]) end
 redis.call('HDEL', KEYS[1], 'running_job')
-if ARGV[8] ~= '' then
+if state == 'destroyed' then
   redis.call('SREM', 'nexrl:groups', redis.call('HGET', KEYS[1], 'identifier'))
-  redis.call('EXPIRE', KEYS[1], ARGV[8])
+  redis.call('EXPIRE', KEYS[1], RESULT_TTL)
   redis.call('DEL', KEYS[3])
 end
-return 'OK'
+return state
 """
 )
 
-ROLL_BACK = """
+ROLL_BACK = (
+    _ROLL_BACK
+    + """
 -- Finished jobs whose effect is not in the restored weights say so. KEYS: group, applied. ARGV: epoch, restored seq. Returns how many.
 if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return -1 end
-local lost = redis.call('ZRANGEBYSCORE', KEYS[2], '(' .. ARGV[2], '+inf')
-local count = 0
-for _, id in ipairs(lost) do
-  if redis.call('EXISTS', 'nexrl:job:' .. id) == 1 then redis.call('HSET', 'nexrl:job:' .. id, 'state', 'rolled_back') end
-  count = count + 1
-end
-redis.call('ZREMRANGEBYSCORE', KEYS[2], '(' .. ARGV[2], '+inf')
-redis.call('HSET', KEYS[1], 'seq', ARGV[2])
-return count
+return roll_back(KEYS[1], KEYS[2], ARGV[2])
 """
+)

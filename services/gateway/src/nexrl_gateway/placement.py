@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -122,20 +123,14 @@ def destroy_idle(services: Services, job: JobRecord) -> None:
     """
     ledger = services.ledger
     group = ledger.group(job.identifier)
-    if group is None or group.state not in ("placing", "down", "destroyed") or job.final:
+    if group is None or group.state not in ("placing", "down", "destroyed"):
+        return
+    if ledger.require_job(job.id).final:  # read after the group: while it has not ended, it means that group
         return
     if group.state == "placing" and not _withdrawn(ledger, group):
         return
-    claimed = ledger.claim(job.queue, job_id=job.id, stale_before=time.time() - 10)
-    if claimed is None:
-        return
-    if group.state == "destroyed":
-        ledger.finish(claimed, result={})
-        return
-    try:
-        ledger.group_destroyed(job.identifier, group.epoch, spare_job=job.id)
-    except Fenced:
-        ledger.finish(claimed, error=ServiceError("GROUP_DOWN", "the group was restarted meanwhile; try again").body())
+    with contextlib.suppress(Fenced):  # started meanwhile: its ranks run the job, which is still queued
+        ledger.group_destroyed(job.identifier, group.epoch)
 
 
 def cancel(services: Services, job_id: str) -> JobRecord:

@@ -92,8 +92,8 @@ class Agent:
             if job.identifier in self._running or self._settings.identifier not in (None, job.identifier):
                 continue
             group = self._ledger.group(job.identifier)
-            if group is not None and group.state == "destroyed":
-                group = None
+            if group is not None and (group.state == "destroyed" or group.placement_job != job.id):
+                group = None  # or another of that name: its own job places it
             if group is not None and group.world_size > self._slots.free:
                 self._ledger.explain_wait(job.id, self._slots.shortage(group.world_size, self._settings.name))
                 continue
@@ -182,7 +182,7 @@ class Agent:
         job = self._ledger.job(group.running_job) if group.running_job else None
         if job is not None and not job.final:
             if job.operation == "destroy":
-                self._ledger.group_destroyed(identifier, group.epoch, spare_job=job.id)
+                self._ledger.group_destroyed(identifier, group.epoch)
                 return
             cause = "the agent stopped while this ran; whether it took effect is not known"
             self._ledger.finish(job, error=ServiceError("OPERATION_FAILED", cause, identifier=identifier).body())
@@ -196,9 +196,8 @@ class Agent:
 
     def _give_up(self, group: GroupRecord, kept: int) -> None:
         epoch = self._ledger.start_epoch(group.identifier, self._settings.name, [])
-        lost = self._ledger.roll_back(group.identifier, epoch, kept)
-        cause = f"its processes were killed: {lost_operations(lost)}"
-        self._ledger.group_down(group.identifier, epoch, cause)
+        cause = f"its processes were killed: {lost_operations(group.seq - kept)}"
+        self._ledger.group_down(group.identifier, epoch, cause, kept=kept)
 
     def _without_dropped(self, group: GroupRecord, kept: int) -> GroupRecord:
         """Gradients that awaited optim_step ended with the ranks; before the new incarnation, for which nothing is dropped."""

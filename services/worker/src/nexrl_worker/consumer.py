@@ -15,7 +15,7 @@ from nexrl_contract import names
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.names import FRAME_METADATA_KEY, train_queue
 from nexrl_contract.records import JobRecord, PayloadRef
-from nexrl_ledger import Ledger, ResidentWorker, connect, until_redis
+from nexrl_ledger import Fenced, Ledger, ResidentWorker, connect, until_redis
 from nexrl_payloads import PayloadStore
 from tensor_codec import encode
 
@@ -197,6 +197,8 @@ class Consumer:
                 ledger.update_group(self._settings.identifier, self._settings.epoch, heartbeat=time.time())
             except redis.exceptions.RedisError:
                 _log.warning("heartbeat.missed")
+            except Fenced:  # the main thread hears of it, too
+                return
             time.sleep(HEARTBEAT_S)
 
 

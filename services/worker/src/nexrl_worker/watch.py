@@ -87,27 +87,23 @@ class GroupWatch:
         cause = failure.cause if failure is not None else None
         if destroy is not None:
             self._process.forget_state()
-            until_redis(lambda: self._ledger.group_destroyed(identifier, epoch, spare_job=destroy, cause=cause))
+            until_redis(lambda: self._ledger.group_destroyed(identifier, epoch, cause=cause))
             _log.info("group.destroyed identifier=%s epoch=%d", identifier, epoch)
         elif failure is not None:
-            cause = failure.cause + self._roll_back()
+            kept = suspended(self._process.folders.state).seq
+            cause = failure.cause + self._lost(kept)
             _log.error("group.down identifier=%s epoch=%d %s", identifier, epoch, cause)
-            until_redis(lambda: self._ledger.group_down(identifier, epoch, cause, rank=failure.rank))
+            until_redis(lambda: self._ledger.group_down(identifier, epoch, cause, rank=failure.rank, kept=kept))
         else:
             until_redis(lambda: self._ledger.update_group(identifier, epoch, state="starting"))
             doomed = []
         self._refuse(cause or "the ranks were stopped before they had met")
         self._drop_payloads(doomed)
 
-    def _roll_back(self) -> str:
-        """Mark what only the dead ranks held as rolled back; how a cause goes on, empty where nothing was lost."""
-        identifier, epoch = self._process.identifier, self._process.epoch
-        kept = suspended(self._process.folders.state).seq
-        group = until_redis(lambda: self._ledger.group(identifier))
-        if group is None or group.seq <= kept:
-            return ""
-        lost = until_redis(lambda: self._ledger.roll_back(identifier, epoch, kept))
-        return f"; {lost_operations(lost)}"
+    def _lost(self, kept: int) -> str:
+        """How a cause says what only the dead ranks held; empty where nothing was lost."""
+        group = until_redis(lambda: self._ledger.group(self._process.identifier))
+        return "" if group is None or group.seq <= kept else f"; {lost_operations(group.seq - kept)}"
 
     def _give_up(self, error: Exception) -> None:
         self._end()
