@@ -24,7 +24,7 @@ from records import new_job
 from tensor_codec import encode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-START_S = 90.0
+START_S = 180.0
 
 
 def save_model(folder: Path, vocabulary: int = 64) -> None:

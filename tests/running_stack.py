@@ -63,9 +63,13 @@ class Stack:
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             return False
 
+    def running(self, module: str) -> list[psutil.Process]:
+        """Those whose command line contains ``module``."""
+        return [process for process in self.processes() if module in _command(process)]
+
     def process_of(self, module: str) -> psutil.Process:
         """The one process whose command line contains ``module``."""
-        found = [process for process in self.processes() if module in " ".join(process.cmdline())]
+        found = self.running(module)
         assert len(found) == 1, found
         return found[0]
 
@@ -82,3 +86,11 @@ class Stack:
         """Ask it to stop; its exit status."""
         self.process.send_signal(number)
         return self.process.wait(STOP_S)
+
+
+def _command(process: psutil.Process) -> str:
+    """Its command line; empty where it has ended since it was listed."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""

@@ -91,6 +91,8 @@ class ScriptedServer:
                 pieces = []
                 while left:
                     pieces.append(self.rfile.read(min(left, 1024 * 1024)))
+                    if not pieces[-1]:
+                        raise ConnectionError("the client went away in its body")
                     left -= len(pieces[-1])
                     time.sleep(reply.read_bytes_s)
                 return b"".join(pieces)

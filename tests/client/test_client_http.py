@@ -177,7 +177,7 @@ def test_connection_is_kept(server: ScriptedServer, client: HTTPTrainServiceClie
 
 def test_threads_share_a_client(server: ScriptedServer, client: HTTPTrainServiceClient) -> None:
     """Calls from several threads run side by side, each with its own answer."""
-    server.script = [Reply(202, {"id": f"job{number}"}, delay_s=0.2) for number in range(4)] + [Reply()]
+    server.script = [Reply(202, {"id": f"job{number}"}, delay_s=1.0) for number in range(4)] + [Reply()]
     ids: list[str] = []
     threads = [threading.Thread(target=lambda: ids.append(client.submit("barrier").id)) for _ in range(4)]
     for thread in threads:
@@ -186,7 +186,7 @@ def test_threads_share_a_client(server: ScriptedServer, client: HTTPTrainService
         thread.join()
     assert sorted(ids) == [f"job{number}" for number in range(4)]
     arrivals = [request.at for request in server.seen]
-    assert max(arrivals) - min(arrivals) < 0.2
+    assert max(arrivals) - min(arrivals) < 1.0  # all were there before the first was answered
 
 
 def test_pickled_client_connects_anew(server: ScriptedServer, client: HTTPTrainServiceClient) -> None:

@@ -14,6 +14,15 @@ from nexrl_ledger import Ledger, connect
 
 
 @pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A server of the folder's own: the gateway lives on, and its janitor writes a key each minute, whatever is tested then."""
+    server = RedisServer(tmp_path_factory.mktemp("gateway-redis"))
+    server.start("--appendonly", "no")
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="session")
 def shared_gateway(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     gateway = Gateway(
         tmp_path_factory.mktemp("gateway"),

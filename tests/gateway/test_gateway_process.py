@@ -18,6 +18,7 @@ import pytest
 import requests
 from conftest import RedisServer, wait_until
 from gateway.kit import ASYNC, FRAME, Gateway, PlayedGroup, frame, refusal
+from nexrl_contract.names import JANITOR_KEY
 from nexrl_gateway.janitor import sweep
 from nexrl_gateway.services import Services
 from nexrl_gateway.settings import Settings
@@ -223,8 +224,22 @@ def test_a_bad_setting_is_named(redis_url: str) -> None:
     assert "NEXRL_PORT" in ended.stderr
 
 
-def test_the_janitor_spares_what_is_in_use(gateway: Gateway, group: PlayedGroup, redis_url: str) -> None:
+@pytest.fixture
+def swept_gateway(redis_url: str, tmp_path: Path) -> Iterator[Gateway]:
+    """A gateway on a database of its own, whose janitor has just swept and comes back in a minute; the shared one's never comes."""
+    url = redis_url.replace("/0", "/1")
+    gateway = Gateway(tmp_path, url)
+    with connect(url) as client:
+        wait_until(lambda: client.delete(JANITOR_KEY), 5, "the first sweep")
+        yield gateway
+    gateway.stop()
+
+
+def test_the_janitor_spares_what_is_in_use(swept_gateway: Gateway, redis_url: str) -> None:
     """Abandoned payloads go, a queued job's payload stays however old it is; two replicas never sweep at once."""
+    gateway, url = swept_gateway, redis_url.replace("/0", "/1")
+    ledger = Ledger(connect(url))
+    PlayedGroup(ledger, gateway.payloads)
     job_id = gateway.post("/compute_log_prob", data=frame(), headers={**FRAME, **ASYNC}).json()["id"]
     (gateway.payloads / "abandoned").write_bytes(b"x")
     (gateway.payloads / "fresh").write_bytes(b"x")
@@ -233,9 +248,7 @@ def test_the_janitor_spares_what_is_in_use(gateway: Gateway, group: PlayedGroup,
         os.utime(gateway.payloads / name, (long_ago, long_ago))
 
     async def sweep_twice() -> list[list[str]]:
-        services = Services.start(
-            Settings(data=gateway.data, payloads=f"file://{gateway.payloads}", redis_url=redis_url)
-        )
+        services = Services.start(Settings(data=gateway.data, payloads=f"file://{gateway.payloads}", redis_url=url))
         try:
             return [await asyncio.to_thread(sweep, services) for _ in range(2)]
         finally:
@@ -243,3 +256,4 @@ def test_the_janitor_spares_what_is_in_use(gateway: Gateway, group: PlayedGroup,
 
     assert asyncio.run(sweep_twice()) == [["abandoned"], []]
     assert gateway.stored() == sorted([job_id, "fresh"])
+    ledger.client.close()

@@ -150,6 +150,28 @@ def test_a_group_that_goes_down_fails_every_job_with_the_cause(ledger: Ledger) -
     assert ledger.queue_length(QUEUE) == 0
 
 
+def test_what_a_group_that_was_taken_for_lost_still_says_changes_nothing(ledger: Ledger) -> None:
+    """Its host was cut off and comes back: a save whose failure was told does not go on, and the group is not alive again."""
+    submit(ledger)
+    saved = claim(ledger)
+    assert saved is not None
+    ledger.group_down(GROUP, 1, "its agent has not been heard")
+
+    with pytest.raises(Fenced):
+        ledger.hand_over(saved, names.CHECKPOINT_QUEUE, names.PUBLISH_JOB, epoch=1, params={})
+    with pytest.raises(Fenced):
+        ledger.update_group(GROUP, 1, state="ready")
+    ledger.group_destroyed(GROUP, 1)
+    with pytest.raises(Fenced):
+        ledger.update_group(GROUP, 1, state="starting")
+
+    assert ledger.require_job(saved.id).state == "failed"
+    assert ledger.queue_length(names.CHECKPOINT_QUEUE) == 0
+    group = ledger.group(GROUP)
+    assert group is not None
+    assert group.state == "destroyed"
+
+
 def test_what_was_lost_with_the_weights_is_marked_rolled_back(ledger: Ledger) -> None:
     ids = submit(ledger, 3)
     for seq in (1, 2, 3):
@@ -166,7 +188,7 @@ def test_a_destroyed_group_takes_nothing_more_and_stays_destroyed(ledger: Ledger
     destroy, _ = ledger.submit(job("destroy"), names.RUN_JOB)
     claim(ledger)
 
-    ledger.group_destroyed(GROUP, 1, spare_job=destroy.id)
+    ledger.group_destroyed(GROUP, 1)
 
     assert ledger.require_job(destroy.id).state == "finished"
     assert ledger.queue_length(QUEUE) == 0
@@ -177,6 +199,22 @@ def test_a_destroyed_group_takes_nothing_more_and_stays_destroyed(ledger: Ledger
     group = ledger.group(GROUP)
     assert group is not None
     assert group.state == "destroyed"
+
+
+def test_a_destroy_that_waits_for_a_group_that_goes_down_has_what_it_asks_for(ledger: Ledger) -> None:
+    """Whoever reports the end need not have seen it: it may have been submitted a moment before."""
+    submit(ledger)
+    running = claim(ledger)
+    destroy, _ = ledger.submit(job("destroy"), names.RUN_JOB)
+
+    ledger.group_down(GROUP, 1, "rank 0 was killed")
+
+    assert running is not None
+    assert "rank 0 was killed" in (ledger.require_job(running.id).error or {})["message"]
+    assert ledger.require_job(destroy.id).state == "finished"
+    group = ledger.group(GROUP)
+    assert group is not None
+    assert (group.state, ledger.identifiers(), ledger.queue_length(QUEUE)) == ("destroyed", [], 0)
 
 
 def test_epochs_go_on_when_a_name_is_used_again(ledger: Ledger) -> None:

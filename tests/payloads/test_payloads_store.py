@@ -191,7 +191,7 @@ def test_a_gateway_loads_neither_torch_nor_numpy_nor_redis() -> None:
 
 
 STREAMER = """
-import resource, sys
+import sys
 from nexrl_payloads import open_store
 store, chunk = open_store(sys.argv[1]), bytes(1 << 20)
 
@@ -200,16 +200,18 @@ def send(mebibytes):
         for _ in range(mebibytes):
             upload.write(chunk)
         upload.commit()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # The rusage of a process counts what its parent held when it was started; this does not.
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM:")).split()[1])
 
 before = send(8)
 print((send(128) - before) * 1024)
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("kind", ["file", "redis"])
 def test_a_gateway_does_not_grow_with_the_batch(kind: str, folder: Path, request: pytest.FixtureRequest) -> None:
-    """An upload sixteen times as long takes no more memory."""
+    """An upload that is 120 MiB longer takes no more memory."""
     url = url_of(folder) if kind == "file" else request.getfixturevalue("redis_url")
     done = subprocess.run([sys.executable, "-c", STREAMER, url], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 1 << 20
+    assert int(done.stdout) < 4 << 20

@@ -102,11 +102,11 @@ def test_results_live_longer(store_and_url: tuple[PayloadStore, str]) -> None:
     store, _ = store_and_url
     for payload_id in ("batch", "touched", "job.result"):
         store.put(payload_id, [b"x"])
-    time.sleep(0.5)
+    time.sleep(1.6)
     store.touch("touched")
-    assert store.sweep(set(), result_age_s=3600, upload_age_s=0.3) == ["batch"]
+    assert store.sweep(set(), result_age_s=3600, upload_age_s=1.5) == ["batch"]
     assert store.nbytes("job.result") == store.nbytes("touched") == 1
-    assert store.sweep(set(), result_age_s=0.3, upload_age_s=3600) == ["job.result"]
+    assert store.sweep(set(), result_age_s=1.5, upload_age_s=3600) == ["job.result"]
 
 
 def test_delete_leaves_nothing(store_and_url: tuple[PayloadStore, str]) -> None:

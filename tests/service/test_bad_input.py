@@ -25,7 +25,7 @@ from nexrl_client import (
 from running_stack import Stack
 from service_kit import fingerprint, make_batch
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 Spoil = Callable[[dict[str, Any]], None]
 

@@ -12,7 +12,7 @@ from running_stack import Stack
 from service_kit import StartGroup, fingerprint, make_batch
 from transformers import AutoModelForCausalLM
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def test_training_goes_on_as_if_nothing_had_happened(student: HTTPTrainServiceClient, start_group: StartGroup) -> None:

@@ -12,7 +12,7 @@ from nexrl_client import HTTPTrainServiceClient, InvalidConfig, InvalidTensor, I
 from service_kit import VOCABULARY, StartGroup, fingerprint, make_batch
 from transformers import AutoModelForCausalLM
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 Batch = dict[str, Any]
 

@@ -14,7 +14,7 @@ from nexrl_client import GroupDown, HTTPTrainServiceClient, OperationFailed
 from running_stack import Stack
 from service_kit import StartGroup, make_batch
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def test_a_group_that_finds_no_slot_waits_says_so_and_gets_it(
@@ -33,7 +33,7 @@ def test_a_group_that_finds_no_slot_waits_says_so_and_gets_it(
     assert waiting["state"] == "queued"
     assert f"{free + 1} " in waiting["waits_for"]
     assert "slots" in waiting["waits_for"]
-    assert placement.result(60)["world_size"] == free + 1
+    assert placement.result(120)["world_size"] == free + 1
     second.destroy()
     assert second.health_check()["slots"]["free"] == free + 1
 

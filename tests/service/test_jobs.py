@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import requests
 import torch
+from conftest import wait_until
 from nexrl_client import HTTPTrainServiceClient, RoleUnsupported, ServiceTimeout, tensor_to_data
 from running_stack import Stack
 from service_kit import StartGroup, fingerprint, make_batch
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def json_batch(batch: dict[str, Any]) -> dict[str, Any]:
@@ -107,6 +108,7 @@ def test_a_student_and_a_teacher_work_side_by_side(student: HTTPTrainServiceClie
     teacher = start_group("teacher", role="teacher")
     batch = make_batch()
     busy = student.submit("compute_log_prob", make_batch(rows=512, length=256, responses=128))
+    wait_until(lambda: busy.status()["state"] == "running", 10, "the student's beginning")
     started = time.monotonic()
     scores = teacher.compute_log_prob(batch)["batch"]["old_log_probs"]
     waited = time.monotonic() - started

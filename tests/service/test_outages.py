@@ -82,7 +82,7 @@ def test_ctrl_c_waits_for_what_runs_and_says_so(start: Start, tiny_model: Path) 
     stack = start("--slots", "2").until_ready()
     client = HTTPTrainServiceClient(stack.url, "student")
     assert client.job(job).status()["state"] == "finished"
-    wait_until(lambda: client.worker_info()["state"] == "ready", 60)
+    wait_until(lambda: client.worker_info()["state"] == "ready", 120)
     assert client.worker_info()["seq"] == 2
     hold(stack, client)
     stack.process.send_signal(signal.SIGINT)

@@ -32,7 +32,7 @@ from transformers import (
     Qwen2Config,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def _config(**more: Any) -> Qwen2Config:

@@ -10,7 +10,7 @@ from nexrl_client import InvalidConfig, create_train_service_clients, load_servi
 from running_stack import Stack
 from service_kit import make_batch
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 SERVICE = """\
 trainer: {{steps: 10, folder: "${{somewhere.else}}"}}

@@ -11,7 +11,7 @@ from running_stack import Stack
 from service_kit import StartGroup, fingerprint, make_batch
 from transformers import AutoModelForCausalLM
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def test_the_lines_of_the_readme_work_as_they_stand(stack: Stack, tiny_model: Path) -> None:

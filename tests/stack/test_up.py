@@ -125,8 +125,7 @@ def _kill_and_wait_for_another(stack: Any, module: str) -> None:
 
 
 def _pid_of(stack: Any, module: str) -> int | None:
-    pids = [process.pid for process in stack.processes() if module in " ".join(process.cmdline())]
-    return pids[0] if pids else None
+    return next((process.pid for process in stack.running(module)), None)
 
 
 def _ready(url: str) -> bool:

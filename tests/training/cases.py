@@ -88,7 +88,9 @@ def drawn(count: int, first: int) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
 
     @seed(first)
-    @settings(max_examples=500, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=500, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    )
     @given(DRAWN)
     def draw(case: dict[str, Any]) -> None:
         if len(found) < count and all(sum(case[key] != old[key] for key in case) > len(case) // 3 for old in found):

@@ -16,9 +16,18 @@ from nexrl_contract.processes import die_with_parent
 
 
 def run_ranks(
-    world_size: int, checks: str, folder: Path, *arguments: str, limit: float = 300, script: str = "ranks.py"
+    world_size: int,
+    checks: str,
+    folder: Path,
+    *arguments: str,
+    limit: float = 300,
+    script: str = "ranks.py",
+    variables: Mapping[str, str] | None = None,
 ) -> Any:
-    """Run `checks` of `script` (beside this file, or a whole path) on that many processes over gloo: rank 0's answer."""
+    """Run `checks` of `script` (beside this file, or a whole path) on that many processes over gloo: rank 0's answer.
+
+    `variables` are added to their environment.
+    """
     out = folder / f"{checks}-{world_size}.json"
     meeting = folder / f"meeting-{checks}-{world_size}"
     meeting.unlink(missing_ok=True)
@@ -27,6 +36,7 @@ def run_ranks(
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
         "PYTHONPATH": os.pathsep.join(sys.path),
+        **(variables or {}),
     }
     program = str(Path(__file__).parent / script)
     ranks = [

@@ -71,10 +71,13 @@ def test_gradients_kept_back_are_the_same(tmp_path: Path, world_size: int) -> No
 
 @pytest.mark.slow
 def test_the_clock_shows_who_waits(tmp_path: Path) -> None:
-    """A rank that waits half a second for another in a collective reports it as communication, inside its forward."""
+    """A rank that waits 1.5 s for another in a collective reports it as communication, inside its forward.
+
+    Or some of it: on a busy machine it is late itself.
+    """
     answer = run_ranks(2, "waiting", tmp_path, save_model(tmp_path / "model"), script=RANKS)
-    assert 0.4 < answer["communication"] <= answer["forward"] + answer["backward"]
-    assert answer["forward"] > 0.4 and answer["backward"] > 0.0 and answer["step"] == 0.0
+    assert 1.0 < answer["communication"] <= answer["forward"] + answer["backward"]
+    assert answer["forward"] > 1.0 and answer["backward"] > 0.0 and answer["step"] == 0.0
 
 
 def test_clock_adds_up_and_forgets() -> None:

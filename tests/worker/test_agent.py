@@ -11,17 +11,18 @@ import pytest
 from conftest import RedisServer, wait_until
 from lossy import LosesReplies
 from nexrl_contract import names
+from nexrl_ledger import Fenced
 from records import new_job
-from running_agent import Agents
+from running_agent import START_S, Agents
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 def test_ranks_that_still_start_die_with_their_agent(agents: Agents, redis_url: str, model: Path) -> None:
     """They load torch for seconds before they could notice anything themselves."""
     agents.start(redis_url)
     agents.place(model, world_size=2)
-    wait_until(lambda: len(agents.ranks()) >= 2, 60, "the ranks")
+    wait_until(lambda: len(agents.ranks()) >= 2, START_S, "the ranks")
 
     agents.stop(signal.SIGKILL)
 
@@ -43,7 +44,7 @@ def test_a_group_that_cannot_be_started_is_down_and_the_agent_goes_on(
     assert "could not be started" in failed.error["message"]
     assert agents.group().state == "down"
     other = agents.place(model, "other", world_size=2)
-    pid = wait_until(lambda: (groups / "other" / "run" / "rank1.pid").read_text() if _started(groups) else "", 60)
+    pid = wait_until(lambda: (groups / "other" / "run" / "rank1.pid").read_text() if _started(groups) else "", START_S)
     os.kill(int(pid), signal.SIGKILL)
     assert agents.ended(other).state == "failed"
     assert (agents.group("other").state, agents.free()) == ("down", 2), "who hears of the failure sees the truth"
@@ -90,7 +91,7 @@ def test_a_name_that_is_used_again_never_gets_the_former_groups_weights(
     assert state.is_dir()
 
     agents.start(redis_url, slots=1)
-    wait_until(lambda: agents.group().state == "ready", 60, "the group")
+    wait_until(lambda: agents.group().state == "ready", START_S, "the group")
     agents.ended(agents.submit("destroy"))
     assert not state.exists()
 
@@ -102,18 +103,36 @@ def test_an_agent_with_too_few_slots_for_its_groups_says_so_and_keeps_their_stat
     agents.ready(model, world_size=2)
     assert agents.stop() == 0
 
-    assert agents.start(redis_url, slots=1).wait(60) == 1
+    assert agents.start(redis_url, slots=1).wait(START_S) == 1
 
     assert "need 2 slots" in agents.log.read_text()
     agents.start(redis_url, slots=2)
-    wait_until(lambda: agents.group().state == "ready", 60, "the group")
+    wait_until(lambda: agents.group().state == "ready", START_S, "the group")
+
+
+def test_a_placement_left_behind_by_a_former_group_does_not_place_the_next_one(
+    agents: Agents, redis_url: str, model: Path
+) -> None:
+    """Its agent was lost while it placed; the group was taken for lost, destroyed, and made again."""
+    former = agents.place(model)
+    assert agents.ledger.claim(names.AGENT_QUEUE, job_id=former.id) is not None
+    epoch = agents.ledger.start_epoch("student", "lost", ["host"])
+    agents.ledger.group_down("student", epoch, "its agent has not been heard")
+    agents.ledger.group_destroyed("student", epoch)
+    agents.ledger.client.hset(names.job_key(former.id), "lease_at", "0")
+    wanted = agents.place(model)
+
+    agents.start(redis_url)
+
+    assert agents.ended(wanted).state == "finished"
+    assert agents.ended(former, 20).state == "failed"
 
 
 def test_a_destroy_that_waits_is_done_when_the_group_goes_down(agents: Agents, redis_url: str, model: Path) -> None:
     """Nobody who wanted the group gone is told that it failed."""
     agents.start(redis_url)
     placement = agents.place(model)
-    pid = wait_until(lambda: _pid(agents), 60)
+    pid = wait_until(lambda: _pid(agents), START_S)
     destroy = agents.submit("destroy")
     os.kill(pid, signal.SIGKILL)
 
@@ -148,3 +167,30 @@ def test_a_barrier_behind_a_save_waits_until_it_is_published(agents: Agents, red
     assert reason is not None and save.id in reason and states == ["queued", "queued"]
     assert [agents.ended(job, 20).state for job in (load, barrier)] == ["finished", "finished"]
     assert agents.ledger.require_job(load.id).waits_for is None
+
+
+def test_a_group_whose_loss_was_half_reported_is_down_all_the_same(
+    agents: Agents, redis_server: RedisServer, redis_url: str, model: Path
+) -> None:
+    """The agent that found its ranks killed loses Redis while it says so; it must not take what is left for all there was."""
+    agents.start(redis_url)
+    agents.ready(model)
+    lost = agents.ended(agents.submit("load_checkpoint", path=str(model)))
+    assert (lost.state, agents.group().seq) == ("finished", 1)
+    agents.stop(signal.SIGKILL)
+    for unknown in (
+        agents.ledger.group_down,
+        agents.ledger.roll_back,
+    ):  # Redis keeps a script that it was once asked for
+        with pytest.raises(Fenced):
+            unknown("nobody", 1, 0)
+    lossy = LosesReplies(redis_server.port)
+    lossy.command = names.applied_key("student").encode()
+
+    agents.start(lossy.url)
+    wait_until(lambda: agents.group().epoch > 1 and agents.group().state in ("down", "ready"), START_S, "the end")
+
+    assert lossy.command is None, "nothing was lost"
+    assert (agents.group().state, agents.ledger.require_job(lost.id).state) == ("down", "rolled_back")
+    assert "1 finished operations" in str(agents.group().cause)
+    lossy.close()

@@ -20,7 +20,7 @@ from records import new_job
 from running_agent import Agents, save_model
 from safetensors.torch import load_file, save_file
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")
