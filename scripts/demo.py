@@ -26,6 +26,8 @@ def main() -> int:
     stack = subprocess.Popen(
         [sys.executable, "-m", "nexrl_stack", "up", "--port", "0", "--data", str(DATA), "--fresh"],
         cwd=ROOT,
+        # The example wants two ranks, which one GPU is not: what it shows is the same on the CPU.
+        env={"CUDA_VISIBLE_DEVICES": "", **os.environ},
         stdout=subprocess.PIPE,
         text=True,
         preexec_fn=partial(die_with_parent, os.getpid()),

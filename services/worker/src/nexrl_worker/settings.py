@@ -143,8 +143,12 @@ def _integer(name: str, default: int) -> int:
 
 
 def _gpus() -> tuple[str, ...]:
+    """Those of CUDA_VISIBLE_DEVICES where it is set (set but empty: none), else all by nvidia-smi's numbers."""
     if shutil.which("nvidia-smi") is None:
         return ()
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return tuple(name.strip() for name in chosen.split(",") if name.strip() not in ("", "-1"))
     listed = subprocess.run(
         ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True
     )

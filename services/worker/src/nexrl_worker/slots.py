@@ -1,4 +1,4 @@
-"""The agent's slots: GPUs by index, or a number of CPU ranks."""
+"""The agent's slots: GPUs by index or by UUID, or a number of CPU ranks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ class Slots:
         self._lock = threading.Lock()
         self._total = total
         self._free = total
+        self._order = gpus
         self._gpus = list(gpus[:total])
 
     @property
@@ -31,7 +32,7 @@ class Slots:
         """The inverse of :meth:`take`."""
         with self._lock:
             self._free += count
-            self._gpus = sorted([*self._gpus, *gpus], key=int)
+            self._gpus = sorted([*self._gpus, *gpus], key=self._order.index)
 
     def shortage(self, count: int, agent: str) -> str:
         """Why a group of ``count`` ranks waits."""
