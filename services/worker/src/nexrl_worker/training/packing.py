@@ -20,6 +20,15 @@ from nexrl_worker.training.errors import InvalidValue
 ATTENTION = "nexrl_segments"
 # What attention functions are told that changes their result and that is not done here.
 _NOT_OFFERED = ("s_aux", "position_bias", "head_mask")
+# One kernel for streams of every length: below 128 tokens torch would take that of decoding, which the probe would then
+# test in place of the one that trains, and compile everything twice.
+_FLEX_OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
+_FLEX_FORMS = 64  # with and without gradients, short streams and long ones, a reference of another shape: more than 8
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device; a GPU takes it from pinned memory, so that nobody waits until it has done its work."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class Segments:
@@ -37,20 +46,22 @@ class Segments:
     @cached_property
     def bounds(self) -> Tensor:
         """Where rows begin and end: int32 [n+1] on the device."""
-        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=self.device)
+        return send(torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32), self.device)
 
+    @torch.no_grad()  # one compiled form of what makes the mask, whether gradients are asked for or not
     def block_mask(self, window: int | None) -> Any:
         """FlexAttention's mask: the same row, not later, and less than `window` tokens before."""
         if window not in self._masks:
             from torch.nn.attention.flex_attention import create_block_mask
 
-            lengths = torch.tensor(self.lengths, device=self.device)
-            row = torch.repeat_interleave(torch.arange(len(self.lengths), device=self.device), lengths)
+            # On the CPU: to learn how many tokens there are, the device would have to be waited for.
+            row = send(torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths)), self.device)
             total = int(row.numel())
+            # A tensor: a number, or none, would be compiled into kernels of its own.
+            reach = torch.full((), total if window is None else window, device=self.device)
 
             def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-                seen = (row[query] == row[key]) & (query >= key)
-                return seen if window is None else seen & (query - key < window)
+                return (row[query] == row[key]) & (query >= key) & (query - key < reach)
 
             self._masks[window] = create_block_mask(
                 visible, None, None, total, total, device=self.device, _compile=True
@@ -154,8 +165,12 @@ def _on_cuda(
         return attended[None]
     from transformers.integrations.flex_attention import flex_attention_forward
 
-    mask = segments.block_mask(window)
-    result: Tensor = flex_attention_forward(module, query, key, value, mask, scaling=scaling, softcap=softcap)[0]
+    # Beyond torch's own limit it would go on uncompiled, and hold every score of the stream at once.
+    with torch._dynamo.config.patch(recompile_limit=_FLEX_FORMS):
+        result: Tensor = flex_attention_forward(
+            module, query, key, value, segments.block_mask(window), scaling=scaling, softcap=softcap,
+            kernel_options=dict(_FLEX_OPTIONS),
+        )[0]  # fmt: skip
     return result
 
 
