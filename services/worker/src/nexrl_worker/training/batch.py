@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nexrl_worker.training.errors import InvalidValue
-from nexrl_worker.training.packing import Segments
+from nexrl_worker.training.packing import Segments, send
 
 
 class Rows(Protocol):
@@ -129,8 +129,9 @@ class MicroBatch:
 
     Shapes: input_ids, attention_mask, position_ids [n,C]; packed: [1,C], the mask None, and `segments` the rows that
     hold tokens. index, labels, slots [T], one per attended label: `index` into the flat layout (the predicting token),
-    `slots` into [n*R]; scored [T] bool on the CPU; last [n] the flat place of each row's last token (-1 for a row
-    without any); mask [n,R] bool; values {name: [n,R]}. `padded` counts the tokens computed, `attended` the real ones.
+    `slots` into [n*R]; scored [T] bool on the CPU, `chosen` the slots of the scored; last [n] the flat place of each
+    row's last token (-1 for a row without any); mask [n,R] bool; values {name: [n,R]}. `padded` counts the tokens
+    computed, `attended` the real ones.
     """
 
     input_ids: Tensor
@@ -140,6 +141,7 @@ class MicroBatch:
     labels: Tensor
     slots: Tensor
     scored: Tensor
+    chosen: Tensor
     last: Tensor
     mask: Tensor
     values: dict[str, Tensor]
@@ -190,7 +192,7 @@ class BatchReader:
 
     def _place(self, name: str, value: Tensor) -> Tensor:
         """On the device; ids stay integers, all else is in the reader's dtype."""
-        return value.to(self.device, torch.int64 if name.endswith("_ids") else self.dtype)
+        return send(value.to(torch.int64 if name.endswith("_ids") else self.dtype), self.device)
 
     def _assemble(
         self, ids: Tensor, masks: Masks, given: Tensor | None, values: dict[str, Tensor], real: bool
@@ -204,16 +206,18 @@ class BatchReader:
         columns = torch.arange(ids.shape[1]).expand_as(ids)
         latest = torch.where(masks.attention, columns, 0).cummax(dim=-1).values
         ends = inputs.places.gather(1, latest[:, -1:]).squeeze(1)
+        slots, scored = row * response + k, masks.scored[row, k]
         return MicroBatch(
-            input_ids=inputs.ids.to(self.device),
-            attention_mask=None if self.packed else inputs.visible.long().to(self.device),
-            position_ids=inputs.positions.to(self.device),
-            index=inputs.places[row, latest[row, k + first - 1]].to(self.device),
-            labels=ids[row, k + first].long().to(self.device),
-            slots=(row * response + k).to(self.device),
-            scored=masks.scored[row, k],
-            last=torch.where(masks.attention.any(dim=-1), ends, -1).to(self.device),
-            mask=masks.scored.to(self.device),
+            input_ids=send(inputs.ids, self.device),
+            attention_mask=None if self.packed else send(inputs.visible.long(), self.device),
+            position_ids=send(inputs.positions, self.device),
+            index=send(inputs.places[row, latest[row, k + first - 1]], self.device),
+            labels=send(ids[row, k + first].long(), self.device),
+            slots=send(slots, self.device),
+            scored=scored,
+            chosen=send(slots[scored], self.device),
+            last=send(torch.where(masks.attention.any(dim=-1), ends, -1), self.device),
+            mask=send(masks.scored, self.device),
             values={name: self._place(name, value) for name, value in values.items()},
             attended=int(masks.attention.sum()) if real else 0,
             padded=inputs.ids.numel(),

@@ -42,7 +42,7 @@ class PolicyObjective:
         main = self.aggregation.numerator(weighted, micro.mask)
         loss = self._terms.add(main, tokens.log_probs, entropies, micro, tally)
         count_batch(micro, self.aggregation, tally)
-        _count_ratios(tokens, per_token, tally)
+        _count_ratios(tokens, per_token, micro.chosen, tally)
         return Evaluated(loss, {"log_probs": log_probs.detach()} if answers else {})
 
     def metrics(self, totals: Totals) -> dict[str, Any]:
@@ -100,10 +100,11 @@ class PolicyObjective:
 
 
 @torch.no_grad()
-def _count_ratios(tokens: Tokens, per_token: PerToken, tally: Tally) -> None:
+def _count_ratios(tokens: Tokens, per_token: PerToken, chosen: Tensor, tally: Tally) -> None:
+    """`chosen`: the flat places of the scored tokens; to find them in the mask, the device would be waited for."""
     mask, ratio = tokens.mask, per_token.ratio
     if ratio is not None:
-        kept = ratio[mask]
+        kept = ratio.flatten()[chosen]
         tally.pool("ratio", kept)
         tally.add("ratio", kept.sum())
         tally.add("far", ((kept < _NEAR[0]) | (kept > _NEAR[1])).sum())

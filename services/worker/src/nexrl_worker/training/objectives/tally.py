@@ -36,8 +36,11 @@ class Tally:
         self._pools: dict[str, list[Tensor]] = {}
 
     def add(self, name: str, value: Tensor | float) -> None:
-        """Add a 0-dim value."""
-        number = torch.as_tensor(value, device=self._device).detach().double()
+        """Add a 0-dim value; a number is filled in on the device, as copying it there would wait for the device."""
+        if isinstance(value, Tensor):
+            number = value.detach().double()
+        else:
+            number = torch.full((), value, dtype=torch.float64, device=self._device)
         self._sums[name] = self._sums[name] + number if name in self._sums else number
 
     def pool(self, name: str, values: Tensor) -> None:
@@ -49,15 +52,15 @@ class Tally:
         names = sorted(self._sums)
         stacked = torch.stack([self._sums[name] for name in names])
         dist.all_reduce(stacked)
-        pools = {name: _gathered(torch.cat(self._pools[name])).sort().values for name in sorted(self._pools)}
+        pools = {name: _gathered(torch.cat(self._pools[name])).sort().values.cpu() for name in sorted(self._pools)}
         return Totals(dict(zip(names, stacked.tolist(), strict=True)), pools)
 
 
 def _gathered(mine: Tensor) -> Tensor:
-    """Every rank's 1-dim tensor in one, on the CPU; lengths may differ. Collective."""
+    """Every rank's 1-dim tensor in one; lengths may differ. Collective."""
     world = dist.get_world_size()
     if world == 1:
-        return mine.cpu()
+        return mine
     sizes = [torch.zeros(1, dtype=torch.int64, device=mine.device) for _ in range(world)]
     dist.all_gather(sizes, torch.tensor([mine.numel()], device=mine.device))
     counts = [int(size) for size in sizes]
@@ -65,4 +68,4 @@ def _gathered(mine: Tensor) -> Tensor:
     padded[: mine.numel()] = mine
     parts = [torch.empty_like(padded) for _ in range(world)]
     dist.all_gather(parts, padded)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).cpu()
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
