@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-CPU_SLOTS = 4
+from nexrl_contract.machine import CPU_SLOTS, visible_gpus
+
 STOP_LIMIT_S = 30 * 60
 """How long a stop waits for running operations to end and for groups to keep their state."""
 _AGENT_GRACE_S = STOP_LIMIT_S + 60.0
@@ -84,15 +84,8 @@ def stack_services(settings: StackSettings, redis_url: str) -> list[Service]:
 
 
 def default_slots() -> int:
-    """The number of CUDA devices (of CUDA_VISIBLE_DEVICES where it is set), or ``CPU_SLOTS`` where there is none."""
-    try:
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return CPU_SLOTS
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return sum(name.strip() not in ("", "-1") for name in chosen.split(",")) or CPU_SLOTS
-    return sum(line.startswith("GPU ") for line in listing.splitlines()) or CPU_SLOTS
+    """As many as an agent offers when it is not told."""
+    return len(visible_gpus()) or CPU_SLOTS
 
 
 def _python(name: str, module: str, env: Mapping[str, str], grace_s: float) -> Service:

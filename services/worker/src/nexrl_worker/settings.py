@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-_DEFAULT_CPU_SLOTS = 4
+from nexrl_contract.machine import CPU_SLOTS, visible_gpus
+
 _DEFAULT_STOP_LIMIT_S = 50  # within the stop_grace_period of docker-compose.yml
 
 
@@ -36,10 +35,10 @@ class AgentSettings:
     def from_env(cls) -> Self:
         """Raises ValueError naming the variable that does not fit."""
         data = Path(os.environ.get("NEXRL_DATA", "data")).absolute()
-        gpus = _gpus()
+        gpus = visible_gpus()
         fixed = os.environ.get("NEXRL_IDENTIFIER") or None
         world_size = _integer("NEXRL_WORLD_SIZE", 1) if fixed else None
-        slots = world_size or _integer("NEXRL_SLOTS", len(gpus) or _DEFAULT_CPU_SLOTS)
+        slots = world_size or _integer("NEXRL_SLOTS", len(gpus) or CPU_SLOTS)
         if gpus and slots > len(gpus):
             raise ValueError(
                 f"{slots} slots were asked for (NEXRL_SLOTS or NEXRL_WORLD_SIZE), but there are {len(gpus)} GPUs"
@@ -140,16 +139,3 @@ def _integer(name: str, default: int) -> int:
     if not text.isdigit() or int(text) < 1:
         raise ValueError(f"{name} must be a positive integer, not {text!r}")
     return int(text)
-
-
-def _gpus() -> tuple[str, ...]:
-    """Those of CUDA_VISIBLE_DEVICES where it is set (set but empty: none), else all by nvidia-smi's numbers."""
-    if shutil.which("nvidia-smi") is None:
-        return ()
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return tuple(name.strip() for name in chosen.split(",") if name.strip() not in ("", "-1"))
-    listed = subprocess.run(
-        ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True
-    )
-    return tuple(listed.stdout.split()) if listed.returncode == 0 else ()
