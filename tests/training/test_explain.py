@@ -35,14 +35,19 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_model(folder, max_position_embeddings=512, initializer_range=0.02, **SIZES)
 
 
+def explain(world_size: int, folder: Path, path: str, settings: dict[str, Any]) -> Any:
+    """What the ranks of explain_ranks.py answer."""
+    arguments = (path, json.dumps(settings))
+    return run_ranks(world_size, "explain", folder, *arguments, script="explain_ranks.py", variables=STEADY)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("cut", CUTS, ids=list(CUTS))
 def test_the_plan_is_what_happens(cut: str, world_size: int, path: str, tmp_path: Path) -> None:
     """Rows, tokens, padding and steps are those of the update; the peak is within a quarter; nothing has changed."""
-    settings = json.dumps(CUTS[cut])
-    answer = run_ranks(world_size, "explain", tmp_path, path, settings, script="explain_ranks.py", variables=STEADY)
+    answer = explain(world_size, tmp_path, path, CUTS[cut])
     plan, results = answer["explained"], answer["results"]
     assert answer["unchanged"]
     assert plan["rows"] == 10 and sum(plan["rows_per_rank"]) == 10 and len(plan["rows_per_rank"]) == world_size
@@ -61,8 +66,6 @@ def test_the_peak_of_a_family_with_logits_of_its_own(cut: str, tmp_path: Path) -
     """Gemma 2 caps its logits, so that they are held whole: the estimate is within a quarter there, too."""
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 80, "max_position_embeddings": 512}
     Gemma2ForCausalLM(Gemma2Config(**{**SIZES, "num_hidden_layers": 3}, **heads)).save_pretrained(tmp_path / "model")
-    settings = json.dumps(OWN_LOGITS[cut])
-    model = str(tmp_path / "model")
-    answer = run_ranks(1, "explain", tmp_path, model, settings, script="explain_ranks.py", variables=STEADY)
+    answer = explain(1, tmp_path, str(tmp_path / "model"), OWN_LOGITS[cut])
     measured = max(result["memory/peak_mib"] for result in answer["results"])
     assert answer["explained"]["peak_memory_mib"] == pytest.approx(measured, rel=0.25)

@@ -89,9 +89,9 @@ class JobRecords(LedgerPart):
             pipe.set(key, job.id)
         self.bell.ring(pipe, job.queue, function, job.id)
 
-    def replay_of(self, key: str, fingerprint: str) -> JobRecord | None:
-        """The job that first used an idempotency key, None when the key is new; raises as :meth:`submit` does."""
-        first = self.client.get(names.idempotency_key(key))
+    def replay_of(self, key: str | None, fingerprint: str) -> JobRecord | None:
+        """The job that first used an idempotency key, None when the key is new or none; raises as :meth:`submit` does."""
+        first = self.client.get(names.idempotency_key(key)) if key else None
         if first is None:
             return None
         return self._replayed(

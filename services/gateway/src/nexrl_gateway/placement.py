@@ -101,7 +101,7 @@ def initialize(services: Services, wanted: Wanted, key: str | None) -> tuple[Gro
     mark = fingerprint(
         "initialize_worker", wanted.identifier, {"wanted": [wanted.role, wanted.world_size, wanted.settings]}, ""
     )
-    first = ledger.replay_of(key, mark) if key else None
+    first = ledger.replay_of(key, mark)
     if first is not None:
         return _group_of(ledger, wanted, first.id), first, False
     for _ in range(_RACES):

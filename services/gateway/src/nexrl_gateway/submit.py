@@ -189,13 +189,13 @@ def _submit_parts(
     """The parts stay until a job has taken them, so the verb may be repeated; the id stands for their content."""
     said = {"params": batch.params, "metadata": batch.metadata}
     mark = fingerprint(operation.name, group.identifier, said, f"parts:{batch.payload}:{batch.parts}")
-    first = services.ledger.replay_of(key, mark) if key is not None else None
+    first = services.ledger.replay_of(key, mark)
     if first is not None:
         return first
     try:
         draft = _parts_draft(services, operation, batch, group, mark)
     except ServiceError:
-        first = services.ledger.replay_of(key, mark) if key is not None else None
+        first = services.ledger.replay_of(key, mark)
         if first is None:
             raise
         return first  # an earlier attempt, whose connection was lost, has taken the parts meanwhile
