@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import socket
 import threading
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import tensor_codec
 import xxhash
 from nexrl_client import ClientClosed, HTTPTrainServiceClient, InvalidAnswer, TooLarge, Unreachable
-from nexrl_contract.names import CHECKSUM_HEADER, FRAME_TYPE
+from nexrl_contract.names import CHECKSUM_HEADER, FRAME_TYPE, REQUEST_ID_HEADER
 
 from .scripted_server import Reply, ScriptedServer, error_reply, frame_reply
 
@@ -197,6 +198,41 @@ def test_pickled_client_connects_anew(server: ScriptedServer, client: HTTPTrainS
     assert (copy.identifier, copy.request_timeout) == ("student", 10)
     assert copy.barrier()["status"] == "success"
     assert pickle.loads(pickle.dumps(job)).result()["status"] == "success"
+
+
+def test_the_answer_of_another_request_is_never_returned(
+    server: ScriptedServer, client: HTTPTrainServiceClient, batch: dict[str, Any]
+) -> None:
+    """A connection that brought one is given up, and the call goes on over a new one; a result names its own job."""
+    other = frame_reply({"old_log_probs": np.ones((4, 3), np.float32)}, {}, {})
+    server.script = [Reply(content=other.content, headers={**other.headers, REQUEST_ID_HEADER: "another"}), Reply()]
+    assert client.compute_log_prob(batch) == {"status": "success"}
+    assert server.connections == 2
+    assert len({request.headers[REQUEST_ID_HEADER.lower()] for request in server.seen}) == 2
+    assert len({request.headers["idempotency-key"] for request in server.seen}) == 1
+    server.script = [QUEUED, frame_reply({}, {}, {"job_id": "f" * 32})]
+    with pytest.raises(InvalidAnswer, match=f"{JOB} was asked for, and that of {'f' * 32}"):
+        client.compute_log_prob(batch)
+
+
+def test_what_is_no_service_is_said_at_once() -> None:
+    """Something that speaks no HTTP, or no TLS: neither learns it by being asked again."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            for _ in range(2):
+                with listener.accept()[0] as connection:
+                    connection.recv(4096)
+                    connection.sendall(b"-ERR unknown command 'GET'\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(InvalidAnswer, match="speaks no HTTP"):
+            HTTPTrainServiceClient(address).get_models()
+        with pytest.raises(InvalidAnswer, match="no TLS with"):
+            HTTPTrainServiceClient(f"https://{address}").get_models()
+        thread.join()
 
 
 def test_closed_client(server: ScriptedServer) -> None:

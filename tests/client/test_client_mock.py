@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from nexrl_client import InvalidTensor, JobFinal, JobNotFound, MockTrainServiceClient
+from nexrl_client import InvalidTensor, JobFinal, JobNotFound, MockTrainServiceClient, UnknownOperation
 
 
 @pytest.fixture
@@ -118,3 +119,15 @@ def test_memory_does_not_grow(mock: MockTrainServiceClient, batch: dict[str, Any
     for _ in range(3):
         mock.update_actor(batch)
     assert mock._results == {}
+
+
+def test_awaited(mock: MockTrainServiceClient, batch: dict[str, Any]) -> None:
+    """submit and result in a trainer that is a coroutine."""
+
+    async def trainer() -> list[dict[str, Any]]:
+        jobs = await asyncio.gather(*(mock.submit_async("compute_log_prob", batch) for _ in range(3)))
+        return await asyncio.gather(*(job.result_async(timeout=5) for job in jobs))
+
+    assert [result["batch"]["old_log_probs"].shape for result in asyncio.run(trainer())] == [(4, 3)] * 3
+    with pytest.raises(UnknownOperation):
+        asyncio.run(mock.submit_async("update_actr", batch))

@@ -1,5 +1,6 @@
 """One table of error codes: the HTTP status of each and whether the same request may succeed later.
 
+An error may say for itself that it is not retryable: GROUP_DOWN passes while the group restarts, and not otherwise.
 Every error a user meets is a :class:`ServiceError`; its :meth:`~ServiceError.body` is the one JSON shape of the whole service.
 """
 
@@ -59,16 +60,21 @@ RETRY_AFTER_S = 2
 
 
 class ServiceError(Exception):
-    """A refusal or failure with a code of :data:`ERRORS`; ``details`` are further JSON fields (tensor, row, key, nearest...)."""
+    """A refusal or failure with a code of :data:`ERRORS`; ``details`` are further JSON fields (tensor, row, key, nearest...).
+
+    ``retryable`` is the code's unless given: whether waiting can make the same request succeed.
+    """
 
     def __init__(self, code: str, message: str, **details: Any) -> None:
         super().__init__(code, message)
         self.code = code
         self.message = message
+        given = details.pop("retryable", None)
+        self.retryable: bool = self.kind.retryable if given is None else bool(given)
         self.details = {name: value for name, value in details.items() if value is not None}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self.code, self.message, self.details)
+        return _rebuild, (self.code, self.message, self.retryable, self.details)
 
     def __str__(self) -> str:
         return f"{self.code}: {self.message}"
@@ -83,7 +89,7 @@ class ServiceError(Exception):
         return {
             "code": self.code,
             "message": self.message,
-            "retryable": self.kind.retryable,
+            "retryable": self.retryable,
             "identifier": None,
             "job_id": None,
             "rank": None,
@@ -95,8 +101,10 @@ class ServiceError(Exception):
         """The inverse of :meth:`body`; an unknown code becomes ``INTERNAL``."""
         details = {key: value for key, value in body.items() if key not in ("code", "message", "retryable")}
         code = str(body.get("code", "INTERNAL"))
-        return cls(code if code in ERRORS else "INTERNAL", str(body.get("message", "")), **details)
+        if code not in ERRORS:
+            return cls("INTERNAL", str(body.get("message", "")), **details)
+        return cls(code, str(body.get("message", "")), retryable=body.get("retryable"), **details)
 
 
-def _rebuild(code: str, message: str, details: dict[str, Any]) -> ServiceError:
-    return ServiceError(code, message, **details)
+def _rebuild(code: str, message: str, retryable: bool, details: dict[str, Any]) -> ServiceError:
+    return ServiceError(code, message, retryable=retryable, **details)

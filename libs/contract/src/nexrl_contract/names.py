@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import time
 import uuid
@@ -11,6 +12,8 @@ KEY_PATTERN = r"^[A-Za-z0-9_.:-]{1,128}$"
 FRAME_TYPE = "application/vnd.nexrl.frame"
 JSON_TYPE = "application/json"
 CHECKSUM_HEADER = "X-Checksum-XXH3-128"
+REQUEST_ID_HEADER = "X-NexRL-Request-ID"
+"""A request's own mark, which its answer repeats: so an answer is known to be of its request."""
 FRAME_METADATA_KEY = "nexrl"
 
 AGENT_QUEUE = "agents"
@@ -92,3 +95,14 @@ def job_age_s(job_id: str) -> float | None:
     if re.fullmatch(r"[0-9a-f]{12}7[0-9a-f]{19}", job_id) is None:
         return None
     return time.time() - int(job_id[:12], 16) / 1000
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address or name, as a URL has it, means this machine itself: no proxy leads there."""
+    name = host.strip("[]").rstrip(".").lower()
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return name == "localhost" or name.endswith(".localhost")
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_loopback or address.is_unspecified

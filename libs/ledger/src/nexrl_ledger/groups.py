@@ -55,7 +55,8 @@ class GroupRecords(LedgerPart):
         A ``destroy`` among them has what it asks for: it finishes, and the group is destroyed. What was applied after ``kept`` is
         rolled back in the same step: a group rolled back and not yet down would pass for one that has lost nothing.
         """
-        queued = ServiceError("GROUP_DOWN", f"the group went down before it ran this: {cause}", identifier=identifier)
+        message = f"the group went down before it ran this: {cause}"
+        queued = ServiceError("GROUP_DOWN", message, retryable=False, identifier=identifier)
         self._end_group(identifier, epoch, "down", cause, _went_down(identifier, cause, rank), queued, kept)
 
     def group_destroyed(self, identifier: str, epoch: int | None, *, cause: str | None = None) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Self, TypeAlias
 
-from ._handle import JobHandle
+from ._handle import JobHandle, in_thread
 
 BatchLike: TypeAlias = Mapping[str, Any]
 
@@ -168,3 +169,10 @@ class TrainServiceClient(ABC):
     @abstractmethod
     def submit(self, operation: str, batch: BatchLike | None = None, **params: Any) -> JobHandle:
         """Start an operation (a method's name, with its arguments) and return at once, after the upload."""
+
+    async def submit_async(self, operation: str, batch: BatchLike | None = None, **params: Any) -> JobHandle:
+        """As submit, without blocking the event loop; await the handle's result_async().
+
+        The batch must not change before this returns. Cancelled, it may have submitted all the same.
+        """
+        return await in_thread(partial(self.submit, operation, batch, **params))

@@ -191,7 +191,7 @@ class TooManyQueued(Unavailable):
 
 
 class GroupDown(Unavailable):
-    """The group is down or restarting; the message says why."""
+    """The group is down (raised at once), restarting (waited for), or has no agent to start on; the message says why."""
 
     default_code = "GROUP_DOWN"
 

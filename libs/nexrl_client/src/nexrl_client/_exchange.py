@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
@@ -22,11 +23,18 @@ FIRST_BACK_OFF_S, MAX_BACK_OFF_S = 0.1, 5.0
 
 
 class Budget:
-    """Seconds that one call may take, uploads not counted; None is no limit."""
+    """Seconds that one call may take, uploads not counted; None is no limit, but ends with ``within``.
 
-    def __init__(self, seconds: float | None) -> None:
+    longest_wait_s is how long the service may hold one answer back.
+    """
+
+    def __init__(
+        self, seconds: float | None, within: Budget | None = None, *, longest_wait_s: float = MAX_WAIT_S
+    ) -> None:
         self._total = math.inf if seconds is None else float(seconds)
         self._start = time.monotonic()
+        self._within = within
+        self.longest_wait_s = longest_wait_s
 
     @property
     def endless(self) -> bool:
@@ -39,11 +47,16 @@ class Budget:
 
     def remaining(self) -> float:
         """Seconds left; 0 when spent, inf without a limit."""
-        return max(0.0, self._total - (time.monotonic() - self._start))
+        own = max(0.0, self._total - (time.monotonic() - self._start))
+        return own if self._within is None else min(own, self._within.remaining())
+
+    def spend(self) -> None:
+        """Leave nothing: whoever still asks stops."""
+        self._total = 0.0
 
     def wait_s(self) -> float:
         """How long the service may hold the next answer back."""
-        return min(MAX_WAIT_S, self.remaining())
+        return min(self.longest_wait_s, self.remaining())
 
     def connect_s(self) -> float:
         """How long the next connection may take to be made."""
@@ -113,21 +126,26 @@ def _back_off_s(attempt: int) -> float:
 def _error_of(request: Request, response: Response) -> ServiceFault:
     if 300 <= response.status < 400:
         target = response.headers.get("location", "nowhere")
-        return InvalidAnswer(f"{request.path} was redirected to {target}; give the client that address")
-    error = status_error(response.status, _error_body(response))
+        return InvalidAnswer(f"{response.source} redirects {request.path} to {target}; give the client that address")
+    error = status_error(response.status, _error_body(request, response))
     if "retry-after" in response.headers:
         error.details["retry_after_s"] = _retry_after_s(response.headers["retry-after"])
     return error
 
 
-def _error_body(response: Response) -> dict[str, Any]:
-    """The service's error object; of anything else (a proxy's page) its first characters as the message."""
+def _error_body(request: Request, response: Response) -> dict[str, Any]:
+    """The service's error object; of anything else (a proxy's page) who gave it, and its first characters."""
     text = bytes(response.body[:65536]).decode(errors="replace").strip()
-    try:
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
         body = json.loads(text)["error"]
-        return body if isinstance(body, dict) else {"message": text[:200]}
-    except (ValueError, KeyError, TypeError):
-        return {"message": " ".join(text[:200].split())}
+        if isinstance(body, dict):
+            return body
+    kind = response.headers.get("content-type", "nothing").partition(";")[0]
+    said = f": {' '.join(text[:200].split())}" if text else ""
+    return {
+        "message": f"{response.source} answered {request.method} {request.path} with {response.status} and {kind}, "
+        f"which is no answer of the service{said}"
+    }
 
 
 def _retry_after_s(text: str) -> float:

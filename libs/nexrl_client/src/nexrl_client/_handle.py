@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from nexrl_contract.records import FINAL_STATES
+
+from ._exchange import MAX_WAIT_S, Budget
+
+Value = TypeVar("Value")
+FIRST_WAIT_S = 1.0
+"""How long an awaited result is first asked for: a thread outlives a cancelled await by no more than its request."""
 
 
 class JobSource(Protocol):
@@ -14,8 +25,8 @@ class JobSource(Protocol):
         """The job's record."""
         ...
 
-    def job_result(self, job: JobHandle, timeout: float | None) -> dict[str, Any]:
-        """The job's result, waited for."""
+    def job_result(self, job: JobHandle, budget: Budget) -> dict[str, Any] | None:
+        """The job's result, asked for once; None where it has not ended, ServiceTimeout where the budget has."""
         ...
 
     def cancel_job(self, job_id: str) -> dict[str, Any]:
@@ -51,8 +62,51 @@ class JobHandle:
 
         Raises ServiceTimeout with this handle as .job, or the error that the job ended with.
         """
-        return self._source.job_result(self, timeout)
+        return self.result_within(Budget(timeout))
+
+    async def result_async(self, timeout: float | None = None) -> dict[str, Any]:
+        """As result, without blocking the event loop. Cancelled, the job goes on, and its result can be asked for again.
+
+        A thread asks for each awaited job, so any number may be awaited at once.
+        """
+        budget = Budget(timeout, longest_wait_s=FIRST_WAIT_S)
+        try:
+            while (result := await in_thread(partial(self._source.job_result, self, budget))) is None:
+                budget.longest_wait_s = min(2 * budget.longest_wait_s, MAX_WAIT_S)
+            return result
+        finally:
+            budget.spend()
+
+    def result_within(self, budget: Budget) -> dict[str, Any]:
+        """As result, of what is left of a call's time."""
+        while (result := self._source.job_result(self, budget)) is None:
+            pass
+        return result
 
     def cancel(self) -> dict[str, Any]:
         """Cancel a job that waits. Raises JobRunning or JobFinal where that is too late."""
         return self._source.cancel_job(self.id)
+
+
+async def in_thread(call: Callable[[], Value]) -> Value:
+    """What ``call`` returns or raises, from a thread of its own.
+
+    Not from asyncio's pool: waits would fill it for everybody, and a program could not end before they do.
+    """
+    loop = asyncio.get_running_loop()
+    outcome: asyncio.Future[Value] = loop.create_future()
+
+    def settle(give: Callable[[Any], None], value: Any) -> None:
+        if not outcome.done():
+            give(value)
+
+    def run() -> None:
+        try:
+            settled = partial(settle, outcome.set_result, call())
+        except Exception as error:
+            settled = partial(settle, outcome.set_exception, error)
+        with contextlib.suppress(RuntimeError):  # the loop has closed: nobody awaits this any more
+            loop.call_soon_threadsafe(settled)
+
+    threading.Thread(target=run, name="nexrl-await", daemon=True).start()
+    return await outcome

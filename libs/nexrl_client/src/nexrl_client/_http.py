@@ -78,7 +78,7 @@ class HTTPTrainServiceClient(OperationMethods):
         call = prepare(operation, batch, params, self.identifier, self._config)
         response, budget = self._post(call, wait=True)
         if response.status == 202:
-            return self._await(self._handle(response, call), budget)
+            return self._handle(response, call).result_within(budget)
         return read_result(response, call.ignored)
 
     def health_check(self) -> dict[str, Any]:
@@ -116,27 +116,27 @@ class HTTPTrainServiceClient(OperationMethods):
         """See JobHandle.cancel."""
         return self._json("DELETE", f"/jobs/{job_id}")
 
-    def job_result(self, job: JobHandle, timeout: float | None) -> dict[str, Any]:
-        """See JobHandle.result."""
-        return self._await(job, Budget(timeout))
-
-    def _await(self, job: JobHandle, budget: Budget) -> dict[str, Any]:
-        """Ask for the job's result until it is there; an outage is borne for request_timeout seconds."""
-        while True:
-            outage = Budget(self.request_timeout) if budget.endless else budget
-            asked = time.monotonic()
-            try:
-                return read_result(self._exchange.send(self._result_request(job), outage), job.ignored)
-            except JobRunning:
-                if budget.remaining() <= 0:
-                    raise _timeout(job, "has no result yet") from None
-            except (Unreachable, ServiceTimeout) as error:
-                raise _timeout(job, f"cannot be asked for ({error.message})") from error
-            except ServiceFault as error:
-                error.job = job
-                raise
-            if time.monotonic() - asked < _POLL_S:  # the answer was not held back: the gateway is stopping
-                time.sleep(min(_POLL_S, budget.remaining()))
+    def job_result(self, job: JobHandle, budget: Budget) -> dict[str, Any] | None:
+        """See JobSource.job_result; an outage is borne for request_timeout seconds where the budget has no end."""
+        outage = budget
+        if budget.endless:
+            outage = Budget(self.request_timeout, budget, longest_wait_s=budget.longest_wait_s)
+        asked = time.monotonic()
+        try:
+            return _of_job(job, read_result(self._exchange.send(self._result_request(job), outage), job.ignored))
+        except JobRunning as running:
+            if budget.remaining() <= 0:
+                waits_for = running.details.get("waits_for")
+                why = f" (it waits for {waits_for})" if waits_for else ""
+                raise _timeout(job, f"has no result yet{why}") from None
+        except (Unreachable, ServiceTimeout) as error:
+            raise _timeout(job, f"cannot be asked for ({error.message})") from error
+        except ServiceFault as error:
+            error.job = job
+            raise
+        if time.monotonic() - asked < _POLL_S:  # the answer was not held back: the gateway is stopping
+            time.sleep(min(_POLL_S, budget.remaining()))
+        return None
 
     def _result_request(self, job: JobHandle) -> Callable[[float], Request]:
         path = f"/jobs/{job.id}/result"
@@ -166,6 +166,14 @@ class HTTPTrainServiceClient(OperationMethods):
 
     def _query(self) -> dict[str, str]:
         return {} if not self.identifier else {"identifier": self.identifier}
+
+
+def _of_job(job: JobHandle, result: dict[str, Any]) -> dict[str, Any]:
+    """The result; raises InvalidAnswer where it says that it is another job's."""
+    answered = result.get("meta_info", result).get("job_id") or job.id
+    if answered != job.id:
+        raise InvalidAnswer(f"the result of job {job.id} was asked for, and that of {answered} answered")
+    return result
 
 
 def _timeout(job: JobHandle, why: str) -> ServiceTimeout:

@@ -11,6 +11,7 @@ from nexrl_contract.operations import required_tensors
 
 from ._api import BatchLike
 from ._call import Call, prepare
+from ._exchange import Budget
 from ._handle import JobHandle
 from ._methods import OperationMethods
 from ._tensors import own_kind
@@ -76,7 +77,7 @@ class MockTrainServiceClient(OperationMethods):
         self._find(job_id)
         return {"id": job_id, "operation": self._operations[job_id], "identifier": self._name, "state": "finished"}
 
-    def job_result(self, job: JobHandle, timeout: float | None) -> dict[str, Any]:
+    def job_result(self, job: JobHandle, budget: Budget) -> dict[str, Any]:
         """See JobHandle.result; never waits."""
         return self._find(job.id)
 

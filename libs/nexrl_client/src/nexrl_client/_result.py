@@ -20,11 +20,13 @@ def read_json(response: Response) -> dict[str, Any]:
     """The JSON object of an answer; raises InvalidAnswer."""
     try:
         body = json.loads(bytes(response.body))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         start = bytes(response.body[:100])
-        raise InvalidAnswer(f"the answer is no JSON ({start!r}...); is this the service's address?") from error
+        raise InvalidAnswer(
+            f"{response.source} answered what is no JSON ({start!r}...); is this the service's address?"
+        ) from error
     if not isinstance(body, dict):
-        raise InvalidAnswer(f"the answer is a JSON {type(body).__name__}; is this the service's address?")
+        raise InvalidAnswer(f"{response.source} answered a JSON {type(body).__name__}; is this the service's address?")
     return body
 
 

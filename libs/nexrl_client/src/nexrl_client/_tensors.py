@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 from typing import Any
 
 import numpy as np
@@ -46,14 +48,21 @@ def is_tensor(value: object) -> bool:
 
 def is_torch(value: Any) -> bool:
     """Whether the value is a torch tensor."""
-    module: Any = sys.modules.get("torch")  # a tensor cannot exist before torch was imported
-    return module is not None and isinstance(value, module.Tensor)
+    # A tensor cannot exist before torch was imported; another thread may be importing it just now.
+    kind: Any = getattr(sys.modules.get("torch"), "Tensor", None)
+    return kind is not None and isinstance(value, kind)
 
 
 def has_torch() -> bool:
     """Whether results are torch tensors; imports torch."""
     try:
-        import torch  # noqa: F401
+        with _importing:
+            import torch  # noqa: F401
     except ImportError:
         return False
     return True
+
+
+_importing = threading.RLock()
+# A fork waits for an import that another thread is in: a child would wait for its end for ever.
+os.register_at_fork(before=_importing.acquire, after_in_parent=_importing.release, after_in_child=_importing.release)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import ipaddress
-import threading
+import os
+import ssl
+import uuid
+import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http.client import BadStatusLine, RemoteDisconnected
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import numpy as np
 import requests
 import urllib3.exceptions
+from nexrl_contract.names import REQUEST_ID_HEADER, is_loopback
+from requests.utils import get_environ_proxies, select_proxy
 
 from ._body import CHUNK_BYTES, Body
-from .errors import ClientClosed, InvalidURL, ServiceTimeout, Unreachable
+from .errors import ClientClosed, InvalidAnswer, InvalidURL, ServiceFault, ServiceTimeout, Unreachable
 
 CONNECT_TIMEOUT_S = 10.0
 
@@ -34,11 +40,15 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """One HTTP answer, whole; header names are in lower case, body is writable memory of its own."""
+    """One HTTP answer, whole; header names are in lower case, body is writable memory of its own.
+
+    source says for messages who answered, as far as that is known.
+    """
 
     status: int
     headers: Mapping[str, str]
     body: memoryview
+    source: str = "the service's address"
 
 
 class Transport(Protocol):
@@ -54,15 +64,20 @@ class Transport(Protocol):
 
 
 class HTTPTransport:
-    """Requests below base_url. Threads may share it: each exchange has a session to itself, kept for the next one."""
+    """Requests below base_url. Threads may share it: each exchange has a session to itself, kept for the next one.
+
+    A forked child has connections of its own, and leaves its parent's alone. Every answer is checked to be of the
+    request that was sent: what another one was answered is never returned.
+    """
 
     def __init__(self, base_url: str) -> None:
         self.base_url = normalise_url(base_url)
         # Proxy settings of the environment are for the world outside; a proxy's own loopback is not ours.
-        self._trust_env = not _is_loopback(urlsplit(self.base_url).hostname or "")
-        self._lock = threading.Lock()
-        self._idle: list[requests.Session] = []
+        self._trust_env = not is_loopback(urlsplit(self.base_url).hostname or "")
+        # Without a lock: one that another thread held at a fork would stay held in the child.
+        self._idle: deque[requests.Session] = deque()
         self._closed = False
+        _transports.add(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return HTTPTransport, (self.base_url,)
@@ -72,56 +87,120 @@ class HTTPTransport:
         try:
             with self._session() as session:
                 return self._exchange(session, request, silence_s)
+        except ServiceFault:
+            raise
         except (requests.exceptions.ReadTimeout, urllib3.exceptions.ReadTimeoutError) as error:
             message = f"{request.method} {self.base_url}{request.path} was not answered within {silence_s:.1f} s"
-            raise ServiceTimeout(message) from error
+            raise ServiceTimeout(message + self._by_proxy()) from error
         except requests.exceptions.InvalidURL as error:
             raise InvalidURL(f"{self.base_url} is no address: {error}") from error
         except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-            message = f"no connection to {self.base_url}, or it broke ({_innermost(error)}); is the service running?"
-            raise Unreachable(message) from error
+            raise self._fault(error) from error
 
     def close(self) -> None:
         """Close the kept connections, and those in use once their exchange ends; later calls raise ClientClosed."""
-        with self._lock:
-            self._closed = True
-            idle, self._idle = self._idle, []
-        for session in idle:
-            session.close()
+        self._closed = True
+        self._close_idle()
+
+    def forget_connections(self) -> None:
+        """Leave the kept connections to the process that this one was forked from: here only descriptors are closed."""
+        self._idle = deque()
 
     def _exchange(self, session: requests.Session, request: Request, silence_s: float) -> Response:
+        mark = uuid.uuid4().hex
         with session.request(
             request.method,
             self.base_url + request.path,
             params=dict(request.query),
-            headers=dict(request.headers),
+            headers={**request.headers, REQUEST_ID_HEADER: mark},
             data=request.body,  # type: ignore[arg-type]  # it takes whatever the socket takes
             timeout=(request.connect_s, silence_s),
             allow_redirects=False,
             stream=True,
         ) as answer:
             headers = {name.lower(): value for name, value in answer.headers.items()}
-            return Response(answer.status_code, headers, _read(answer))
+            if headers.get(REQUEST_ID_HEADER.lower(), mark) != mark:  # a proxy's own page has none
+                raise Unreachable(
+                    f"{request.method} {self.base_url}{request.path} got the answer of another request"
+                    f"{self._by_proxy()}: a proxy mixed them up, or kept an old one"
+                )
+            return Response(answer.status_code, headers, _read(answer), self._source(headers))
 
     @contextmanager
     def _session(self) -> Iterator[requests.Session]:
-        with self._lock:
-            if self._closed:
-                raise ClientClosed("the client is closed; make a new one")
-            session = self._idle.pop() if self._idle else None
-        if session is None:
+        """A session that no other thread has; kept for the next exchange unless this one went wrong."""
+        if self._closed:
+            raise ClientClosed("the client is closed; make a new one")
+        idle = self._idle
+        try:
+            session = idle.pop()
+        except IndexError:
             session = requests.Session()
             session.trust_env = self._trust_env
             session.headers["Accept-Encoding"] = "identity"
         try:
             yield session
-        finally:
-            with self._lock:
-                keep = not self._closed
-                if keep:
-                    self._idle.append(session)
-            if not keep:
-                session.close()
+        except BaseException:
+            session.close()
+            raise
+        self._keep(session, idle)
+
+    def _keep(self, session: requests.Session, idle: deque[requests.Session]) -> None:
+        idle.append(session)
+        if self._closed:  # meanwhile, or since
+            self._close_idle()
+
+    def _close_idle(self) -> None:
+        while True:
+            try:
+                self._idle.pop().close()
+            except IndexError:
+                return
+
+    def _fault(self, error: Exception) -> ServiceFault:
+        """What a lost or impossible connection is; what repeating cannot change is an InvalidAnswer."""
+        cause = _innermost(error)
+        said = f"{type(cause).__name__}: {cause}" if str(cause) else type(cause).__name__
+        if isinstance(cause, ssl.SSLCertVerificationError) or getattr(cause, "reason", "") == "WRONG_VERSION_NUMBER":
+            return InvalidAnswer(
+                f"no TLS with {self.base_url}{self._by_proxy()} ({said}); is it the service's address?"
+            )
+        if isinstance(cause, BadStatusLine) and not isinstance(cause, RemoteDisconnected):
+            return InvalidAnswer(f"what answers at {self.base_url}{self._by_proxy()} speaks no HTTP ({said[:200]})")
+        return Unreachable(
+            f"no connection to {self.base_url}{self._by_proxy()}, or it broke ({said}); is the service running?"
+        )
+
+    def _by_proxy(self) -> str:
+        proxy = self._proxy()
+        return f" by way of the proxy {proxy}" if proxy else ""
+
+    def _source(self, headers: Mapping[str, str]) -> str:
+        if proxy := self._proxy():
+            return f"the proxy {proxy}, or what is behind it,"
+        server = headers.get("server", "")[:60]
+        return f"{self.base_url}" + (f" ({server})" if server else "")
+
+    def _proxy(self) -> str | None:
+        """The proxy that the environment sets for base_url, without its user and password."""
+        if not self._trust_env:
+            return None
+        url = select_proxy(self.base_url, get_environ_proxies(self.base_url))
+        if not url:
+            return None
+        scheme, separator, rest = url.rpartition("://")
+        return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+
+
+_transports: weakref.WeakSet[HTTPTransport] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for transport in list(_transports):
+        transport.forget_connections()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def normalise_url(text: str) -> str:
@@ -136,13 +215,6 @@ def normalise_url(text: str) -> str:
     if not valid:
         raise InvalidURL(f"{text!r} is no address of a service; give one such as http://localhost:8000")
     return url
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
 
 
 def _read(answer: requests.Response) -> memoryview:
@@ -163,7 +235,7 @@ def _read(answer: requests.Response) -> memoryview:
     return view
 
 
-def _innermost(error: BaseException) -> str:
+def _innermost(error: BaseException) -> BaseException:
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__ or error
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return error

@@ -20,14 +20,15 @@ def to_raw(value: object, what: str) -> RawTensor:
     """The value as a RawTensor, without a copy where it is contiguous on the CPU; else raises UnsupportedTensor."""
     if isinstance(value, RawTensor):
         return value
-    # A value of a library that was never imported cannot exist, so there is nothing to import in order to ask.
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(value, torch.Tensor):
+    # A value of a library that was never imported cannot exist, so there is nothing to import in order to ask; nor
+    # one of a library that another thread is importing just now and that has no such class yet.
+    tensor = getattr(sys.modules.get("torch"), "Tensor", None)
+    if tensor is not None and isinstance(value, tensor):
         from ._torch import from_torch
 
         return from_torch(value, what)
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(value, numpy.ndarray):
+    array = getattr(sys.modules.get("numpy"), "ndarray", None)
+    if array is not None and isinstance(value, array):
         from ._numpy import from_numpy
 
         return from_numpy(value, what)

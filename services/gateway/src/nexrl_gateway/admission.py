@@ -46,9 +46,7 @@ def admit(group: GroupRecord | None, operation: Operation) -> None:
     if operation.name == "destroy":
         return
     if group.state == "down":
-        raise _refusal(
-            group, "GROUP_DOWN", f"group {name!r} is down: {group.cause or 'unknown cause'}; destroy and initialize it"
-        )
+        raise is_down(group)
     if group.state in ("placing", "starting"):
         if group.initialised:
             raise _refusal(group, "GROUP_DOWN", f"group {name!r} is being restarted; try again shortly")
@@ -60,6 +58,12 @@ def admit(group: GroupRecord | None, operation: Operation) -> None:
         )
     if operation.needs_model and group.state != "ready":
         raise _refusal(group, "GROUP_NOT_READY", f"group {name!r} has no model yet; call init_model first")
+
+
+def is_down(group: GroupRecord) -> ServiceError:
+    """What a group that is down answers: no waiting brings it back."""
+    message = f"group {group.identifier!r} is down: {group.cause or 'unknown cause'}; destroy and initialize it"
+    return ServiceError("GROUP_DOWN", message, retryable=False, identifier=group.identifier, cause=group.cause)
 
 
 def _only(living: list[str]) -> str:

@@ -99,7 +99,8 @@ def _waits_for(ledger: Ledger, job: JobRecord) -> str | None:
 def _raise_unless_finished(job: JobRecord) -> None:
     about = {"job_id": job.id, "identifier": job.identifier}
     if not job.final:
-        raise ServiceError("JOB_RUNNING", f"job {job.id} is {job.state}; ask again, or with ?wait=30", **about)
+        message = f"job {job.id} is {job.state}; ask again, or with ?wait=30"
+        raise ServiceError("JOB_RUNNING", message, waits_for=job.waits_for, **about)
     if job.state == "rolled_back":
         raise ServiceError(
             "JOB_ROLLED_BACK", f"job {job.id} was rolled back by a restart: its effect is not in the weights", **about
@@ -107,7 +108,10 @@ def _raise_unless_finished(job: JobRecord) -> None:
     if job.state != "finished":
         error = ServiceError.from_body(job.error or {"message": f"job {job.id} is {job.state}"})
         raise ServiceError(
-            error.code, error.message, **{**about, **{k: v for k, v in error.details.items() if v is not None}}
+            error.code,
+            error.message,
+            retryable=error.retryable,
+            **{**about, **{k: v for k, v in error.details.items() if v is not None}},
         )
 
 

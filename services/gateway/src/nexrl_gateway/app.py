@@ -8,10 +8,12 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
 
 from nexrl_gateway.docs import with_nulls
 from nexrl_gateway.errors import add_error_handlers
 from nexrl_gateway.janitor import keep_clean
+from nexrl_gateway.replies import marked
 from nexrl_gateway.routes import groups, health, jobs, operations, payloads
 from nexrl_gateway.services import Services
 from nexrl_gateway.settings import Settings
@@ -23,7 +25,10 @@ makes a repeated request the same job. Errors have one shape: `{"error": {"code"
 
 
 class _Application(FastAPI):
-    """FastAPI, whose page keeps what is null in an example."""
+    """FastAPI, whose answers say which request they are of, and whose page keeps what is null in an example."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await super().__call__(scope, receive, marked(scope, send) if scope["type"] == "http" else send)
 
     def openapi(self) -> dict[str, Any]:
         if not self.openapi_schema:

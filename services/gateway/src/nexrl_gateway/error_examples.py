@@ -67,6 +67,7 @@ _SHOWN = (
     ServiceError(
         "GROUP_DOWN",
         "group 'student' is down: rank 1 was killed; destroy and initialize it",
+        retryable=False,
         identifier="student",
         cause="rank 1 was killed",
     ),

@@ -14,12 +14,15 @@ from nexrl_contract.records import GroupRecord, JobRecord
 from nexrl_ledger import Fenced, Ledger
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from nexrl_gateway.admission import is_down
 from nexrl_gateway.errors import checked_argument_error
 from nexrl_gateway.paths import Roots
 from nexrl_gateway.services import Services
 from nexrl_gateway.submit import fingerprint, log_accepted
 
 _RACES = 5
+_START_S = 10.0
+"""A gateway younger than that may be there before the agents of its stack."""
 
 
 class InitializeBody(BaseModel):
@@ -108,7 +111,7 @@ def initialize(services: Services, wanted: Wanted, key: str | None) -> tuple[Gro
         group = ledger.group(wanted.identifier)
         if group is not None and group.state != "destroyed":
             return _existing(ledger, group, wanted)
-        waits_for = _slots_awaited(ledger, wanted)
+        waits_for = _slots_awaited(services, wanted)
         try:
             return _place(ledger, wanted, key, mark, waits_for)
         except _Appeared:
@@ -175,8 +178,7 @@ def _existing(ledger: Ledger, group: GroupRecord, wanted: Wanted) -> tuple[Group
             **about,
         )
     if group.state == "down":
-        message = f"group {group.identifier!r} is down: {group.cause or 'unknown cause'}; destroy and initialize it"
-        raise ServiceError("GROUP_DOWN", message, cause=group.cause, **about)
+        raise is_down(group)
     job = ledger.job(group.placement_job) if group.placement_job else None
     if group.state in ("placing", "starting") and (job is None or job.final):
         raise ServiceError("GROUP_DOWN", f"group {group.identifier!r} is being started; try again shortly", **about)
@@ -224,16 +226,20 @@ def _group_of(ledger: Ledger, wanted: Wanted, job_id: str) -> GroupRecord:
     return ledger.group(wanted.identifier) or _record(wanted, job_id)
 
 
-def _slots_awaited(ledger: Ledger, wanted: Wanted) -> str | None:
+def _slots_awaited(services: Services, wanted: Wanted) -> str | None:
     """Why the group has to wait, None if it need not; raises NO_SUCH_SLOTS where it would wait for ever.
 
-    An agent that is kept for a fixed group (``NEXRL_IDENTIFIER``) takes no other.
+    Raises GROUP_DOWN without any agent, which passes only where gateway and agents have just been started together. An
+    agent that is kept for a fixed group (``NEXRL_IDENTIFIER``) takes no other.
     """
     world_size = wanted.world_size
-    registered = ledger.agents()
+    registered = services.ledger.agents()
     if not registered:
         raise ServiceError(
-            "GROUP_DOWN", "no worker agent is registered; start one (python -m nexrl_worker.agent) and try again"
+            "GROUP_DOWN",
+            "no worker agent is alive; start one (`nexrl up` and Compose start one with the rest, else "
+            "`python -m nexrl_worker.agent`) and call initialize_worker again",
+            retryable=time.time() - services.started_at < _START_S,
         )
     agents = [agent for agent in registered if agent.identifier in (None, wanted.identifier)]
     if not agents:
