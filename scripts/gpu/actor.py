@@ -26,7 +26,7 @@ def defaults(path: str) -> dict[str, Any]:
         },
         "optim": {
             "lr": 1e-6, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "lr_warmup_steps": 0,
-            "lr_scheduler": "constant", "total_training_steps": None, "min_lr_ratio": 0.0,
+            "lr_scheduler": "constant", "total_training_steps": None, "min_lr_ratio": 0.0, "no_decay": None,
         },
         "fsdp_config": {
             "model_dtype": "float32", "gradient_sync": "micro_batch",
@@ -36,6 +36,7 @@ def defaults(path: str) -> dict[str, Any]:
         "policy_loss": "ppo", "loss_agg_mode": "token-mean", "loss_scale_factor": None, "rollout_correction": None,
         "clip_ratio": 0.2, "clip_ratio_low": None, "clip_ratio_high": None, "clip_ratio_c": None,
         "entropy_coeff": 0.0, "use_kl_loss": False, "kl_loss_coef": 0.001, "kl_loss_type": "low_var_kl",
+        "use_bias_correction_kl": False, "distillation_student": "current",
         "distillation_loss": "policy_gradient", "use_distillation_clipping": False, "distillation_cliprange": 0.2,
         "distillation_cliprange_low": None, "distillation_cliprange_high": None, "cliprange_value": 0.5,
         "ppo_mini_batch_size": None, "ppo_epochs": 1, "shuffle": False, "seed": 0,

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from nexrl_contract.config import GroupConfig, parse_config
+from nexrl_contract.config import GroupConfig, completed, differing_keys, parse_config
 from nexrl_contract.effects import WITHOUT_EFFECT
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.operations import ROLES, required_tensors, unread_metadata, unread_tensors
+
+_BIAS_CORRECTED = {"use_kl_loss": True, "use_bias_correction_kl": True}
 
 
 def parse(actor: dict[str, Any], role: str = "actor") -> GroupConfig:
@@ -30,6 +32,18 @@ def parse(actor: dict[str, Any], role: str = "actor") -> GroupConfig:
             {"use_dynamic_bsz": True, "ppo_micro_batch_size": 8, "ppo_micro_batch_size_per_gpu": 1},
             ["ppo_micro_batch_size_per_gpu", "ppo_micro_batch_size"],
         ),
+        ("actor", {"use_bias_correction_kl": True}, ["use_bias_correction_kl"]),
+        ("actor", {"use_bias_correction_kl": True, "use_kl_loss": True}, []),
+        (
+            "actor",
+            {"rollout_correction": {"mode": "token_truncate", "drop_rejected": True}},
+            ["rollout_correction.drop_rejected"],
+        ),
+        ("actor", {"rollout_correction": {"mode": "token_mask", "drop_rejected": True}}, []),
+        ("critic", {"optim": {"no_decay": "norms and biases"}}, []),
+        ("critic", {"optim": {"no_decay": "norms and biases", "weight_decay": 0.0}}, ["optim.no_decay"]),
+        ("teacher", {"optim": {"no_decay": "norms and biases"}}, ["optim.no_decay"]),
+        ("critic", {"distillation_student": "old_log_probs"}, ["distillation_student"]),
         ("critic", {"loss_func_type": "cispo", "clip_ratio": 0.1}, ["loss_func_type", "clip_ratio"]),
         ("critic", {"rollout_correction": {"mode": "token_mask"}}, ["rollout_correction"]),
         ("critic", {"rollout": {"temperature": 0.7, "n": 8}}, ["rollout.temperature"]),
@@ -177,6 +191,50 @@ def test_distillation_that_corrects_needs_the_samplers_numbers(kind: str, correc
     assert set(required_tensors("update_actor_with_distillation", params, settings)) == needed
 
 
+@pytest.mark.parametrize(
+    ("operation", "given", "needed"),
+    [
+        (
+            "update_actor",
+            {"rollout_correction": {"mode": "sequence_mask", "drop_rejected": True}},
+            {"advantages", "rollout_log_probs", "old_log_probs"},
+        ),
+        (
+            "update_actor",
+            {"rollout_correction": {"mode": "token_truncate", "drop_rejected": True}},
+            {"advantages", "rollout_log_probs"},
+        ),
+        ("update_actor_with_distillation", {"distillation_student": "old_log_probs"}, {"old_log_probs"}),
+        ("update_actor_with_distillation", {"distillation_student": "rollout_log_probs"}, {"rollout_log_probs"}),
+    ],
+)
+def test_an_option_says_which_tensors_it_needs(operation: str, given: dict[str, Any], needed: set[str]) -> None:
+    """So that a batch without them is refused before it is stored."""
+    every = needed | {"input_ids"} | ({"teacher_log_probs"} if "distillation" in operation else set())
+    assert set(required_tensors(operation, {}, parse(given).settings())) == every
+
+
+def test_a_value_that_nobody_knows_is_answered_with_the_nearest() -> None:
+    for given, key, meant in (
+        ({"optim": {"no_decay": "norms_and_biases"}}, "optim.no_decay", "norms and biases"),
+        ({"distillation_student": "old_log_prob"}, "distillation_student", "old_log_probs"),
+        ({"kl_loss_type": "low_var"}, "kl_loss_type", "low_var_kl"),
+    ):
+        with pytest.raises(ServiceError, match=f"did you mean {meant}") as caught:
+            parse(given)
+        assert (caught.value.details["key"], caught.value.details["nearest"]) == (f"actor.{key}", meant)
+
+
+def test_a_group_of_an_older_version_is_no_other_group() -> None:
+    """Keys that it did not know stand at their defaults."""
+    now = parse({"rollout_correction": {"mode": "token_mask"}}).settings()
+    kept = {name: value for name, value in now.items() if not name.endswith(("_kl", "_student"))}
+    kept["optim"] = {name: value for name, value in now["optim"].items() if name != "no_decay"}
+    kept["rollout_correction"] = {"mode": "token_mask", "lower": 0.0, "upper": 2.0}
+    assert differing_keys(completed(kept), now) == []
+    assert differing_keys(completed(kept), {**now, "use_bias_correction_kl": True}) == ["use_bias_correction_kl"]
+
+
 def test_metadata_that_only_distillation_reads_is_known() -> None:
     """It is named for every other operation."""
     metadata = {"loss_agg_mode": "token-mean", "entropy_coeff": 0.1, "temperature": 1.0, "global_step": 3}
@@ -196,6 +254,7 @@ def test_metadata_that_only_distillation_reads_is_known() -> None:
             {"policy_loss": "cross_entropy"},
             {"advantages", "old_log_probs", "ref_log_prob", "loss_weights"},
         ),
+        ("forward_backward", {"loss": "cross_entropy"}, _BIAS_CORRECTED, {"advantages", "loss_weights"}),
         ("forward_backward", {"loss": "linear"}, {}, {"advantages", "old_log_probs", "ref_log_prob"}),
         ("forward_backward", {"loss": "reinforce"}, {}, {"old_log_probs", "ref_log_prob", "loss_weights"}),
         (

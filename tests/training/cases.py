@@ -41,6 +41,10 @@ LOSSES = {
     "distillation-clipped": Loss("ppo", teacher=0.7, low=0.2, high=0.2),
     "distillation-forward": Loss("forward_kl", teacher=0.5),
     "distillation-reverse": Loss("reverse_kl", teacher=0.5),
+    "distillation-old": Loss("importance_sampling", teacher=0.7, student="old_log_probs"),
+    "distillation-sampler": Loss("importance_sampling", teacher=0.7, student="rollout_log_probs"),
+    "ppo-dropping": Loss("ppo", drops=True),
+    "grpo-kl": Loss("grpo", kl_times_ratio=True),
     "critic": Loss("critic"),
 }
 
@@ -57,6 +61,7 @@ DRAWN = st.fixed_dictionaries(
         "kl_type": st.sampled_from([None, *KINDS]),
         "own_reference": st.booleans(),
         "correction": st.sampled_from([None, None, *CORRECTIONS]),
+        "no_decay": st.sampled_from([None, "norms and biases"]),
         "old": st.booleans(),
         "k": st.sampled_from([1, 5, VOCABULARY]),
         "clip": st.sampled_from([0.0, 0.5]),
@@ -125,11 +130,12 @@ def make(folder: Path, name: str, variant: str, draw: dict[str, Any], path: str,
             names.remove("advantages")
     else:
         names.remove("teacher_log_probs")
-    if needs_old and (draw["old"] or steps > 1):
+    sure = loss.drops or loss.student == "old_log_probs"
+    if needs_old and (draw["old"] or steps > 1 or sure):
         names.append("old_log_probs")
     elif loss.teacher is not None and loss.name == "importance_sampling":
         loss = replace(loss, name="reinforce")
-    names += ["rollout_log_probs"] if loss.correction else []
+    names += ["rollout_log_probs"] if loss.correction or loss.student == "rollout_log_probs" else []
     names += ["ref_log_prob"] if loss.kl else []
     rows.tensors = {key: value for key, value in rows.tensors.items() if key in names or key in _INPUTS}
     sent = {key: value for key, value in rows.tensors.items() if key != "ref_log_prob" or not _own(draw)}
@@ -165,14 +171,16 @@ def _loss(plain: Loss, draw: dict[str, Any], critic: bool) -> Loss:
     if critic:
         return replace(plain, mode=draw["mode"], scale=12.0)
     corrects = plain.name not in ("cross_entropy", "linear", *TOP_K) and draw["correction"]
+    corrects = "sequence_mask" if plain.drops and draw["wide"] else "token_mask" if plain.drops else corrects
+    kl_type = draw["kl_type"] or ("k3" if plain.kl_times_ratio else None)
     return replace(
         plain,
         mode=draw["mode"],
         scale=12.0,
         entropy=draw["entropy"],
-        kl=0.1 if draw["kl_type"] else 0.0,
-        kl_type=draw["kl_type"] or "k3",
-        correction={"mode": draw["correction"], "lower": 0.7, "upper": 1.4} if corrects else None,
+        kl=0.1 if kl_type else 0.0,
+        kl_type=kl_type or "k3",
+        correction={"mode": corrects, "lower": 0.7, "upper": 1.4} if corrects else None,
     )
 
 
@@ -192,10 +200,12 @@ def _config(loss: Loss, draw: dict[str, Any]) -> dict[str, Any]:
         "use_kl_loss": loss.kl != 0.0,
         "kl_loss_coef": loss.kl,
         "kl_loss_type": loss.kl_type,
-        "rollout_correction": loss.correction,
+        "use_bias_correction_kl": loss.kl_times_ratio,
+        "distillation_student": loss.student or "current",
+        "rollout_correction": loss.correction and {**loss.correction, "drop_rejected": loss.drops},
         "cliprange_value": EPS,
         "grad_clip": draw["clip"],
-        "optim": OPTIM,
+        "optim": {**OPTIM, "no_decay": draw["no_decay"]},
         "ppo_mini_batch_size": draw["mini"],
         "ppo_epochs": draw["epochs"],
         "shuffle": draw["shuffle"],
@@ -291,4 +301,4 @@ def plain(case: Case, orders: list[list[int]]) -> Trained:
         value_step(model, case.rows, case.loss, EPS) if critic else policy_step(model, case.rows, case.loss, case.names)
     )
     clip = case.order["config"]["grad_clip"] or float("inf")
-    return train(model, case.rows, step, orders, {**OPTIM, "clip": clip})
+    return train(model, case.rows, case.loss, step, orders, {**case.order["config"]["optim"], "clip": clip})

@@ -29,8 +29,11 @@ class Loss:
     entropy: float = 0.0
     kl: float = 0.0
     kl_type: str = "k3"
+    kl_times_ratio: bool = False
     correction: dict[str, Any] | None = None
+    drops: bool = False
     teacher: float | None = None
+    student: str | None = None
 
 
 def policy(loss: Loss, lp: Tensor, held: Tensor, row: Row) -> Tensor:
@@ -38,7 +41,7 @@ def policy(loss: Loss, lp: Tensor, held: Tensor, row: Row) -> Tensor:
     old = row.get("old_log_probs", held)
     gain = row.get("advantages", torch.zeros_like(held))
     if loss.teacher is not None:
-        gain = gain + loss.teacher * (row["teacher_log_probs"] - held)
+        gain = gain + loss.teacher * (row["teacher_log_probs"] - (row[loss.student] if loss.student else held))
     term = _terms(loss, lp, held, old, gain, row)
     if loss.correction is None:
         return term
@@ -89,6 +92,18 @@ def correction(old: Tensor, rollout: Tensor, mode: str, lower: float, upper: flo
     if mode.endswith("truncate"):
         return torch.tensor([min(max(w, lower), upper) for w in weights], dtype=old.dtype)
     return torch.tensor([w if lower <= w <= upper else 0.0 for w in weights], dtype=old.dtype)
+
+
+def kept(old: Tensor, rollout: Tensor, mode: str, lower: float, upper: float) -> list[bool]:
+    """Which of one row's scored tokens a mask does not reject."""
+    assert mode.endswith("mask")
+    return [w != 0.0 for w in correction(old, rollout, mode, lower, upper).tolist()]
+
+
+def weighted_divergence(loss: Loss, lp: Tensor, held: Tensor, row: Row) -> Tensor:
+    """The KL estimate of one row's scored tokens, times pi / pi_old where `loss` says so."""
+    value = divergence(loss.kl_type, lp, held, row["ref_log_prob"])
+    return value * torch.exp(lp) / torch.exp(row.get("old_log_probs", held)) if loss.kl_times_ratio else value
 
 
 def divergence(kind: str, lp: Tensor, held: Tensor, reference: Tensor) -> Tensor:

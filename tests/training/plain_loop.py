@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from formulas import Loss, aggregate, divergence, over_candidates, policy
+from formulas import Loss, aggregate, kept, over_candidates, policy, weighted_divergence
 from support import MemoryRows
 from torch import Tensor, nn
+from transformers import Trainer
 
 Step = Callable[[list[int]], tuple[Tensor, dict[str, float]]]
 LEVELS = {"min": 0.0, "p01": 0.01, "p50": 0.5, "p99": 0.99, "max": 1.0}
@@ -29,24 +30,34 @@ class Trained:
 
 
 def train(
-    model: nn.Module, rows: MemoryRows, step: Step, orders: Sequence[list[int]], optim: dict[str, Any]
+    model: nn.Module, rows: MemoryRows, loss: Loss, step: Step, orders: Sequence[list[int]], optim: dict[str, Any]
 ) -> Trained:
     """One AdamW step for each list of rows in `orders`, at a constant rate, on gradients clipped to `optim["clip"]`."""
-    adamw = torch.optim.AdamW(model.parameters(), lr=optim["lr"], eps=optim["eps"], weight_decay=optim["weight_decay"])
+    decayed = get_decayed(model) if optim.get("no_decay") else {name for name, _ in model.named_parameters()}
+    groups = [
+        {"params": [p for n, p in model.named_parameters() if (n in decayed) == yes], "weight_decay": decay}
+        for yes, decay in ((True, optim["weight_decay"]), (False, 0.0))
+    ]
+    adamw = torch.optim.AdamW(groups, lr=optim["lr"], eps=optim["eps"])
     made = Trained(_weights(model))
     for chosen in orders:
-        if not any(scored_columns(rows, row) for row in chosen):
+        if not any(used_columns(rows, row, loss) for row in chosen):
             made.metrics.append(None)
             continue
         adamw.zero_grad()
-        loss, metrics = step(chosen)
-        loss.backward()
+        total, metrics = step(chosen)
+        total.backward()
         made.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim["clip"])
-        made.metrics.append({**metrics, "grad_norm": float(norm), "loss": loss.item()})
+        made.metrics.append({**metrics, "grad_norm": float(norm), "loss": total.item()})
         adamw.step()
     made.end = _weights(model)
     return made
+
+
+def get_decayed(model: nn.Module) -> set[str]:
+    """What transformers' own trainer decays."""
+    return set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -64,6 +75,15 @@ def scored_columns(rows: MemoryRows, row: int) -> list[int]:
             wanted &= tensors[name][row].bool()
     first = width - tensors["responses"].shape[1]
     return [c for c in range(first, width) if wanted[c] and attention[:c].any()]
+
+
+def used_columns(rows: MemoryRows, row: int, loss: Loss) -> list[int]:
+    """Those of the scored columns that no rollout correction drops."""
+    columns = scored_columns(rows, row)
+    if not loss.drops or loss.correction is None:
+        return columns
+    pair = [line_of(rows, name, row, columns) for name in ("old_log_probs", "rollout_log_probs")]
+    return [column for column, stays in zip(columns, kept(*pair, **loss.correction), strict=True) if stays]
 
 
 def line_of(rows: MemoryRows, name: str, row: int, columns: list[int]) -> Tensor:
@@ -91,7 +111,7 @@ def policy_step(model: nn.Module, rows: MemoryRows, loss: Loss, names: Sequence[
         parts: dict[str, list[Tensor]] = {"policy": [], "entropy": [], "kl": []}
         seen: dict[str, list[Tensor]] = {name: [] for name in ("ratio", "gain", "gap", "teacher", "mismatch")}
         for row in chosen:
-            columns = scored_columns(rows, row)
+            columns = used_columns(rows, row, loss)
             logs = torch.log_softmax(outputs_at(model, rows, row, columns) / rows.metadata["temperature"], dim=-1)
             labels = rows.tensors["input_ids"][row][columns]
             lp = logs[range(len(columns)), labels]
@@ -100,8 +120,12 @@ def policy_step(model: nn.Module, rows: MemoryRows, loss: Loss, names: Sequence[
             parts["policy"].append(_main(loss, logs, lp, held, line))
             parts["entropy"].append(-(torch.exp(logs) * logs).sum(dim=-1))
             if loss.kl:
-                parts["kl"].append(divergence(loss.kl_type, lp, held, line["ref_log_prob"]))
+                parts["kl"].append(weighted_divergence(loss, lp, held, line))
             _look(loss, held, line, seen)
+            if "rollout_log_probs" in names:
+                every = scored_columns(rows, row)
+                old = line_of(rows, "old_log_probs", row, every) if "old_log_probs" in names else held
+                seen["mismatch"].append(line_of(rows, "rollout_log_probs", row, every) - old)
         total = aggregate(loss, parts["policy"]) - loss.entropy * aggregate(loss, parts["entropy"])
         metrics = {
             "pg_loss": aggregate(loss, parts["policy"]).item(),
@@ -133,8 +157,6 @@ def _look(loss: Loss, held: Tensor, line: dict[str, Tensor], seen: dict[str, lis
     if "teacher_log_probs" in line:
         seen["teacher"].append(held - line["teacher_log_probs"])
         gain = gain + (loss.teacher or 0.0) * (line["teacher_log_probs"] - held)
-    if "rollout_log_probs" in line:
-        seen["mismatch"].append(line["rollout_log_probs"] - old)
     seen["ratio"].append(ratio)
     seen["gain"].append(gain)
     seen["gap"].append(old - held)

@@ -37,7 +37,7 @@ def config(path: str, **changes: Any) -> Space:
     """
     optim = dict(
         lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, lr_warmup_steps=0, lr_scheduler="constant",
-        total_training_steps=None, min_lr_ratio=0.0,
+        total_training_steps=None, min_lr_ratio=0.0, no_decay=None,
     )  # fmt: skip
     optim.update(changes.pop("optim", {}))
     dtype = changes.pop("dtype", "float64")
@@ -51,7 +51,8 @@ def config(path: str, **changes: Any) -> Space:
         clip_ratio_c=None, loss_scale_factor=None, rollout_correction=None, distillation_loss="policy_gradient",
         use_distillation_clipping=False, distillation_cliprange=0.2, distillation_cliprange_low=None,
         distillation_cliprange_high=None, cliprange_value=0.5, entropy_coeff=0.0,
-        use_kl_loss=False, kl_loss_coef=0.001, kl_loss_type="low_var_kl",
+        use_kl_loss=False, kl_loss_coef=0.001, kl_loss_type="low_var_kl", use_bias_correction_kl=False,
+        distillation_student="current",
         ppo_mini_batch_size=None, ppo_epochs=1, rollout=Space(n=1, temperature=1.0), shuffle=False, seed=0,
         ppo_micro_batch_size_per_gpu=None, use_dynamic_bsz=False, ppo_max_token_len_per_gpu=16384,
         optim=Space(**optim), grad_clip=1.0,

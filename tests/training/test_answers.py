@@ -27,7 +27,7 @@ def test_a_rollout_correction_weighs_by_the_old_log_probs_that_were_sent(path: s
     """w = exp(old - rollout) whatever the loss reads: with a gap of 0.5 everywhere it is exp(0.5)."""
     rows = batch()
     rows.tensors["rollout_log_probs"] = rows.tensors["old_log_probs"] - 0.5
-    correction = SimpleNamespace(mode="token_truncate", lower=0.0, upper=9.0)
+    correction = SimpleNamespace(mode="token_truncate", lower=0.0, upper=9.0, drop_rejected=False)
     engine = build(path, policy_loss=loss, rollout_correction=correction)
 
     [result] = update(engine, rows)
@@ -39,7 +39,7 @@ def test_a_rollout_correction_weighs_by_the_old_log_probs_that_were_sent(path: s
 def test_a_correction_over_several_steps_needs_old_log_probs(path: str) -> None:
     rows = batch()
     rows.tensors["rollout_log_probs"] = rows.tensors.pop("old_log_probs")
-    correction = SimpleNamespace(mode="token_mask", lower=0.0, upper=2.0)
+    correction = SimpleNamespace(mode="token_mask", lower=0.0, upper=2.0, drop_rejected=False)
     engine = build(path, policy_loss="reinforce", rollout_correction=correction, ppo_mini_batch_size=3)
 
     with pytest.raises(InvalidValue, match="need old_log_probs"):

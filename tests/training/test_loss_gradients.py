@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from formulas import Loss, aggregate, correction, divergence, policy
+from formulas import Loss, aggregate, correction, policy, weighted_divergence
 from nexrl_worker.training.losses.aggregation import MODES, Aggregation
 from nexrl_worker.training.losses.correction import MODES as CORRECTIONS
 from nexrl_worker.training.losses.correction import Correction
@@ -123,17 +123,19 @@ def test_policy_losses(variant: str, mode: str, old: bool) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_kl_types(kind: str, mode: str) -> None:
-    """Value and gradient of every KL type in every mode; k1+ and k3+ have the gradient of k2."""
-    loss = Loss("ppo", mode=mode, scale=SCALE)
+@pytest.mark.parametrize("weighed", [False, True], ids=["plain", "times-ratio"])
+def test_kl_types(kind: str, mode: str, weighed: bool) -> None:
+    """Value and gradient of every KL type in every mode, also times the ratio; k1+ and k3+ have the gradient of k2."""
+    loss = Loss("ppo", mode=mode, scale=SCALE, kl_type=kind, kl_times_ratio=weighed)
 
     def made(log_probs: Tensor) -> Tensor:
-        kept, reference = (torch.where(MASK, values, 0.0) for values in (log_probs, BATCH["ref_log_prob"]))
-        return over(ours(loss), kl_terms(kept, reference, kind))
+        names = (log_probs, BATCH["ref_log_prob"], BATCH["old_log_probs"])
+        kept, reference, old = (torch.where(MASK, values, 0.0) for values in names)
+        return over(ours(loss), kl_terms(kept, reference, kind, old if weighed else None))
 
     def formula(moving: Tensor, held: Tensor) -> float:
-        lines = zip(rows(moving), rows(held), rows(BATCH["ref_log_prob"]), strict=True)
-        return float(aggregate(loss, [divergence(kind, *line) for line in lines]))
+        lines = enumerate(zip(rows(moving), rows(held), strict=True))
+        return float(aggregate(loss, [weighted_divergence(loss, *pair, with_others(number)) for number, pair in lines]))
 
     agrees(made, formula, LOG_PROBS)
 

@@ -248,7 +248,7 @@ def test_bad_candidates_are_refused(tmp_path: Path, kind: str) -> None:
 def test_settings_that_lack_something_are_refused(tmp_path: Path) -> None:
     """A correction without rollout_log_probs, a norm without its factor, an unknown loss, `linear` without weights."""
     path = save_model(tmp_path)
-    correction = SimpleNamespace(mode="token_mask", lower=0.5, upper=2.0)
+    correction = SimpleNamespace(mode="token_mask", lower=0.5, upper=2.0, drop_rejected=False)
     for changes, message in (
         ({"rollout_correction": correction}, "rollout_log_probs"),
         ({"loss_agg_mode": "seq-mean-token-sum-norm"}, "loss_scale_factor"),

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,14 +50,21 @@ def parse_config(config: dict[str, Any], role: str = "actor") -> GroupConfig:
     try:
         entry = ServiceEntry.model_validate(ours)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ServiceError("INVALID_CONFIG", f"config key {key}: {first['msg']}", key=key) from None
+        raise _refused_value(error) from None
     ignored = [*dropped, *keys_without_effect(config, entry, role)]
     entry = entry.model_copy(update={"actor": _with_warmup(entry.actor)})
     _refuse_contradictions(entry.actor, role)
     _refuse_not_offered(entry, "")
     return GroupConfig(entry=entry, ignored=tuple(dict.fromkeys(ignored)))
+
+
+def _refused_value(error: ValidationError) -> ServiceError:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    known = re.findall("'([^']+)'", first["ctx"]["expected"]) if first["type"] == "literal_error" else []
+    close = nearest(str(first["input"])[:100], known)
+    hint = f"; did you mean {close}?" if close else ""
+    return ServiceError("INVALID_CONFIG", f"config key {key}: {first['msg']}{hint}", key=key, nearest=close)
 
 
 def check_role(role: Any) -> str:
@@ -82,6 +90,14 @@ def effective(section: Section) -> dict[str, Any]:
             effective(value) if isinstance(value, Section) else list(value) if isinstance(value, tuple) else value
         )
     return values
+
+
+def completed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that an older version kept, with the keys it did not know at their defaults; as they are if unreadable."""
+    try:
+        return effective(ActorConfig.model_validate(settings))
+    except ValidationError:
+        return settings
 
 
 def differing_keys(left: dict[str, Any], right: dict[str, Any], prefix: str = "") -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from nexrl_contract.operations import FORWARD_ROLES
 from nexrl_contract.sections import ActorConfig, OptimConfig, Section, ServiceEntry, is_inert, section_of
 
 _CLIPPED_TWICE = ("ppo", "grpo", "gspo")
@@ -22,8 +23,10 @@ _POLICY = (
     "use_kl_loss",
     "kl_loss_coef",
     "kl_loss_type",
+    "use_bias_correction_kl",
     "rollout_correction",
     "distillation_loss",
+    "distillation_student",
     "use_distillation_clipping",
     "distillation_cliprange",
     "distillation_cliprange_low",
@@ -94,6 +97,13 @@ def _superseded(actor: ActorConfig, role: str) -> Iterator[str]:
     """Keys that another one has replaced, or has no use for."""
     if role == "actor" and actor.clip_ratio_c is not None and actor.policy_loss not in _CLIPPED_TWICE:
         yield "actor.clip_ratio_c"
+    if role == "actor" and actor.use_bias_correction_kl and not (actor.use_kl_loss and actor.kl_loss_coef):
+        yield "actor.use_bias_correction_kl"
+    correction = actor.rollout_correction
+    if role == "actor" and correction is not None and correction.drop_rejected and "mask" not in correction.mode:
+        yield "actor.rollout_correction.drop_rejected"
+    if role not in FORWARD_ROLES and actor.optim.no_decay is not None and actor.optim.weight_decay == 0.0:
+        yield "actor.optim.no_decay"
     rows = [name for name in _MICRO_ROWS if getattr(actor, name) is not None]
     yield from (f"actor.{name}" for name in (rows if actor.use_dynamic_bsz else rows[1:]))
     if actor.optim.lr_warmup_steps_ratio and not takes_warmup_ratio(actor.optim):

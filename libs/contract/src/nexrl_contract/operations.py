@@ -151,15 +151,23 @@ def required_tensors(operation: str, params: Mapping[str, Any], config: Mapping[
     if operation in ("update_actor", "forward_backward"):
         loss = params.get("loss") or config.get("policy_loss")
         needed += ("advantages",) if loss in POLICY_LOSSES else ("loss_weights",) if loss == "linear" else ()
-        corrects = config.get("rollout_correction") is not None and loss in POLICY_LOSSES
-        needed += ("rollout_log_probs",) if corrects else ()
+        needed += _corrected_by(config) if loss in POLICY_LOSSES else ()
     elif operation == _DISTILLATION:
         kind = params.get("distillation_loss") or config.get("distillation_loss")
         if kind in ("forward_kl", "reverse_kl"):
             return needed + _TOP_K
-        needed += ("teacher_log_probs",)
-        needed += ("rollout_log_probs",) if config.get("rollout_correction") is not None else ()
-    return needed
+        student = config.get("distillation_student", "current")
+        needed += ("teacher_log_probs", *_corrected_by(config), *(() if student == "current" else (student,)))
+    return tuple(dict.fromkeys(needed))
+
+
+def _corrected_by(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a rollout correction needs; which tokens it drops must be known before any log-probability is."""
+    correction = config.get("rollout_correction")
+    if correction is None:
+        return ()
+    drops = correction.get("drop_rejected") and correction["mode"].endswith("_mask")
+    return ("rollout_log_probs", "old_log_probs") if drops else ("rollout_log_probs",)
 
 
 def unread_tensors(
@@ -179,5 +187,5 @@ def unread_tensors(
         if loss == "reinforce" and "rollout_log_probs" not in tensors:
             read.discard("old_log_probs")
     if config.get("use_kl_loss") and config.get("kl_loss_coef"):
-        read.add("ref_log_prob")
+        read |= {"ref_log_prob", "old_log_probs"} if config.get("use_bias_correction_kl") else {"ref_log_prob"}
     return {name for name in OPERATIONS[operation].reads if name in tensors} - read

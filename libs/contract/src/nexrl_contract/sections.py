@@ -81,7 +81,11 @@ class OptimConfig(Section):
     lr: float = Field(default=1e-6, ge=0, description="Peak learning rate.")
     betas: tuple[Decay, Decay] = Field(default=(0.9, 0.999), description="Decay of the first and second moment.")
     eps: float = Field(default=1e-8, gt=0, description="Added to the root of the second moment.")
-    weight_decay: float = Field(default=0.01, ge=0, description="Decoupled; applied to every parameter.")
+    weight_decay: float = Field(default=0.01, ge=0, description="Decoupled; of every parameter, but see no_decay.")
+    no_decay: Literal["norms and biases"] | None = Field(
+        default=None,
+        description="Parameters that weight_decay spares, chosen as transformers' Trainer does; null: none.",
+    )
     lr_warmup_steps: Steps = Field(default=0, description="The first step of a warm-up of n uses lr/n.")
     lr_warmup_steps_ratio: float | None = Field(
         default=None,
@@ -134,6 +138,11 @@ class RolloutCorrectionConfig(Section):
     )
     lower: float = Field(default=0.0, ge=0, description="Lower bound of the weight.")
     upper: float = Field(default=2.0, gt=0, description="Upper bound of the weight.")
+    drop_rejected: bool = Field(
+        default=False,
+        description="With *_mask: rejected tokens are not scored, so they leave the denominators, entropy and KL too. "
+        "Needs old_log_probs in every batch.",
+    )
 
 
 class ActorConfig(Section):
@@ -179,8 +188,17 @@ class ActorConfig(Section):
         description="Estimator; kl is k1, mse is k2, low_var_kl is k3. k1's gradient has zero mean, k3's is that of "
         "KL(ref||policy), k2's that of KL(policy||ref); k1+ and k3+ have k2's gradient.",
     )
+    use_bias_correction_kl: bool = Field(
+        default=False,
+        description="Multiply the KL of a token by its ratio exp(lp - old_log_probs), which the gradient goes through.",
+    )
     distillation_loss: Literal["policy_gradient", "forward_kl", "reverse_kl"] = Field(
         default="policy_gradient", description="From teacher_log_probs, or a KL over the teacher's top k tokens."
+    )
+    distillation_student: Literal["current", "old_log_probs", "rollout_log_probs"] = Field(
+        default="current",
+        description="The student's numbers in the policy gradient's advantage: under the weights as they are, or the "
+        "batch's tensor of that name, which stays the same over all steps.",
     )
     use_distillation_clipping: bool = Field(default=False, description="Clip the ratio of the policy gradient.")
     distillation_cliprange: float = Field(default=0.2, ge=0, description="Clipped to 1 - low, 1 + high.")

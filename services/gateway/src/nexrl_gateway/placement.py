@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nexrl_contract import names
-from nexrl_contract.config import check_role, differing_keys, parse_config
+from nexrl_contract.config import check_role, completed, differing_keys, parse_config
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.records import GroupRecord, JobRecord
 from nexrl_ledger import Fenced, Ledger
@@ -53,7 +53,7 @@ class Wanted:
 
     def differs(self, group: GroupRecord) -> list[str]:
         """Names of the settings in which ``group`` is another one."""
-        keys = differing_keys(group.config, self.settings, "actor.")
+        keys = differing_keys(completed(group.config), self.settings, "actor.")
         keys += ["role"] if group.role != self.role else []
         return keys + (["world_size"] if group.world_size != self.world_size else [])
 

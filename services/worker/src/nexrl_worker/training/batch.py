@@ -7,13 +7,14 @@ A row's first attended token has none: it is no label, on whichever side the row
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from nexrl_worker.training.errors import InvalidValue
+from nexrl_worker.training.losses.correction import Correction
 from nexrl_worker.training.packing import Segments, send
 
 
@@ -131,7 +132,7 @@ class MicroBatch:
     hold tokens. index, labels, slots [T], one per attended label: `index` into the flat layout (the predicting token),
     `slots` into [n*R]; scored [T] bool on the CPU, `chosen` the slots of the scored; last [n] the flat place of each
     row's last token (-1 for a row without any); mask [n,R] bool; values {name: [n,R]}. `padded` counts the tokens
-    computed, `attended` the real ones.
+    computed, `attended` the real ones. `dropped` [n,R] bool: what would be in the mask but for a rollout correction.
     """
 
     input_ids: Tensor
@@ -148,6 +149,7 @@ class MicroBatch:
     attended: int
     padded: int
     segments: Segments | None = None
+    dropped: Tensor | None = None
 
     def scatter(self, flat: Tensor) -> Tensor:
         """Values [T,...] of the labels as [n,R,...], 0 elsewhere; differentiable."""
@@ -160,6 +162,7 @@ class BatchReader:
     """Reads micro-batches of one operation: `names` are the float tensors it needs, in `dtype`, on `device`.
 
     `packed` makes one stream of a micro-batch's attended tokens; the model's attention must then be that of packing.
+    What `dropping` rejects is not scored: known from the batch alone, it is the same however the work is cut.
     """
 
     rows: Rows
@@ -168,6 +171,7 @@ class BatchReader:
     device: torch.device
     dtype: torch.dtype
     packed: bool = False
+    dropping: Correction | None = None
 
     def read(self, indices: Sequence[int]) -> MicroBatch:
         """The micro-batch of these rows; no rows give the dummy, one unscored row of two tokens."""
@@ -180,11 +184,22 @@ class BatchReader:
         masks = read_masks(self.rows, self.layout, indices)
         values = {name: self.layout.align(self.rows.tensor(name, indices)) for name in self.names}
         given = self.rows.tensor("position_ids", indices) if self.rows.has("position_ids") else None
-        return self._assemble(self.rows.tensor("input_ids", indices), masks, given, values, real=True)
+        kept = self._kept(masks.scored, indices)
+        ids = self.rows.tensor("input_ids", indices)
+        micro = self._assemble(ids, Masks(masks.attention, kept), given, values, real=True)
+        return replace(micro, dropped=None if self.dropping is None else send(masks.scored & ~kept, self.device))
 
     def read_scored(self, indices: Sequence[int]) -> Tensor:
         """The scored mask [n,R] of these rows alone, bool on the CPU."""
-        return read_masks(self.rows, self.layout, list(indices)).scored
+        return self._kept(read_masks(self.rows, self.layout, list(indices)).scored, list(indices))
+
+    def _kept(self, scored: Tensor, indices: list[int]) -> Tensor:
+        """The scored mask [n,R] without what is dropped."""
+        if self.dropping is None:
+            return scored
+        names = ("old_log_probs", "rollout_log_probs")
+        old, rollout = (self.layout.align(self.rows.tensor(name, indices)).to(self.dtype) for name in names)
+        return self.dropping.kept(old, rollout, scored)
 
     def _nothing(self, name: str) -> Tensor:
         """The dummy's values, [1,1] or [1,1,K]."""

@@ -15,6 +15,7 @@ from nexrl_worker.training.explain import computed_lengths, explain_plan
 from nexrl_worker.training.footprint import Load, measure_activations, peak_mib
 from nexrl_worker.training.heads import ValueModel
 from nexrl_worker.training.kinds import kind_of
+from nexrl_worker.training.losses.correction import Correction
 from nexrl_worker.training.losses.value import ValueLoss
 from nexrl_worker.training.model import Precision, load_root
 from nexrl_worker.training.objectives.base import Objective
@@ -268,6 +269,7 @@ class Engine(TrainingState):
     def _prepared(self, operation: str, rows: Rows, params: Mapping[str, Any]) -> tuple[Objective, BatchReader]:
         layout = Layout.of(rows)
         objective: Objective
+        dropping = None
         if operation == "update_critic":
             names = self._critic_tensors(rows, layout)
             loss = ValueLoss(self._actor.cliprange_value)
@@ -277,10 +279,11 @@ class Engine(TrainingState):
             names = needed_tensors(spec, rows, layout)
             make = PolicyObjective if spec.top_k is None else TopKObjective
             objective = make(cast(Scorer, self._root), spec, names, self.reference)
-        return objective, self._reader(rows, names)
+            dropping = spec.correction if spec.correction is not None and spec.correction.drops else None
+        return objective, self._reader(rows, names, dropping)
 
-    def _reader(self, rows: Rows, names: tuple[str, ...]) -> BatchReader:
-        return BatchReader(rows, Layout.of(rows), names, self._device, self._wide, packed=self._probe.packs)
+    def _reader(self, rows: Rows, names: tuple[str, ...], dropping: Correction | None = None) -> BatchReader:
+        return BatchReader(rows, Layout.of(rows), names, self._device, self._wide, self._probe.packs, dropping)
 
     @property
     def _wide(self) -> torch.dtype:

@@ -6,6 +6,7 @@ AdamW works element by element, so running it on the local parts gives what it w
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from nexrl_worker.training.weights import Shard, parameter_shards
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _PIECE = 1024
+# As transformers' `Trainer.get_decay_parameter_names` tells them, which needs a Trainer.
+_NORMS_AND_BIASES = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
 class Schedule:
@@ -60,15 +63,14 @@ class Optimizer:
         self._moments = {
             name: {kind: torch.zeros_like(local) for kind in _MOMENTS} for name, local in self._local.items()
         }
-        filled = [local for local in self._local.values() if local.numel()]
+        groups = _by_decay(self._local, norms_and_biases(hf) if optim.no_decay else set(), float(optim.weight_decay))
         self._adamw: torch.optim.AdamW | None = None
-        if filled:
+        if groups:
             self._adamw = torch.optim.AdamW(
-                filled,
+                groups,
                 lr=float(optim.lr),
                 betas=(float(optim.betas[0]), float(optim.betas[1])),
                 eps=float(optim.eps),
-                weight_decay=float(optim.weight_decay),
                 fused=True,
             )
             for name, local in self._local.items():
@@ -106,7 +108,8 @@ class Optimizer:
             if grad.numel():
                 self._local[name].grad = grad.mul_(scale)
         if self._adamw is not None:
-            self._adamw.param_groups[0]["lr"] = lr
+            for group in self._adamw.param_groups:
+                group["lr"] = lr
             self._adamw.step()
         self._count += 1
         self.discard()
@@ -125,6 +128,23 @@ class Optimizer:
 
     def _grads(self) -> dict[str, Tensor]:
         return {name: param.grad.to_local() for name, param in self._params.items() if isinstance(param.grad, DTensor)}
+
+
+def norms_and_biases(hf: nn.Module) -> set[str]:
+    """Names of the parameters of LayerNorms, and of those whose own name says norm or bias."""
+    norms = tuple(f"{name}." for name, module in hf.named_modules() if isinstance(module, nn.LayerNorm))
+    names = [name for name, _ in hf.named_parameters()]
+    return {name for name in names if name.startswith(norms) or _NORMS_AND_BIASES.search(name.lower())}
+
+
+def _by_decay(local: dict[str, Tensor], spared: set[str], weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's parameter groups of this rank's slices, those that are empty left out."""
+    filled = {name: part for name, part in local.items() if part.numel()}
+    groups = [
+        {"params": [part for name, part in filled.items() if (name in spared) == free], "weight_decay": decay}
+        for free, decay in ((False, weight_decay), (True, 0.0))
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def piece_norms(tensors: Sequence[Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ from nexrl_worker.training.losses.policy import Clip, PolicyLoss, policy_loss
 
 DISTILLATION = "update_actor_with_distillation"
 DISTILLATION_LOSSES = ("policy_gradient", "forward_kl", "reverse_kl")
+CURRENT = "current"  # of distillation_student: what else it may be is the name of a tensor
 PER_ROW = ("advantages", "loss_weights")
 CANDIDATES = ("teacher_topk_ids", "teacher_topk_log_probs")
 
@@ -24,7 +25,8 @@ class LossSpec:
     """Settings of one policy update.
 
     `distillation` is the coefficient of a teacher's term, None without a teacher; `top_k` its direction (forward_kl,
-    reverse_kl) where the teacher gave candidates, None where it gave the sampled tokens' log-probabilities.
+    reverse_kl) where the teacher gave candidates, None where it gave the sampled tokens' log-probabilities, from which
+    those of `student` are then subtracted. `kl_times_ratio`: the KL term is weighed by exp(lp - old).
     """
 
     loss: PolicyLoss
@@ -34,9 +36,11 @@ class LossSpec:
     entropy_coeff: float
     kl_coeff: float
     kl_type: str
+    kl_times_ratio: bool
     temperature: float
     distillation: float | None
     top_k: str | None
+    student: str
 
     @property
     def uses_kl(self) -> bool:
@@ -44,7 +48,9 @@ class LossSpec:
 
     @property
     def reads_old(self) -> bool:
-        """Whether `old_log_probs` would matter: for the ratio, or for what a rollout correction weighs by."""
+        """Whether `old_log_probs` would matter: for a ratio, or for what a rollout correction weighs by."""
+        if self.uses_kl and self.kl_times_ratio:
+            return True
         return self.top_k is None and (self.loss.needs_old or self.correction is not None)
 
 
@@ -79,13 +85,15 @@ def loss_spec(actor: Any, operation: str, rows: Rows, params: Mapping[str, Any])
         loss=loss,
         aggregation=_aggregation(mode, actor.loss_scale_factor),
         clip=_distillation_clip(actor) if distils else _clip(actor, loss),
-        correction=None if correction is None else Correction(correction.mode, correction.lower, correction.upper),
+        correction=None if correction is None else _correction(correction),
         entropy_coeff=_number("entropy_coeff", actor.entropy_coeff if entropy_coeff is None else entropy_coeff),
         kl_coeff=_number("kl_loss_coef", actor.kl_loss_coef) if actor.use_kl_loss else 0.0,
         kl_type=actor.kl_loss_type,
+        kl_times_ratio=actor.use_bias_correction_kl,
         temperature=temperature_of(actor, rows),
         distillation=_coefficient(rows, params) if distils else None,
         top_k=kind if kind in ("forward_kl", "reverse_kl") else None,
+        student=actor.distillation_student,
     )
 
 
@@ -97,14 +105,18 @@ def needed_tensors(spec: LossSpec, rows: Rows, layout: Layout) -> tuple[str, ...
         required += CANDIDATES
     else:
         if spec.distillation is not None:
-            required.append("teacher_log_probs")
+            required += ["teacher_log_probs", *([] if spec.student == CURRENT else [spec.student])]
         if spec.loss.needs_advantages:
             (required if spec.distillation is None else optional).append("advantages")
             (required if spec.correction is not None else optional).append("rollout_log_probs")
         if spec.loss.own_weights:
             required.append("loss_weights")
-        if spec.reads_old or (spec.loss.needs_advantages and rows.has("rollout_log_probs")):
+        if spec.correction is not None and spec.correction.drops:
+            required.append("old_log_probs")
+        elif spec.loss.needs_advantages and rows.has("rollout_log_probs"):
             optional.append("old_log_probs")
+    if spec.reads_old:
+        optional.append("old_log_probs")
     if spec.uses_kl:
         optional.append("ref_log_prob")
     return present(rows, layout, required, optional)
@@ -115,7 +127,7 @@ def present(rows: Rows, layout: Layout, required: list[str], optional: list[str]
     for name in required:
         if not rows.has(name):
             raise InvalidValue(f"the batch has no {name}", tensor=name, expected="[B,S] or [B,R]", actual="missing")
-    names = required + [name for name in optional if rows.has(name)]
+    names = dict.fromkeys(required + [name for name in optional if rows.has(name)])
     for name in names:
         if name in CANDIDATES:
             layout.check_candidates(rows, name)
@@ -130,6 +142,10 @@ def _aggregation(mode: str, scale: float | None) -> Aggregation:
     if scale is None:
         raise InvalidValue("loss_agg_mode seq-mean-token-sum-norm needs loss_scale_factor")
     return Aggregation(mode, _number("loss_scale_factor", scale, positive=True))
+
+
+def _correction(given: Any) -> Correction:
+    return Correction(given.mode, given.lower, given.upper, given.drop_rejected)
 
 
 def _clip(actor: Any, loss: PolicyLoss) -> Clip:

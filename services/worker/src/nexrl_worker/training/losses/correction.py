@@ -17,25 +17,47 @@ class Correction:
     """w = exp(old - rollout) of a token, or for `sequence_*` its product over the row's scored tokens.
 
     `*_truncate` clips w to [lower, upper], `*_mask` makes it 0 outside them. Multiplies the policy term alone; the
-    denominators stay. Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", 2025
-    (truncation); Liu et al., "When Speed Kills Stability", 2025 (masking).
+    denominators stay, unless `drop_rejected` takes what a mask rejects out of the scored tokens. Yao et al., "Your
+    Efficient RL Framework Secretly Brings You Off-Policy RL Training", 2025 (truncation); Liu et al., "When Speed
+    Kills Stability", 2025 (masking).
     """
 
     mode: str
     lower: float
     upper: float
+    drop_rejected: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             message = f"unknown rollout_correction.mode {self.mode!r}"
             raise InvalidValue(message, expected=", ".join(MODES), actual=str(self.mode))
 
+    @property
+    def rejects(self) -> bool:
+        """Whether there are tokens of no weight at all."""
+        return self.mode.endswith("mask")
+
+    @property
+    def drops(self) -> bool:
+        """Whether rejected tokens are no longer scored."""
+        return self.rejects and self.drop_rejected
+
     def weights(self, old: Tensor, rollout: Tensor, mask: Tensor) -> Tensor:
         """w [n,R], without gradient; what stands where the bool mask [n,R] is False has no meaning."""
+        weight = self._ratio(old, rollout, mask)
+        if self.rejects:
+            return torch.where(self._inside(weight), weight, 0.0)
+        return weight.clamp(self.lower, self.upper)
+
+    def kept(self, old: Tensor, rollout: Tensor, mask: Tensor) -> Tensor:
+        """Those of the bool mask [n,R] whose w lies within the bounds."""
+        return mask & self._inside(self._ratio(old, rollout, mask))
+
+    def _ratio(self, old: Tensor, rollout: Tensor, mask: Tensor) -> Tensor:
         gap = torch.where(mask, old - rollout, 0.0).detach()
         if self.mode.startswith("sequence"):
             gap = gap.sum(dim=-1, keepdim=True).expand_as(gap)
-        weight = gap.exp()
-        if self.mode.endswith("truncate"):
-            return weight.clamp(self.lower, self.upper)
-        return torch.where((weight >= self.lower) & (weight <= self.upper), weight, 0.0)
+        return gap.exp()
+
+    def _inside(self, weight: Tensor) -> Tensor:
+        return (weight >= self.lower) & (weight <= self.upper)

@@ -10,13 +10,16 @@ from nexrl_worker.training.errors import InvalidValue
 KINDS = ("k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl", "k1+", "k3+")
 
 
-def kl_terms(log_probs: Tensor, reference: Tensor, kind: str) -> Tensor:
+def kl_terms(log_probs: Tensor, reference: Tensor, kind: str, old: Tensor | None = None) -> Tensor:
     """Per-token estimates of KL(policy || reference), d = lp - ref (Schulman, "Approximating KL divergence", 2020).
 
     k1 (kl): d, whose gradient has zero mean; abs: |d|; k2 (mse): d^2/2, whose gradient is that of KL(policy||ref);
     k3 (low_var_kl): exp(-d) - 1 + d, whose gradient is that of KL(ref||policy). k1+ and k3+ have the value of k1 and
-    k3 with the gradient of k2.
+    k3 with the gradient of k2. With `old` times the ratio exp(lp - old), whose gradient counts: unbiased for tokens
+    that another policy sampled (DeepSeek-AI, "DeepSeek-V3.2", 2025); at ratio 1 k3 then has k2's gradient.
     """
+    if old is not None:
+        return (log_probs - old).exp() * kl_terms(log_probs, reference, kind)
     difference = log_probs - reference
     square = 0.5 * difference.square()
     match kind:

@@ -14,7 +14,7 @@ from nexrl_worker.training.objectives.base import Evaluated, count_batch
 from nexrl_worker.training.objectives.tally import Tally, Totals
 from nexrl_worker.training.objectives.terms import Terms
 from nexrl_worker.training.scorer import Scorer
-from nexrl_worker.training.spec import LossSpec
+from nexrl_worker.training.spec import CURRENT, LossSpec
 
 _QUANTILES = {"min": 0.0, "p01": 0.01, "p50": 0.5, "p99": 0.99, "max": 1.0}
 _NEAR = (0.9, 1.1)
@@ -40,7 +40,7 @@ class PolicyObjective:
         per_token = self._spec.loss.function(tokens, self._spec.clip)
         weighted = per_token.loss * self._weights(tokens, micro, tally)
         main = self.aggregation.numerator(weighted, micro.mask)
-        loss = self._terms.add(main, tokens.log_probs, entropies, micro, tally)
+        loss = self._terms.add(main, tokens, entropies, micro, tally)
         count_batch(micro, self.aggregation, tally)
         _count_ratios(tokens, per_token, micro.chosen, tally)
         return Evaluated(loss, {"log_probs": log_probs.detach()} if answers else {})
@@ -63,10 +63,12 @@ class PolicyObjective:
         if "clipped_dual" in sums:
             found["actor/pg_clipfrac_dual"] = totals.share("clipped_dual", "tokens")
         if "mismatch" in sums:
-            found["actor/mismatch_kl"] = totals.share("mismatch", "tokens")
-            found["actor/mismatch_k3"] = totals.share("mismatch_k3", "tokens")
+            found["actor/mismatch_kl"] = totals.share("mismatch", "compared")
+            found["actor/mismatch_k3"] = totals.share("mismatch_k3", "compared")
         if "correction" in sums:
             found["actor/rollout_weight_mean"] = totals.share("correction", "tokens")
+        if "rejected" in sums:
+            found["actor/rollout_rejected_share"] = totals.share("rejected", "compared")
         return found
 
     def close(self) -> None:
@@ -77,24 +79,33 @@ class PolicyObjective:
         values, mask = micro.values, micro.mask
         advantages = values.get("advantages")
         if self._spec.distillation is not None:
-            gap = torch.where(mask, values["teacher_log_probs"] - log_probs.detach(), 0.0)
-            tally.add("teacher_gap", -gap.sum())
-            scaled = self._spec.distillation * gap
+            teacher, current = values["teacher_log_probs"], log_probs.detach()
+            tally.add("teacher_gap", torch.where(mask, current - teacher, 0.0).sum())
+            student = current if self._spec.student == CURRENT else values[self._spec.student]
+            scaled = self._spec.distillation * torch.where(mask, teacher - student, 0.0)
             advantages = scaled if advantages is None else scaled + advantages
         return select_tokens(log_probs, mask, values.get("old_log_probs"), advantages, values.get("loss_weights"))
 
     @torch.no_grad()
     def _weights(self, tokens: Tokens, micro: MicroBatch, tally: Tally) -> Tensor | float:
-        """The rollout correction, 1 without one; counts how far the sampler was from `old`."""
+        """The rollout correction, 1 without one; counts how far the sampler was from `old`, at dropped tokens too."""
         if "rollout_log_probs" not in self._names:
             return 1.0
-        rollout = torch.where(micro.mask, micro.values["rollout_log_probs"], 0.0)
-        gap = rollout - tokens.old
+        sampled, old = micro.mask, tokens.old
+        if micro.dropped is not None:
+            sampled = sampled | micro.dropped
+            old = torch.where(sampled, micro.values["old_log_probs"], 0.0)
+        rollout = torch.where(sampled, micro.values["rollout_log_probs"], 0.0)
+        gap = rollout - old
+        tally.add("compared", sampled.sum())
         tally.add("mismatch", gap.sum())
         tally.add("mismatch_k3", (torch.expm1(-gap) + gap).sum())
-        if self._spec.correction is None:
+        correction = self._spec.correction
+        if correction is None:
             return 1.0
-        weights = self._spec.correction.weights(tokens.old, rollout, micro.mask)
+        if correction.rejects:
+            tally.add("rejected", (sampled & ~correction.kept(old, rollout, sampled)).sum())
+        weights = correction.weights(old, rollout, sampled)
         tally.add("correction", torch.where(micro.mask, weights, 0.0).sum())
         return weights
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from nexrl_worker.training.batch import MicroBatch
 from nexrl_worker.training.losses.aggregation import Aggregation
 from nexrl_worker.training.losses.divergence import kl_terms
+from nexrl_worker.training.losses.policy import Tokens
 from nexrl_worker.training.objectives.tally import Tally, Totals
 from nexrl_worker.training.parallelize import release
 from nexrl_worker.training.scorer import Scorer
@@ -30,8 +31,8 @@ class Terms:
     def _aggregation(self) -> Aggregation:
         return self._spec.aggregation
 
-    def add(self, main: Tensor, log_probs: Tensor, entropies: Tensor, micro: MicroBatch, tally: Tally) -> Tensor:
-        """The whole loss (0-dim) from `main` (0-dim), log-probabilities and entropies [n,R]."""
+    def add(self, main: Tensor, tokens: Tokens, entropies: Tensor, micro: MicroBatch, tally: Tally) -> Tensor:
+        """The whole loss (0-dim) from `main` (0-dim), the tokens and entropies [n,R]."""
         mask, spec = micro.mask, self._spec
         entropy = self._aggregation.numerator(entropies, mask)
         loss = main - spec.entropy_coeff * entropy if spec.entropy_coeff != 0.0 else main
@@ -39,7 +40,8 @@ class Terms:
         tally.add("entropy", entropy)
         if spec.uses_kl:
             reference = torch.where(mask, self._reference_of(micro), 0.0)
-            terms = kl_terms(torch.where(mask, log_probs, 0.0), reference, spec.kl_type)
+            old = tokens.old if spec.kl_times_ratio else None
+            terms = kl_terms(tokens.log_probs, reference, spec.kl_type, old)
             divergence = self._aggregation.numerator(terms, mask)
             loss = loss + spec.kl_coeff * divergence
             tally.add("kl", divergence)

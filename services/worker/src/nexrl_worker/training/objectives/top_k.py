@@ -10,6 +10,7 @@ import torch
 from nexrl_worker.training.batch import MicroBatch
 from nexrl_worker.training.candidates import score_candidates
 from nexrl_worker.training.losses.divergence import top_k_kl
+from nexrl_worker.training.losses.policy import select_tokens
 from nexrl_worker.training.objectives.base import Evaluated, count_batch
 from nexrl_worker.training.objectives.tally import Tally, Totals
 from nexrl_worker.training.objectives.terms import Terms
@@ -39,7 +40,8 @@ class TopKObjective:
         tally.add("teacher_kl", divergence.sum())
         assert self._spec.distillation is not None
         main = self._spec.distillation * self.aggregation.numerator(divergence, mask)
-        loss = self._terms.add(main, scores.labels, scores.entropies, micro, tally)
+        tokens = select_tokens(scores.labels, mask, micro.values.get("old_log_probs"), None)
+        loss = self._terms.add(main, tokens, scores.entropies, micro, tally)
         count_batch(micro, self.aggregation, tally)
         return Evaluated(loss)
 
