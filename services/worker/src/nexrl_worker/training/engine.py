@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,7 @@ from nexrl_worker.training.heads import ValueModel
 from nexrl_worker.training.kinds import kind_of
 from nexrl_worker.training.losses.correction import Correction
 from nexrl_worker.training.losses.value import ValueLoss
-from nexrl_worker.training.model import Precision, load_root
+from nexrl_worker.training.model import Precision, export_dtype, load_root
 from nexrl_worker.training.objectives.base import Objective
 from nexrl_worker.training.objectives.policy import PolicyObjective
 from nexrl_worker.training.objectives.top_k import TopKObjective
@@ -34,7 +35,7 @@ from nexrl_worker.training.spec import aggregation_of, loss_spec, needed_tensors
 from nexrl_worker.training.state import TrainingState
 from nexrl_worker.training.trainer import Parts, Result, Trainer
 from nexrl_worker.training.validate import Limits, check_rows
-from nexrl_worker.training.weights import parameter_shards
+from nexrl_worker.training.weights import FolderReader, parameter_shards
 
 Agree = Callable[[Callable[[], Any]], Any]
 POLICY_UPDATES = ("update_actor", "update_actor_with_distillation")
@@ -44,9 +45,12 @@ UPDATES = (*POLICY_UPDATES, "update_critic")
 class Engine(TrainingState):
     """A sharded model, its optimizer (none where the role does not learn) and the gradients that await a step."""
 
-    def __init__(self, actor: Any, role: str, device: torch.device, root: Root, outcome: Probe) -> None:
+    def __init__(
+        self, actor: Any, role: str, device: torch.device, root: Root, outcome: Probe, source: Mapping[str, str]
+    ) -> None:
         kind = kind_of(role)
-        super().__init__(kind, root, Trainer(root, actor, device) if kind.trains else None, device)
+        trainer = Trainer(root, actor, device) if kind.trains else None
+        super().__init__(kind, root, trainer, device, source, export_dtype(actor.model))
         self._actor = actor
         self._role = role
         self._probe = outcome
@@ -66,7 +70,8 @@ class Engine(TrainingState):
         outcome = strictest(probe(root, device, precision.param, actor.model.use_remove_padding), device)
         if isinstance(root, Scorer):
             root.fallback = outcome.reason
-        engine: Engine = agree(lambda: cls(actor, role, device, root, outcome))
+        source = agree(lambda: FolderReader(Path(actor.model.path)).dtypes())
+        engine: Engine = agree(lambda: cls(actor, role, device, root, outcome, source))
         return engine
 
     def info(self) -> dict[str, Any]:

@@ -61,6 +61,11 @@ def _dtype(key: str, value: str) -> torch.dtype:
     return _DTYPES[name]
 
 
+def export_dtype(model: Any) -> torch.dtype | None:
+    """That of `actor.model`; None exports in the dtypes of the folder that the model was made of."""
+    return None if model.export_dtype is None else _dtype("model.export_dtype", model.export_dtype)
+
+
 @dataclass(frozen=True)
 class Options:
     """How layers and head are computed: layers again in the backward, compiled, the head's product in another dtype."""

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AutoConfig
 
+from nexrl_worker.training.conversion import ConvertingReader, ExportLayout, FolderTensors
+from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.fingerprint import partial_fingerprint, weight_table
-from nexrl_worker.training.kinds import Kind
+from nexrl_worker.training.kinds import KINDS, Kind
 from nexrl_worker.training.rng import rng_state, set_rng_state
 from nexrl_worker.training.roots import Root
 from nexrl_worker.training.trainer import Trainer
@@ -27,10 +31,23 @@ from nexrl_worker.training.weights import (
 
 
 class TrainingState:
-    """A sharded model and its trainer (None where the role does not learn)."""
+    """A sharded model and its trainer (None where the role does not learn).
 
-    def __init__(self, kind: Kind, root: Root, trainer: Trainer | None, device: torch.device) -> None:
+    `source`: the dtypes, by name, of the folder that the model was made of; `export_dtype` None exports in those.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        root: Root,
+        trainer: Trainer | None,
+        device: torch.device,
+        source: Mapping[str, str],
+        export_dtype: torch.dtype | None,
+    ) -> None:
         self._kind = kind
+        self._source = dict(source)
+        self._export_dtype = export_dtype
         self._root = root
         self._trainer = trainer
         self._device = device
@@ -104,11 +121,46 @@ class TrainingState:
         set_rng_state(state)
 
     def full_weights(self) -> Iterator[tuple[str, Tensor | None]]:
-        """Names and tensors as transformers saves them, one at a time: whole on rank 0, None elsewhere. Collective."""
+        """Names and tensors of the model, one at a time: whole on rank 0's device, None elsewhere. Collective.
+
+        `layout` makes of them what a folder holds.
+        """
         for part in parameter_shards(self._root.hf):
             yield part.name, gather(part)
         for name, buffer in persistent_buffers(self._root.hf):
-            yield name, buffer.detach().cpu() if dist.get_rank() == 0 else None
+            yield name, buffer.detach() if dist.get_rank() == 0 else None
+
+    def layout(self) -> ExportLayout:
+        """How an export of this group is written; local, and once for each export."""
+        return ExportLayout(self._root.hf, self._source, self._export_dtype)
+
+    @property
+    def source(self) -> dict[str, str]:
+        """What a sharded checkpoint keeps for `layout_of`: dtypes by name of the folder that the model was made of."""
+        return self._source
+
+    def layout_of(self, folder: Path, shapes: Mapping[str, tuple[int, ...]], saved: Mapping[str, Any]) -> ExportLayout:
+        """How a checkpoint's tensors of these `shapes` are written: `folder` has its configuration, `saved` is its state.
+
+        Of a model that is not this group's an empty one is made. Raises InvalidValue where there is no such class. Local.
+        """
+        hf = self._root.hf
+        if any(shapes.get(part.name) != part.global_shape for part in parameter_shards(hf)):
+            hf = _empty_model(folder, saved.get("architecture"))
+        dtype = self._export_dtype
+        if dtype is None and "source" not in saved:  # from before it was kept
+            said = AutoConfig.from_pretrained(folder, local_files_only=True).dtype
+            dtype = said if isinstance(said, torch.dtype) else None
+        return ExportLayout(hf, saved.get("source", {}), dtype)
+
+    def by_own_names(self, reader: FolderTensors) -> FolderTensors | ConvertingReader:
+        """`reader`, or one that converts what its folder names or cuts otherwise than the model does. Local."""
+        if all(name in reader.shapes for name, _ in self._root.hf.named_parameters()):
+            return reader
+        try:
+            return ConvertingReader(self._root.hf, reader)
+        except (ValueError, KeyError, RuntimeError):  # of another model: whoever looks for its tensors names one
+            return reader
 
     def config_changes(self) -> dict[str, Any]:
         """What an exported config.json must say otherwise than the folder that the group was made of: the new head."""
@@ -130,3 +182,14 @@ class TrainingState:
             total += partial_fingerprint(part.name, part.local_tensor, part.offset_dim0 * row, table)
         dist.all_reduce(total)
         return int(total) % (1 << 64)
+
+
+def _empty_model(folder: Path, architecture: str | None) -> nn.Module:
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    for kind in KINDS.values():
+        kind.prepare(config)
+        with torch.device("meta"):
+            model: nn.Module = kind.auto.from_config(config)
+        if architecture in (None, type(model).__name__):
+            return model
+    raise InvalidValue(f"the checkpoint holds a {architecture}, which nothing here makes")

@@ -16,6 +16,14 @@ from torch.distributed.tensor import DTensor
 
 from nexrl_worker.training.errors import InvalidValue
 
+FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""What weights are trained and exported in, by safetensors' names."""
+
+
+def dtype_name(code: str) -> str:
+    """torch's name for a dtype that safetensors calls `code`; of other ones safetensors' own."""
+    return str(FLOAT_DTYPES.get(code, code)).removeprefix("torch.")
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -63,6 +71,14 @@ class FolderReader:
             part = file.get_slice(name)
             rows: Tensor = part[offset : offset + length] if part.get_shape() else file.get_tensor(name)
             return rows
+
+    def dtypes(self) -> dict[str, str]:
+        """safetensors' name of every tensor's dtype ("BF16"); every file is opened once."""
+        found: dict[str, str] = {}
+        for file in sorted(set(self._files.values())):
+            with safe_open(str(self._folder / file), framework="pt") as opened:
+                found |= {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+        return found
 
 
 class MemoryReader:
@@ -119,14 +135,14 @@ def load_parameters(hf: nn.Module, reader: Reader) -> None:
 
 @torch.no_grad()
 def gather(part: Shard) -> Tensor | None:
-    """The whole tensor on rank 0's CPU, None on the others. Collective."""
+    """The whole tensor on rank 0's device, None on the others. Collective."""
     rank, world = dist.get_rank(), dist.get_world_size()
     local = part.local_tensor
     if world == 1:
-        return local.cpu()
+        return local
     step = rows_per_rank(part.global_shape[0], world)
     padded = local.new_zeros((step, *part.global_shape[1:]))
     padded[: local.shape[0]].copy_(local)
     pieces = [torch.empty_like(padded) for _ in range(world)] if rank == 0 else None
     dist.gather(padded, pieces, dst=0)
-    return None if pieces is None else torch.cat(pieces)[: part.global_shape[0]].cpu()
+    return None if pieces is None else torch.cat(pieces)[: part.global_shape[0]]
