@@ -109,7 +109,8 @@ def test_a_connection_that_ends_in_the_body_leaves_nothing(gateway: Gateway, gro
     """A client that dies in the middle of its upload: no job, no file."""
     body = frame({"input_ids": np.zeros((B, 100_000), np.int64)})
     host, port = gateway.url.removeprefix("http://").split(":")
-    head = f"POST /compute_log_prob HTTP/1.1\r\nHost: x\r\nContent-Type: {FRAME['Content-Type']}\r\nContent-Length: {len(body)}\r\n\r\n"
+    lines = ["POST /compute_log_prob HTTP/1.1", f"Host: {host}", f"Content-Type: {FRAME['Content-Type']}"]
+    head = "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""])
     with socket.create_connection((host, int(port))) as client:
         client.sendall(head.encode() + body[:-100_000])
         wait_until(gateway.stored, 5, "the upload")
@@ -193,7 +194,7 @@ def test_a_word_beside_a_batch_is_compared_with_all_that_may_stand_there(gateway
 def test_a_body_over_the_limit_is_refused_before_it_is_read(gateway: Gateway, group: PlayedGroup) -> None:
     """413 from the length alone; a frame that only its header admits to be too large, too."""
     host, port = gateway.url.removeprefix("http://").split(":")
-    head = f"POST {UPDATE} HTTP/1.1\r\nHost: x\r\nContent-Type: {FRAME['Content-Type']}\r\nContent-Length: {1 << 40}\r\n\r\n"
+    head = f"POST {UPDATE} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {FRAME['Content-Type']}\r\nContent-Length: {1 << 40}\r\n\r\n"
     with socket.create_connection((host, int(port)), timeout=5) as client:
         client.sendall(head.encode())
         assert client.recv(100).startswith(b"HTTP/1.1 413 ")
@@ -207,7 +208,7 @@ def test_a_body_over_the_limit_is_refused_before_it_is_read(gateway: Gateway, gr
 def test_a_part_over_the_limit_is_refused_before_it_is_read(gateway: Gateway, group: PlayedGroup) -> None:
     """413 from the length alone, also where the body would be taken straight from the connection."""
     host, port = gateway.url.removeprefix("http://").split(":")
-    lines = [f"PUT /payloads/{'a' * 32}/parts/0 HTTP/1.1", "Host: x", f"{CHECKSUM_HEADER}: {'0' * 32}"]
+    lines = [f"PUT /payloads/{'a' * 32}/parts/0 HTTP/1.1", "Host: localhost", f"{CHECKSUM_HEADER}: {'0' * 32}"]
     head = "\r\n".join([*lines, f"Content-Length: {300 * 1024**2 + 1}", "", ""])
     with socket.create_connection((host, int(port)), timeout=5) as client:
         client.sendall(head.encode())

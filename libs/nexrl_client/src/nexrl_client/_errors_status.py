@@ -22,6 +22,12 @@ class IdentifierRequired(Rejected):
     default_code = "IDENTIFIER_REQUIRED"
 
 
+class ForeignOrigin(Rejected):
+    """A browser's page of another origin sent the request."""
+
+    default_code = "FOREIGN_ORIGIN"
+
+
 class GroupNotFound(Rejected):
     """No worker group has this identifier."""
 
@@ -106,6 +112,12 @@ class GradientsPending(Rejected):
     default_code = "GRADIENTS_PENDING"
 
 
+class GradientsLost(Rejected):
+    """The gradients that optim_step was to apply went with a restart; details name their jobs."""
+
+    default_code = "GRADIENTS_LOST"
+
+
 class Expired(Rejected):
     """The job's result, or the key, is older than the service keeps it."""
 
@@ -122,6 +134,12 @@ class UnsupportedType(Rejected):
     """The service does not read this content type or encoding."""
 
     default_code = "UNSUPPORTED_TYPE"
+
+
+class HostRefused(Rejected):
+    """The service does not answer under this name; NEXRL_ALLOWED_HOSTS lists further ones."""
+
+    default_code = "HOST_REFUSED"
 
 
 class InvalidArgument(Rejected):
@@ -172,6 +190,12 @@ class HDFSNotConfigured(Rejected):
     default_code = "HDFS_NOT_CONFIGURED"
 
 
+class HeadersTooLarge(Rejected):
+    """The request's headers are over the service's limit."""
+
+    default_code = "HEADERS_TOO_LARGE"
+
+
 class OperationFailed(Failed):
     """The operation failed inside the group; rank and message say where and why."""
 
@@ -206,6 +230,18 @@ class StoreUnavailable(Unavailable):
     """The service cannot reach its payload store."""
 
     default_code = "STORE_UNAVAILABLE"
+
+
+class GatewayBusy(Unavailable):
+    """The gateway has as many connections or JSON bodies as it takes at a time."""
+
+    default_code = "GATEWAY_BUSY"
+
+
+class SlowRequest(Unavailable):
+    """The request's bytes stopped coming."""
+
+    default_code = "SLOW_REQUEST"
 
 
 class WaitLimit(Unavailable):

@@ -14,9 +14,11 @@ NexRLError
     ├── ServiceTimeout          no result in time; .job is the job, which goes on (also Timeout)
     └── StatusError             the service, or a proxy before it, said no (also HTTPError)
         ├── Rejected            4xx: the request cannot succeed as it is, and changed nothing
-        │   ├── Malformed, TooLarge, UnsupportedType, IdentifierRequired, MethodNotAllowed
+        │   ├── Malformed, TooLarge, HeadersTooLarge, UnsupportedType, IdentifierRequired, MethodNotAllowed
+        │   ├── ForeignOrigin, HostRefused
         │   ├── GroupNotFound, JobNotFound, PayloadNotFound, NotFound, Expired
-        │   ├── GroupNotReady, GroupExists, RoleUnsupported, GradientsPending, IdempotencyMismatch
+        │   ├── GroupNotReady, GroupExists, RoleUnsupported, IdempotencyMismatch
+        │   ├── GradientsPending, GradientsLost
         │   ├── JobRunning, JobFinal, JobCancelled, JobRolledBack
         │   ├── InvalidArgument, InvalidTensor, InvalidValue, InvalidConfig
         │   └── PathRefused, CheckpointInvalid, NoSuchSlots, HDFSNotConfigured
@@ -24,6 +26,7 @@ NexRLError
         │   └── OperationFailed, InternalError
         └── Unavailable         the same request may succeed later
             ├── TooManyQueued, GroupDown, RedisUnavailable, StoreUnavailable
+            ├── GatewayBusy, SlowRequest
             └── WaitLimit, NoSpace, ChecksumMismatch
 """
 
@@ -50,12 +53,17 @@ from ._errors_status import (
     CheckpointInvalid,
     ChecksumMismatch,
     Expired,
+    ForeignOrigin,
+    GatewayBusy,
+    GradientsLost,
     GradientsPending,
     GroupDown,
     GroupExists,
     GroupNotFound,
     GroupNotReady,
     HDFSNotConfigured,
+    HeadersTooLarge,
+    HostRefused,
     IdempotencyMismatch,
     IdentifierRequired,
     InternalError,
@@ -78,6 +86,7 @@ from ._errors_status import (
     PayloadNotFound,
     RedisUnavailable,
     RoleUnsupported,
+    SlowRequest,
     StoreUnavailable,
     TooLarge,
     TooManyQueued,
@@ -92,12 +101,17 @@ __all__ = [
     "ClientError",
     "Expired",
     "Failed",
+    "ForeignOrigin",
+    "GatewayBusy",
+    "GradientsLost",
     "GradientsPending",
     "GroupDown",
     "GroupExists",
     "GroupNotFound",
     "GroupNotReady",
     "HDFSNotConfigured",
+    "HeadersTooLarge",
+    "HostRefused",
     "IdempotencyMismatch",
     "IdentifierRequired",
     "InternalError",
@@ -128,6 +142,7 @@ __all__ = [
     "RoleUnsupported",
     "ServiceFault",
     "ServiceTimeout",
+    "SlowRequest",
     "StatusError",
     "StoreUnavailable",
     "TooLarge",

@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 from nexrl_gateway.docs import with_nulls
 from nexrl_gateway.errors import add_error_handlers
 from nexrl_gateway.janitor import keep_clean
+from nexrl_gateway.origins import OwnOrigin
 from nexrl_gateway.replies import marked
 from nexrl_gateway.routes import groups, health, jobs, operations, payloads
 from nexrl_gateway.services import Services
@@ -21,7 +22,8 @@ from nexrl_gateway.settings import Settings
 _DESCRIPTION = """Training of language models on worker groups: make a group, load a model, send batches.
 
 Every operation answers when it is done; `Prefer: respond-async` answers 202 with a job to ask for. An `Idempotency-Key`
-makes a repeated request the same job. Errors have one shape: `{"error": {"code", "message", ...}}`."""
+makes a repeated request the same job. Errors have one shape: `{"error": {"code", "message", ...}}`. Whatever is asked,
+pages of another origin get 403, another `Host` 421, and a request whose bytes stop coming 408."""
 
 
 class _Application(FastAPI):
@@ -57,6 +59,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         redirect_slashes=False,
     )
+    app.add_middleware(OwnOrigin, settings=settings)
     add_error_handlers(app)
     for routes in (groups, operations, jobs, payloads, health):
         app.include_router(routes.router)

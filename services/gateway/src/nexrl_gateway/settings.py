@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -14,7 +15,10 @@ JSON_LIMIT_BYTES = 32 * 1024**2
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """``wait_limit_s`` bounds a synchronous answer, ``max_body_bytes`` a request's body."""
+    """``wait_limit_s`` bounds a synchronous answer, ``max_body_bytes`` a request's body.
+
+    ``allowed_hosts`` are names that ``Host`` may have besides loopback and the address served; "*.suffix" and "*" too.
+    """
 
     data: Path
     payloads: str = field(repr=False)
@@ -26,6 +30,7 @@ class Settings:
     port: int = 8000
     wait_limit_s: float = 600.0
     max_body_bytes: int = 4 * GIB
+    allowed_hosts: tuple[str, ...] = ()
 
     @classmethod
     def from_env(cls) -> Self:
@@ -42,6 +47,7 @@ class Settings:
             port=_integer("NEXRL_PORT", 8000, 0),
             wait_limit_s=_integer("NEXRL_WAIT_LIMIT_S", 600, 1),
             max_body_bytes=_integer("NEXRL_MAX_BODY_BYTES", 4 * GIB, 1),
+            allowed_hosts=_hosts("NEXRL_ALLOWED_HOSTS"),
         )
 
     @property
@@ -57,6 +63,14 @@ class Settings:
 
 def _folders(name: str) -> tuple[Path, ...]:
     return tuple(Path(part).absolute() for part in os.environ.get(name, "").split(os.pathsep) if part)
+
+
+def _hosts(name: str) -> tuple[str, ...]:
+    hosts = tuple(part.strip("[]").lower() for part in re.split(r"[\s,]+", os.environ.get(name, "")) if part)
+    for host in hosts:
+        if not re.fullmatch(r"\*|(\*\.)?[a-z0-9_.:-]+", host) or re.fullmatch(r"[^:]*:[^:]*", host):
+            raise ValueError(f"{name} lists host names or addresses without ports, and not {host!r}")
+    return hosts
 
 
 def _integer(name: str, default: int, least: int) -> int:

@@ -1,0 +1,105 @@
+"""Who may ask: programs, and pages of the gateway's own origin, under a name that is the gateway's.
+
+A browser carries the requests of any page to this machine, bodiless ones without asking, and whoever owns a domain may point
+its name here (DNS rebinding), so that his page's origin looks like ours. An address in ``Host`` cannot be pointed elsewhere.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from ipaddress import IPv6Address, ip_address
+
+from nexrl_contract.errors import ServiceError
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from nexrl_gateway.errors import error_response
+from nexrl_gateway.settings import Settings
+
+_AUTHORITY = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9_.-]+))(:[0-9]{0,5})?")
+_OWN_FETCHES = ("same-origin", "none")
+_DEFAULT_PORTS = {"http": ":80", "https": ":443"}
+
+
+class OwnOrigin:
+    """ASGI middleware: refuses, on every verb, foreign pages and hosts that are not ours; ``settings`` names further hosts."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app = app
+        names = {"localhost", _canonical(settings.host.lower()), *settings.allowed_hosts}
+        if not settings.on_loopback:
+            names.add(socket.gethostname().lower())
+        self._hosts = frozenset(names)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                self._check(scope)
+            except ServiceError as error:
+                await error_response(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _check(self, scope: Scope) -> None:
+        headers = Headers(scope=scope)
+        hosts = [value.strip().lower() for value in headers.getlist("host")]
+        if len(hosts) > 1 or (not hosts and scope["http_version"] != "1.0"):
+            raise ServiceError("MALFORMED", f"a request has one Host header, not {len(hosts)}")
+        served = str((scope.get("server") or ("",))[0])
+        if hosts and not self._is_ours(hosts[0], served):
+            raise _host_refused(hosts[0])
+        if headers.get("sec-fetch-site", "none").lower() not in _OWN_FETCHES:
+            raise _foreign(headers.get("origin", f"{headers['sec-fetch-site']} pages"))
+        for origin in headers.getlist("origin"):
+            if not hosts or not _same(origin.lower(), hosts[0]):
+                raise _foreign(origin)
+
+    def _is_ours(self, authority: str, served: str) -> bool:
+        """Whether ``authority`` names loopback, the address at which the request came in, or a host of the list."""
+        parts = _AUTHORITY.fullmatch(authority)
+        if parts is None:
+            return False
+        host = _canonical(parts[1] or parts[2].removesuffix("."))
+        if _is_loopback(host) or host == _canonical(served) or not self._hosts.isdisjoint((host, "*")):
+            return True
+        return any(host.endswith(name[1:]) for name in self._hosts if name.startswith("*."))
+
+
+def _canonical(host: str) -> str:
+    """One text for every spelling of an address; names stay as they are."""
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return host
+    return str((address.ipv4_mapped if isinstance(address, IPv6Address) else None) or address)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _same(origin: str, host: str) -> bool:
+    """Whether a page of ``origin`` was served under ``host``; behind a proxy that ends TLS its scheme is another one."""
+    scheme, _, authority = origin.partition("://")
+    port = _DEFAULT_PORTS.get(scheme)
+    return port is not None and authority.removesuffix(port) == host.removesuffix(port)
+
+
+def _host_refused(host: str) -> ServiceError:
+    return ServiceError(
+        "HOST_REFUSED",
+        f"this gateway does not answer for Host {host[:100]!a}, only for loopback and the address it serves; "
+        "where the name is its own, list it in NEXRL_ALLOWED_HOSTS (comma-separated) of the gateway",
+    )
+
+
+def _foreign(origin: str) -> ServiceError:
+    return ServiceError(
+        "FOREIGN_ORIGIN",
+        f"a browser sent this for {origin[:100]!a}, and only programs and this gateway's own pages may ask it; "
+        "type its address into the browser, or call it from a program",
+    )
