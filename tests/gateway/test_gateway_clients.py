@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import wait_until
+from conftest import free_port, wait_until
 from gateway.kit import Gateway, PlayedGroup, tensors
-from nexrl_client import GroupDown, HTTPTrainServiceClient, JobHandle, ServiceTimeout
+from little_proxy import little_proxy
+from nexrl_client import GroupDown, HTTPTrainServiceClient, JobHandle, ServiceTimeout, Unavailable, Unreachable
 from nexrl_contract import names
 from nexrl_contract.records import JobRecord
 from nexrl_ledger import Ledger
@@ -232,3 +233,34 @@ def test_without_an_agent_initialize_waits_only_for_a_stack_that_has_just_starte
             assert time.monotonic() - start < 5
     finally:
         young.stop()
+
+
+def test_a_proxy_leads_to_a_gateway_elsewhere_and_its_own_answers_name_it(
+    gateway: Gateway, answering: PlayedGroup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not to this machine itself, whatever is set; its password is shown to nobody."""
+    for name in ("no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with little_proxy(gateway.url, tmp_path) as proxy:
+        for name in ("http_proxy", "HTTP_PROXY"):
+            monkeypatch.setenv(name, proxy.url.replace("//", "//user:secret@"))
+        port = gateway.url.rpartition(":")[2]
+        for here in (gateway.url, f"http://localhost:{port}", f"http://LOCALHOST:{port}"):
+            assert HTTPTrainServiceClient(here, "student").get_models()["count"] == 1
+        assert proxy.asked == []
+        with HTTPTrainServiceClient("http://training.invalid:8000", "student", request_timeout=20) as client:
+            check(client.compute_log_prob(asked_by(3)), 3)
+            assert set(proxy.asked) == {"http://training.invalid:8000/compute_log_prob?identifier=student"}
+    dead = f"http://127.0.0.1:{free_port()}"
+    with little_proxy(dead, tmp_path) as proxy, HTTPTrainServiceClient("http://training.invalid:8000") as client:
+        client.request_timeout = 1
+        for name in ("http_proxy", "HTTP_PROXY"):
+            monkeypatch.setenv(name, proxy.url.replace("//", "//user:secret@"))
+        with pytest.raises(Unavailable, match=f"the proxy {proxy.url}.* with 502 and text/html.*no route") as page:
+            client.get_models()
+        with pytest.raises(Unavailable, match=proxy.url):
+            client.health_check()
+    with pytest.raises(Unreachable, match=f"by way of the proxy {proxy.url}") as gone:
+        client = HTTPTrainServiceClient("http://training.invalid:8000", request_timeout=0.5)
+        client.get_models()
+    assert "secret" not in f"{page.value}{gone.value}"

@@ -97,3 +97,85 @@ def test_the_weight_sync_folder_itself_and_what_lies_beside_it_are_taken(
     ):
         assert gateway.post(verb, json=params, headers=ASYNC).status_code == 202, params
     assert group.waiting() == 4
+
+
+NOT_MEANT = {
+    "~": "~/runs/step_1",
+    "another home": "~root/step_1",
+    "a variable": "$HOME/step_1",
+    "a newline": "step_1\n",
+    "a newline within": "runs\nx/step_1",
+    "a zero": "step\0_1",
+    "a tab": "step\t1",
+    "an escape": "\x1b[31mred",
+    "a line separator": "step\u2028_1",
+}
+
+
+@pytest.mark.parametrize("name", NOT_MEANT)
+def test_a_path_that_cannot_have_been_meant_is_refused_in_one_line(
+    name: str, gateway: Gateway, group: PlayedGroup
+) -> None:
+    """In whatever a path is given for; the line itself holds no such character."""
+    path = NOT_MEANT[name]
+    model = {"config_dict": {"actor": {"model": {"path": path}}}, "world_size": 1}
+    bodies: list[tuple[str, dict[str, Any], str]] = [
+        *((verb, {"local_path": path, **params}, "local_path") for verb, params in WRITES.values()),
+        ("/load_checkpoint", {"path": path}, "path"),
+        ("/initialize?identifier=new", model, "actor.model.path"),
+    ]
+    for verb, body, key in bodies:
+        error = refusal(gateway.post(verb, json=body), 422, "PATH_REFUSED")
+        assert error["key"] == key
+        assert error["message"].isprintable() and error["message"].isascii()
+    assert group.waiting() == 0
+
+
+def initialize(gateway: Gateway, path: object, code: str) -> str:
+    body = {"config_dict": {"actor": {"model": {"path": str(path)}}}, "world_size": 1}
+    error = refusal(gateway.post("/initialize?identifier=new", json=body), 422, code)
+    assert error["key"] == "actor.model.path" and "\n" not in error["message"]
+    return str(error["message"])
+
+
+@pytest.mark.parametrize("path", ["Qwen/Qwen2.5-0.5B", "gpt2", "./tiny", "models/tiny", "../tiny"])
+def test_a_relative_model_path_is_refused_where_it_would_mean_wherever_the_service_was_started(
+    path: str, gateway: Gateway, group: PlayedGroup
+) -> None:
+    """What may be a model of the hub is told how to become a folder; what a checkpoint root has is named."""
+    message = initialize(gateway, path, "PATH_REFUSED")
+    assert "not absolute" in message
+    assert (f"hf download {path} --local-dir DIR" in message) == (not path.startswith("."))
+    folder = gateway.data / path
+    if not path.startswith(".."):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        assert f"such as {folder}" in initialize(gateway, path, "PATH_REFUSED")
+
+
+def test_what_is_there_instead_of_a_models_folder_is_said(gateway: Gateway, group: PlayedGroup, tmp_path: Path) -> None:
+    """A file of the folder, and the hub's cache, whose folders lie deeper."""
+    (tmp_path / "config.json").write_text("{}")
+    assert "that is a file: give its folder" in initialize(gateway, tmp_path / "config.json", "INVALID_CONFIG")
+    cache = tmp_path / "models--Qwen--Qwen2.5-0.5B"
+    snapshot = cache / "snapshots" / "060db6"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    assert f"give {snapshot}" in initialize(gateway, cache, "INVALID_CONFIG")
+    assert initialize(gateway, tmp_path / "none", "INVALID_CONFIG").endswith(f"config.json at {tmp_path / 'none'}")
+
+
+def test_a_path_outside_the_roots_names_the_option_that_adds_one(
+    gateway: Gateway, group: PlayedGroup, tmp_path: Path
+) -> None:
+    """And a model's folder that was given as a checkpoint is told where it belongs."""
+    (tmp_path / "config.json").write_text("{}")
+    for verb, key in (
+        ("/load_checkpoint", "path"),
+        ("/save_checkpoint", "local_path"),
+        ("/convert_checkpoint_to_huggingface", "local_path"),
+    ):
+        said = refusal(gateway.post(verb, json={key: str(tmp_path / "ckpt")}), 422, "PATH_REFUSED")["message"]
+        assert "--checkpoint-root" in said and "NEXRL_DATA" in said and "model.path" not in said
+        said = refusal(gateway.post(verb, json={key: str(tmp_path)}), 422, "PATH_REFUSED")["message"]
+        assert "--checkpoint-root" in said and "actor.model.path" in said

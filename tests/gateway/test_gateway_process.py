@@ -18,7 +18,8 @@ import pytest
 import requests
 from conftest import RedisServer, wait_until
 from gateway.kit import ASYNC, FRAME, Gateway, PlayedGroup, frame, refusal
-from nexrl_contract.names import JANITOR_KEY
+from nexrl_contract.names import AGENT_QUEUE, JANITOR_KEY
+from nexrl_contract.records import AgentRecord
 from nexrl_gateway.janitor import sweep
 from nexrl_gateway.services import Services
 from nexrl_gateway.settings import Settings
@@ -203,11 +204,22 @@ def test_roots_are_as_configured(redis_url: str, tmp_path: Path) -> None:
         assert group.run_next(result={}).params["path"] == more["path"]
         elsewhere = {"actor": {"model": {"path": str(tmp_path / "elsewhere" / "tiny")}}}
         body = {"config_dict": elsewhere, "world_size": 1}
-        refusal(gateway.post("/initialize?identifier=x", json=body), 422, "PATH_REFUSED")
+        error = refusal(gateway.post("/initialize?identifier=x", json=body), 422, "PATH_REFUSED")
+        assert "--model-root" in error["message"] and "NEXRL_MODELS" in error["message"]
+        elsewhere["actor"]["model"]["path"] = "Qwen/tiny"
+        error = refusal(gateway.post("/initialize?identifier=x", json=body), 422, "INVALID_CONFIG")
+        assert "below the first model root" in error["message"] and "hf download Qwen/tiny" in error["message"]
         elsewhere["actor"]["model"]["path"] = "tiny"
         refusal(
             gateway.post("/initialize?identifier=x", json=body), 503, "GROUP_DOWN"
         )  # the path is fine, no agent is there
+        ledger.beat(AgentRecord(name="agent", slots=1, free=1))
+        accepted = gateway.post("/initialize?identifier=x", json=body, headers=ASYNC).json()
+        job = wait_until(lambda: ledger.claim(AGENT_QUEUE), 5, "the placement job")
+        ledger.finish(job, result={})
+        answer = gateway.get(f"/jobs/{accepted['id']}/result").json()
+        assert answer["paths"] == {"actor.model.path": str(tmp_path / "models" / "tiny")}
+        ledger.group_destroyed("x", None)
         job_id = gateway.post("/compute_log_prob", data=frame(), headers={**FRAME, **ASYNC}).json()["id"]
         stored = open_store(redis_url.replace("/0", "/1"))
         assert b"".join(stored.stream(job_id)) == frame()

@@ -10,6 +10,8 @@ from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
+from conftest import free_port
+from little_proxy import little_proxy
 from nexrl_contract.manifest import Manifest, describe, write_manifest
 
 pytestmark = pytest.mark.timeout(180)
@@ -42,6 +44,37 @@ def test_gateway_that_does_not_answer(command: str, nexrl: Nexrl) -> None:
     assert answer.returncode == 1
     assert f"no gateway answers at {url}; start one with `nexrl up`" in answer.stderr
     assert answer.stdout == ""
+
+
+@pytest.mark.parametrize("command", ["status", "jobs"])
+def test_a_proxy_is_not_for_this_machine_and_is_named_elsewhere(
+    command: str, nexrl: Nexrl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Towards loopback it is not asked; where it answers for a gateway, or is away, the message says so."""
+    for name in ("no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    away = f"http://127.0.0.1:{free_port()}"
+    with little_proxy(away, tmp_path) as proxy:
+        for name in ("http_proxy", "HTTP_PROXY"):
+            monkeypatch.setenv(name, proxy.url)
+        assert f"no gateway answers at {away}" in nexrl(command, "--url", away).stderr
+        assert proxy.asked == []
+        answer = nexrl(command, "--url", "http://training.invalid:8000")
+        assert (answer.returncode, answer.stdout) == (1, "")
+        assert f"the proxy {proxy.url}, asked for http://training.invalid:8000/" in answer.stderr.replace("\n", "")
+        assert len(proxy.asked) == 1
+    answer = nexrl(command, "--url", "http://training.invalid:8000")
+    assert answer.returncode == 1 and f"by way of the proxy {proxy.url}" in answer.stderr.replace("\n", "")
+
+
+def test_status_by_the_names_of_loopback(shared_stack: Any, nexrl: Nexrl, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gateway of this machine is asked whatever proxy is set; an address needs no http://."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    port = shared_stack.url.rpartition(":")[2]
+    for url in (shared_stack.url, f"localhost:{port}"):
+        shown = nexrl("status", "--url", url, "--json")
+        assert json.loads(shown.stdout)["status"] == "healthy", shown.stderr
 
 
 def test_logs_carry_the_rank(tmp_path: Path, nexrl: Nexrl) -> None:

@@ -106,3 +106,9 @@ def is_loopback(host: str) -> bool:
         return name == "localhost" or name.endswith(".localhost")
     address = getattr(address, "ipv4_mapped", None) or address
     return address.is_loopback or address.is_unspecified
+
+
+def without_password(url: str) -> str:
+    """An address as messages may show it: without user and password."""
+    scheme, separator, rest = url.rpartition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import requests
 import urllib3.exceptions
-from nexrl_contract.names import REQUEST_ID_HEADER, is_loopback
+from nexrl_contract.names import REQUEST_ID_HEADER, is_loopback, without_password
 from requests.utils import get_environ_proxies, select_proxy
 
 from ._body import CHUNK_BYTES, Body
@@ -182,14 +182,11 @@ class HTTPTransport:
         return f"{self.base_url}" + (f" ({server})" if server else "")
 
     def _proxy(self) -> str | None:
-        """The proxy that the environment sets for base_url, without its user and password."""
+        """The proxy that the environment sets for base_url."""
         if not self._trust_env:
             return None
         url = select_proxy(self.base_url, get_environ_proxies(self.base_url))
-        if not url:
-            return None
-        scheme, separator, rest = url.rpartition("://")
-        return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+        return without_password(url) if url else None
 
 
 _transports: weakref.WeakSet[HTTPTransport] = weakref.WeakSet()

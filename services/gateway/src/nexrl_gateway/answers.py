@@ -54,8 +54,8 @@ async def result_response(
     return await run_sync(_response, services.store, job, wishes.frame, extra or {})
 
 
-def initialized(group: GroupRecord, ignored: list[str]) -> Response:
-    """The answer of ``initialize`` for a group that is there already."""
+def initialized(group: GroupRecord, ignored: list[str], said: dict[str, Any]) -> Response:
+    """The answer of ``initialize`` for a group that is there already, with what else is ``said`` of the request."""
     return json_response(
         {
             "status": "success",
@@ -65,6 +65,7 @@ def initialized(group: GroupRecord, ignored: list[str]) -> Response:
             "world_size": group.world_size,
             "ignored": ignored,
             "already": True,
+            **said,
         }
     )
 
@@ -141,7 +142,7 @@ def _response(store: PayloadStore, job: JobRecord, frame: bool, extra: dict[str,
 def _placed(job: JobRecord) -> dict[str, Any]:
     if job.operation != "initialize_worker":
         return {}
-    return {"role": job.params.get("role"), "world_size": job.params.get("world_size"), "already": False}
+    return {"already": False, **job.params}
 
 
 def _meta_info(job: JobRecord, result: dict[str, Any]) -> dict[str, Any]:

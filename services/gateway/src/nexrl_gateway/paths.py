@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +21,10 @@ LONGEST_PART = 255
 LONGEST_PATH = 3700
 """Bytes; Linux allows 4096, and the longest file inside, below a hidden sibling, adds some 340."""
 _VERSION = re.compile(r"\.(.+)\.v\d+")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
+_NOT_EXPANDED = ("~", "$")
+# Control characters, line and paragraph separators: nobody meant them.
+_UNMEANT = frozenset({"Cc", "Zl", "Zp"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +54,10 @@ class Roots:
         if not _below(path, self.checkpoints) or not _below(_resolved(path, key), self.checkpoints):
             named = ", ".join(map(str, self.checkpoints))
             raise _refused(
-                key, given, f"it is not below a checkpoint root ({named}); a relative path means below the first"
+                key,
+                given,
+                f"it is not below a checkpoint root ({named}); a relative path means below the first, and "
+                f"`nexrl up --checkpoint-root DIR` adds one (Compose: NEXRL_DATA is the root){self._model_hint(path)}",
             )
         self._refuse_own(path, given, key)
         _refuse_long(path, given, key, longest_name)
@@ -70,16 +79,43 @@ class Roots:
         return str(path)
 
     def model(self, given: str, key: str) -> str:
-        """The absolute path of a model folder with a config.json; raises PATH_REFUSED or INVALID_CONFIG."""
-        path = _path(given, key, self.models[0] if self.models else Path.cwd())
+        """The absolute path of a model folder with a config.json; raises PATH_REFUSED or INVALID_CONFIG.
+
+        A relative one means below the first model root; without roots it would mean wherever the service was started.
+        """
+        if self.models is None and not given.startswith(("/", *_NOT_EXPANDED)) and "://" not in given:
+            raise _refused(
+                key, given, f"it is not absolute; give the whole path of a folder{self._relative_hint(given)}"
+            )
+        path = _path(given, key, self.models[0] if self.models else Path("/"))
         if self.models is not None and not _below(_resolved(path, key), self.models):
-            raise _refused(key, given, f"it is not below a model root ({', '.join(map(str, self.models))})")
+            named = ", ".join(map(str, self.models))
+            raise _refused(
+                key,
+                given,
+                f"it is not below a model root ({named}); `nexrl up --model-root DIR` sets one (Compose: NEXRL_MODELS)",
+            )
         self._refuse_own(path, given, key)
         if not _is_file(path / "config.json"):
             raise ServiceError(
-                "INVALID_CONFIG", f"{key}: there is no model folder with a config.json at {path}", key=key
+                "INVALID_CONFIG",
+                f"{key}: there is no model folder with a config.json at {path}{_folder_hint(path, given)}",
+                key=key,
             )
         return str(path)
+
+    def _relative_hint(self, given: str) -> str:
+        """Which folder a relative model path may have meant."""
+        for root in self.checkpoints:
+            if _is_file(root / given / "config.json"):
+                return f", such as {root / given}"
+        return _hub_hint(given)
+
+    def _model_hint(self, path: Path) -> str:
+        """For a model's folder that was given as a checkpoint, where models may be read from it."""
+        if (self.models is None or _below(path, self.models)) and _is_file(path / "config.json"):
+            return "; this is a model's folder: initialize_worker takes it as actor.model.path"
+        return ""
 
     def _refuse_own(self, path: Path, given: str, key: str) -> None:
         for place in (path, _resolved(path, key)):
@@ -105,10 +141,31 @@ def settle(params: dict[str, Any], roots: Roots) -> dict[str, Any]:
 def _path(given: str, key: str, base: Path) -> Path:
     if given.startswith("hdfs://"):
         raise ServiceError("HDFS_NOT_CONFIGURED", f"{key}: this service has no HDFS; give a local path", key=key)
+    unmeant = next((letter for letter in given if unicodedata.category(letter) in _UNMEANT), None)
+    if unmeant is not None:
+        raise _refused(key, given, f"it holds the character {unmeant!a}")
+    if given.startswith(_NOT_EXPANDED):
+        raise _refused(key, given, f"{given[0]} is not expanded here, since the service has another home; write it out")
     path = base / given
-    if "\0" in given or "://" in given or path.name in ("", ".."):
+    if "://" in given or path.name in ("", ".."):
         raise _refused(key, given, "it is not the path of a folder")
     return _resolved(path.parent, key) / path.name
+
+
+def _folder_hint(path: Path, given: str) -> str:
+    """What may be there instead of a model's folder."""
+    if _is_file(path):
+        return "; that is a file: give its folder"
+    with contextlib.suppress(OSError):
+        for config in path.glob("snapshots/*/config.json"):
+            return f"; it is a cache of the Hugging Face hub: give {config.parent}"
+    return "" if given.startswith("/") else f" (a relative path means below the first model root){_hub_hint(given)}"
+
+
+def _hub_hint(given: str) -> str:
+    if not _HUB_ID.fullmatch(given):
+        return ""
+    return f"; a model of the Hugging Face hub is downloaded first: hf download {given} --local-dir DIR, then give DIR"
 
 
 def _resolved(path: Path, key: str) -> Path:

@@ -43,13 +43,22 @@ class InitializeBody(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A checked request for a group; ``settings`` are the effective ``actor`` keys with absolute model paths."""
+    """A checked request for a group; ``settings`` are the effective ``actor`` keys with absolute model paths.
+
+    ``meant`` are the folders that relative ones stand for, by key.
+    """
 
     identifier: str
     role: str
     world_size: int
     settings: dict[str, Any]
     ignored: list[str]
+    meant: dict[str, str]
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """What the answer says of relative paths."""
+        return {"paths": self.meant} if self.meant else {}
 
     def differs(self, group: GroupRecord) -> list[str]:
         """Names of the settings in which ``group`` is another one."""
@@ -86,12 +95,14 @@ def read_wanted(document: dict[str, Any], identifier: str | None, roots: Roots) 
         )
     unused = [name for name in ("zmq_base_port", "dispatch_mode") if getattr(body, name) is not None]
     unused += ["role"] if named not in (None, role) else []
+    settings, meant = _with_model_paths(config.settings(world_size), roots)
     return Wanted(
         identifier=_checked_identifier(body.config_dict.get("identifier") if identifier is None else identifier),
         role=role,
         world_size=world_size,
-        settings=_with_model_paths(config.settings(world_size), roots),
+        settings=settings,
         ignored=[*config.ignored, *unused],
+        meant=meant,
     )
 
 
@@ -155,16 +166,14 @@ def _checked_identifier(identifier: Any) -> str:
     return identifier
 
 
-def _with_model_paths(settings: dict[str, Any], roots: Roots) -> dict[str, Any]:
-    path = roots.model(settings["model"]["path"], "actor.model.path")
-    reference = settings["ref"]["model"]["path"]
-    if reference is not None:
-        reference = roots.model(reference, "actor.ref.model.path")
-    return {
-        **settings,
-        "model": {**settings["model"], "path": path},
-        "ref": {**settings["ref"], "model": {**settings["ref"]["model"], "path": reference}},
-    }
+def _with_model_paths(settings: dict[str, Any], roots: Roots) -> tuple[dict[str, Any], dict[str, str]]:
+    """The settings with absolute model paths, and what the relative ones among them mean."""
+    given = {"actor.model.path": settings["model"]["path"], "actor.ref.model.path": settings["ref"]["model"]["path"]}
+    paths = {key: roots.model(path, key) if path is not None else None for key, path in given.items()}
+    meant = {key: path for key, path in paths.items() if path is not None and not given[key].startswith("/")}
+    model = {**settings["model"], "path": paths["actor.model.path"]}
+    reference = {**settings["ref"]["model"], "path": paths["actor.ref.model.path"]}
+    return {**settings, "model": model, "ref": {**settings["ref"], "model": reference}}, meant
 
 
 def _existing(ledger: Ledger, group: GroupRecord, wanted: Wanted) -> tuple[GroupRecord, JobRecord | None, bool]:
@@ -193,7 +202,7 @@ def _place(
         operation="initialize_worker",
         identifier=wanted.identifier,
         queue=names.AGENT_QUEUE,
-        params={"role": wanted.role, "world_size": wanted.world_size},
+        params={"role": wanted.role, "world_size": wanted.world_size, **wanted.said},
         ignored=wanted.ignored,
         key=key,
         fingerprint=mark,

@@ -69,7 +69,7 @@ def up(
             port=port or free_port(host),
             slots=slots or default_slots(),
             checkpointers=checkpointers,
-            data=data.resolve(),
+            data=data.expanduser().resolve(),
             redis_url=redis,
             payloads=payloads,
             checkpoint_roots=_absolute(checkpoint_root) or (Path.cwd(),),
@@ -108,7 +108,7 @@ def logs(
     """The logs of a group's ranks, each line with its rank."""
     if not valid_identifier(identifier):
         _fail(f"{identifier!r} is no identifier of a group")
-    folder = data.resolve() / ".nexrl" / "logs" / "groups" / identifier
+    folder = data.expanduser().resolve() / ".nexrl" / "logs" / "groups" / identifier
     if not follow and not rank_files(folder):
         _fail(f"there are no logs of a group {identifier!r} under {folder}; give the stack's folder with --data")
     for line in rank_lines(folder, follow=follow):
@@ -120,12 +120,12 @@ def checkpoints(
     data: DataOption = DEFAULT_DATA, checkpoint_root: RootsOption = None, as_json: JsonOption = False
 ) -> None:
     """The published checkpoints, oldest first."""
-    found = published([data.resolve(), *(_absolute(checkpoint_root) or (Path.cwd(),))])
+    found = published([data.expanduser().resolve(), *(_absolute(checkpoint_root) or (Path.cwd(),))])
     _show({"checkpoints": [item.model_dump(mode="json") for item in found]}, views.checkpoints_view(found), as_json)
 
 
 def _absolute(folders: list[Path] | None) -> tuple[Path, ...]:
-    return tuple(folder.resolve() for folder in folders or ())
+    return tuple(folder.expanduser().resolve() for folder in folders or ())
 
 
 def _ask(fetch: Any, *arguments: Any) -> Any:

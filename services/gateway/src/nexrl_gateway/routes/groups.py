@@ -42,7 +42,7 @@ async def initialize_worker(
     wanted = await run_sync(read_wanted, document, named_identifier(identifier, document), services.roots)
     group, job, already = await run_sync(initialize, services, wanted, wishes.key)
     if job is None or (already and job.final):
-        return initialized(group, wanted.ignored)
+        return initialized(group, wanted.ignored, wanted.said)
     return await answer(services, job, wishes, {"already": True} if already else None)
 
 
