@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import yaml
 from nexrl_contract.config import GroupConfig, differing_keys, effective, parse_config
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.sections import ActorConfig
@@ -190,6 +191,14 @@ def test_two_configurations_are_compared_by_their_effective_keys() -> None:
     one, other = parse({"optim": {"lr": 1e-6}}).settings(), parse({"optim": {"lr": 2e-6}, "debug": {"x": 1}}).settings()
 
     assert differing_keys(one, other) == ["optim.lr"]
+
+
+def test_a_yaml_key_stands_once() -> None:
+    """The first of two sections would be lost without a word; what a merge brings may be said again."""
+    with pytest.raises(yaml.YAMLError, match="the key 'optim' stands twice"):
+        load("actor:\n  optim: {lr: 1}\n  grad_clip: 1\n  optim: {eps: 2}\n")
+    merged = load("a: &a {<<: {x: 1, y: 2}, x: 3}\nb:\n  <<: *a\n  y: 5\n")
+    assert merged == {"a": {"x": 3, "y": 2}, "b": {"x": 3, "y": 5}}
 
 
 @pytest.mark.parametrize(

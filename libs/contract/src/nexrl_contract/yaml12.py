@@ -1,4 +1,4 @@
-"""YAML with the numbers of YAML 1.2: ``2e-6`` is a float, where PyYAML's YAML 1.1 reads a string."""
+"""YAML as YAML 1.2 has it: ``2e-6`` is a float and a key stands once; PyYAML reads a string, and keeps the last one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,20 @@ _FLOAT = re.compile(
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with its own resolvers, so that the change stays here."""
+    """SafeLoader with its own resolvers, so that the change stays here; refuses a key that stands twice."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Looks at the keys as they are written: what ``<<`` merges in may be said again."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, Any]] = set()
+        for key, _ in node.value:
+            name = (key.tag, key.value if isinstance(key, yaml.ScalarNode) else id(key))
+            if name in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} stands twice in one mapping; keep one", problem_mark=key.start_mark
+                )
+            seen.add(name)
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {
