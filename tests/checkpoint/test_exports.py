@@ -236,6 +236,22 @@ def test_checkpoints_from_before_the_source_was_kept_are_converted(tmp_path: Pat
     assert layout(group.convert(step)) == layout(sources / "mixtral")
 
 
+@pytest.mark.parametrize("role", ["actor", "critic"])
+def test_a_checkpoint_of_another_model_is_converted_as_its_own_group_would(
+    sources: Path, tmp_path: Path, role: str
+) -> None:
+    """A critic of a family that transformers has no class for among them."""
+    family = {"actor": "mixtral", "critic": "olmoe"}[role]
+    of = Group(tmp_path, role, str(sources / family))
+    step = of.save(tmp_path / "step", sharded=True)
+    other = Group(tmp_path, "actor", str(sources / "llama"))
+    wanted = layout(of.save(tmp_path / "sync", sharded=False))
+    assert layout(other.convert(step)) == wanted
+    lacking = {"lm_head.weight"} if role == "critic" else set()
+    heads = {"score.weight", "score.bias"} if role == "critic" else set()
+    assert wanted.keys() == layout(sources / family).keys() - lacking | heads
+
+
 TRAVEL = {
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.jinja",
     "chat_template.json", "additional_chat_templates/tool_use.jinja", "additional_chat_templates/rag.jinja",

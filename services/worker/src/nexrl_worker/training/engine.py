@@ -14,7 +14,7 @@ from nexrl_worker.training.batch import BatchReader, Layout, Rows
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.explain import computed_lengths, explain_plan
 from nexrl_worker.training.footprint import Load, measure_activations, peak_mib
-from nexrl_worker.training.heads import ValueModel
+from nexrl_worker.training.heads import RewardModel, ValueModel
 from nexrl_worker.training.kinds import kind_of
 from nexrl_worker.training.losses.correction import Correction
 from nexrl_worker.training.losses.value import ValueLoss
@@ -68,7 +68,8 @@ class Engine(TrainingState):
         precision = Precision.of(actor.fsdp_config, device)
         root: Root = agree(lambda: load_root(actor, actor.model.path, device, kind, kind.trains))
         outcome = strictest(probe(root, device, precision.param, actor.model.use_remove_padding), device)
-        if isinstance(root, Scorer):
+        agree(outcome.check)
+        if isinstance(root, Scorer | RewardModel):
             root.fallback = outcome.reason
         source = agree(lambda: FolderReader(Path(actor.model.path)).dtypes())
         engine: Engine = agree(lambda: cls(actor, role, device, root, outcome, source))
@@ -299,4 +300,5 @@ class Engine(TrainingState):
     def _limits(self, with_reference: bool = False) -> Limits:
         roots = [self._root, self._reference.root] if with_reference and self._reference.root else [self._root]
         known = [getattr(root.hf.config, "max_position_embeddings", None) for root in roots]
-        return Limits(self._root.vocabulary, min((most for most in known if most is not None), default=None))
+        limits = Limits(self._root.vocabulary, min((most for most in known if most is not None), default=None))
+        return self._root.own_limits(limits) if isinstance(self._root, RewardModel) else limits

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from nexrl_worker.training.errors import InvalidValue
-from nexrl_worker.training.heads import RewardModel, ValueModel
+from nexrl_worker.training.heads import AutoModelForValues, RewardModel, ValueModel
 from nexrl_worker.training.roots import Root
 from nexrl_worker.training.scorer import Scorer
 
@@ -32,7 +32,7 @@ KINDS = {
     "actor": Kind(AutoModelForCausalLM, Scorer, trains=True),
     "ref": Kind(AutoModelForCausalLM, Scorer, trains=False),
     "teacher": Kind(AutoModelForCausalLM, Scorer, trains=False),
-    "critic": Kind(AutoModelForTokenClassification, ValueModel, trains=True, fresh_head=True),
+    "critic": Kind(AutoModelForValues, ValueModel, trains=True, fresh_head=True),
     "reward": Kind(AutoModelForSequenceClassification, RewardModel, trains=False),
 }
 

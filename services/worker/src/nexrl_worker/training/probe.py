@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nexrl_worker.training.batch import BatchReader, Layout, MicroBatch
+from nexrl_worker.training.errors import InvalidValue
+from nexrl_worker.training.heads import RewardModel, ValueModel
 from nexrl_worker.training.packing import ATTENTION, Segments, attention_of
 from nexrl_worker.training.parallelize import release
 from nexrl_worker.training.roots import Root
@@ -23,8 +26,9 @@ from nexrl_worker.training.tiny import TinyRows
 class Probe:
     """Outcome: `difference` of chunked log-probabilities from the model's own, `packed_difference` of packed ones.
 
-    `reason` None: log-probabilities are chunked. `packs`: rows are packed; `packing_reason` says why not where it was
-    asked for. A difference is NaN where it was not measured.
+    `reason` None: log-probabilities are chunked, rewards are by the linear head; else by the model's own forward.
+    `packs`: rows are packed; `packing_reason` says why not where it was asked for. `refusal`: why no way is right.
+    A difference is NaN where it was not measured.
     """
 
     difference: float
@@ -32,6 +36,12 @@ class Probe:
     packs: bool = False
     packed_difference: float = float("nan")
     packing_reason: str | None = None
+    refusal: str | None = None
+
+    def check(self) -> None:
+        """Raise InvalidValue if no way is right."""
+        if self.refusal is not None:
+            raise InvalidValue(self.refusal)
 
 
 _ELSEWHERE = "another rank found a difference"
@@ -54,8 +64,15 @@ def probe(root: Root, device: torch.device, dtype: torch.dtype, packing: bool = 
     try:
         if isinstance(root, Scorer):
             return _probe_scorer(root, device, dtype, packing)
+        outcome = Probe(float("nan"), None)
+        if isinstance(root, RewardModel):
+            outcome = _probe_rewards(root, device, dtype)
+        elif isinstance(root, ValueModel):
+            outcome = _probe_values(root, device, dtype)
+        if outcome.reason is not None and packing:
+            return replace(outcome, packing_reason=outcome.reason)
         scale = float(_attempt(root, _tiny(root.vocabulary, device, packed=False), []).abs().max())
-        return _with_packing(Probe(float("nan"), None), root, device, dtype, packing, max(scale, 1e-6))
+        return _with_packing(outcome, root, device, dtype, packing, max(scale, 1e-6))
     finally:
         release(root)
 
@@ -78,6 +95,97 @@ def _probe_scorer(scorer: Scorer, device: torch.device, dtype: torch.dtype, pack
             return _with_packing(outcome, scorer, device, dtype, packing, _PEAK)
     finally:
         scorer.fallback = known
+
+
+def _probe_rewards(root: RewardModel, device: torch.device, dtype: torch.dtype) -> Probe:
+    """Rows beside one another against each alone and as it comes: what a user of transformers sees."""
+    rows = _plain_rows(root.hf)
+    micro = BatchReader(rows, Layout.of(rows), (), device, torch.float32).read(range(rows.size))
+    failures: list[str] = []
+    alone = [_caught(root, partial(root.own, row, None), failures) for row in _alone(micro)]
+    name, known = type(root.hf).__name__, root.fallback
+    if failures:
+        return Probe(float("nan"), known, refusal=f"{name} cannot answer a row: {failures[0]}"[:300])
+    truth = torch.cat(alone)
+    try:
+        difference = float("nan")
+        if known is None:
+            difference = _relative(_caught(root, lambda: root.answers(micro), failures), truth)
+            if not failures and difference <= _tolerance(dtype):
+                return Probe(difference, None)
+        reason = known or f"the model's own answers differ from its linear head by {difference:.2g} (a layer between)"
+        root.fallback, failures = reason, []
+        own = _relative(_caught(root, lambda: root.answers(micro), failures), truth)
+    finally:
+        root.fallback = known
+    if not failures and own <= _tolerance(dtype):
+        return Probe(difference, reason)
+    why = failures[0] if failures else f"by {own:.2g} of the largest"
+    return Probe(
+        difference, reason, refusal=f"{name} answers rows beside others otherwise than each alone: {why}"[:300]
+    )
+
+
+def _probe_values(root: ValueModel, device: torch.device, dtype: torch.dtype) -> Probe:
+    """Hidden states of rows beside one another, at our positions, against each alone and as it comes."""
+    rows = _plain_rows(root.hf)
+    micro = BatchReader(rows, Layout.of(rows), (), device, torch.float32).read(range(rows.size))
+    failures: list[str] = []
+
+    def hidden(row: Tensor) -> Tensor:
+        base: Any = root.hf.base_model
+        states: Tensor = base(input_ids=row).last_hidden_state
+        return states[0, :-1] + 0.0  # a new tensor, as FSDP needs
+
+    alone = [_caught(root, partial(hidden, row), failures) for row in _alone(micro)]
+    found = _caught(root, lambda: root.hidden(micro, micro.index), failures)
+    name = type(root.hf).__name__
+    if failures:
+        return Probe(float("nan"), None, refusal=f"no critic can be made of {name}: {failures[0]}"[:300])
+    difference = _relative(found, torch.cat(alone))
+    if difference <= _tolerance(dtype):
+        return Probe(difference, None)
+    refusal = f"no critic can be made of {name}: rows beside others differ from each alone by {difference:.2g}"
+    return Probe(difference, None, refusal=refusal)
+
+
+def _plain_rows(hf: nn.Module) -> TinyRows:
+    """Rows of ordinary tokens, one of which ends in the padding id where there is one."""
+    config: Any = hf.config.get_text_config()  # type: ignore[union-attr, operator]
+    special = {value for key, value in config.to_dict().items() if key.endswith("_token_id") and isinstance(value, int)}
+    return TinyRows(config.vocab_size, _LENGTHS, special, config.pad_token_id)
+
+
+def _alone(micro: MicroBatch) -> list[Tensor]:
+    """The rows' ids [1,L] without padding."""
+    assert micro.attention_mask is not None
+    lengths = micro.attention_mask.sum(dim=1).tolist()
+    return [micro.input_ids[row : row + 1, :length] for row, length in enumerate(lengths)]
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return _PACKED_TOLERANCE.get(dtype, _PACKED_TOLERANCE_HALF)
+
+
+def _caught(root: Root, read: Callable[[], Tensor], failures: list[str]) -> Tensor:
+    """What `read` gives inside the root's forward; what a family raises there goes to `failures`.
+
+    FSDP does not put a root back that was left by an exception.
+    """
+
+    def attempt() -> Tensor:
+        try:
+            return read()
+        except Exception as error:  # what a family makes of an argument that it does not know is its own affair
+            failures.append(str(error) or type(error).__name__)
+            return torch.zeros(())
+
+    answer: Tensor = root(attempt)
+    return answer
 
 
 def _compare_chunked(difference: float, dtype: torch.dtype) -> Probe:
@@ -108,23 +216,15 @@ def _with_packing(
 
 
 def _attempt(root: Root, micro: MicroBatch, failures: list[str]) -> Tensor:
-    """Log-probabilities by the model's own head, or hidden states; what a family raises goes to `failures`.
-
-    It is caught inside the root's forward: FSDP does not put a root back that was left by an exception.
-    """
+    """Log-probabilities by the model's own head, or hidden states; what a family raises goes to `failures`."""
 
     def read() -> Tensor:
-        try:
-            if not isinstance(root, Scorer):
-                return root.hidden(micro, micro.index)
-            logits = root.outputs(micro, whole=True).logits.flatten(0, 1)[micro.index]
-            return torch.log_softmax(logits, dim=-1).gather(1, micro.labels[:, None]).sum(dim=1)
-        except Exception as error:  # what a family makes of an argument that it does not know is its own affair
-            failures.append(str(error))
-            return torch.zeros(())
+        if not isinstance(root, Scorer):
+            return root.hidden(micro, micro.index)
+        logits = root.outputs(micro, whole=True).logits.flatten(0, 1)[micro.index]
+        return torch.log_softmax(logits, dim=-1).gather(1, micro.labels[:, None]).sum(dim=1)
 
-    answers: Tensor = root(read)
-    return answers
+    return _caught(root, read, failures)
 
 
 def _unlike(hf: nn.Module, segments: Segments) -> str | None:
@@ -167,9 +267,12 @@ def _tiny(vocabulary: int, device: torch.device, packed: bool) -> MicroBatch:
 
 def strictest(outcome: Probe, device: torch.device) -> Probe:
     """`outcome` with what any rank found against chunks or packing: ranks must compute alike. Collective."""
-    worst = torch.tensor([outcome.reason is not None, not outcome.packs], dtype=torch.int32, device=device)
+    found = [outcome.reason is not None, not outcome.packs, outcome.refusal is not None]
+    worst = torch.tensor(found, dtype=torch.int32, device=device)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    differs, padded = worst.tolist()
+    differs, padded, refused = worst.tolist()
+    if refused and outcome.refusal is None:
+        outcome = replace(outcome, refusal=_ELSEWHERE)
     if differs and outcome.reason is None:
         outcome = replace(outcome, reason=_ELSEWHERE)
     if padded and outcome.packs:

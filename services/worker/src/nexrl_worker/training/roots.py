@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -39,12 +40,12 @@ class Root(nn.Module):
         else:
             use_segments(self.hf)
             more["segments"] = micro.segments
+        known = inspect.signature(model.forward).parameters  # type: ignore[union-attr]
+        usual = {"position_ids": micro.position_ids, "use_cache": False}
+        if all(part.kind is not inspect.Parameter.VAR_KEYWORD for part in known.values()):
+            usual = {name: value for name, value in usual.items() if name in known}
         return model(  # type: ignore[operator]
-            input_ids=micro.input_ids,
-            attention_mask=micro.attention_mask,
-            position_ids=micro.position_ids,
-            use_cache=False,
-            **more,
+            input_ids=micro.input_ids, attention_mask=micro.attention_mask, **usual, **more
         )
 
     def hidden(self, micro: MicroBatch, index: Tensor) -> Tensor:

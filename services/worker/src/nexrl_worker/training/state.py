@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -186,10 +187,10 @@ class TrainingState:
 
 def _empty_model(folder: Path, architecture: str | None) -> nn.Module:
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    for kind in KINDS.values():
+    for kind in (KINDS[role] for role in ("actor", "critic", "reward")):
         kind.prepare(config)
-        with torch.device("meta"):
+        with contextlib.suppress(ValueError), torch.device("meta"):  # a family may lack a class
             model: nn.Module = kind.auto.from_config(config)
-        if architecture in (None, type(model).__name__):
-            return model
+            if architecture in (None, type(model).__name__):
+                return model
     raise InvalidValue(f"the checkpoint holds a {architecture}, which nothing here makes")

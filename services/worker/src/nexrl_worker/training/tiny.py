@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -10,15 +10,24 @@ from torch import Tensor
 
 
 class TinyRows:
-    """Right-padded rows of these lengths, all tokens attended; the same ones at every call."""
+    """Right-padded rows of these lengths, all tokens attended; the same ones at every call.
 
-    def __init__(self, vocabulary: int, lengths: Sequence[int]) -> None:
+    Ids to `avoid` do not occur, unless there are no others; the second row ends in `end`.
+    """
+
+    def __init__(
+        self, vocabulary: int, lengths: Sequence[int], avoid: Collection[int] = (), end: int | None = None
+    ) -> None:
         columns = torch.arange(max(lengths))
         random = torch.Generator().manual_seed(0)
         self.size = len(lengths)
         self.metadata: dict[str, Any] = {}
+        allowed = torch.tensor([token for token in range(vocabulary) if token not in avoid] or [0])
+        ids = allowed[torch.randint(0, len(allowed), (self.size, len(columns)), generator=random)]
+        if end is not None:
+            ids[1, lengths[1] - 1] = end
         self._tensors = {
-            "input_ids": torch.randint(0, vocabulary, (self.size, len(columns)), generator=random),
+            "input_ids": ids,
             "attention_mask": (columns < torch.tensor(list(lengths))[:, None]).long(),
         }
 

@@ -20,10 +20,14 @@ _CHECKED_TOKENS = 1 << 17
 
 @dataclass(frozen=True)
 class Limits:
-    """What the model can take: ids below `vocabulary`, positions below `positions` (None: no limit)."""
+    """What the model can take: ids below `vocabulary`, positions below `positions` (None: no limit).
+
+    `counts`: it counts positions itself, from 0, and takes no others.
+    """
 
     vocabulary: int
     positions: int | None
+    counts: bool = False
 
 
 def check_rows(rows: Rows, layout: Layout, limits: Limits, names: Sequence[str], indices: Sequence[int]) -> None:
@@ -81,12 +85,16 @@ def _check_mass(name: str, log_probs: Tensor, scored: Tensor, indices: list[int]
 
 
 def _check_positions(rows: Rows, limits: Limits, masks: Masks, indices: list[int]) -> None:
+    counted = masks.attention.long().cumsum(dim=-1) - 1
     if rows.has("position_ids"):
         positions = rows.tensor("position_ids", indices)
         name = "position_ids"
     else:
-        positions = masks.attention.long().cumsum(dim=-1) - 1
+        positions = counted
         name = "input_ids"
+    if limits.counts:
+        wanted = "positions counted from 0 in each row, as this model counts them itself"
+        _refuse(name, positions, (positions != counted) & masks.attention, wanted, indices)
     outside = positions < 0
     expected = "positions from 0"
     if limits.positions is not None:
