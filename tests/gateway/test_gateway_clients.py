@@ -211,6 +211,24 @@ def test_a_group_that_is_down_is_said_at_once_and_one_that_restarts_is_waited_fo
     back.join()
 
 
+def test_a_time_out_says_what_the_job_waits_for(
+    client: HTTPTrainServiceClient, group: PlayedGroup, ledger: Ledger, tmp_path: Path
+) -> None:
+    """Other operations, or an agent that has gone since the group was asked for."""
+    first, second = client.submit("barrier"), client.submit("barrier")
+    with pytest.raises(ServiceTimeout, match="it waits for 1 operation ahead of it in train:student"):
+        second.result(0.1)
+    with pytest.raises(ServiceTimeout, match="it waits for the consumer of train:student"):
+        first.result(0.1)
+    (tmp_path / "config.json").write_text("{}")
+    with HTTPTrainServiceClient(client.base_url, "new") as other:
+        config = {"actor": {"model": {"path": str(tmp_path)}}}
+        placed = other.submit("initialize_worker", config_dict=config, world_size=1)
+        ledger.sign_off("agent")
+        with pytest.raises(ServiceTimeout, match="it waits for a worker agent: none is alive, start one"):
+            placed.result(0.1)
+
+
 @pytest.mark.slow
 def test_without_an_agent_initialize_waits_only_for_a_stack_that_has_just_started(
     ledger: Ledger, redis_url: str, tmp_path: Path

@@ -49,7 +49,11 @@ async def answer(services: Services, job: JobRecord, wishes: Wishes, extra: dict
 async def result_response(
     services: Services, job: JobRecord, wishes: Wishes, extra: dict[str, Any] | None = None
 ) -> Response:
-    """The answer of an ended job; raises its error, or JOB_RUNNING while it has not ended."""
+    """The answer of an ended job; raises its error, or JOB_RUNNING while it has not ended, with what it waits for."""
+    if not job.final:
+        message = f"job {job.id} is {job.state}; ask again, or with ?wait=30"
+        waits_for = await run_sync(_waits_for, services.ledger, job)
+        raise ServiceError("JOB_RUNNING", message, waits_for=waits_for, job_id=job.id, identifier=job.identifier)
     _raise_unless_finished(job)
     return await run_sync(_response, services.store, job, wishes.frame, extra or {})
 
@@ -89,6 +93,8 @@ def job_view(ledger: Ledger, job: JobRecord) -> dict[str, Any]:
 
 
 def _waits_for(ledger: Ledger, job: JobRecord) -> str | None:
+    if job.state == "queued" and job.queue == names.AGENT_QUEUE and not ledger.agents():
+        return "a worker agent: none is alive, start one"
     if job.state != "queued" or job.waits_for:
         return job.waits_for
     ahead: Any = ledger.client.zrank(names.waiting_key(job.queue), job.id)
@@ -99,9 +105,6 @@ def _waits_for(ledger: Ledger, job: JobRecord) -> str | None:
 
 def _raise_unless_finished(job: JobRecord) -> None:
     about = {"job_id": job.id, "identifier": job.identifier}
-    if not job.final:
-        message = f"job {job.id} is {job.state}; ask again, or with ?wait=30"
-        raise ServiceError("JOB_RUNNING", message, waits_for=job.waits_for, **about)
     if job.state == "rolled_back":
         raise ServiceError(
             "JOB_ROLLED_BACK", f"job {job.id} was rolled back by a restart: its effect is not in the weights", **about

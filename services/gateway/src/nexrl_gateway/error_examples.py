@@ -31,7 +31,11 @@ _SHOWN = (
         job_id=JOB_ID,
     ),
     ServiceError(
-        "JOB_RUNNING", f"job {JOB_ID} is queued; ask again, or with ?wait=30", job_id=JOB_ID, identifier="student"
+        "JOB_RUNNING",
+        f"job {JOB_ID} is queued; ask again, or with ?wait=30",
+        waits_for="the consumer of train:student",
+        job_id=JOB_ID,
+        identifier="student",
     ),
     ServiceError("EXPIRED", f"job {JOB_ID} ended more than a day ago and its result is gone", job_id=JOB_ID),
     ServiceError(
