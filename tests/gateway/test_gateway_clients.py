@@ -15,7 +15,15 @@ import pytest
 from conftest import free_port, wait_until
 from gateway.kit import Gateway, PlayedGroup, tensors
 from little_proxy import little_proxy
-from nexrl_client import GroupDown, HTTPTrainServiceClient, JobHandle, ServiceTimeout, Unavailable, Unreachable
+from nexrl_client import (
+    GroupDown,
+    HTTPTrainServiceClient,
+    InvalidAnswer,
+    JobHandle,
+    ServiceTimeout,
+    Unavailable,
+    Unreachable,
+)
 from nexrl_contract import names
 from nexrl_contract.records import JobRecord
 from nexrl_ledger import Ledger
@@ -278,6 +286,9 @@ def test_a_proxy_leads_to_a_gateway_elsewhere_and_its_own_answers_name_it(
             client.get_models()
         with pytest.raises(Unavailable, match=proxy.url):
             client.health_check()
+        monkeypatch.setenv("https_proxy", proxy.url)
+        with pytest.raises(InvalidAnswer, match=f"the proxy {proxy.url} refuses to lead to https://training.invalid"):
+            HTTPTrainServiceClient("https://training.invalid").get_models()
     with pytest.raises(Unreachable, match=f"by way of the proxy {proxy.url}") as gone:
         client = HTTPTrainServiceClient("http://training.invalid:8000", request_timeout=0.5)
         client.get_models()

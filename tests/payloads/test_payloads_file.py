@@ -153,12 +153,18 @@ def test_file_size_limit(file_store: PayloadStore, folder: Path) -> None:
 
 
 def test_a_folder_that_went_away(file_store: PayloadStore, folder: Path) -> None:
-    """A store whose folder is gone says so in its check and when it is written to."""
+    """A store whose folder is gone says so in its check and when it is written to; so does one that is no folder.
+
+    A mount may come back; what is in the way, or may not be written to, stays.
+    """
     folder.rmdir()
-    for attempt in (file_store.check, lambda: file_store.create("a"), lambda: file_store.put_part("a", 0)):
-        with pytest.raises(ServiceError) as error:
-            attempt()
-        assert error.value.code == "STORE_UNAVAILABLE"
+    attempts = (file_store.check, lambda: file_store.create("a"), lambda: file_store.put_part("a", 0))
+    for passes in (True, False):
+        for attempt in attempts:
+            with pytest.raises(ServiceError) as error:
+                attempt()
+            assert (error.value.code, error.value.retryable) == ("STORE_UNAVAILABLE", passes)
+        folder.touch()
 
 
 def test_fsync_changes_no_bytes(folder: Path) -> None:

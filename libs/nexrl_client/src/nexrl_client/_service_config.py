@@ -24,7 +24,7 @@ def load_service_config(path: str | Path) -> dict[str, Entry]:
     Raises InvalidSetup for a file that cannot be read or holds no entry, and for any ${...} in an entry, with its path.
     """
     try:
-        document = yaml12.load_file(path)
+        document = yaml12.load_file(Path(path).expanduser())
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InvalidSetup(f"config_path {path} cannot be read: {error}") from error
     return read_entries(document, f"config_path {path}")

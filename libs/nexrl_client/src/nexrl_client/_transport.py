@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import ssl
 import uuid
 import weakref
@@ -165,6 +166,9 @@ class HTTPTransport:
             return InvalidAnswer(
                 f"no TLS with {self.base_url}{self._by_proxy()} ({said}); is it the service's address?"
             )
+        tunnel = re.search(r"Tunnel connection failed: (\d+)", said)
+        if tunnel is not None and int(tunnel[1]) not in (429, 502, 503, 504):
+            return InvalidAnswer(f"the proxy {self._proxy()} refuses to lead to {self.base_url} ({said[:200]})")
         if isinstance(cause, BadStatusLine) and not isinstance(cause, RemoteDisconnected):
             return InvalidAnswer(f"what answers at {self.base_url}{self._by_proxy()} speaks no HTTP ({said[:200]})")
         return Unreachable(

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from nexrl_contract.errors import ServiceError
 from tensor_codec import Frame, Header, open_frame
 
 from .common import PIECE, as_malformed, check_id, check_part, not_found
@@ -15,7 +14,7 @@ from .file_part_uploads import begin_part
 from .file_parts import PartsFolder, parts_folder
 from .file_sweep import remove_parts, sweep_folder
 from .file_uploads import TEMPORARY, FileUpload
-from .files import create_file, disk_errors, unique, write_at
+from .files import create_file, disk_errors, store_unavailable, unique, write_at
 from .protocol import Chunk, PartUpload, Rows, StoredPayload
 
 if TYPE_CHECKING:
@@ -154,9 +153,7 @@ class FileStore:
                 os.close(fd)
                 path.unlink(missing_ok=True)
         except OSError as error:
-            raise ServiceError(
-                "STORE_UNAVAILABLE", f"the payload store's folder cannot be written: {error.strerror}"
-            ) from error
+            raise store_unavailable("cannot be written", error) from error
 
     def _path(self, payload_id: str) -> Path:
         return self._folder / check_id(payload_id)

@@ -13,6 +13,7 @@ from pathlib import Path
 from nexrl_contract.errors import ServiceError
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LASTING = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 _MAX_VIEWS = 512  # system calls take 1024 at most
 _COPY_BYTES = 1024 * 1024
 
@@ -27,7 +28,13 @@ def disk_errors() -> Iterator[None]:
             raise ServiceError(
                 "NO_SPACE", "the payload store's disk is full: free space in its folder, or send the batch later"
             ) from error
-        raise ServiceError("STORE_UNAVAILABLE", f"the payload store's folder failed: {error.strerror}") from error
+        raise store_unavailable("failed", error) from error
+
+
+def store_unavailable(what: str, error: OSError) -> ServiceError:
+    """The folder cannot be used; a service that may not write there does not come to by waiting."""
+    message = f"the payload store's folder {what}: {error.strerror}"
+    return ServiceError("STORE_UNAVAILABLE", message, retryable=error.errno not in _LASTING)
 
 
 def create_file(path: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -125,7 +126,11 @@ def checkpoints(
 
 
 def _absolute(folders: list[Path] | None) -> tuple[Path, ...]:
-    return tuple(folder.expanduser().resolve() for folder in folders or ())
+    whole = tuple(folder.expanduser().resolve() for folder in folders or ())
+    for folder in whole:
+        if os.pathsep in str(folder):  # they travel in one variable
+            _fail(f"{folder} cannot be a root: it holds {os.pathsep!r}")
+    return whole
 
 
 def _ask(fetch: Any, *arguments: Any) -> Any:
