@@ -58,6 +58,22 @@ def test_every_role_answers_in_its_shapes(mock: MockTrainServiceClient, batch: d
     assert own.update_actor(linear)["batch"]["log_probs"].shape == (4, 3)
 
 
+@pytest.mark.parametrize(
+    ("actor", "missing"),
+    [
+        ({"policy_loss": "ppo"}, "advantages"),
+        ({"policy_loss": "ppo", "rollout_correction": {"mode": "token_mask", "drop_rejected": True}}, "old_log_probs"),
+    ],
+)
+def test_what_an_update_needs_is_what_the_group_was_configured_to(actor: dict[str, Any], missing: str) -> None:
+    """As the service: a trainer that forgets a tensor learns it from the mock."""
+    mock = MockTrainServiceClient(identifier="student")
+    mock.initialize_worker(config_dict={"actor": actor}, world_size=1)
+    tensors = {"input_ids": np.ones((2, 4), np.int64), "advantages": np.ones(2), "rollout_log_probs": np.ones((2, 3))}
+    with pytest.raises(InvalidTensor, match=missing):
+        mock.update_actor({"tensors": {name: value for name, value in tensors.items() if name != missing}})
+
+
 def test_plans(mock: MockTrainServiceClient, batch: dict[str, Any]) -> None:
     """explain=True is answered with a plan, and with nothing else."""
     result = mock.update_actor(batch, explain=True)

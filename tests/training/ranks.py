@@ -76,6 +76,7 @@ def behaviour(folder: Path, path: str) -> dict[str, Any]:
         "use_kl_loss": True,
         "kl_loss_coef": 0.2,
         "ppo_micro_batch_size_per_gpu": 3,
+        "optim": {"no_decay": "norms and biases"},
     }
     engine = build(path, **settings)
     answer["info"] = engine.info()

@@ -166,7 +166,7 @@ def _corrected_by(config: Mapping[str, Any]) -> tuple[str, ...]:
     correction = config.get("rollout_correction")
     if correction is None:
         return ()
-    drops = correction.get("drop_rejected") and correction["mode"].endswith("_mask")
+    drops = correction.get("drop_rejected") and str(correction.get("mode")).endswith("_mask")
     return ("rollout_log_probs", "old_log_probs") if drops else ("rollout_log_probs",)
 
 

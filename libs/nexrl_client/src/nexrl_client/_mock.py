@@ -50,6 +50,8 @@ class MockTrainServiceClient(OperationMethods):
         call = prepare(operation, batch, params, self.identifier, self._config)
         if call.batch is not None:
             _check_shapes(call, self._actor)
+        if operation == "initialize_worker":
+            self._config = call.params["config_dict"]  # what says which tensors an update needs from now on
         job_id = uuid.uuid4().hex
         self._results[job_id] = self._answer(call, job_id)
         self._operations[job_id] = operation
