@@ -22,7 +22,7 @@ def defaults(path: str) -> dict[str, Any]:
     return {
         "model": {
             "path": path, "enable_gradient_checkpointing": False, "use_remove_padding": False,
-            "use_torch_compile": False, "lm_head_dtype": None,
+            "use_torch_compile": False, "lm_head_dtype": None, "export_dtype": None,
         },
         "optim": {
             "lr": 1e-6, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "lr_warmup_steps": 0,

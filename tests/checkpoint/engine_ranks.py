@@ -41,12 +41,12 @@ def load(engine: Engine, folder: Path) -> None:
 
 
 def check(phase: Callable[[Engine, Path], None], folder: Path) -> None:
-    engine = Engine.build(config(str(folder / "model")), "actor", torch.device("cpu"))
+    engine = Engine.build(config(str(folder / "model"), export_dtype="float64"), "actor", torch.device("cpu"))
     phase(engine, folder)
     update(engine)
     stamp = Stamp("student", 0, engine.weight_version, f"{engine.fingerprint():016x}")
     after = folder / f"after-{phase.__name__}"
-    writer = FolderWriter(after, folder / "model", stamp) if dist.get_rank() == 0 else None
+    writer = FolderWriter(after, folder / "model", stamp, layout=engine.layout()) if dist.get_rank() == 0 else None
     assert export(engine.full_weights(), writer) is None
     if writer is not None:
         writer.finish()

@@ -21,6 +21,7 @@ from nexrl_contract.manifest import (
     write_manifest,
 )
 from nexrl_worker.checkpoint.model_files import MOST_BYTES
+from nexrl_worker.team import Refused
 from nexrl_worker.training import fingerprint_of
 from older_transformers import run
 from one_group import Group
@@ -219,6 +220,19 @@ def test_export_dtype_overrides_the_source(tmp_path: Path, form: str) -> None:
     assert {dtype for dtype, _ in layout(folder).values()} == {"F32"}
     assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
     assert fingerprint(folder) == fingerprint_text(group.engine.fingerprint())
+
+
+@pytest.mark.usefixtures("sources")
+def test_what_float16_cannot_hold_is_not_exported_as_infinity(tmp_path: Path) -> None:
+    """The tensor is named and nothing is left behind; the group goes on."""
+    model = half(tmp_path / "model")
+    weights = load_file(Path(model) / "model.safetensors")
+    weights["model.norm.weight"][3] = 1e6
+    save_file(weights, Path(model) / "model.safetensors", {"format": "pt"})
+    group = Group(tmp_path, "actor", model, export_dtype="float16")
+    with pytest.raises(Refused, match=r"model\.norm\.weight"):
+        group.save(tmp_path / "export", sharded=False)
+    assert not (tmp_path / "export").exists() and not list(tmp_path.glob(".export*"))
 
 
 @pytest.mark.usefixtures("sources")

@@ -24,6 +24,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.weights import FLOAT_DTYPES
 
 
@@ -133,16 +134,19 @@ class ExportLayout:
 
     `source`: safetensors' dtypes ("BF16") by name of the folder that the model was made of; without any, what
     transformers writes of a model that was made from nothing. `dtype` None: each tensor that of the source, what it
-    lacks that of most of its elements' tensors, and of nothing at all its own.
+    lacks that of most of its tensors, and of nothing at all its own.
     """
 
     def __init__(self, hf: Any, source: Mapping[str, str], dtype: torch.dtype | None = None) -> None:
         self._hf = hf
-        self._source = source
+        self._source = dict(source)
         self._dtype = dtype
         self._waiting: dict[str, dict[str, Tensor]] = defaultdict(dict)
         if source:
-            self._hf._weight_conversions = Conversion(hf, source).used
+            conversion = Conversion(hf, source)
+            self._hf._weight_conversions = conversion.used
+            for name in conversion.unused:  # scales of a quantisation say nothing of the weights' dtype
+                del self._source[name]
         else:
             found = get_model_conversion_mapping(self._hf, add_legacy=False)
             self._hf._weight_conversions = [one for one in found if not isinstance(one, PrefixChange)]
@@ -185,7 +189,11 @@ class ExportLayout:
         if not tensor.is_floating_point():
             return name, tensor
         wanted = self._dtype or self._source_dtype(name) or tensor.dtype
-        return name, tensor.to(wanted)
+        cast = tensor.to(wanted)
+        if wanted == torch.float16 and bool((cast.isinf() & tensor.isfinite()).any()):
+            message = f"{name} holds numbers that float16 cannot; set actor.model.export_dtype to bfloat16 or float32"
+            raise InvalidValue(message, tensor=name, expected=f"at most {torch.finfo(wanted).max:g}")
+        return name, cast
 
     def _source_dtype(self, name: str) -> torch.dtype | None:
         prefix = f"{self._hf.base_model_prefix}."
