@@ -12,12 +12,15 @@ import pytest
 from nexrl_client import (
     GroupDown,
     HTTPTrainServiceClient,
+    InvalidAnswer,
+    InvalidURL,
     InvalidValue,
     JobNotFound,
     NexRLError,
     NoSpace,
     OperationFailed,
     RedisUnavailable,
+    Rejected,
     ServiceTimeout,
     TooManyQueued,
     Unavailable,
@@ -77,6 +80,36 @@ def test_what_stays_is_raised(
     with pytest.raises(kind):
         client.barrier()
     assert len(server.seen) == 1
+
+
+def test_an_answer_that_is_not_the_services_says_who_gave_it(
+    server: ScriptedServer, client: HTTPTrainServiceClient
+) -> None:
+    """A page, another program's error object, nothing at all: the address, its server and the status are named."""
+    headers = {"Content-Type": "text/html; charset=utf-8", "Server": "nginx/1.25"}
+    server.script = [Reply(403, b"<html>\n Forbidden </html>", headers)]
+    with pytest.raises(
+        Rejected, match=f"{server.url} .*answered POST /barrier with 403 and text/html.*Forbidden"
+    ) as page:
+        client.barrier()
+    assert "\n" not in str(page.value) and page.value.code is None
+    server.script = [Reply(404, {"error": {"code": 404, "message": "no route"}})]
+    with pytest.raises(Rejected, match=r"no answer of the service.*no route"):
+        client.barrier()
+    server.script = [Reply(200, b"<html>log in</html>", headers)]
+    with pytest.raises(InvalidAnswer, match=f"{server.url}.* no JSON"):
+        client.barrier()
+
+
+def test_a_proxy_that_cannot_be_used_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SOCKS needs a library that is not there, and what is no address stays none."""
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for proxy, said in (("socks5://127.0.0.1:9", "SOCKS"), ("http://", "no address")):
+        for name in ("http_proxy", "HTTP_PROXY"):
+            monkeypatch.setenv(name, proxy)
+        with pytest.raises(InvalidURL, match=said):
+            HTTPTrainServiceClient("http://training.invalid").get_models()
 
 
 def test_retry_after_is_honoured(server: ScriptedServer, client: HTTPTrainServiceClient) -> None:

@@ -47,3 +47,18 @@ def test_a_redis_that_takes_no_writes_is_away(gateway: Gateway, group: PlayedGro
     refusal(refused, 503, "REDIS_UNAVAILABLE")
     assert "Retry-After" in refused.headers
     assert gateway.post(barrier, headers={"Prefer": "respond-async"}).status_code == 202
+
+
+def test_a_password_that_redis_does_not_take_is_no_passing_trouble(tmp_path: Path) -> None:
+    """Whoever started the gateway has to help; a client need not wait for it."""
+    server = RedisServer(tmp_path)
+    server.start("--appendonly", "no")
+    with connect(server.url) as client:
+        client.config_set("requirepass", "secret")
+    gateway = Gateway(tmp_path / "gateway", server.url)
+    try:
+        error = refusal(gateway.post("/barrier?identifier=student"), 503, "REDIS_UNAVAILABLE")
+        assert error["retryable"] is False and "password" in error["message"]
+    finally:
+        gateway.stop()
+        server.kill()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import wait_until
-from nexrl_client import HTTPTrainServiceClient, JobRolledBack, OperationFailed
+from nexrl_client import GroupDown, HTTPTrainServiceClient, JobRolledBack, OperationFailed
 from running_stack import Stack
 from service_kit import fingerprint, make_batch
 
@@ -106,6 +107,10 @@ def test_a_killed_agent_loses_the_weights_and_says_so(own_stack: Stack, trained:
     assert not own_stack.running("nexrl_worker.rank")
     with pytest.raises(JobRolledBack):
         learned.result(5)
+    asked = time.monotonic()
+    with pytest.raises(GroupDown, match="destroy"):
+        trained.barrier()
+    assert time.monotonic() - asked < 20, "a group that is down was waited for"
 
 
 def test_a_killed_agent_brings_an_untrained_group_back(own_stack: Stack, trained: HTTPTrainServiceClient) -> None:

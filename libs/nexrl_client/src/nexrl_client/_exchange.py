@@ -138,7 +138,7 @@ def _error_body(request: Request, response: Response) -> dict[str, Any]:
     text = bytes(response.body[:65536]).decode(errors="replace").strip()
     with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
         body = json.loads(text)["error"]
-        if isinstance(body, dict):
+        if isinstance(body, dict) and isinstance(body.get("code"), str):  # other gateways have an error object, too
             return body
     kind = response.headers.get("content-type", "nothing").partition(";")[0]
     said = f": {' '.join(text[:200].split())}" if text else ""

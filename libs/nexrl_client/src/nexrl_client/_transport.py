@@ -93,8 +93,8 @@ class HTTPTransport:
         except (requests.exceptions.ReadTimeout, urllib3.exceptions.ReadTimeoutError) as error:
             message = f"{request.method} {self.base_url}{request.path} was not answered within {silence_s:.1f} s"
             raise ServiceTimeout(message + self._by_proxy()) from error
-        except requests.exceptions.InvalidURL as error:
-            raise InvalidURL(f"{self.base_url} is no address: {error}") from error
+        except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as error:
+            raise InvalidURL(f"{self.base_url}{self._by_proxy()} is no address that can be used: {error}") from error
         except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
             raise self._fault(error) from error
 

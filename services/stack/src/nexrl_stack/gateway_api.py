@@ -78,7 +78,7 @@ def _send(url: str, path: str, params: dict[str, str | int]) -> requests.Respons
             f"the gateway at {url} did not answer within {_TIMEOUT_S:g} s{by}; its log says why"
         ) from None
     except (requests.RequestException, ValueError) as error:
-        raise GatewayError(f"{url} cannot be asked: {error}") from error
+        raise GatewayError(f"{url} cannot be asked{by}: {error}") from error
 
 
 def _proxy(url: str) -> str | None:
