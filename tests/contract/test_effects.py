@@ -238,8 +238,16 @@ def test_a_group_of_an_older_version_is_no_other_group() -> None:
 def test_metadata_that_only_distillation_reads_is_known() -> None:
     """It is named for every other operation."""
     metadata = {"loss_agg_mode": "token-mean", "entropy_coeff": 0.1, "temperature": 1.0, "global_step": 3}
-    assert unread_metadata("update_actor", metadata) == ["entropy_coeff", "loss_agg_mode"]
+    assert sorted(unread_metadata("update_actor", metadata)) == ["entropy_coeff", "loss_agg_mode"]
     assert unread_metadata("update_actor_with_distillation", metadata) == []
+
+
+def test_metadata_close_to_a_name_that_is_read_is_named() -> None:
+    """A misspelt temperature scores at 1.0: its sender is told. What trainers send beside is not."""
+    others = {"batch_size": 4, "model_tag": "x", "global_step": 3, "global_token_num": [9], "grpo_std": {}, "eos": 1}
+    for name in ("temprature", "Temperature", "temp", "rollout_temperature", "entropy_coef", "loss_agg"):
+        assert unread_metadata("update_actor_with_distillation", {**others, name: 0.7}) == [name]
+        assert unread_metadata("compute_log_prob", {**others, "temperature": 1.0, name: 0.7}) == [name]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import itertools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -137,12 +139,25 @@ POLICY_LOSSES = ("ppo", "grpo", "gspo", "cispo", "importance_sampling", "reinfor
 LOSSES = (*POLICY_LOSSES, "cross_entropy", "linear")
 
 _DISTILLATION = "update_actor_with_distillation"
+_TEMPERATURE = "temperature"
+_LOOKED_AT = 100
 _DISTILLATION_METADATA = ("distillation_coeff", "entropy_coeff", "loss_agg_mode")
 
 
 def unread_metadata(operation: str, metadata: Mapping[str, Any]) -> list[str]:
-    """Keys of a batch's metadata that change what distillation computes, and do nothing in this operation."""
-    return [] if operation == _DISTILLATION else [name for name in _DISTILLATION_METADATA if name in metadata]
+    """Keys of a batch's metadata that seem meant to change what is computed, and do nothing in this operation.
+
+    Those that distillation alone reads, and names close to one that is read. Trainers send many others.
+    """
+    read = {_TEMPERATURE, *(_DISTILLATION_METADATA if operation == _DISTILLATION else ())}
+    return [name for name in itertools.islice(metadata, _LOOKED_AT) if name not in read and _seems_meant(name)]
+
+
+def _seems_meant(name: str) -> bool:
+    known = (_TEMPERATURE, *_DISTILLATION_METADATA)
+    short = name[:60].lower()
+    within = any(word in short or (len(short) > 3 and word.startswith(short)) for word in known)
+    return within or bool(difflib.get_close_matches(short, known, n=1, cutoff=0.75))
 
 
 def required_tensors(operation: str, params: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, ...]:
