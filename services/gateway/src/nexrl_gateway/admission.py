@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from nexrl_contract import names
@@ -9,6 +10,11 @@ from nexrl_contract.errors import ServiceError
 from nexrl_contract.operations import Operation
 from nexrl_contract.records import GroupRecord
 from nexrl_ledger import Ledger
+
+from nexrl_gateway.services import Services
+
+_START_S = 10.0
+"""A gateway younger than that may be there before the agents of its stack."""
 
 
 def named_identifier(query: str | None, document: dict[str, Any]) -> str | None:
@@ -64,6 +70,17 @@ def is_down(group: GroupRecord) -> ServiceError:
     """What a group that is down answers: no waiting brings it back."""
     message = f"group {group.identifier!r} is down: {group.cause or 'unknown cause'}; destroy and initialize it"
     return ServiceError("GROUP_DOWN", message, retryable=False, identifier=group.identifier, cause=group.cause)
+
+
+def without_agent(services: Services, **about: Any) -> ServiceError:
+    """What a new group's placement answers while nobody could start it; retryable where an agent may be on its way."""
+    return ServiceError(
+        "GROUP_DOWN",
+        "no worker agent is alive; start one (`nexrl up` and Compose start one with the rest, else "
+        "`python -m nexrl_worker.agent`) and call initialize_worker again",
+        retryable=time.time() - services.started_at < _START_S,
+        **about,
+    )
 
 
 def _only(living: list[str]) -> str:

@@ -18,6 +18,7 @@ from nexrl_payloads import PayloadStore
 from starlette.responses import Response
 from tensor_codec import RawTensor, to_json
 
+from nexrl_gateway.admission import without_agent
 from nexrl_gateway.frames import StoredFrame, header_bytes, read_frame
 from nexrl_gateway.replies import finite, json_response
 from nexrl_gateway.services import Services
@@ -49,11 +50,9 @@ async def answer(services: Services, job: JobRecord, wishes: Wishes, extra: dict
 async def result_response(
     services: Services, job: JobRecord, wishes: Wishes, extra: dict[str, Any] | None = None
 ) -> Response:
-    """The answer of an ended job; raises its error, or JOB_RUNNING while it has not ended, with what it waits for."""
+    """The answer of an ended job; raises its error, or what :func:`_unfinished` says of one that has not ended."""
     if not job.final:
-        message = f"job {job.id} is {job.state}; ask again, or with ?wait=30"
-        waits_for = await run_sync(_waits_for, services.ledger, job)
-        raise ServiceError("JOB_RUNNING", message, waits_for=waits_for, job_id=job.id, identifier=job.identifier)
+        raise await run_sync(_unfinished, services, job)
     _raise_unless_finished(job)
     return await run_sync(_response, services.store, job, wishes.frame, extra or {})
 
@@ -92,8 +91,23 @@ def job_view(ledger: Ledger, job: JobRecord) -> dict[str, Any]:
     }
 
 
+def _unfinished(services: Services, job: JobRecord) -> ServiceError:
+    """JOB_RUNNING with what the job waits for, or GROUP_DOWN where that does not come by itself; the job stays."""
+    about = {"job_id": job.id, "identifier": job.identifier}
+    if _lacks_agent(services.ledger, job):
+        error = without_agent(services, **about)
+        if not error.retryable:
+            return error
+    message = f"job {job.id} is {job.state}; ask again, or with ?wait=30"
+    return ServiceError("JOB_RUNNING", message, waits_for=_waits_for(services.ledger, job), **about)
+
+
+def _lacks_agent(ledger: Ledger, job: JobRecord) -> bool:
+    return job.state == "queued" and job.queue == names.AGENT_QUEUE and not ledger.agents()
+
+
 def _waits_for(ledger: Ledger, job: JobRecord) -> str | None:
-    if job.state == "queued" and job.queue == names.AGENT_QUEUE and not ledger.agents():
+    if _lacks_agent(ledger, job):
         return "a worker agent: none is alive, start one"
     if job.state != "queued" or job.waits_for:
         return job.waits_for

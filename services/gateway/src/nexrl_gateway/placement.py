@@ -14,15 +14,13 @@ from nexrl_contract.records import GroupRecord, JobRecord
 from nexrl_ledger import Fenced, Ledger
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from nexrl_gateway.admission import is_down
+from nexrl_gateway.admission import is_down, without_agent
 from nexrl_gateway.errors import checked_argument_error
 from nexrl_gateway.paths import Roots
 from nexrl_gateway.services import Services
 from nexrl_gateway.submit import fingerprint, log_accepted
 
 _RACES = 5
-_START_S = 10.0
-"""A gateway younger than that may be there before the agents of its stack."""
 
 
 class InitializeBody(BaseModel):
@@ -121,7 +119,7 @@ def initialize(services: Services, wanted: Wanted, key: str | None) -> tuple[Gro
     for _ in range(_RACES):
         group = ledger.group(wanted.identifier)
         if group is not None and group.state != "destroyed":
-            return _existing(ledger, group, wanted)
+            return _existing(services, group, wanted)
         waits_for = _slots_awaited(services, wanted)
         try:
             return _place(ledger, wanted, key, mark, waits_for)
@@ -176,7 +174,8 @@ def _with_model_paths(settings: dict[str, Any], roots: Roots) -> tuple[dict[str,
     return {**settings, "model": model, "ref": {**settings["ref"], "model": reference}}, meant
 
 
-def _existing(ledger: Ledger, group: GroupRecord, wanted: Wanted) -> tuple[GroupRecord, JobRecord | None, bool]:
+def _existing(services: Services, group: GroupRecord, wanted: Wanted) -> tuple[GroupRecord, JobRecord | None, bool]:
+    ledger = services.ledger
     about = {"identifier": group.identifier}
     differing = wanted.differs(group)
     if differing:
@@ -188,6 +187,8 @@ def _existing(ledger: Ledger, group: GroupRecord, wanted: Wanted) -> tuple[Group
         )
     if group.state == "down":
         raise is_down(group)
+    if group.state == "placing" and not ledger.agents():
+        raise without_agent(services, **about)
     job = ledger.job(group.placement_job) if group.placement_job else None
     if group.state in ("placing", "starting") and (job is None or job.final):
         raise ServiceError("GROUP_DOWN", f"group {group.identifier!r} is being started; try again shortly", **about)
@@ -244,12 +245,7 @@ def _slots_awaited(services: Services, wanted: Wanted) -> str | None:
     world_size = wanted.world_size
     registered = services.ledger.agents()
     if not registered:
-        raise ServiceError(
-            "GROUP_DOWN",
-            "no worker agent is alive; start one (`nexrl up` and Compose start one with the rest, else "
-            "`python -m nexrl_worker.agent`) and call initialize_worker again",
-            retryable=time.time() - services.started_at < _START_S,
-        )
+        raise without_agent(services)
     agents = [agent for agent in registered if agent.identifier in (None, wanted.identifier)]
     if not agents:
         fixed = sorted({str(agent.identifier) for agent in registered})
