@@ -86,12 +86,10 @@ def _check_mass(name: str, log_probs: Tensor, scored: Tensor, indices: list[int]
 
 def _check_positions(rows: Rows, limits: Limits, masks: Masks, indices: list[int]) -> None:
     counted = masks.attention.long().cumsum(dim=-1) - 1
-    if rows.has("position_ids"):
-        positions = rows.tensor("position_ids", indices)
-        name = "position_ids"
-    else:
-        positions = counted
-        name = "input_ids"
+    if not rows.has("position_ids"):
+        _check_lengths(masks.attention.sum(dim=-1), limits.positions, indices)
+        return
+    positions, name = rows.tensor("position_ids", indices), "position_ids"
     if limits.counts:
         wanted = "positions counted from 0 in each row, as this model counts them itself"
         _refuse(name, positions, (positions != counted) & masks.attention, wanted, indices)
@@ -101,6 +99,16 @@ def _check_positions(rows: Rows, limits: Limits, masks: Masks, indices: list[int
         outside = outside | (positions >= limits.positions)
         expected = f"positions from 0 to {limits.positions - 1}, the model's maximum"
     _refuse(name, positions, outside & masks.attention, expected, indices)
+
+
+def _check_lengths(lengths: Tensor, most: int | None, indices: list[int]) -> None:
+    if most is None or int(lengths.max()) <= most:
+        return
+    place = int((lengths > most).nonzero()[0])
+    row, length = indices[place], int(lengths[place])
+    expected = f"at most {most}, as many as the model has positions"
+    message = f"row {row} has {length} attended tokens, expected {expected}"
+    raise InvalidValue(message, tensor="input_ids", row=row, expected=expected, actual=str(length))
 
 
 def _refuse(name: str, values: Tensor, bad: Tensor, expected: str, indices: list[int]) -> None:
