@@ -219,12 +219,17 @@ def test_a_group_that_is_down_is_said_at_once_and_one_that_restarts_is_waited_fo
     back.join()
 
 
-def test_a_time_out_says_what_the_job_waits_for(client: HTTPTrainServiceClient, group: PlayedGroup) -> None:
-    """Other operations, or the group itself."""
+def test_a_time_out_says_what_the_job_waits_for(
+    client: HTTPTrainServiceClient, group: PlayedGroup, ledger: Ledger
+) -> None:
+    """Other operations, the group itself, or an agent that may have died."""
     first, second = client.submit("barrier"), client.submit("barrier")
     with pytest.raises(ServiceTimeout, match="it waits for 1 operation ahead of it in train:student"):
         second.result(0.1)
     with pytest.raises(ServiceTimeout, match="it waits for the consumer of train:student"):
+        first.result(0.1)
+    ledger.update_group("student", agent="gone")
+    with pytest.raises(ServiceTimeout, match="it waits for agent gone, which is not heard"):
         first.result(0.1)
 
 

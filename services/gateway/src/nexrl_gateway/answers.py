@@ -111,6 +111,9 @@ def _waits_for(ledger: Ledger, job: JobRecord) -> str | None:
         return "a worker agent: none is alive, start one"
     if job.state != "queued" or job.waits_for:
         return job.waits_for
+    group = ledger.group(job.identifier)
+    if group is not None and group.agent and group.agent not in {agent.name for agent in ledger.agents()}:
+        return f"agent {group.agent}, which is not heard; the group goes down where it stays away"
     ahead: Any = ledger.client.zrank(names.waiting_key(job.queue), job.id)
     if not ahead:
         return f"the consumer of {job.queue}"
