@@ -64,9 +64,18 @@ def test_header_too_large_when_written() -> None:
         tc.encode({}, {"k": "v" * tc.MAX_HEADER_BYTES})
 
 
+def test_a_header_of_many_lists_is_not_read() -> None:
+    """What bounds a header's bytes does not bound the time that its JSON takes; refused when written, too."""
+    text = b'{"a":[' + b"[]," * tc.MAX_LISTS + b"[]]}"
+    with pytest.raises(tc.HeaderTooLarge, match=str(tc.MAX_LISTS)):
+        tc.parse_header(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(tc.HeaderTooLarge, match=str(tc.MAX_LISTS)):
+        tc.encode({}, {"k": "[" * tc.MAX_LISTS})
+
+
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", " {}", "{}x", '{"a":NaN}', '{"a":Infinity}', '{"a":' + "[" * 100_000, '{"a":' + "9" * 5000 + "}"],
+    ["", "{", "[]", " {}", "{}x", '{"a":NaN}', '{"a":Infinity}', '{"a":' + "[" * 16_000, '{"a":' + "9" * 5000 + "}"],
     ids=["empty", "open", "list", "space", "tail", "nan", "infinity", "nested", "endless-number"],
 )
 def test_invalid_header_json(frame_of, text: str) -> None:

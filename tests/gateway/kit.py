@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -220,3 +221,37 @@ def keys_of(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: keys_of(inner) for name, inner in value.items()}
     return [keys_of(inner) for inner in value[:1]] if isinstance(value, list) else None
+
+
+def memory_peak(pid: int) -> int:
+    """Bytes of the highest resident memory since :func:`forget_peak`."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def forget_peak(pid: int) -> None:
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+def slowest_health(gateway: Gateway, work: Callable[[], object]) -> float:
+    """Seconds of the slowest /health while ``work`` runs."""
+    done = threading.Event()
+    times: list[float] = []
+
+    def look() -> None:
+        with requests.Session() as session:
+            while not done.is_set():
+                started = time.monotonic()
+                assert session.get(f"{gateway.url}/health", timeout=10).status_code == 200
+                times.append(time.monotonic() - started)
+                time.sleep(0.02)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        work()
+    finally:
+        done.set()
+        thread.join()
+    return sorted(times)[int(len(times) * 0.95)]

@@ -124,6 +124,19 @@ BAD_JSON: dict[str, tuple[bytes, int, str]] = {
     "not an object": (b"[1]", 400, "MALFORMED"),
     "a bare NaN": (b'{"metadata": {"temperature": NaN}}', 400, "MALFORMED"),
     "endless nesting": (b'{"a":' + b"[" * 100_000, 400, "MALFORMED"),
+    "nesting that ends": (b'{"a":' + b"[" * 100 + b"]" * 100 + b"}", 400, "MALFORMED"),
+    "a million lists": (b'{"a":[' + b"[]," * 1_000_000 + b"[]]}", 400, "MALFORMED"),
+    "a million texts": (b'{"a":[' + b'"",' * 1_000_000 + b'""]}', 400, "MALFORMED"),
+    "a million escapes": (b'{"a":"' + b"\\n" * 1_000_000 + b'"}', 400, "MALFORMED"),
+    "a text that does not end": (b'{"a":"' + b"x" * 100_000, 400, "MALFORMED"),
+    "a long key": (b'{"' + b"x" * 100_000 + b'":1}', 400, "MALFORMED"),
+    "a key twice": (b'{"tensors": {}, "tensors": {}}', 400, "MALFORMED"),
+    "a key twice, deep": (b'{"metadata": {"a": {"b": 1, "b": 1}}}', 400, "MALFORMED"),
+    "a number beyond float64": (b'{"metadata": {"temperature": 1e400}}', 400, "MALFORMED"),
+    "a whole number of many digits": (b'{"metadata": {"step": ' + b"1" * 100_000 + b"}}", 400, "MALFORMED"),
+    "half a surrogate pair": (b'{"loss": "a\\ud800"}', 400, "MALFORMED"),
+    "half a surrogate pair as a key": (b'{"a\\uDC00": 1}', 400, "MALFORMED"),
+    "another encoding": ('{"tensors": {}}'.encode("utf-16"), 400, "MALFORMED"),
     "tensors that are no object": (b'{"tensors": 3}', 422, "INVALID_ARGUMENT"),
     "two names of one thing": (b'{"tensors": {}, "batch": {}}', 422, "INVALID_ARGUMENT"),
     "an unknown argument": (b'{"tensors": {}, "temprature": 1}', 422, "INVALID_ARGUMENT"),
@@ -252,7 +265,6 @@ BAD_ARGUMENTS: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "our own files": ("load_checkpoint", {"path": ".nexrl/payloads/x"}, "path", "PATH_REFUSED"),
     "a root itself": ("save_checkpoint", {"local_path": "."}, "local_path", "PATH_REFUSED"),
     "a zero byte": ("convert_checkpoint_to_huggingface", {"local_path": "a\0b"}, "local_path", "PATH_REFUSED"),
-    "half a surrogate pair": ("load_checkpoint", {"path": "a\ud800/b"}, "path", "INVALID_ARGUMENT"),
 }
 
 

@@ -5,19 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import requests
 from conftest import RedisServer, wait_until
-from gateway.kit import ASYNC, FRAME, Gateway, PlayedGroup, frame, refusal
+from gateway.kit import ASYNC, FRAME, Gateway, PlayedGroup, forget_peak, frame, memory_peak, refusal, slowest_health
 from nexrl_contract.names import AGENT_QUEUE, JANITOR_KEY
 from nexrl_contract.records import AgentRecord
 from nexrl_gateway.janitor import sweep
@@ -47,40 +44,6 @@ class BigFrame:
         piece = bytes(32768)
         for _ in range(self._rows):
             yield piece
-
-
-def memory_peak(pid: int) -> int:
-    """Bytes of the highest resident memory since :func:`forget_peak`."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
-
-
-def forget_peak(pid: int) -> None:
-    Path(f"/proc/{pid}/clear_refs").write_text("5")
-
-
-def slowest_health(gateway: Gateway, work: Callable[[], object]) -> float:
-    """Seconds of the slowest /health while ``work`` runs."""
-    done = threading.Event()
-    times: list[float] = []
-
-    def look() -> None:
-        with requests.Session() as session:
-            while not done.is_set():
-                started = time.monotonic()
-                assert session.get(f"{gateway.url}/health", timeout=10).status_code == 200
-                times.append(time.monotonic() - started)
-                time.sleep(0.02)
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
-        work()
-    finally:
-        done.set()
-        thread.join()
-    return sorted(times)[int(len(times) * 0.95)]
 
 
 def upload(gateway: Gateway, nbytes: int) -> None:

@@ -45,12 +45,22 @@ from ._errors import (
 from ._frame import Frame, Rows, open_frame, wrap
 from ._header import Header, TensorInfo, header_length, parse_header
 from ._json import JSONTensor, from_json, to_json
-from ._limits import ALIGNMENT, MAX_HEADER_BYTES, MAX_NAME_LENGTH, MAX_RANK, MAX_SIZE, MAX_TENSORS, PREFIX_BYTES
+from ._limits import (
+    ALIGNMENT,
+    MAX_HEADER_BYTES,
+    MAX_LISTS,
+    MAX_NAME_LENGTH,
+    MAX_RANK,
+    MAX_SIZE,
+    MAX_TENSORS,
+    PREFIX_BYTES,
+)
 from ._raw import RawTensor
 
 __all__ = [
     "ALIGNMENT",
     "MAX_HEADER_BYTES",
+    "MAX_LISTS",
     "MAX_NAME_LENGTH",
     "MAX_RANK",
     "MAX_SIZE",

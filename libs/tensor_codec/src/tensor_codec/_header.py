@@ -19,7 +19,7 @@ from ._errors import (
     SizeMismatch,
     TooManyTensors,
 )
-from ._limits import ALIGNMENT, MAX_HEADER_BYTES, MAX_SIZE, MAX_TENSORS, PREFIX_BYTES
+from ._limits import ALIGNMENT, MAX_HEADER_BYTES, MAX_LISTS, MAX_SIZE, MAX_TENSORS, PREFIX_BYTES
 
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
@@ -93,15 +93,23 @@ def write_header(tensors: Sequence[tuple[str, str, tuple[int, ...], int]], metad
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, start + nbytes]}
         start += nbytes
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    _check_lists(text)
     length = len(text) + -(PREFIX_BYTES + len(text)) % ALIGNMENT
     if length > MAX_HEADER_BYTES:
         raise HeaderTooLarge(f"the header would have {length} bytes; the limit is {MAX_HEADER_BYTES}: shorten metadata")
     return length.to_bytes(PREFIX_BYTES, "little") + text.ljust(length)
 
 
+def _check_lists(raw: bytes) -> None:
+    lists = raw.count(b"[") + raw.count(b"{")
+    if lists > MAX_LISTS:
+        raise HeaderTooLarge(f"the header has {lists} lists and objects; the limit is {MAX_LISTS}")
+
+
 def _load_json(raw: bytes) -> dict[str, Any]:
     if raw[:1] != b"{":
         raise InvalidHeaderJSON(f"the header must start with '{{', not {show(raw[:1])}")
+    _check_lists(raw)
     try:
         loaded = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (DuplicateKey, InvalidHeaderJSON):

@@ -14,6 +14,9 @@ MAX_HEADER_BYTES = 1024 * 1024
 MAX_TENSORS = 512
 """Tensors in one frame."""
 
+MAX_LISTS = 16_384
+"""Brackets and braces in the JSON header, those in the texts of its metadata among them: time to read, not only bytes."""
+
 MAX_RANK = 8
 """Dimensions of one tensor."""
 

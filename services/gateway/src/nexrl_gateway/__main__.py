@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import logging
+import resource
 import signal
 import sys
 from types import FrameType
@@ -16,6 +20,12 @@ from nexrl_gateway.settings import Settings
 
 _KEEP_ALIVE_S = 300
 _GRACE_S = 10
+_FILES_PER_CONNECTION = 4
+"""Its socket; for an upload a second descriptor of that, and files of the store."""
+_M_MMAP_THRESHOLD = -3
+_MAPPED_BYTES = 4 * 1024**2
+_SWITCH_S = 0.001
+"""How long a thread keeps the interpreter while the event loop waits for it."""
 
 
 class _Server(uvicorn.Server):
@@ -41,6 +51,10 @@ def main() -> int:
     except ValueError as error:
         sys.exit(str(error))
     app = create_app(settings)
+    sys.setswitchinterval(_SWITCH_S)
+    _return_memory()
+    gc.collect()
+    gc.freeze()  # what lives as long as the process; with it each large JSON body would cost five times as much
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -48,6 +62,7 @@ def main() -> int:
         loop="uvloop",
         http=DirectProtocol,
         ws="none",
+        limit_concurrency=_connections(settings.max_connections),
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=_GRACE_S,
         access_log=False,
@@ -58,6 +73,23 @@ def main() -> int:
     server = _Server(config, app)
     server.run()
     return 0 if server.started else 1
+
+
+def _return_memory() -> None:
+    """What glibc may keep of freed memory are small pieces; by itself it soon keeps whole bodies of 32 MiB."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+
+
+def _connections(wanted: int) -> int:
+    """As many of the ``wanted`` connections as this process may have descriptors for, after asking for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return wanted
+    needed = _FILES_PER_CONNECTION * wanted
+    allowed = max(soft, needed if hard == resource.RLIM_INFINITY else min(needed, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    return min(wanted, allowed // _FILES_PER_CONNECTION)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,28 @@
-"""Reading a request's body: its kind, its size, and strict JSON."""
+"""Reading a request's body: its kind, its size and its pace; JSON only while there is room for it in memory."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncIterator
-from typing import Any, NoReturn
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
 
 from anyio.to_thread import run_sync
 from fastapi import Request
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.names import FRAME_TYPE, JSON_TYPE
 
-from nexrl_gateway.settings import JSON_LIMIT_BYTES
+from nexrl_gateway.direct import Pace
+from nexrl_gateway.services import services_of
+from nexrl_gateway.strict_json import parse_object
+
+TENSORS_LIMIT_BYTES = 32 * 1024**2
+"""Largest JSON body with a batch: what it holds is in memory twice over while it is read."""
+CONTROL_LIMIT_BYTES = 1024**2
+"""Largest JSON body of arguments alone."""
+_WHOLE_BODY_S = 120
+_PATIENCE_S = 20
+_AS_FRAME = f"send tensors as the binary frame ({FRAME_TYPE}) instead, as nexrl_client does"
 
 
 def content_kind(request: Request, *, frames: bool) -> str:
@@ -45,8 +56,8 @@ def declared_length(request: Request) -> int | None:
     return int(text)
 
 
-def pieces(request: Request, limit: int, advice: str) -> AsyncIterator[bytes]:
-    """The body as it arrives; raises TOO_LARGE with ``advice`` above ``limit`` bytes.
+def pieces(request: Request, limit: int, advice: str) -> AsyncGenerator[bytes]:
+    """The body as it arrives; raises TOO_LARGE with ``advice`` above ``limit`` bytes, SLOW_REQUEST where it stops coming.
 
     A declared length is judged by this call, not by the first piece: a body that is taken directly has none.
     """
@@ -56,9 +67,17 @@ def pieces(request: Request, limit: int, advice: str) -> AsyncIterator[bytes]:
     return _limited(request, limit, advice)
 
 
-async def _limited(request: Request, limit: int, advice: str) -> AsyncIterator[bytes]:
-    seen = 0
-    async for piece in request.stream():
+async def _limited(request: Request, limit: int, advice: str) -> AsyncGenerator[bytes]:
+    stream, pace, seen = aiter(request.stream()), Pace(), 0
+    while True:
+        try:
+            async with asyncio.timeout(pace.left_s()):
+                piece = await anext(stream)
+        except TimeoutError:
+            raise pace.too_slow() from None
+        except StopAsyncIteration:
+            return
+        pace.saw(len(piece))
         seen += len(piece)
         if seen > limit:
             raise _too_large(seen, limit, advice)
@@ -66,27 +85,40 @@ async def _limited(request: Request, limit: int, advice: str) -> AsyncIterator[b
             yield piece
 
 
-async def read_json(request: Request, limit: int = JSON_LIMIT_BYTES) -> dict[str, Any]:
-    """The body's JSON object, {} for an empty body; raises TOO_LARGE or MALFORMED."""
-    advice = f"send tensors as the binary frame ({FRAME_TYPE}) instead, as nexrl_client does"
-    body = bytearray()
-    async for piece in pieces(request, limit, advice):
-        body += piece
-    return await run_sync(_parse, bytes(body)) if body else {}
+@contextlib.asynccontextmanager
+async def json_body(request: Request, *, tensors: bool) -> AsyncIterator[dict[str, Any]]:
+    """The body's JSON object, {} for an empty body, while there is room for it in memory: so use it within the block.
+
+    Raises TOO_LARGE, MALFORMED, SLOW_REQUEST or GATEWAY_BUSY.
+    """
+    limit, advice = (TENSORS_LIMIT_BYTES, _AS_FRAME) if tensors else (CONTROL_LIMIT_BYTES, "no argument takes so much")
+    arriving, room = pieces(request, limit, advice), services_of(request).room
+    nbytes = limit if (declared := declared_length(request)) is None else declared
+    async with _while_free(room.large_bodies if nbytes > CONTROL_LIMIT_BYTES else room.small_bodies):
+        body = bytearray()
+        try:
+            async with asyncio.timeout(_WHOLE_BODY_S):
+                async for piece in arriving:
+                    body += piece
+            document = await run_sync(parse_object, body, limiter=room.parsing) if body else {}
+        except TimeoutError:
+            raise ServiceError("SLOW_REQUEST", f"the JSON body did not come within {_WHOLE_BODY_S} s") from None
+        finally:
+            body.clear()  # an error on its way up would keep it
+        yield document
 
 
-def _parse(body: bytes) -> dict[str, Any]:
+@contextlib.asynccontextmanager
+async def _while_free(places: asyncio.Semaphore) -> AsyncIterator[None]:
     try:
-        document = json.loads(body, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise ServiceError("MALFORMED", f"the body is not JSON: {str(error)[:200]}") from None
-    if not isinstance(document, dict):
-        raise ServiceError("MALFORMED", f"the body must be a JSON object, not {type(document).__name__}")
-    return document
-
-
-def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f'{text} is not JSON; write the string "{text}"')
+        async with asyncio.timeout(_PATIENCE_S):
+            await places.acquire()
+    except TimeoutError:
+        raise ServiceError("GATEWAY_BUSY", "too many JSON bodies are being read; try again shortly") from None
+    try:
+        yield
+    finally:
+        places.release()
 
 
 def _has_body(request: Request) -> bool:

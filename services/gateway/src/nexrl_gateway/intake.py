@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -29,6 +29,8 @@ from tensor_codec import (
 
 from nexrl_gateway.bodies import declared_length, pieces
 from nexrl_gateway.direct import direct_body
+from nexrl_gateway.services import Services
+from nexrl_gateway.strict_json import parse_object
 
 JOIN_BYTES = 1024 * 1024
 _EXAMPLE = to_json(RawTensor("I64", (1, 2), struct.pack("<2q", 5, 7)))
@@ -51,11 +53,9 @@ class Envelope:
 
 def envelope_of(header: Header) -> Envelope:
     """The envelope in a frame's header, empty for a plain safetensors file; raises MALFORMED."""
-    try:
-        document = json.loads(header.metadata.get(FRAME_METADATA_KEY, '{"version":1}'))
-    except (ValueError, RecursionError):
-        raise ServiceError("MALFORMED", f"the frame's {FRAME_METADATA_KEY} metadata is not JSON") from None
-    if not isinstance(document, dict) or document.get("version") != 1:
+    text = header.metadata.get(FRAME_METADATA_KEY, '{"version":1}')
+    document = parse_object(text.encode(), f"the frame's {FRAME_METADATA_KEY} metadata", constant=float)
+    if document.get("version") != 1:
         raise ServiceError("MALFORMED", f"the frame's {FRAME_METADATA_KEY} metadata must be an object of version 1")
     metadata, params = document.get("metadata") or {}, document.get("params") or {}
     if not isinstance(metadata, dict) or not isinstance(params, dict):
@@ -64,21 +64,27 @@ def envelope_of(header: Header) -> Envelope:
 
 
 async def store_frame(
-    request: Request, store: PayloadStore, payload_id: str, limit: int, judge: Callable[[Header], Verdict]
+    request: Request, services: Services, payload_id: str, limit: int, judge: Callable[[Header], Verdict]
 ) -> tuple[Verdict, StoredPayload]:
-    """Stream the body into the store; ``judge`` sees the header before anything is stored and may refuse by raising.
+    """Stream the body into the store; ``judge`` sees the header before anything is stored and may refuse by raising. It is
+    called in a thread, as a header may be large.
 
     Raises TOO_LARGE, MALFORMED, NO_SPACE; whatever is raised, nothing stays in the store.
     """
     advice = "send it in parts (PUT /payloads/{id}/parts/{n}), as nexrl_client does"
     body = pieces(request, limit, advice)
-    head, header = await _read_header(body, declared_length(request))
-    verdict = judge(header)
+    head = await _read_head(body)
+
+    def judged() -> tuple[Header, Verdict]:
+        header = parse_header(head, declared_length(request))
+        return header, judge(header)
+
+    header, verdict = await run_sync(judged, limiter=services.room.parsing)
     if header.total_size > limit:
         raise ServiceError(
             "TOO_LARGE", f"the frame has {header.total_size} bytes and the limit is {limit}; {advice}", limit=limit
         )
-    upload = await run_sync(store.create, payload_id, header.total_size)
+    upload = await run_sync(services.store.create, payload_id, header.total_size)
     try:
         await write_body(request, body, head, upload)
         return verdict, await run_sync(upload.commit)
@@ -87,11 +93,11 @@ async def store_frame(
             await run_sync(upload.abort)
 
 
-async def store_tensors(
+def store_tensors(
     store: PayloadStore, payload_id: str, tensors: Mapping[str, RawTensor], envelope: Envelope
 ) -> StoredPayload:
     """Store tensors that came as JSON as the frame that a client would have sent."""
-    return await run_sync(lambda: store.put(payload_id, encode(tensors, {FRAME_METADATA_KEY: envelope.text()})))
+    return store.put(payload_id, encode(tensors, {FRAME_METADATA_KEY: envelope.text()}))
 
 
 def decode_tensors(entries: Mapping[str, Any]) -> dict[str, RawTensor]:
@@ -108,24 +114,25 @@ def _decode(name: str, entry: Any) -> RawTensor:
         raise ServiceError("MALFORMED", f"tensor {name}: {error}{hint}", tensor=name) from None
 
 
-async def _read_header(body: AsyncIterator[bytes], total: int | None) -> tuple[bytearray, Header]:
-    """The bytes read so far, header included, and the header; raises CodecError."""
+async def _read_head(body: AsyncIterator[bytes]) -> bytearray:
+    """The bytes read so far, the whole header among them unless the body ends before; raises CodecError."""
     head = bytearray()
     async for piece in body:
         head += piece
         if len(head) >= PREFIX_BYTES and len(head) >= header_length(head[:PREFIX_BYTES]):
             break
-    return head, parse_header(head, total)
+    return head
 
 
 async def write_body(
-    request: Request, body: AsyncIterator[bytes], head: bytearray, upload: Upload | PartUpload
+    request: Request, body: AsyncGenerator[bytes], head: bytearray, upload: Upload | PartUpload
 ) -> None:
     """Write ``head`` and the rest of the body: straight from the connection where that can be, else as it arrives."""
     direct = direct_body(request)
     if direct is None:
         await _write_joined(body, head, upload)
     else:
+        await body.aclose()  # it keeps its last piece
         await direct.copy(head, upload.write)
 
 

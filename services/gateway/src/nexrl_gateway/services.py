@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass, field
 from typing import Self
 
+from anyio import CapacityLimiter
 from fastapi import Request
 from nexrl_ledger import Ledger, connect
 from nexrl_payloads import PayloadStore, open_store
@@ -13,6 +15,17 @@ from nexrl_payloads import PayloadStore, open_store
 from nexrl_gateway.paths import Roots
 from nexrl_gateway.settings import Settings
 from nexrl_gateway.waiting import Endings
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What one process does at a time of what takes memory, or the interpreter, from everybody else."""
+
+    small_bodies: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(32))
+    large_bodies: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
+    parsing: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))
+    looking: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(4))
+    """Threads of their own for /health, which must answer when all others are taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +37,7 @@ class Services:
     store: PayloadStore
     endings: Endings
     roots: Roots
+    room: Room = field(default_factory=Room)
     started_at: float = field(default_factory=time.time)
 
     @classmethod

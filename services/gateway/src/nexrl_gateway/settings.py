@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Self
 
 GIB = 1024**3
-JSON_LIMIT_BYTES = 32 * 1024**2
-"""Largest JSON body: what it holds is in memory several times over while it is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +28,7 @@ class Settings:
     port: int = 8000
     wait_limit_s: float = 600.0
     max_body_bytes: int = 4 * GIB
+    max_connections: int = 2000
     allowed_hosts: tuple[str, ...] = ()
 
     @classmethod
@@ -47,6 +46,7 @@ class Settings:
             port=_integer("NEXRL_PORT", 8000, 0),
             wait_limit_s=_integer("NEXRL_WAIT_LIMIT_S", 600, 1),
             max_body_bytes=_integer("NEXRL_MAX_BODY_BYTES", 4 * GIB, 1),
+            max_connections=_integer("NEXRL_MAX_CONNECTIONS", 2000, 1),
             allowed_hosts=_hosts("NEXRL_ALLOWED_HOSTS"),
         )
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import xxhash
@@ -26,13 +27,15 @@ from tensor_codec import Header
 from nexrl_gateway import intake
 from nexrl_gateway.admission import admit, named_identifier, resolve
 from nexrl_gateway.batches import Judged, judge
-from nexrl_gateway.bodies import content_kind, read_json
+from nexrl_gateway.bodies import content_kind, json_body
 from nexrl_gateway.documents import BATCH_KEYS, BatchDocument, PartsDocument, read_batch
 from nexrl_gateway.errors import checked_argument_error
 from nexrl_gateway.frames import store_with_metadata
 from nexrl_gateway.paths import settle
 from nexrl_gateway.services import Services
 
+_MOST_PARAMS = 100
+"""More than any operation has: among so many one is unknown, and one is enough to refuse."""
 _log = logging.getLogger(__name__)
 
 
@@ -64,16 +67,16 @@ async def submit_operation(
         draft = await _frame_draft(services, operation, request, group)
     else:
         early = await run_sync(entrance, identifier) if identifier is not None else None
-        document = await read_json(request)
-        named = named_identifier(identifier, document)
-        group = early if early is not None else await run_sync(entrance, named)
-        if not operation.takes_batch:
-            draft = await run_sync(_plain_draft, services, operation, document, group)
-        else:
-            batch = read_batch(document)
-            if isinstance(batch, PartsDocument):
-                return await run_sync(_submit_parts, services, operation, batch, group, key)
-            draft = await _json_draft(services, operation, batch, group)
+        async with json_body(request, tensors=operation.takes_batch) as document:
+            named = named_identifier(identifier, document)
+            group = early if early is not None else await run_sync(entrance, named)
+            if not operation.takes_batch:
+                draft = await run_sync(_plain_draft, services, operation, document, group)
+            else:
+                batch = read_batch(document)
+                if isinstance(batch, PartsDocument):
+                    return await run_sync(_submit_parts, services, operation, batch, group, key)
+                draft = await run_sync(_json_draft, services, operation, batch, group)
     return await run_sync(submit_draft, services, operation, group, draft, key)
 
 
@@ -125,6 +128,7 @@ def fingerprint(operation: str, identifier: str, params: Mapping[str, Any], cont
 
 def check_params(operation: Operation, given: dict[str, Any]) -> dict[str, Any]:
     """The operation's arguments with defaults; raises INVALID_ARGUMENT naming the argument and the nearest one."""
+    given = dict(islice(given.items(), _MOST_PARAMS))
     try:
         params = operation.params.model_validate(given).model_dump(mode="json")
     except ValidationError as error:
@@ -159,20 +163,20 @@ async def _frame_draft(services: Services, operation: Operation, request: Reques
         return params, judge(header.tensors, operation, params, group.config, unread)
 
     limit = services.settings.max_body_bytes
-    (params, judged), ref = await intake.store_frame(request, services.store, job_id, limit, verdict)
+    (params, judged), ref = await intake.store_frame(request, services, job_id, limit, verdict)
     mark = fingerprint(operation.name, group.identifier, params, ref.checksum)
     payload = PayloadRef(id=ref.id, nbytes=ref.nbytes)
     return Draft(job_id, mark, params, payload, judged.rows, judged.ignored, stored_here=True)
 
 
-async def _json_draft(services: Services, operation: Operation, batch: BatchDocument, group: GroupRecord) -> Draft:
+def _json_draft(services: Services, operation: Operation, batch: BatchDocument, group: GroupRecord) -> Draft:
     params = check_params(operation, batch.params)
     read = {name: entry for name, entry in batch.tensors.items() if name in operation.reads}
-    tensors = await run_sync(intake.decode_tensors, read)
+    tensors = intake.decode_tensors(read)
     unread = [name for name in batch.tensors if name not in read] + unread_metadata(operation.name, batch.metadata)
     judged = judge(tensors, operation, params, group.config, [*unread, *batch.values])
     job_id = names.new_job_id()
-    ref = await intake.store_tensors(services.store, job_id, tensors, intake.Envelope(batch.metadata, batch.params))
+    ref = intake.store_tensors(services.store, job_id, tensors, intake.Envelope(batch.metadata, batch.params))
     mark = fingerprint(operation.name, group.identifier, params, ref.checksum)
     payload = PayloadRef(id=ref.id, nbytes=ref.nbytes)
     return Draft(job_id, mark, params, payload, judged.rows, judged.ignored, stored_here=True)

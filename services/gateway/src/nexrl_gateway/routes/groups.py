@@ -11,7 +11,7 @@ from starlette.responses import Response
 from nexrl_gateway.admission import named_identifier, resolve
 from nexrl_gateway.answer_examples import INITIALIZED, MODELS, WORKER_INFO
 from nexrl_gateway.answers import answer, initialized
-from nexrl_gateway.bodies import content_kind, read_json
+from nexrl_gateway.bodies import content_kind, json_body
 from nexrl_gateway.docs import accepted, errors
 from nexrl_gateway.docs import answer as shown
 from nexrl_gateway.examples import INITIALIZE
@@ -38,8 +38,8 @@ async def initialize_worker(
 ) -> Response:
     """Waits for free slots and starts the ranks; a living group with equal settings answers ``already: true``."""
     content_kind(request, frames=False)
-    document = await read_json(request)
-    wanted = await run_sync(read_wanted, document, named_identifier(identifier, document), services.roots)
+    async with json_body(request, tensors=False) as document:
+        wanted = await run_sync(read_wanted, document, named_identifier(identifier, document), services.roots)
     group, job, already = await run_sync(initialize, services, wanted, wishes.key)
     if job is None or (already and job.final):
         return initialized(group, wanted.ignored, wanted.said)

@@ -25,14 +25,14 @@ router = APIRouter(tags=["health"])
 )
 async def show_health(services: Here) -> Response:
     """200 with ``status`` healthy, or degraded where a group is not well; 503 while Redis or the store is away."""
-    report, serving = await run_sync(health, services)
+    report, serving = await run_sync(health, services, limiter=services.room.looking)
     return json_response(report, 200 if serving else 503)
 
 
 @router.get("/ready", summary="Whether requests can be served", responses={**answer(READY), **unavailable(NOT_READY)})
 async def show_ready(services: Here) -> Response:
     """200 or 503."""
-    report, serving = await run_sync(health, services)
+    report, serving = await run_sync(health, services, limiter=services.room.looking)
     return json_response(
         {"ready": serving, "redis": report["redis"], "payload_store": report["payload_store"]}, 200 if serving else 503
     )
