@@ -48,6 +48,13 @@ def test_several_services(tmp_path: Path) -> None:
     assert config["judge"]["role"] == "teacher"
 
 
+def test_a_file_of_ones_own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is the client's, so its ~ is, too."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "service.yaml").write_text(ENTRY)
+    assert list(load_service_config("~/service.yaml")) == ["student"]
+
+
 @pytest.mark.parametrize(
     ("text", "name"),
     [

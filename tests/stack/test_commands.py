@@ -113,6 +113,18 @@ def test_checkpoints_lists_what_is_published(tmp_path: Path, nexrl: Nexrl) -> No
     assert "half" not in table
 
 
+def test_a_root_is_written_as_a_shell_would_have_it(
+    tmp_path: Path, nexrl: Nexrl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shell leaves ~ alone behind --data=; a root with a colon would be read as two."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _publish(tmp_path / "data" / "step_1", 1)
+    answer = nexrl("checkpoints", "--data=~/data", "--checkpoint-root=~/none", "--json")
+    assert [item["path"] for item in json.loads(answer.stdout)["checkpoints"]] == [str(tmp_path / "data" / "step_1")]
+    answer = nexrl("checkpoints", "--checkpoint-root", str(tmp_path / "a:b"))
+    assert answer.returncode == 1 and "a:b cannot be a root" in answer.stderr
+
+
 def _publish(folder: Path, step: int) -> None:
     folder.mkdir(parents=True)
     (folder / "rank0.safetensors").write_bytes(b"weights")
