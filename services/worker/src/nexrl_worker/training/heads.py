@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from nexrl_worker.training.batch import MicroBatch
 from nexrl_worker.training.errors import InvalidValue
-from nexrl_worker.training.roots import Root
+from nexrl_worker.training.roots import Root, taken
 from nexrl_worker.training.validate import Limits
 
 
@@ -67,7 +67,8 @@ class RewardModel(Root):
         padding = self._padding
         if padding is not None and attention is not None:
             ids = torch.where(attention.bool(), ids, padding)
-        logits: Tensor = self.hf(input_ids=ids, attention_mask=attention).logits
+        more = taken(self.hf, use_cache=False)
+        logits: Tensor = self.hf(input_ids=ids, attention_mask=attention, **more).logits
         return _wide(logits.sum(dim=-1))
 
     def _places(self, micro: MicroBatch) -> Tensor:

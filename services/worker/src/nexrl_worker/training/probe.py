@@ -17,7 +17,7 @@ from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.heads import RewardModel, ValueModel
 from nexrl_worker.training.packing import ATTENTION, Segments, attention_of
 from nexrl_worker.training.parallelize import release
-from nexrl_worker.training.roots import Root
+from nexrl_worker.training.roots import Root, taken
 from nexrl_worker.training.scorer import Scorer
 from nexrl_worker.training.tiny import TinyRows
 
@@ -134,7 +134,7 @@ def _probe_values(root: ValueModel, device: torch.device, dtype: torch.dtype) ->
 
     def hidden(row: Tensor) -> Tensor:
         base: Any = root.hf.base_model
-        states: Tensor = base(input_ids=row).last_hidden_state
+        states: Tensor = base(input_ids=row, **taken(base, use_cache=False)).last_hidden_state
         return states[0, :-1] + 0.0  # a new tensor, as FSDP needs
 
     alone = [_caught(root, partial(hidden, row), failures) for row in _alone(micro)]

@@ -40,10 +40,7 @@ class Root(nn.Module):
         else:
             use_segments(self.hf)
             more["segments"] = micro.segments
-        known = inspect.signature(model.forward).parameters  # type: ignore[union-attr]
-        usual = {"position_ids": micro.position_ids, "use_cache": False}
-        if all(part.kind is not inspect.Parameter.VAR_KEYWORD for part in known.values()):
-            usual = {name: value for name, value in usual.items() if name in known}
+        usual = taken(model, position_ids=micro.position_ids, use_cache=False)
         return model(  # type: ignore[operator]
             input_ids=micro.input_ids, attention_mask=micro.attention_mask, **usual, **more
         )
@@ -52,3 +49,11 @@ class Root(nn.Module):
         """Last hidden states [T,H] at the flat positions `index` [T]; only inside `forward`."""
         picked: Tensor = self.outputs(micro, whole=False).last_hidden_state.flatten(0, 1)[index]
         return picked
+
+
+def taken(model: Any, **arguments: Any) -> dict[str, Any]:
+    """Those of `arguments` that the model's forward takes: encoders know no cache, some families no positions."""
+    known = inspect.signature(model.forward).parameters
+    if any(part.kind is inspect.Parameter.VAR_KEYWORD for part in known.values()):
+        return arguments
+    return {name: value for name, value in arguments.items() if name in known}

@@ -156,10 +156,12 @@ class TrainingState:
 
     def by_own_names(self, reader: FolderTensors) -> FolderTensors | ConvertingReader:
         """`reader`, or one that converts what its folder names or cuts otherwise than the model does. Local."""
-        if all(name in reader.shapes for name, _ in self._root.hf.named_parameters()):
+        hf = self._root.hf
+        needed = [name for name, _ in (*hf.named_parameters(), *persistent_buffers(hf))]
+        if all(name in reader.shapes for name in needed):
             return reader
         try:
-            return ConvertingReader(self._root.hf, reader)
+            return ConvertingReader(hf, reader)
         except (ValueError, KeyError, RuntimeError):  # of another model: whoever looks for its tensors names one
             return reader
 
