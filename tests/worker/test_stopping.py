@@ -52,6 +52,16 @@ def test_only_pending_gradients_are_lost_in_a_clean_stop(agents: Agents, redis_u
     assert agents.group().seq == updated.seq
     assert agents.group().info["optimizer_steps"] == 1
     assert agents.fingerprint() == before
+
+    # Nobody can take what is left for the whole: the next step says what is missing, once, and a second stop forgets nothing.
+    again = agents.ended(agents.submit_batch("forward_backward", batch()))
+    assert agents.stop() == 0
+    agents.start(redis_url)
+    wait_until(lambda: agents.group().epoch == 3 and agents.group().state in ("ready", "down"), START_S, "the group")
+    refused = agents.ended(agents.submit("optim_step"))
+    assert (refused.state, (refused.error or {})["code"]) == ("failed", "GRADIENTS_LOST")
+    assert (refused.error or {})["jobs"] == [job.id for job in (*lost, again)]
+    assert agents.fingerprint() == before
     nothing = agents.ended(agents.submit("optim_step")).result
     assert nothing is not None
     assert (nothing["metrics"]["step_applied"], nothing["meta_info"]["skipped"]) == (False, "nothing_to_learn")

@@ -225,30 +225,29 @@ class Checkpoints:
 
     # --- clean stop and start ---
 
-    def suspend(self, engine: Engine, seq: int, dropped: int) -> None:
-        """Keep the state for the next start: ``seq`` operations, and of ``dropped`` more only that their gradients are gone.
-
-        Nothing is written when it is there already.
-        """
+    def suspend(self, engine: Engine, kept: Suspended) -> None:
+        """Keep the state for the next start; nothing is written when it is there already."""
         state = self._folders.state
-        if not dropped and (seq == 0 or self._team.agree(lambda: suspended(state)).seq == seq):
+        before = self._team.agree(lambda: suspended(state))
+        if not kept.dropped and (kept.seq, kept.lost) == (before.seq, before.lost):
             return
         folder = self._folders.new_state
-        self._write_sharded(engine, folder, engine.optimizer_steps, seq, weight_only=False)
-        kept = Suspended(seq, dropped, self._settings.epoch)
+        self._write_sharded(engine, folder, engine.optimizer_steps, kept.seq, weight_only=False)
 
         def publish() -> None:
-            write_manifest(folder, self._suspended_manifest(folder, seq))
+            write_manifest(folder, self._suspended_manifest(folder, kept.seq))
             write_file(folder / SEQ_FILE, json.dumps(kept._asdict()).encode())
             replace_folder(folder, state)
 
         self._team.agree(publish if self._team.rank == 0 else _nothing)
 
-    def resume(self, engine: Engine) -> None:
-        """Load what :meth:`suspend` kept, if anything."""
-        if self._team.agree(lambda: suspended(self._folders.state)).seq > 0:
+    def resume(self, engine: Engine) -> Suspended:
+        """Load what :meth:`suspend` kept, if anything, and say what that is."""
+        kept = self._team.agree(lambda: suspended(self._folders.state))
+        if kept.seq > 0:
             plan = self._team.agree(lambda: inspect(self._folders.state))
             self._load(engine, plan, weight_only=False)
+        return kept
 
     def _suspended_manifest(self, folder: Path, seq: int) -> Manifest:
         files: list[FileEntry] = []

@@ -21,12 +21,14 @@ from nexrl_worker.model_folder import check_model_folder, config_errors
 from nexrl_worker.outcome import Outcome, Request
 from nexrl_worker.rows import PayloadRows
 from nexrl_worker.settings import RankSettings
+from nexrl_worker.suspended import Suspended
 from nexrl_worker.team import Refused, Team
 from nexrl_worker.training.engine import Engine
 from nexrl_worker.training.plan import Plan
 from nexrl_worker.training.trainer import Parts
 
 _NO_SPACE_PAUSE_S = 1.0
+_NAMED_JOBS = 16
 Answer = TypeVar("Answer")
 _log = logging.getLogger(__name__)
 
@@ -45,6 +47,10 @@ class Operations:
         self._engine: Engine | None = None
         self._unstepped_from = 0
         """Operations in the weights before the first of the pending gradients."""
+        self._unstepped: list[str] = []
+        """The jobs of the pending gradients."""
+        self._lost: tuple[str, ...] = ()
+        """The jobs of gradients that went with a restart, until an optim_step has said so."""
         self._checkpoints = Checkpoints(settings, config, team)
         self._table: dict[str, Callable[[Request], Outcome]] = {
             "init_model": self._init_model,
@@ -58,7 +64,7 @@ class Operations:
             "compute_values": self._compute,
             "compute_rewards": self._compute,
             "save_checkpoint": self._save,
-            "load_checkpoint": lambda request: self._checkpoints.load(self._sound_engine("load"), request.params),
+            "load_checkpoint": self._load,
             "convert_checkpoint_to_huggingface": lambda request: self._checkpoints.convert(
                 self._model(), request.params
             ),
@@ -75,16 +81,19 @@ class Operations:
     def restore(self) -> None:
         """Build the model and load the state of a clean stop, if there is one. Collective."""
         self._build()
-        self._checkpoints.resume(self._model())
+        self._lost = self._checkpoints.resume(self._model()).lost
 
     def suspend(self, seq: int) -> None:
         """Write the state for the next start, pending gradients left out; waits while the disk is full. Collective."""
         if self._engine is None:
             return
-        kept = self._unstepped_from if self._engine.pending else seq
+        kept = Suspended(seq, 0, self._settings.epoch, self._lost)
+        if self._engine.pending:
+            first = self._unstepped_from
+            kept = Suspended(first, seq - first, self._settings.epoch, (*self._lost, *self._unstepped))
         while True:
             try:
-                self._checkpoints.suspend(self._engine, kept, seq - kept)
+                self._checkpoints.suspend(self._engine, kept)
             except Refused as error:
                 if error.code != "NO_SPACE":
                     raise
@@ -133,6 +142,11 @@ class Operations:
     def _save(self, request: Request) -> Outcome:
         return self._checkpoints.save(self._sound_engine("save"), request.job_id, request.params, request.seq)
 
+    def _load(self, request: Request) -> Outcome:
+        outcome = self._checkpoints.load(self._sound_engine("load"), request.params)
+        self._lost = ()
+        return outcome
+
     def _barrier(self, request: Request) -> Outcome:
         self._team.barrier()
         return Outcome()
@@ -140,6 +154,7 @@ class Operations:
     def _update(self, request: Request) -> Outcome:
         def run(engine: Engine, plan: Plan, rows: PayloadRows) -> Outcome:
             results = engine.update(plan, rows, request.params)
+            self._lost = ()
             first_epoch = results[: len(results) // self._config.ppo_epochs]
             outcome = self._answered(_together([result.answers for result in first_epoch]), rows.size)
             return _with_metrics(outcome, [result.metrics for result in results], self._weights(engine))
@@ -150,14 +165,18 @@ class Operations:
     def _forward_backward(self, request: Request) -> Outcome:
         def run(engine: Engine, plan: Plan, rows: PayloadRows) -> Outcome:
             if not engine.pending:
-                self._unstepped_from = request.seq
+                self._unstepped_from, self._unstepped = request.seq, []
             result = engine.accumulate(plan, rows, request.params)
+            self._unstepped.append(request.job_id)
             return _with_metrics(self._answered(result.answers, rows.size), [result.metrics], {})
 
         return self._with_batch(request, run)
 
     def _optim_step(self, request: Request) -> Outcome:
         engine = self._model()
+        lost, self._lost = self._lost, ()
+        if lost and not request.params.get("discard"):
+            raise _gradients_lost(lost)
         return self._timed(
             request, lambda: _with_metrics(Outcome(), [engine.step(**request.params)], self._weights(engine))
         )
@@ -247,6 +266,18 @@ class Operations:
 
         every = self._team.gather_lengths(self._team.agree(count))
         return None if every is None else [length for lengths in every for length in lengths]
+
+
+def _gradients_lost(jobs: tuple[str, ...]) -> Refused:
+    """Said once, and nothing is applied: a step on part of the gradients would be a wrong one."""
+    named = list(jobs[:_NAMED_JOBS])
+    return Refused(
+        "GRADIENTS_LOST",
+        f"the gradients of {len(jobs)} forward_backward went with a restart of the group, and their jobs are rolled_back "
+        f"({', '.join(named)}{', ...' if len(jobs) > len(named) else ''}): send those batches again and call optim_step "
+        "again; optim_step(discard=True) drops what is pending. No step was taken",
+        jobs=named,
+    )
 
 
 def _together(answers: list[dict[str, Parts]]) -> dict[str, Parts]:

@@ -10,11 +10,15 @@ SEQ_FILE = "suspended.json"
 
 
 class Suspended(NamedTuple):
-    """``seq`` operations are in the state. Incarnation ``epoch`` had ``dropped`` more: gradients that no step had used."""
+    """``seq`` operations are in the state. Incarnation ``epoch`` had ``dropped`` more: gradients that no step had used.
+
+    ``lost`` are the jobs of such gradients, of this or an earlier stop, of which nobody has been told yet.
+    """
 
     seq: int = 0
     dropped: int = 0
     epoch: int = 0
+    lost: tuple[str, ...] = ()
 
     def accounts_for(self, seq: int, epoch: int) -> bool:
         """Whether a group that stood at ``seq`` operations in incarnation ``epoch`` lost no weights."""
@@ -24,7 +28,8 @@ class Suspended(NamedTuple):
 def suspended(folder: Path) -> Suspended:
     """What the state in ``folder`` contains; nothing where there is none."""
     try:
-        return Suspended(**json.loads((folder / SEQ_FILE).read_text()))
+        kept = Suspended(**json.loads((folder / SEQ_FILE).read_text()))
+        return kept._replace(lost=tuple(kept.lost))
     except FileNotFoundError:
         return Suspended()
 
