@@ -300,3 +300,7 @@ def test_small_files_travel_and_weights_and_code_stay(tmp_path: Path, form: str)
     assert there == TRAVEL | {"config.json", "model.safetensors", "nexrl.json"}
     record = read_export(folder)
     assert record is not None and {entry.name for entry in record.files} == there - {"nexrl.json"}
+    if form == "sync":
+        for _ in range(2):
+            group.save(folder, sharded=False)
+        assert sorted(path.name for path in tmp_path.glob(".export.v*")) == [".export.v2", ".export.v3"]

@@ -126,6 +126,16 @@ def test_packed_rewards(tmp_path: Path, family: str) -> None:
         assert torch.allclose(found[row], alone(model, rows.pick([row]))[0].float(), atol=1e-5)
 
 
+@pytest.mark.parametrize("padding", [-1, None])
+def test_a_reward_model_without_a_padding_id(tmp_path: Path, padding: int | None) -> None:
+    """Every row is read at its last token, whatever that is."""
+    path = saved(tmp_path, "llama", AutoModelForSequenceClassification, {"pad_token_id": padding})
+    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float64).eval()
+    rows = padded("left", 1)
+    found = compute(build(path, "reward"), "compute_rewards", rows)["rewards"]
+    assert torch.allclose(found, alone(model, rows).float(), atol=1e-5)
+
+
 def test_a_reward_model_that_cannot_be_right_is_refused(tmp_path: Path) -> None:
     """Several outputs; a pooling that needs a token of its own in every row."""
     torch.manual_seed(0)

@@ -64,7 +64,7 @@ class RewardModel(Root):
 
     def own(self, ids: Tensor, attention: Tensor | None) -> Tensor:
         """[n]: what the model itself answers to rows [n,C], padded behind; only inside `forward`."""
-        padding = self._padding
+        padding = padding_id(self.hf)
         if padding is not None and attention is not None:
             ids = torch.where(attention.bool(), ids, padding)
         more = taken(self.hf, use_cache=False)
@@ -74,11 +74,12 @@ class RewardModel(Root):
     def _places(self, micro: MicroBatch) -> Tensor:
         """[n]: each row's last token that is not the padding id, else its first; transformers pools there."""
         last = micro.last.clamp(min=0)
-        if self._padding is None:
+        padding = padding_id(self.hf)
+        if padding is None:
             return last
         flat = micro.input_ids.flatten()
         places = torch.arange(len(flat), device=flat.device)
-        real = torch.where(flat != self._padding, places, -1).cummax(dim=0).values
+        real = torch.where(flat != padding, places, -1).cummax(dim=0).values
         if micro.segments is None:
             first = torch.arange(len(last), device=flat.device) * micro.input_ids.shape[1]
         else:
@@ -86,10 +87,12 @@ class RewardModel(Root):
             first = before.cummax(dim=0).values + 1
         return torch.maximum(real[last], first.clamp(max=len(flat) - 1))
 
-    @property
-    def _padding(self) -> int | None:
-        padding: int | None = self.hf.config.get_text_config().pad_token_id  # type: ignore[union-attr, operator]
-        return padding
+
+def padding_id(hf: nn.Module) -> int | None:
+    """The id that transformers skips at a row's end; None where the configuration has none, or one that is no token."""
+    config: Any = hf.config.get_text_config()  # type: ignore[union-attr, operator]
+    padding = config.pad_token_id
+    return padding if isinstance(padding, int) and 0 <= padding < config.vocab_size else None
 
 
 def _scalars(root: Root, micro: MicroBatch, index: Tensor) -> Tensor:

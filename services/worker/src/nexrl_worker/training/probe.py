@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nexrl_worker.training.batch import BatchReader, Layout, MicroBatch
 from nexrl_worker.training.errors import InvalidValue
-from nexrl_worker.training.heads import RewardModel, ValueModel
+from nexrl_worker.training.heads import RewardModel, ValueModel, padding_id
 from nexrl_worker.training.packing import ATTENTION, Segments, attention_of
 from nexrl_worker.training.parallelize import release
 from nexrl_worker.training.roots import Root, taken
@@ -153,7 +153,7 @@ def _plain_rows(hf: nn.Module) -> TinyRows:
     """Rows of ordinary tokens, one of which ends in the padding id where there is one."""
     config: Any = hf.config.get_text_config()  # type: ignore[union-attr, operator]
     special = {value for key, value in config.to_dict().items() if key.endswith("_token_id") and isinstance(value, int)}
-    return TinyRows(config.vocab_size, _LENGTHS, special, config.pad_token_id)
+    return TinyRows(config.vocab_size, _LENGTHS, special, padding_id(hf))
 
 
 def _alone(micro: MicroBatch) -> list[Tensor]:
