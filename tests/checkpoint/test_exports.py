@@ -223,6 +223,39 @@ def test_export_dtype_overrides_the_source(tmp_path: Path, form: str) -> None:
 
 
 @pytest.mark.usefixtures("sources")
+def test_a_new_head_has_the_dtype_of_most_of_the_source(tmp_path: Path) -> None:
+    """Of the weights that are taken from it: what it keeps beside them, such as scales, does not count."""
+    model = half(tmp_path / "model")
+    weights = load_file(Path(model) / "model.safetensors")
+    more = {f"{name}_of_nothing": torch.ones(1) for name in weights}
+    save_file({**weights, **more}, Path(model) / "model.safetensors", {"format": "pt"})
+    found = layout(Group(tmp_path, "critic", model).save(tmp_path / "export", sharded=False))
+    assert (found["score.weight"][0], found["model.norm.weight"][0]) == ("BF16", "F32")
+
+
+@pytest.mark.usefixtures("sources")
+@pytest.mark.parametrize("how", ["said", "unsaid"])
+def test_quantised_weights_are_not_loaded_as_if_they_were_none(tmp_path: Path, how: str) -> None:
+    """Of a folder that says so, and of one whose tensors do; the weights stay."""
+    group = Group(tmp_path, "actor", save_model(tmp_path / "model"))
+    path = Path(save_model(tmp_path / "quantised"))
+    weights = load_file(path / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    if how == "said":
+        config = json.loads((path / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+        (path / "config.json").write_text(json.dumps(config))
+        weights[name] = weights[name].mul(100).to(torch.int8)
+    else:
+        weights[name] = weights[name].to(torch.float8_e4m3fn)
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    before = group.engine.fingerprint()
+    with pytest.raises(Refused, match="quantised") as caught:
+        group.load(path)
+    assert caught.value.code == "CHECKPOINT_INVALID" and group.engine.fingerprint() == before
+
+
+@pytest.mark.usefixtures("sources")
 def test_what_float16_cannot_hold_is_not_exported_as_infinity(tmp_path: Path) -> None:
     """The tensor is named and nothing is left behind; the group goes on."""
     model = half(tmp_path / "model")

@@ -90,7 +90,8 @@ class FolderWriter:
         nbytes = tensor.numel() * tensor.element_size()
         if self._held and self._held_bytes + nbytes > self._shard_bytes:
             self._flush(fingerprint=0)
-        self._table = weight_table(tensor.device) if self._table is None else self._table
+        if self._table is None or self._table.device != tensor.device:
+            self._table = weight_table(tensor.device)
         self._fingerprint += int(
             partial_fingerprint(name, tensor, 0, self._table)
         )  # where the tensor is: a GPU is fast

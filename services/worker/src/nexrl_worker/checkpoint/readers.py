@@ -173,6 +173,11 @@ class HuggingFaceReader:
                 part = opened.get_slice(name)
                 self.shapes[name] = tuple(part.get_shape())
                 self.dtypes.add(dtype_name(part.get_dtype()))
+                if part.get_dtype().startswith(("F8", "F6", "F4")):
+                    message = (
+                        f"{folder / file}: {name} is {part.get_dtype()}, which is quantised and lacks its scale here"
+                    )
+                    raise ServiceError("CHECKPOINT_INVALID", message, tensor=name)
 
     def has(self, name: str) -> bool:
         """Whether the folder holds the tensor."""
