@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from nexrl_worker.checkpoint.huggingface import FolderWriter, Stamp, export
 from nexrl_worker.training import Engine, InvalidValue
+from nexrl_worker.training.tiny import TinyRows
 from plain_loop import Loss, scored_columns, train, value_step
 from safetensors.torch import load_file
 from single_rank import build, compute, update
@@ -124,6 +126,32 @@ def test_packed_rewards(tmp_path: Path, family: str) -> None:
     assert found[3] == 0.0
     for row in (0, 1, 2, 4, 5, 6):
         assert torch.allclose(found[row], alone(model, rows.pick([row]))[0].float(), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("param", ["float32", "bfloat16"])
+def test_answers_near_zero_are_not_taken_for_wrong_ones(tmp_path: Path, family: str, param: str) -> None:
+    """Rounding goes by the head's terms, not by a sum in which they cancel: here on each of the probe's rows."""
+    path = saved(tmp_path / "model", family, AutoModelForSequenceClassification, {**REWARDS[family][0]})
+    model = AutoModelForSequenceClassification.from_pretrained(path)
+    head = model.score if family == "llama" else model.classifier
+    lengths = (9, 4, 7)
+    tiny = TinyRows(61, lengths, avoid=range(5), end=1)
+    seen: list[Tensor] = []
+    head.register_forward_pre_hook(lambda module, args: seen.append(args[0].reshape(-1, 32)))
+    with torch.no_grad():
+        for row, length in enumerate(lengths):
+            model.eval()(input_ids=tiny.tensor("input_ids", [row])[:, :length])
+        pooled = torch.stack([states[-2 if row == 1 and len(states) > 1 else -1] for row, states in enumerate(seen)])
+        head.weight -= head.weight @ torch.linalg.pinv(pooled) @ pooled
+        assert (head.weight @ pooled.T).abs().max() < 1e-5
+        if head.bias is not None:
+            head.bias.zero_()
+    model.save_pretrained(tmp_path / "near")
+    precision = SimpleNamespace(param_dtype=param, reduce_dtype=None)
+    fsdp = SimpleNamespace(model_dtype="float32", gradient_sync="micro_batch", mixed_precision=precision)
+    engine = build(str(tmp_path / "near"), "reward", fsdp_config=fsdp)
+    assert (engine.info()["chunked_log_probs_reason"] is None) is REWARDS[family][1]
 
 
 @pytest.mark.parametrize("padding", [-1, None])

@@ -102,7 +102,8 @@ def _probe_rewards(root: RewardModel, device: torch.device, dtype: torch.dtype) 
     rows = _plain_rows(root.hf)
     micro = BatchReader(rows, Layout.of(rows), (), device, torch.float32).read(range(rows.size))
     failures: list[str] = []
-    alone = [_caught(root, partial(root.own, row, None), failures) for row in _alone(micro)]
+    with _terms(root.hf) as terms:
+        alone = [_caught(root, partial(root.own, row, None), failures) for row in _alone(micro)]
     name, known = type(root.hf).__name__, root.fallback
     if failures:
         return Probe(float("nan"), known, refusal=f"{name} cannot answer a row: {failures[0]}"[:300])
@@ -110,12 +111,12 @@ def _probe_rewards(root: RewardModel, device: torch.device, dtype: torch.dtype) 
     try:
         difference = float("nan")
         if known is None:
-            difference = _relative(_caught(root, lambda: root.answers(micro), failures), truth)
+            difference = _relative(_caught(root, lambda: root.answers(micro), failures), truth, max(terms))
             if not failures and difference <= _tolerance(dtype):
                 return Probe(difference, None)
         reason = known or f"the model's own answers differ from its linear head by {difference:.2g} (a layer between)"
         root.fallback, failures = reason, []
-        own = _relative(_caught(root, lambda: root.answers(micro), failures), truth)
+        own = _relative(_caught(root, lambda: root.answers(micro), failures), truth, max(terms))
     finally:
         root.fallback = known
     if not failures and own <= _tolerance(dtype):
@@ -163,8 +164,29 @@ def _alone(micro: MicroBatch) -> list[Tensor]:
     return [micro.input_ids[row : row + 1, :length] for row, length in enumerate(lengths)]
 
 
-def _relative(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
+@contextmanager
+def _terms(hf: nn.Module) -> Iterator[list[float]]:
+    """The length of the products that heads of one output sum up inside the block: rounding goes by it.
+
+    A sum may be near 0 where they cancel, and then says nothing of what a difference means.
+    """
+    found = [0.0]
+
+    def note(head: Any, args: tuple[Tensor, ...]) -> None:
+        found.append(float((args[0] * head.weight).float().norm(dim=-1).max()))
+
+    heads = [part for part in hf.modules() if isinstance(part, nn.Linear) and part.out_features == 1]
+    hooks = [head.register_forward_pre_hook(note) for head in heads]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _relative(found: Tensor, wanted: Tensor, scale: float = 0.0) -> float:
+    """The largest difference, over the largest value or `scale`."""
+    return float((found - wanted).abs().max()) / max(float(wanted.abs().max()), scale, 1e-30)
 
 
 def _tolerance(dtype: torch.dtype) -> float:
