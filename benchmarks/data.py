@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import statistics
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from nexrl_payloads import Payload, open_store
+from nexrl_payloads.common import PIECE, Tally
+from tensor_codec import encode
 from torch import Tensor
 
 from benchmarks.baselines import HttpBaseline, ZmqBaseline
@@ -24,8 +29,11 @@ METHOD = (
     "tensors (an xxh3 over them, compared with the client's; the same for all). What follows, the job's end and the "
     "answer, is waited for but not timed, for all alike. Each repetition runs every way once, in turning order. "
     "file:// and redis:// are nexrl_client, the gateway's process, the store, the ledger (append-only file, fsync "
-    "always) and a rank's consumer and rows; redis:// keeps payloads in a second server without an append-only file."
+    "always) and a rank's consumer and rows; redis:// keeps payloads in a second server without an append-only file. "
+    "Checksums: what the file:// way spends on the checksums of blocks, which the store makes as bytes come in and a "
+    "rank compares with what it reads; measured in one process by storing and reading the batch with and without."
 )
+_CHECKS = 7
 Send = Callable[[Mapping[str, Tensor]], tuple[float, str]]
 
 
@@ -81,5 +89,38 @@ def _measure(found: Findings, size: Size, ways: dict[str, Send], repetitions: in
     for ours, theirs, target in TARGETS:
         name = f"{size.label}: {ours} faster than {theirs}"
         found.measures.append(Measure.of(name, ratios(taken[theirs], taken[ours]), target, at_least=True))
+    found.measures.append(_checksums(found, size, batch, statistics.median(taken[FILE])))
     rows = [(name, *spread(times, 1000.0), f"{size.nbytes / 1e6 / min(times):.0f}") for name, times in taken.items()]
     found.tables.append(Table(f"{size.label}: milliseconds", ("way", "median", "spread", "best MB/s"), rows))
+
+
+def _checksums(found: Findings, size: Size, batch: Mapping[str, Tensor], path_s: float) -> Measure:
+    """The share of the path that checksums take: reading with and without them in turns, and hashing by itself."""
+    taken: defaultdict[str, list[float]] = defaultdict(list)
+    frame = encode(batch)
+    with tempfile.TemporaryDirectory(prefix="nexrl-bench-") as folder:
+        store = open_store(f"file://{folder}")
+        ref = store.put("batch", frame)
+        for _ in range(_CHECKS):
+            tally = Tally("batch", None)
+            start = time.monotonic()
+            for buffer in frame:
+                for at in range(0, len(buffer), PIECE):
+                    tally.add([memoryview(buffer)[at : at + PIECE]])
+            tally.sums()
+            taken["made"].append(time.monotonic() - start)
+            for way, checksum in (("read without", None), ("read and compared", ref.checksum)):
+                with store.open(ref.id, checksum) as payload:
+                    start = time.monotonic()
+                    _read(payload, batch)
+                    taken[way].append(time.monotonic() - start)
+    rows = [(way, *spread(times, 1000.0)) for way, times in taken.items()]
+    found.tables.append(Table(f"{size.label}: checksums, milliseconds", ("what", "median", "spread"), rows))
+    made, without, compared = (statistics.median(times) for times in taken.values())
+    share = (made + compared - without) / path_s
+    return Measure(f"{size.label}: checksums' share of file://", share, 0.3, at_least=False)
+
+
+def _read(payload: Payload, batch: Mapping[str, Tensor]) -> None:
+    for name in batch:
+        payload.torch(name).sum()

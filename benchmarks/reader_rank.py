@@ -52,7 +52,7 @@ class Reader:
         operation = OPERATIONS[request.operation]
         assert request.payload is not None
         payload = request.payload
-        with self._team.agree(lambda: PayloadRows(self._store, payload, operation)) as rows:
+        with self._team.agree(lambda: PayloadRows(self._store, payload, operation, request.checksum)) as rows:
             found = self._digest(rows) if self._kind == "digest" else self._update(rows)
             grown = machine.peak(os.getpid()) - before
             touched = self._touched(rows, payload)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,18 @@ class Agents:
         job = new_job(operation, identifier=identifier, queue=names.train_queue(identifier), params=document)
         return self.ledger.submit(job, names.RUN_JOB)[0]
 
-    def submit_batch(self, operation: str, tensors: dict[str, torch.Tensor], job: JobRecord | None = None) -> JobRecord:
-        """An operation of ``student`` with a batch."""
+    def submit_batch(
+        self,
+        operation: str,
+        tensors: dict[str, torch.Tensor],
+        job: JobRecord | None = None,
+        before_queued: Callable[[Path], None] = lambda path: None,
+    ) -> JobRecord:
+        """An operation of ``student`` with a batch, whose file may be hurt before it is queued."""
         job = job or new_job(operation, identifier="student", queue=names.train_queue("student"))
         stored = open_store(f"file://{self.data}/.nexrl/payloads").put(job.id, encode(tensors, {}))
-        payload = PayloadRef(id=stored.id, nbytes=stored.nbytes)
+        before_queued(self.data / ".nexrl" / "payloads" / job.id)
+        payload = PayloadRef(id=stored.id, nbytes=stored.nbytes, checksum=stored.checksum)
         return self.ledger.submit(job.model_copy(update={"payload": payload}), names.RUN_JOB)[0]
 
     def place(self, model: Path, identifier: str = "student", world_size: int = 1, **actor: Any) -> JobRecord:

@@ -80,8 +80,9 @@ class Gateway:
         return self.call("GET", path, **options)
 
     def stored(self) -> list[str]:
-        """Names of everything in the payload folder."""
-        return sorted(path.name for path in self.payloads.iterdir())
+        """Names of everything in the payload folder, besides the checksums of what is there."""
+        found = {path.name for path in self.payloads.iterdir()}
+        return sorted(found - {f".sums-{name}" for name in found})
 
 
 class PlayedGroup:
@@ -131,13 +132,14 @@ class PlayedGroup:
         result: dict[str, Any] | None = None,
         tensors: Arrays | None = None,
         error: dict[str, Any] | None = None,
+        seq: int | None = None,
     ) -> None:
         """Finish a claimed job with a result, with tensors in a frame, or with an error."""
         if tensors is not None:
             document = json.dumps({"version": 1, **(result or {})})
             ref = self.store.put(f"{job.id}.result", encode(tensors, {names.FRAME_METADATA_KEY: document}))
-            payload = PayloadRef(id=ref.id, nbytes=ref.nbytes)
-            self.ledger.finish(job, result_payload=payload, error=error, epoch=1)
+            payload = PayloadRef(id=ref.id, nbytes=ref.nbytes, checksum=ref.checksum)
+            self.ledger.finish(job, result_payload=payload, error=error, seq=seq, epoch=1)
         else:
             self.ledger.finish(job, result=result, error=error, epoch=1)
         if job.payload is not None:

@@ -109,6 +109,20 @@ def test_tensors_come_back_as_json_or_as_a_frame(gateway: Gateway, group: Played
         assert set(document["meta_info"]) >= {"job_id", "timing", "ignored", "identifier"}
 
 
+@pytest.mark.parametrize("seq", [None, 1])
+def test_a_result_that_changed_in_the_store_is_refused(seq: int | None, gateway: Gateway, group: PlayedGroup) -> None:
+    """Before its answer begins; whether the operation may be called again depends on what it has done."""
+    job_id = gateway.post(UPDATE, data=frame(), headers=FRAME | ASYNC).json()["id"]
+    job = wait_until(group.claim, 5, "the job")
+    group.end(job, tensors={"log_probs": np.zeros((B, R), np.float32)}, seq=seq)
+    path = gateway.payloads / f"{job_id}.result"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+
+    error = refusal(gateway.get(f"/jobs/{job_id}/result", headers={"Accept": names.FRAME_TYPE}), 500, "PAYLOAD_DAMAGED")
+    assert not error["retryable"]
+    assert ("do not repeat it" if seq else "call it again") in error["message"]
+
+
 def test_an_asynchronous_job_is_followed_by_its_url(gateway: Gateway, group: PlayedGroup) -> None:
     """202 with Location; the view says why it waits; a long poll returns as soon as it ends; the result is the same answer."""
     first = gateway.post("/barrier", headers=ASYNC)

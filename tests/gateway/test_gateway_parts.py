@@ -85,7 +85,8 @@ def test_a_damaged_part_is_refused(gateway: Gateway, group: PlayedGroup) -> None
 def read_by_the_ranks(group: PlayedGroup, job: JobRecord) -> tuple[dict[str, Any], dict[str, str]]:
     """The metadata that the ranks find in the job's batch, after checking its tensors, and all that is in the header."""
     assert job.payload is not None
-    with group.store.open(job.payload.id) as payload:
+    assert job.payload.checksum is not None
+    with group.store.open(job.payload.id, job.payload.checksum) as payload:
         assert payload.nbytes == job.payload.nbytes
         for name, value in tensors().items():
             np.testing.assert_array_equal(payload.numpy(name), value)

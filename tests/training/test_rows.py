@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import redis
 import torch
+from nexrl_contract.errors import ServiceError
 from nexrl_contract.operations import OPERATIONS
 from nexrl_payloads import open_store
 from nexrl_worker.rows import PayloadRows
@@ -32,6 +34,27 @@ def test_kept_rows_are_the_rows_of_the_batch(redis_url: str, kept: list[int], wa
         rows.keep(kept)
         for name, tensor in BATCH.items():
             assert torch.equal(rows.tensor(name, wanted), tensor[wanted])
+
+
+@pytest.mark.parametrize("where", ["file", "redis"])
+def test_damage_in_kept_rows_is_found_before_any_is_used(redis_url: str, tmp_path: Path, where: str) -> None:
+    """Also in a tensor that is asked for much later; rows of another rank are that rank's to find."""
+    url = redis_url if where == "redis" else f"file://{tmp_path}"
+    store = open_store(url)
+    ids = torch.arange(64 * 512).reshape(64, 512)
+    frame = bytearray(encode({"input_ids": ids, "advantages": torch.ones(64)}).tobytes())
+    checksum = store.put("batch", [frame]).checksum
+    last = len(frame) - 1
+    if where == "file":
+        frame[last] ^= 1
+        (tmp_path / "batch").write_bytes(frame)
+    else:
+        with redis.Redis.from_url(url) as client:
+            client.setrange(next(client.scan_iter(match="nexrl:payload:batch:*:0")), last, bytes([frame[last] ^ 1]))
+    with PayloadRows(store, "batch", OPERATIONS["update_actor"], checksum) as rows:
+        assert torch.equal(rows.tensor("input_ids", slice(0, 20)), ids[:20])
+        with pytest.raises(ServiceError, match=r"PAYLOAD_DAMAGED: .*tensor advantages rows 0 to 63"):
+            rows.keep([60, 61, 62, 63])
 
 
 def test_kept_rows_are_fetched_once(redis_url: str) -> None:

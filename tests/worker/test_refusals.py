@@ -81,6 +81,28 @@ def test_a_result_that_cannot_be_stored_for_a_while_is_stored_later(agents: Agen
     assert agents.ended(job).state == "finished"
 
 
+@pytest.mark.parametrize("where", ["header", "row 0", "last row"])
+def test_a_bit_flipped_in_a_queued_batch_fails_its_job_on_all_ranks(agents: Agents, where: str) -> None:
+    """The header is read by both ranks, a row by one of them; the vote makes it everybody's refusal."""
+    before = agents.fingerprint()
+    ids = torch.full((512, 64), 3)
+    tensors = {"input_ids": ids, "advantages": torch.ones(512)}
+
+    def flip(path: Path) -> None:
+        place = {"header": 20, "row 0": -ids.nbytes - 2048, "last row": -2049}[where]
+        with path.open("r+b") as file:
+            file.seek(place, 0 if place > 0 else 2)
+            byte = file.read(1)
+            file.seek(-1, 1)
+            file.write(bytes([byte[0] ^ 1]))
+
+    job = agents.submit_batch("update_actor", tensors, before_queued=flip)
+
+    message = refused(agents, job, "PAYLOAD_DAMAGED")
+    assert ("header" if where != "last row" else "tensor input_ids row 511") in message
+    assert agents.fingerprint() == before
+
+
 def test_a_reference_that_knows_too_few_tokens_is_refused(agents: Agents) -> None:
     """Its forward would fail on the ranks that have such a token, in the middle of a collective."""
     before = agents.fingerprint()

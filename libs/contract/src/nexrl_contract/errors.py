@@ -54,6 +54,7 @@ ERRORS: dict[str, ErrorKind] = {
     "TOO_MANY_QUEUED": ErrorKind(429, retryable=True),
     "HEADERS_TOO_LARGE": ErrorKind(431),
     "OPERATION_FAILED": ErrorKind(500),
+    "PAYLOAD_DAMAGED": ErrorKind(500, retryable=True),
     "INTERNAL": ErrorKind(500),
     "GROUP_DOWN": ErrorKind(503, retryable=True),
     "REDIS_UNAVAILABLE": ErrorKind(503, retryable=True),

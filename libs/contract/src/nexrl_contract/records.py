@@ -48,12 +48,13 @@ def _is_text(annotation: Any) -> bool:
 
 
 class PayloadRef(BaseModel):
-    """Where a payload lies in the store, and its size in bytes."""
+    """Where a payload lies in the store, its size in bytes, and the checksum that its readers hold it against."""
 
     model_config = ConfigDict(frozen=True)
 
     id: str
     nbytes: int
+    checksum: str | None = None
 
 
 class JobRecord(Record):

@@ -202,6 +202,12 @@ class OperationFailed(Failed):
     default_code = "OPERATION_FAILED"
 
 
+class PayloadDamaged(Failed):
+    """The batch, or a result, changed while it was stored; the message says where. Nothing was applied of a batch."""
+
+    default_code = "PAYLOAD_DAMAGED"
+
+
 class InternalError(Failed):
     """The service has a fault; its logs know more."""
 

@@ -23,7 +23,7 @@ NexRLError
         │   ├── InvalidArgument, InvalidTensor, InvalidValue, InvalidConfig
         │   └── PathRefused, CheckpointInvalid, NoSuchSlots, HDFSNotConfigured
         ├── Failed              500: the operation (.rank says where) or the service failed
-        │   └── OperationFailed, InternalError
+        │   └── OperationFailed, PayloadDamaged, InternalError
         └── Unavailable         the same request may succeed later
             ├── TooManyQueued, GroupDown, RedisUnavailable, StoreUnavailable
             ├── GatewayBusy, SlowRequest
@@ -83,6 +83,7 @@ from ._errors_status import (
     NotFound,
     OperationFailed,
     PathRefused,
+    PayloadDamaged,
     PayloadNotFound,
     RedisUnavailable,
     RoleUnsupported,
@@ -136,6 +137,7 @@ __all__ = [
     "NotFound",
     "OperationFailed",
     "PathRefused",
+    "PayloadDamaged",
     "PayloadNotFound",
     "RedisUnavailable",
     "Rejected",

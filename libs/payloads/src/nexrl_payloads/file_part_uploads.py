@@ -8,7 +8,7 @@ from typing import Self
 
 from nexrl_contract.errors import ServiceError
 
-from .common import Tally, byte_views, verify
+from .common import Tally, byte_views
 from .file_parts import Part, PartsFolder, Tail
 from .files import create_file, disk_errors, reserve, unique, write_at
 from .protocol import Chunk, PartUpload
@@ -33,7 +33,7 @@ class _WrittenPart:
         self._fd = fd
         self._start = start
         self._what = f"part {n} of payload {parts.payload_id}"
-        self._tally = Tally(self._what, nbytes)
+        self._tally = Tally(self._what, nbytes, whole=True)
         try:
             with disk_errors():
                 reserve(fd, start, nbytes or 0)
@@ -49,10 +49,11 @@ class _WrittenPart:
             write_at(self._fd, views, offset)
 
     def commit(self, checksum: str | None) -> int:
-        computed = self._tally.finish()
-        verify(computed, checksum, self._what)
+        self._tally.finish()
+        self._tally.verify(checksum)
         with disk_errors():
-            self._finish(Part(self._tally.nbytes, computed))
+            self._parts.keep_sums(self._n, self._tally.checksum, self._tally.sums())
+            self._finish(Part(self._tally.nbytes, self._tally.checksum))
         self._close()
         return self._tally.nbytes
 

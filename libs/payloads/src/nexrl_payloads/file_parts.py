@@ -5,6 +5,7 @@
 - ``index``   JSON: name of the growing file, the parts that it holds, whether it became the payload
 - ``data-*``  the growing file; who writes behind its last part holds its lock, which dies with the writer
 - ``part-N-CHECKSUM-NBYTES``  a part that came before its turn; ``tmp-*`` one being written
+- ``sums-N-CHECKSUM``  the checksums of a part's blocks, written before the part counts
 - ``lock``    held for moments, while the index is read and replaced
 
 Bytes of the growing file behind the parts in the index are an abandoned write; the next writer overwrites them.
@@ -23,7 +24,8 @@ from typing import NamedTuple
 
 from nexrl_contract.errors import ServiceError
 
-from .common import check_count, joined_checksum, not_found, same_part
+from .common import check_count, not_found, same_part, sums_checksum
+from .file_uploads import sums_path
 from .files import copy_bytes, create_file, disk_errors, locked, replace_file, sync_folder, try_lock, unique
 from .protocol import StoredPayload
 
@@ -110,6 +112,10 @@ class PartsFolder:
     def known(self, index: Index, n: int) -> Part | None:
         """Part ``n`` if it is there."""
         return index.parts[n] if n < len(index.parts) else self._asides().get(n)
+
+    def keep_sums(self, n: int, checksum: str, sums: bytes) -> None:
+        """Write down the checksums of the blocks of part ``n``, which is about to count."""
+        replace_file(self.path / f"sums-{n}-{checksum}", sums, fsync=self.fsync)
 
     def append(self, tail: Tail, n: int, part: Part) -> bool:
         """Make the bytes behind the last part count as part ``n``; False if ``tail`` is no longer its tail."""
@@ -201,15 +207,18 @@ class PartsFolder:
                 os.fsync(tail.fd)
             index.assembled = True
             self._store(index)
+        sums = b"".join((self.path / f"sums-{n}-{part.checksum}").read_bytes() for n, part in enumerate(index.parts))
+        replace_file(sums_path(self._target.parent, self.payload_id), sums, fsync=self.fsync)
         try:
             os.replace(self.path / index.file, self._target)
         except FileNotFoundError:
             if not self._target.exists():
                 raise not_found(self.payload_id) from None
-        os.utime(self._target)
+        for path in (self._target, self.path):  # whoever asks again needs both
+            os.utime(path)
         if self.fsync:
             sync_folder(self._target.parent)
-        return StoredPayload(self.payload_id, index.end, joined_checksum([part.checksum for part in index.parts]))
+        return StoredPayload(self.payload_id, index.end, sums_checksum(sums))
 
     def _try_tail(self, index: Index) -> Tail | None:
         """The tail, unless another writer has it. Called with the index locked, so that the tail fits the index."""

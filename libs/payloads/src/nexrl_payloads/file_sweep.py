@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .common import age_limit, is_id
 from .file_parts import PARTS
-from .file_uploads import TEMPORARY
+from .file_uploads import SUMS, TEMPORARY, sums_path
 from .files import unique
 
 _GONE = ".gone-"
@@ -29,6 +29,7 @@ def sweep_folder(folder: Path, in_use: set[str], *, result_age_s: float, upload_
             remove_parts(path)
         else:
             path.unlink(missing_ok=True)
+            sums_path(folder, path.name).unlink(missing_ok=True)
     return sorted(removed)
 
 
@@ -49,6 +50,9 @@ def _owner(path: Path, result_age_s: float, upload_age_s: float) -> tuple[str | 
         return name.removeprefix(TEMPORARY).rpartition("-")[0], upload_age_s
     if name.startswith(PARTS):
         return name.removeprefix(PARTS), upload_age_s
+    if name.startswith(SUMS):  # they go with their payload; by themselves only where it never came
+        payload_id = name.removeprefix(SUMS)
+        return (None if path.with_name(payload_id).exists() else payload_id), upload_age_s
     return (name if is_id(name) and path.is_file() else None), age_limit(name, result_age_s, upload_age_s)
 
 

@@ -8,11 +8,17 @@ from typing import Self
 
 from nexrl_contract.errors import ServiceError
 
-from .common import Tally, byte_views
-from .files import create_file, disk_errors, reserve, sync_folder, unique, write_at
+from .common import Tally, byte_views, sums_checksum
+from .files import create_file, disk_errors, replace_file, reserve, sync_folder, unique, write_at
 from .protocol import Chunk, StoredPayload
 
 TEMPORARY = ".tmp-"
+SUMS = ".sums-"
+
+
+def sums_path(folder: Path, payload_id: str) -> Path:
+    """Where the checksums of a payload's blocks are."""
+    return folder / f"{SUMS}{payload_id}"
 
 
 class FileUpload:
@@ -40,15 +46,17 @@ class FileUpload:
             write_at(self._fd, views, offset)
 
     def commit(self) -> StoredPayload:
-        checksum = self._tally.finish()
+        self._tally.finish()
+        sums = self._tally.sums()
         with disk_errors():
             if self._fsync:
                 os.fsync(self._fd)
+            replace_file(sums_path(self._target.parent, self._target.name), sums, fsync=self._fsync)
             os.replace(self._temporary, self._target)
             self._close()
             if self._fsync:
                 sync_folder(self._target.parent)
-        return StoredPayload(self._target.name, self._tally.nbytes, checksum)
+        return StoredPayload(self._target.name, self._tally.nbytes, sums_checksum(sums))
 
     def abort(self) -> None:
         if self._fd >= 0:

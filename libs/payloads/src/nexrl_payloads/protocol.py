@@ -22,8 +22,11 @@ RESULT_SUFFIX = ".result"
 
 @dataclass(frozen=True, slots=True)
 class StoredPayload:
-    """A payload that is there. ``checksum`` is the xxh3-128 hex of its bytes, or for one put together from parts the
-    xxh3-128 hex of its parts' checksums joined in order: equal requests have equal checksums."""
+    """A payload that is there.
+
+    ``checksum`` stands for the checksums of its blocks, which lie beside it: equal bytes that came in equal parts have
+    equal ones, and whoever opens the payload with it reads these bytes or none.
+    """
 
     id: str
     nbytes: int
@@ -69,7 +72,11 @@ class PartUpload(Protocol):
 
 
 class Payload(Protocol):
-    """An open payload. Its tensors stay valid as long as they are referenced, also after ``close``."""
+    """An open payload. Its tensors stay valid as long as they are referenced, also after ``close``.
+
+    Opened with its checksum, whatever it gives has been compared with the checksums of the blocks that hold it: raises
+    PAYLOAD_DAMAGED naming tensor, rows and block.
+    """
 
     @property
     def header(self) -> Header:
@@ -84,6 +91,9 @@ class Payload(Protocol):
 
     def numpy(self, name: str, rows: Rows = None) -> NDArray[Any]:
         """As :meth:`torch`, as an array."""
+
+    def check(self, name: str, rows: Rows = None) -> None:
+        """Raise PAYLOAD_DAMAGED unless the rows are as they were stored; without a checksum nothing is compared."""
 
     def close(self) -> None:
         """End reading; memory is freed or kept for the next payload once no tensor views it."""
@@ -114,11 +124,17 @@ class PayloadStore(Protocol):
         Raises INVALID_ARGUMENT naming the missing parts.
         """
 
-    def open(self, payload_id: str) -> Payload:
-        """Open for reading. Raises PAYLOAD_NOT_FOUND, or MALFORMED where the bytes are no frame."""
+    def open(self, payload_id: str, checksum: str | None = None) -> Payload:
+        """Open for reading. Raises PAYLOAD_NOT_FOUND, MALFORMED where the bytes are no frame, or PAYLOAD_DAMAGED.
 
-    def stream(self, payload_id: str) -> Iterator[bytes]:
-        """The bytes in pieces of 1 MiB. Raises PAYLOAD_NOT_FOUND at once, before the first piece."""
+        ``checksum`` is what the commit gave; without it the bytes are taken as they are.
+        """
+
+    def stream(self, payload_id: str, checksum: str | None = None) -> Iterator[bytes]:
+        """The bytes in pieces of about 1 MiB. Raises PAYLOAD_NOT_FOUND at once, before the first piece.
+
+        With ``checksum``, as :meth:`open`; PAYLOAD_DAMAGED comes before the damaged piece.
+        """
 
     def nbytes(self, payload_id: str) -> int:
         """Bytes of the payload, or of its parts so far. Raises PAYLOAD_NOT_FOUND."""

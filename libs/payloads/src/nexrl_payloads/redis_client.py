@@ -55,6 +55,11 @@ def parts_key(payload_id: str) -> str:
     return f"{PREFIX}{payload_id}:parts"
 
 
+def sums_key(payload_id: str, token: str) -> str:
+    """String: the checksums of the blocks of the segment ``token``."""
+    return f"{PREFIX}{payload_id}:{token}:sums"
+
+
 def chunk_key(payload_id: str, token: str, chunk: int) -> str:
     """String: chunk ``chunk`` of the segment ``token``, CHUNK_BYTES long except for the last."""
     return f"{PREFIX}{payload_id}:{token}:{chunk}"

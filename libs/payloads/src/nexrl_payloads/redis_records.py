@@ -9,9 +9,9 @@ from typing import NamedTuple
 import redis
 from nexrl_contract.errors import ServiceError
 
-from .common import joined_checksum
+from .common import damaged, not_found, sums_checksum
 from .protocol import StoredPayload
-from .redis_client import CHUNK_BYTES, KEY_TTL_S, chunk_key, meta_key, parts_key, redis_errors
+from .redis_client import CHUNK_BYTES, KEY_TTL_S, chunk_key, meta_key, parts_key, redis_errors, sums_key
 
 
 class Segment(NamedTuple):
@@ -22,8 +22,9 @@ class Segment(NamedTuple):
     checksum: str
 
     def keys(self, payload_id: str) -> list[str]:
-        """The keys of its chunks, in order."""
-        return [chunk_key(payload_id, self.token, chunk) for chunk in range(-(-self.nbytes // CHUNK_BYTES))]
+        """The keys of its chunks, in order, and of their checksums."""
+        chunks = [chunk_key(payload_id, self.token, chunk) for chunk in range(-(-self.nbytes // CHUNK_BYTES))]
+        return [*chunks, sums_key(payload_id, self.token)]
 
 
 class Range(NamedTuple):
@@ -43,7 +44,6 @@ class Record:
     """A payload that is there."""
 
     payload_id: str
-    checksum: str
     segments: list[Segment]
 
     @property
@@ -51,13 +51,8 @@ class Record:
         """Bytes of the payload."""
         return sum(segment.nbytes for segment in self.segments)
 
-    @property
-    def ref(self) -> StoredPayload:
-        """The record as the callers know it."""
-        return StoredPayload(self.payload_id, self.nbytes, self.checksum)
-
     def keys(self) -> list[str]:
-        """The keys of all chunks."""
+        """The keys of all chunks and their checksums."""
         return [key for segment in self.segments for key in segment.keys(self.payload_id)]
 
     def ranges(self, start: int, end: int) -> list[Range]:
@@ -81,8 +76,21 @@ def load_record(client: redis.Redis, payload_id: str) -> Record | None:
         stored = client.get(meta_key(payload_id))
     if stored is None:
         return None
-    fields = json.loads(stored)
-    return Record(payload_id, fields["checksum"], [Segment(*segment) for segment in fields["segments"]])
+    try:
+        return Record(payload_id, [Segment(*segment) for segment in json.loads(stored)["segments"]])
+    except (ValueError, LookupError, TypeError):
+        raise damaged(payload_id, "the record") from None
+
+
+def load_tables(client: redis.Redis, payload_id: str, segments: list[Segment]) -> bytes:
+    """The tables of checksums of all segments, joined. Raises PAYLOAD_NOT_FOUND where one has gone."""
+    keys = [sums_key(payload_id, segment.token) for segment in segments]
+    with redis_errors():
+        tables = client.mget(keys)
+    found = [bytes(table) for table in tables if isinstance(table, bytes)]
+    if len(found) < len(keys):
+        raise not_found(payload_id)
+    return b"".join(found)
 
 
 def load_parts(client: redis.Redis, payload_id: str) -> dict[int, Segment]:
@@ -94,12 +102,12 @@ def load_parts(client: redis.Redis, payload_id: str) -> dict[int, Segment]:
     }
 
 
-def store_record(client: redis.Redis, record: Record) -> None:
+def store_record(client: redis.Redis, record: Record, tables: bytes) -> StoredPayload:
     """Make the payload visible, after making sure that none of its chunks has expired or been swept."""
     renew(client, record.payload_id, record.keys())
-    stored = {"checksum": record.checksum, "segments": record.segments}
     with redis_errors():
-        client.set(meta_key(record.payload_id), json.dumps(stored), ex=KEY_TTL_S)
+        client.set(meta_key(record.payload_id), json.dumps({"segments": record.segments}), ex=KEY_TTL_S)
+    return StoredPayload(record.payload_id, record.nbytes, sums_checksum(tables))
 
 
 def store_part(client: redis.Redis, payload_id: str, n: int, segment: Segment) -> Segment:
@@ -111,12 +119,6 @@ def store_part(client: redis.Redis, payload_id: str, n: int, segment: Segment) -
         pipeline.expire(key, KEY_TTL_S)
         pipeline.hget(key, str(n))
         return Segment(*json.loads(pipeline.execute()[2]))
-
-
-def join_parts(payload_id: str, parts: dict[int, Segment]) -> Record:
-    """The record of the payload that the parts make."""
-    segments = list(parts.values())
-    return Record(payload_id, joined_checksum([segment.checksum for segment in segments]), segments)
 
 
 def renew(client: redis.Redis, payload_id: str, keys: list[str]) -> None:

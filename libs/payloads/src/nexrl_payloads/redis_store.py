@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from .common import PIECE, check_count, check_id, check_part, not_found
+from .common import PIECE, Sums, check_count, check_id, check_part, damaged, not_found, verified_pieces
 from .protocol import Chunk, PartUpload, StoredPayload
 from .redis_client import PREFIX, connect, meta_key, redis_errors
 from .redis_payload import RedisPayload, fetch_bytes
-from .redis_records import Record, join_parts, load_parts, load_record, store_record
+from .redis_records import Record, load_parts, load_record, load_tables, store_record
 from .redis_sweep import payload_keys, renew_all, sweep_redis, unlink
 from .redis_uploads import RedisPart, RedisUpload
 from .repeated import RepeatedPart
@@ -55,18 +55,23 @@ class RedisStore:
     def assemble(self, payload_id: str, count: int) -> StoredPayload:
         parts = load_parts(self._client, check_id(payload_id))
         check_count(payload_id, list(parts), count)
-        record = join_parts(payload_id, parts)
-        store_record(self._client, record)
+        record = Record(payload_id, list(parts.values()))
+        ref = store_record(self._client, record, load_tables(self._client, payload_id, record.segments))
         renew_all(self._client, payload_id)
-        return record.ref
+        return ref
 
-    def open(self, payload_id: str) -> RedisPayload:
-        return RedisPayload(self._client, self._record(payload_id), self._arena)
-
-    def stream(self, payload_id: str) -> Iterator[bytes]:
+    def open(self, payload_id: str, checksum: str | None = None) -> RedisPayload:
         record = self._record(payload_id)
+        return RedisPayload(self._client, record, self._arena, self._sums(record, checksum))
+
+    def stream(self, payload_id: str, checksum: str | None = None) -> Iterator[bytes]:
+        record = self._record(payload_id)
+        sums = self._sums(record, checksum)
 
         def pieces() -> Iterator[bytes]:
+            if sums is not None:
+                yield from verified_pieces(sums, lambda start, end: fetch_bytes(self._client, record, start, end))
+                return
             for start in range(0, record.nbytes, PIECE):
                 end = min(start + PIECE, record.nbytes)
                 yield fetch_bytes(self._client, record, start, end)
@@ -96,6 +101,15 @@ class RedisStore:
     def check(self) -> None:
         with redis_errors():
             self._client.set(f"{PREFIX}:check", b"x", px=1000)
+
+    def _sums(self, record: Record, checksum: str | None) -> Sums | None:
+        if checksum is None:
+            return None
+        tables = load_tables(self._client, record.payload_id, record.segments)
+        sums = Sums(record.payload_id, tables, checksum)
+        if sums.nbytes != record.nbytes:
+            raise damaged(record.payload_id, f"the length ({record.nbytes} bytes now, {sums.nbytes} stored)")
+        return sums
 
     def _record(self, payload_id: str) -> Record:
         record = load_record(self._client, check_id(payload_id))

@@ -8,10 +8,10 @@ from typing import Self
 import redis
 from nexrl_contract.errors import ServiceError
 
-from .common import Tally, byte_views, same_part, verify
+from .common import Tally, byte_views, same_part
 from .files import unique
 from .protocol import Chunk, StoredPayload
-from .redis_client import CHUNK_BYTES, chunk_key
+from .redis_client import CHUNK_BYTES, KEY_TTL_S, chunk_key, redis_errors, sums_key
 from .redis_records import Record, Segment, store_part, store_record
 from .redis_wire import ChunkSender
 
@@ -19,11 +19,11 @@ from .redis_wire import ChunkSender
 class _Chunks:
     """Joins what is written to chunks and sends each by one SET; holds one chunk at the most."""
 
-    def __init__(self, client: redis.Redis, payload_id: str, nbytes: int | None, what: str) -> None:
+    def __init__(self, client: redis.Redis, payload_id: str, nbytes: int | None, what: str, *, whole: bool) -> None:
         self._client = client
         self._payload_id = payload_id
         self._token = unique("")
-        self._tally = Tally(what, nbytes)
+        self._tally = Tally(what, nbytes, whole=whole)
         self._sender = ChunkSender(client)
         self._joined = memoryview(bytearray(CHUNK_BYTES))
         self._filled = 0
@@ -47,6 +47,7 @@ class _Chunks:
 
     def _remove(self) -> None:
         keys = [chunk_key(self._payload_id, self._token, chunk) for chunk in range(self._sent + 1)]
+        keys.append(sums_key(self._payload_id, self._token))
         with suppress(redis.RedisError):
             self._client.unlink(*keys)
 
@@ -77,26 +78,27 @@ class _Chunks:
         self._sender.send(chunk_key(self._payload_id, self._token, self._sent), chunk)
         self._sent += 1
 
-    def _finish(self, claimed: str | None, what: str) -> Segment:
-        checksum = self._tally.finish()
-        verify(checksum, claimed, what)
+    def _finish(self, claimed: str | None) -> None:
+        """All chunks and their checksums are in Redis."""
+        self._tally.finish()
+        self._tally.verify(claimed)
         self._flush()
         self._sender.settle()
+        with redis_errors():
+            self._client.set(sums_key(self._payload_id, self._token), self._tally.sums(), ex=KEY_TTL_S)
         self._settled = True  # from here on a lost answer may hide a success: only the sweep removes these chunks
-        return Segment(self._token, self._tally.nbytes, checksum)
 
 
 class RedisUpload(_Chunks):
     """See :class:`nexrl_payloads.Upload`."""
 
     def __init__(self, client: redis.Redis, payload_id: str, nbytes: int | None) -> None:
-        super().__init__(client, payload_id, nbytes, f"payload {payload_id}")
+        super().__init__(client, payload_id, nbytes, f"payload {payload_id}", whole=False)
 
     def commit(self) -> StoredPayload:
-        segment = self._finish(None, "")
-        record = Record(self._payload_id, segment.checksum, [segment])
-        store_record(self._client, record)
-        return record.ref
+        self._finish(None)
+        record = Record(self._payload_id, [Segment(self._token, self._tally.nbytes, "")])
+        return store_record(self._client, record, self._tally.sums())
 
 
 class RedisPart(_Chunks):
@@ -105,10 +107,11 @@ class RedisPart(_Chunks):
     def __init__(self, client: redis.Redis, payload_id: str, n: int, nbytes: int | None) -> None:
         self._n = n
         self._what = f"part {n} of payload {payload_id}"
-        super().__init__(client, payload_id, nbytes, self._what)
+        super().__init__(client, payload_id, nbytes, self._what, whole=True)
 
     def commit(self, checksum: str | None) -> int:
-        segment = self._finish(checksum, self._what)
+        self._finish(checksum)
+        segment = Segment(self._token, self._tally.nbytes, self._tally.checksum)
         kept = store_part(self._client, self._payload_id, self._n, segment)
         if kept != segment:
             self._remove()

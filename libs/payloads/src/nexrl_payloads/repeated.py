@@ -6,7 +6,7 @@ from typing import Self
 
 from nexrl_contract.errors import ServiceError
 
-from .common import Tally, byte_views, same_part, verify
+from .common import Tally, byte_views, same_part
 from .protocol import Chunk
 
 
@@ -18,20 +18,20 @@ class RepeatedPart:
         self._n = n
         self._known = known
         self._what = f"part {n} of payload {payload_id}"
-        self._tally = Tally(self._what, nbytes)
+        self._tally = Tally(self._what, nbytes, whole=True)
 
     def write(self, *chunks: Chunk) -> None:
         self._tally.add(byte_views(chunks))
 
     def commit(self, checksum: str | None) -> int:
-        computed = self._tally.finish()
-        verify(computed, checksum, self._what)
+        self._tally.finish()
+        self._tally.verify(checksum)
         if self._known is None:
             raise ServiceError(
                 "INVALID_ARGUMENT",
                 f"payload {self._payload_id} is put together already, without part {self._n}: use a new payload id",
             )
-        same_part(self._payload_id, self._n, self._known, (self._tally.nbytes, computed))
+        same_part(self._payload_id, self._n, self._known, (self._tally.nbytes, self._tally.checksum))
         return self._tally.nbytes
 
     def abort(self) -> None:

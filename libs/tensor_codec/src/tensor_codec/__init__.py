@@ -42,7 +42,7 @@ from ._errors import (
     UnsupportedDtype,
     UnsupportedTensor,
 )
-from ._frame import Frame, Rows, open_frame, wrap
+from ._frame import Frame, Rows, map_file, open_frame, wrap
 from ._header import Header, TensorInfo, header_length, parse_header
 from ._json import JSONTensor, from_json, to_json
 from ._limits import (
@@ -98,6 +98,7 @@ __all__ = [
     "encode",
     "from_json",
     "header_length",
+    "map_file",
     "open_frame",
     "parse_header",
     "to_json",

@@ -97,12 +97,17 @@ def open_frame(path: str | os.PathLike[str]) -> Frame:
     Writing to a tensor changes this process's private pages, never the file. The file must not shrink while mapped
     (replace files by rename). Raises OSError, or CodecError's subclasses for a file that is no exact frame.
     """
+    return wrap(map_file(path))
+
+
+def map_file(path: str | os.PathLike[str]) -> mmap.mmap:
+    """A file as private memory, as :func:`open_frame` maps it. Raises HeaderTruncated where it is too short."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size < PREFIX_BYTES:  # an empty file cannot be mapped at all
             raise HeaderTruncated(f"the file has {size} bytes; a frame starts with {PREFIX_BYTES} of header length")
         # Private and writable, because torch has no read-only tensors and warns about memory that is.
-        return wrap(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY))
+        return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
 
 
 def _check_rows(rows: slice | Sequence[int], count: int, what: str) -> slice | list[int]:

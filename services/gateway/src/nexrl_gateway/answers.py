@@ -178,11 +178,21 @@ def _stored(store: PayloadStore, job: JobRecord) -> StoredFrame | None:
     if job.result_payload is None:
         return None
     try:
-        return read_frame(store, job.result_payload.id)
+        for _ in store.stream(job.result_payload.id, job.result_payload.checksum):
+            pass  # before the answer begins: in its middle there is no way to say what is wrong
+        return read_frame(store, job.result_payload)
     except ServiceError as error:
+        if error.code == "PAYLOAD_DAMAGED":
+            raise _damaged(job) from None
         if error.code != "PAYLOAD_NOT_FOUND":
             raise
         raise ServiceError("EXPIRED", f"the result of job {job.id} has expired", job_id=job.id) from None
+
+
+def _damaged(job: JobRecord) -> ServiceError:
+    effect = "call it again" if job.seq is None else "the operation was applied, do not repeat it"
+    message = f"the result of job {job.id} changed while it was stored, on disk, in memory or in Redis: {effect}"
+    return ServiceError("PAYLOAD_DAMAGED", message, retryable=False, job_id=job.id, identifier=job.identifier)
 
 
 def _document(stored: StoredFrame | None) -> dict[str, Any]:

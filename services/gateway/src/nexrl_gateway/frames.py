@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from nexrl_contract.records import PayloadRef
 from nexrl_payloads import PayloadStore, StoredPayload
 from tensor_codec import ALIGNMENT, PREFIX_BYTES, Header, header_length, parse_header
 
@@ -25,9 +26,9 @@ class StoredFrame:
         return self.header.total_size - self.header.data_start
 
 
-def read_frame(store: PayloadStore, payload_id: str) -> StoredFrame:
-    """Begin to read a stored frame; raises PAYLOAD_NOT_FOUND, or CodecError where the bytes are no frame."""
-    pieces = store.stream(payload_id)
+def read_frame(store: PayloadStore, ref: StoredPayload | PayloadRef) -> StoredFrame:
+    """Begin to read a stored frame; raises PAYLOAD_NOT_FOUND, PAYLOAD_DAMAGED, or CodecError where it is no frame."""
+    pieces = store.stream(ref.id, ref.checksum)
     head = b""
     for piece in pieces:
         head += piece
@@ -49,7 +50,9 @@ def header_bytes(header: Header, metadata: Mapping[str, str]) -> bytes:
     return head
 
 
-def store_with_metadata(store: PayloadStore, source: str, target: str, metadata: Mapping[str, str]) -> StoredPayload:
+def store_with_metadata(
+    store: PayloadStore, source: StoredPayload, target: str, metadata: Mapping[str, str]
+) -> StoredPayload:
     """Store the frame ``source`` once more, as ``target`` with other metadata; memory stays flat."""
     frame = read_frame(store, source)
     head = header_bytes(frame.header, metadata)

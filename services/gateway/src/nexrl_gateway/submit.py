@@ -165,7 +165,7 @@ async def _frame_draft(services: Services, operation: Operation, request: Reques
     limit = services.settings.max_body_bytes
     (params, judged), ref = await intake.store_frame(request, services, job_id, limit, verdict)
     mark = fingerprint(operation.name, group.identifier, params, ref.checksum)
-    payload = PayloadRef(id=ref.id, nbytes=ref.nbytes)
+    payload = PayloadRef(id=ref.id, nbytes=ref.nbytes, checksum=ref.checksum)
     return Draft(job_id, mark, params, payload, judged.rows, judged.ignored, stored_here=True)
 
 
@@ -178,7 +178,7 @@ def _json_draft(services: Services, operation: Operation, batch: BatchDocument, 
     job_id = names.new_job_id()
     ref = intake.store_tensors(services.store, job_id, tensors, intake.Envelope(batch.metadata, batch.params))
     mark = fingerprint(operation.name, group.identifier, params, ref.checksum)
-    payload = PayloadRef(id=ref.id, nbytes=ref.nbytes)
+    payload = PayloadRef(id=ref.id, nbytes=ref.nbytes, checksum=ref.checksum)
     return Draft(job_id, mark, params, payload, judged.rows, judged.ignored, stored_here=True)
 
 
@@ -215,7 +215,7 @@ def _parts_draft(
 ) -> Draft:
     """What the verb says wins over the frame; metadata that the frame lacks makes a copy, as the ranks read it there."""
     ref = services.store.assemble(batch.payload, batch.parts)
-    with services.store.open(batch.payload) as payload:
+    with services.store.open(batch.payload, ref.checksum) as payload:
         header = payload.header
     envelope = intake.envelope_of(header)
     params = check_params(operation, {**envelope.params, **batch.params})
@@ -226,6 +226,6 @@ def _parts_draft(
     if copied:
         text = intake.Envelope(metadata, envelope.params).text()
         frame_metadata = {**header.metadata, names.FRAME_METADATA_KEY: text}
-        ref = store_with_metadata(services.store, batch.payload, job_id, frame_metadata)
-    payload_ref = PayloadRef(id=ref.id, nbytes=ref.nbytes)
+        ref = store_with_metadata(services.store, ref, job_id, frame_metadata)
+    payload_ref = PayloadRef(id=ref.id, nbytes=ref.nbytes, checksum=ref.checksum)
     return Draft(job_id, mark, params, payload_ref, judged.rows, judged.ignored, stored_here=copied)

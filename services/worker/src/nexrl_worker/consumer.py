@@ -117,7 +117,13 @@ class Consumer:
             return
         started = time.perf_counter()
         request = Request(
-            job.id, job.operation, job.params, self._seq, job.payload.id if job.payload else None, job.ignored
+            job.id,
+            job.operation,
+            job.params,
+            self._seq,
+            job.payload.id if job.payload else None,
+            job.payload.checksum if job.payload else None,
+            job.ignored,
         )
         self._team.broadcast({"do": "run", "request": _as_json(request)})
         try:
@@ -165,7 +171,7 @@ class Consumer:
         while True:
             try:
                 stored = self._store.put(f"{job.id}.result", frame)
-                return None, PayloadRef(id=stored.id, nbytes=stored.nbytes)
+                return None, PayloadRef(id=stored.id, nbytes=stored.nbytes, checksum=stored.checksum)
             except ServiceError as error:
                 if error.code != "STORE_UNAVAILABLE" or time.monotonic() > deadline:
                     raise

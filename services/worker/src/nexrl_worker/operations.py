@@ -213,12 +213,18 @@ class Operations:
         engine = self._model()
         operation = OPERATIONS[request.operation]
         assert request.payload is not None
-        with self._team.agree(lambda: PayloadRows(self._store, str(request.payload), operation)) as rows:
+        with self._team.agree(
+            lambda: PayloadRows(self._store, str(request.payload), operation, request.checksum)
+        ) as rows:
             if self._team.agree(lambda: self._load_reference(engine, request, rows)):
                 engine.examine_reference()
             plan = self._plan(engine, request, rows)
-            rows.keep(plan.rows_of(self._team.rank))
-            self._team.agree(lambda: engine.check(request.operation, plan, rows, request.params))
+
+            def check() -> None:
+                rows.keep(plan.rows_of(self._team.rank))
+                engine.check(request.operation, plan, rows, request.params)
+
+            self._team.agree(check)
             if request.params.get("explain"):
                 return self._explained(engine, request, plan, rows)
             return self._timed(request, lambda: run(engine, plan, rows))

@@ -17,6 +17,7 @@ class Request:
     params: dict[str, Any]
     seq: int
     payload: str | None = None
+    checksum: str | None = None
     ignored: list[str] = field(default_factory=list)
 
 

@@ -14,10 +14,13 @@ from nexrl_payloads import PayloadStore
 
 
 class PayloadRows:
-    """The tensors of a stored batch that one operation reads; what else was sent is invisible."""
+    """The tensors of a stored batch that one operation reads; what else was sent is invisible.
 
-    def __init__(self, store: PayloadStore, payload_id: str, operation: Operation) -> None:
-        self._payload = store.open(payload_id)
+    With the payload's ``checksum``, whatever it gives are the bytes that were stored: raises PAYLOAD_DAMAGED.
+    """
+
+    def __init__(self, store: PayloadStore, payload_id: str, operation: Operation, checksum: str | None = None) -> None:
+        self._payload = store.open(payload_id, checksum)
         self._remote = store.local_path(payload_id) is None
         self._kept = _Kept(())
         header = self._payload.header
@@ -36,8 +39,16 @@ class PayloadRows:
         return self._shapes[name]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Say which rows (ascending) this rank works on: a store without files is then asked once for each tensor's."""
+        """Say which rows (ascending) this rank works on, and read them once: all damage shows here, before the vote.
+
+        A store without files is asked for them now, once for each tensor; a mapped one's stay where they are.
+        """
         self._kept = _Kept(tuple(rows) if self._remote else ())
+        for name in self._names:
+            if self._remote:
+                self.tensor(name, rows)
+            else:
+                self._payload.check(name, _contiguous(rows))
 
     def tensor(self, name: str, rows: Sequence[int] | slice) -> torch.Tensor:
         """``[len(rows), ...]`` on CPU; a view of the mapped store, or of what is kept, where the rows are contiguous."""
@@ -60,7 +71,7 @@ class PayloadRows:
 
 
 class _Kept:
-    """Some rows of a batch, each tensor's read when it is first asked for."""
+    """Some rows of a batch, each tensor's read once."""
 
     def __init__(self, rows: tuple[int, ...]) -> None:
         self.rows = rows
