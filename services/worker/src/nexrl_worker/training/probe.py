@@ -51,8 +51,8 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _PACKED_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 # In bfloat16 30 layers differ by 0.8 % of the peak from rounding alone, rows that see each other by more than 10 %.
 _PACKED_TOLERANCE_HALF = 4e-2
-# Of answers, as lengths: in half precision a token may go to another expert beside others; a layer skipped is all of it.
-_HEAD_TOLERANCE_HALF = 1e-1
+# In half precision a token may go to other experts when it stands beside others; a layer left out is all of an answer.
+_EXPERTS_TOLERANCE_HALF = 2e-1
 _PEAK = 50.0
 _LENGTHS = (9, 4, 7)
 
@@ -115,16 +115,16 @@ def _probe_rewards(root: RewardModel, device: torch.device, dtype: torch.dtype) 
         difference = float("nan")
         if known is None:
             difference = _relative(_caught(root, lambda: root.answers(micro), failures), truth, max(terms))
-            if not failures and difference <= _tolerance(dtype):
+            if not failures and difference <= _tolerance(root.hf, dtype):
                 return Probe(difference, None)
         reason = known or f"the model's own answers differ from its linear head by {difference:.2g} (a layer between)"
         root.fallback, failures = reason, []
         own = _relative(_caught(root, lambda: root.answers(micro), failures), truth, max(terms))
     finally:
         root.fallback = known
-    if not failures and own <= _tolerance(dtype):
+    if not failures and own <= _tolerance(root.hf, dtype):
         return Probe(difference, reason)
-    why = failures[0] if failures else f"by {own:.2g} of the largest"
+    why = failures[0] if failures else f"by {own:.2g} of their size"
     return Probe(
         difference, reason, refusal=f"{name} answers rows beside others otherwise than each alone: {why}"[:300]
     )
@@ -147,7 +147,7 @@ def _probe_values(root: ValueModel, device: torch.device, dtype: torch.dtype) ->
     if failures:
         return Probe(float("nan"), None, refusal=f"no critic can be made of {name}: {failures[0]}"[:300])
     difference = _relative(found, torch.cat(alone))
-    if difference <= _tolerance(dtype):
+    if difference <= _tolerance(root.hf, dtype):
         return Probe(difference, None)
     refusal = f"no critic can be made of {name}: rows beside others differ from each alone by {difference:.2g}"
     return Probe(difference, None, refusal=refusal)
@@ -193,8 +193,10 @@ def _relative(found: Tensor, wanted: Tensor, scale: float = 0.0) -> float:
     return float((found - wanted).float().norm()) / size
 
 
-def _tolerance(dtype: torch.dtype) -> float:
-    return _PACKED_TOLERANCE.get(dtype, _HEAD_TOLERANCE_HALF)
+def _tolerance(hf: nn.Module, dtype: torch.dtype) -> float:
+    config: Any = hf.config.get_text_config()  # type: ignore[union-attr, operator]
+    routed = any("expert" in key and value for key, value in config.to_dict().items())
+    return _PACKED_TOLERANCE.get(dtype, _EXPERTS_TOLERANCE_HALF if routed else _PACKED_TOLERANCE_HALF)
 
 
 def _caught(root: Root, read: Callable[[], Tensor], failures: list[str]) -> Tensor:
