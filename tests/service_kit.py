@@ -60,7 +60,9 @@ def leftovers(stack: Stack) -> list[str]:
 
 def _permanent(key: str, groups: set[str]) -> bool:
     """Indexes of fixed size, and one record and one list a living group."""
-    if key in {f"nexrl:{name}" for name in ("order", "jobs", "groups", "agents", "checkpointers", "checkpoints")}:
+    if key in {
+        f"nexrl:{name}" for name in ("order", "jobs", "groups", "agents", "checkpointers", "checkpoints", "ledger")
+    }:
         return True
     if key in {f"nexrl:{kind}:{group}" for kind in ("group", "applied") for group in groups}:
         return True

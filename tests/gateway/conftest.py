@@ -17,7 +17,7 @@ from nexrl_ledger import Ledger, connect
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """A server of the folder's own: the gateway lives on, and its janitor writes a key each minute, whatever is tested then."""
     server = RedisServer(tmp_path_factory.mktemp("gateway-redis"))
-    server.start("--appendonly", "no")
+    server.start("--appendfsync", "no")
     yield server
     server.kill()
 

@@ -254,7 +254,12 @@ def test_what_is_shown_of_groups_is_true(
     assert (models["count"], models["models"]["broken"]["cause"]) == (2, "rank 1 was killed")
     assert gateway.get("/health").json()["status"] == "degraded"
     refusal(gateway.get("/worker_info"), 400, "IDENTIFIER_REQUIRED")
-    assert gateway.get("/ready").json() == {"ready": True, "redis": "ok", "payload_store": "ok"}
+    assert gateway.get("/ready").json() == {
+        "ready": True,
+        "redis": "ok",
+        "payload_store": "ok",
+        "reasons": ["group broken is down: rank 1 was killed"],
+    }
 
 
 def test_every_example_of_the_docs_works(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import requests
 from conftest import wait_until
 from nexrl_client import HTTPTrainServiceClient
 from running_stack import Stack
@@ -108,6 +109,10 @@ def test_a_full_disk_is_waited_out(start: Start, data: Path, tiny_model: Path) -
 
     _fill(filler)
     wait_until(lambda: "is full" in stack.err, 30, "a word about the disk")
+    ready = requests.get(f"{stack.url}/ready", timeout=10)
+    assert ready.status_code == 503
+    assert any("is full: free " in reason for reason in ready.json()["reasons"]), ready.text
+    assert stack.status()["status"] == "degraded"
     time.sleep(15)  # five starts in vain would long be over
 
     assert stack.process.poll() is None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import signal
 import socket
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from typing import Any
 import pytest
 import redis
 import requests
-from conftest import wait_until
+from conftest import RedisServer, wait_until
 
 pytestmark = pytest.mark.timeout(180)
 StartStack = Callable[..., Any]
@@ -98,12 +101,22 @@ def test_redis_that_is_away_is_refused(tmp_path: Path, nexrl: Callable[..., Any]
     assert "no Redis answers at --redis" in refused.stderr
 
 
-def test_external_redis_is_used_and_left_running(start_stack: StartStack, redis_url: str) -> None:
-    """With --redis no embedded server is started, and the given one is not stopped."""
-    stack = start_stack("--redis", redis_url).until_ready()
+def test_external_redis_is_used_and_left_running(
+    start_stack: StartStack, tmp_path: Path, nexrl: Callable[..., Any]
+) -> None:
+    """With --redis no embedded server is started, the given one is not stopped, and one that would forget is refused."""
+    server = RedisServer(tmp_path)
+    server.start("--appendonly", "no")
+    refused = nexrl("up", "--redis", server.url, "--port", "0", "--data", str(tmp_path / "data"))
+    assert refused.returncode == 1
+    assert "CONFIG SET appendonly yes" in refused.stderr
+    client = redis.Redis.from_url(server.url)
+    client.config_set("appendonly", "yes")
+    stack = start_stack("--redis", server.url).until_ready()
     assert _pid_of(stack, "valkey-server") is None
     assert stack.stop() == 0
-    assert redis.Redis.from_url(redis_url).ping()
+    assert client.ping()
+    server.kill()
 
 
 @pytest.mark.slow
@@ -133,3 +146,59 @@ def _ready(url: str) -> bool:
         return requests.get(f"{url}/ready", timeout=2).status_code == 200
     except requests.RequestException:
         return False
+
+
+@pytest.mark.parametrize("how", ["middle", "base", "manifest"])
+def test_damaged_records_are_told_with_what_to_do(how: str, tmp_path: Path, nexrl: Callable[..., Any]) -> None:
+    """At once, with the file; the offered command mends what can be mended with what is installed, and --fresh begins anew."""
+    records = _records(tmp_path / "data")
+    file = {
+        "middle": records / "appendonly.aof.1.incr.aof",
+        "base": records / "appendonly.aof.1.base.rdb",
+        "manifest": records / "appendonly.aof.manifest",
+    }[how]
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 20] = bytes(20)
+    file.write_bytes(content)
+
+    refused = nexrl("up", "--port", "0", "--data", str(tmp_path / "data"))
+
+    assert refused.returncode == 1
+    assert str(records) in refused.stderr
+    assert "--fresh" in refused.stderr
+    assert file.read_bytes() == bytes(content)
+    offered = re.search(r"bash -c '.*'", refused.stderr)
+    assert (offered is not None) == (how == "middle")
+    if offered is not None:
+        assert str(file) in refused.stderr
+        subprocess.run(shlex.split(offered[0]), input=b"y\n", check=True, timeout=30)
+        server = RedisServer(records.parent)
+        server.start()
+        kept = redis.Redis.from_url(server.url)
+        assert 0 < kept.dbsize() < 500
+        kept.close()
+        server.kill()
+
+
+def test_a_tail_that_a_crash_cut_off_is_no_damage(start_stack: StartStack, tmp_path: Path) -> None:
+    """What was not written whole was not acknowledged: the stack starts by itself."""
+    data = tmp_path / "cut"
+    file = _records(data) / "appendonly.aof.1.incr.aof"
+    os.truncate(file, file.stat().st_size - 7)
+    stack = start_stack(data=data).until_ready()
+    with redis.Redis.from_url(stack.redis_url) as client:
+        assert (client.exists("key498"), client.exists("key499")) == (1, 0)
+    assert stack.stop() == 0
+
+
+def _records(data: Path) -> Path:
+    """Five hundred keys in an embedded server's folder; the folder of its files."""
+    folder = data / ".nexrl" / "redis"
+    folder.mkdir(parents=True)
+    server = RedisServer(folder)
+    server.start()
+    with redis.Redis.from_url(server.url) as client:
+        for number in range(500):
+            client.set(f"key{number}", number)
+    server.kill()
+    return folder / "appendonlydir"

@@ -1,12 +1,30 @@
-"""What this machine offers to groups: the agent, and whoever starts it, must count alike."""
+"""What this machine offers: its GPUs, and room on its disks. Whoever asks must count alike."""
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
+from pathlib import Path
 
 CPU_SLOTS = 4
 """Ranks that a machine without GPUs offers, unless told otherwise."""
+_NEEDED_MB = 32
+_MB = 1024**2
+
+
+def lack_of_room(folder: Path) -> str | None:
+    """What to do about the disk of ``folder`` where it has no room for the service's own records, None while it has."""
+    try:
+        disk = os.statvfs(folder)
+    except OSError:  # a folder that is gone is no full one
+        return None
+    missing = _NEEDED_MB - disk.f_bavail * disk.f_frsize / _MB
+    if missing > 0:
+        return f"the disk of {folder} is full: free {math.ceil(missing)} MB"
+    if disk.f_files and not disk.f_favail:
+        return f"the disk of {folder} is full: it takes no more files, so delete some"
+    return None
 
 
 def visible_gpus() -> tuple[str, ...]:

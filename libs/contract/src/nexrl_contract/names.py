@@ -32,6 +32,8 @@ JOBS_KEY = f"{_PREFIX}:jobs"
 ORDER_KEY = f"{_PREFIX}:order"
 CHECKPOINTS_KEY = f"{_PREFIX}:checkpoints"
 ENDED_CHANNEL = f"{_PREFIX}:ended"
+LEDGER_KEY = f"{_PREFIX}:ledger"
+"""Tells one Redis from another, and from itself after it was emptied."""
 JANITOR_KEY = f"{_PREFIX}:janitor"
 
 RESULT_TTL_S = 24 * 3600

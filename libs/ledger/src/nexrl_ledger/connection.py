@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import redis
 from redis.backoff import NoBackoff
@@ -40,6 +40,28 @@ def is_away(error: Exception) -> bool:
     if isinstance(error, _AWAY):
         return True
     return isinstance(error, redis.exceptions.ResponseError) and any(code in str(error) for code in _PASSING)
+
+
+def redis_fault(client: redis.Redis) -> str | None:
+    """Why this Redis may lose what it has acknowledged, and what to set; None where it keeps it, or does not say.
+
+    From INFO, which managed servers answer, too. Raises RedisError where it does not answer.
+    """
+    try:
+        told: Any = {**client.info("memory"), **client.info("persistence")}
+    except redis.exceptions.ResponseError:
+        return None
+    policy = told.get("maxmemory_policy", "noeviction")
+    if policy != "noeviction":
+        return (
+            f"Redis drops records when its memory is full (maxmemory-policy {policy}): "
+            "CONFIG SET maxmemory-policy noeviction, and the same in its configuration"
+        )
+    if not told.get("aof_enabled", 1):
+        return "Redis keeps no append-only file: CONFIG SET appendonly yes, and the same in its configuration"
+    if told.get("aof_last_write_status", "ok") != "ok":
+        return "Redis cannot write its append-only file: free space on its disk"
+    return None
 
 
 def until_redis(act: Callable[[], Answer], *, while_waiting: Callable[[], None] = lambda: None) -> Answer:

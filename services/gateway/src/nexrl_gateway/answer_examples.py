@@ -161,18 +161,20 @@ JOB: dict[str, Any] = _JOB
 JOBS: dict[str, Any] = {"jobs": [_JOB]}
 PART: dict[str, Any] = {"payload": PARTS["payload"], "part": 0, "nbytes": 104857600}
 PAYLOAD: dict[str, Any] = {"payload": PARTS["payload"], "parts": [0, 1, 2], "nbytes": 262144000}
-READY: dict[str, Any] = {"ready": True, "redis": "ok", "payload_store": "ok"}
-NOT_READY: dict[str, Any] = {"ready": False, "redis": "unavailable", "payload_store": "ok"}
+READY: dict[str, Any] = {"ready": True, "redis": "ok", "payload_store": "ok", "reasons": []}
+_AWAY = {"redis": "unavailable", "payload_store": "ok", "reasons": ["Redis does not answer"]}
+NOT_READY: dict[str, Any] = {"ready": False, **_AWAY}
 HEALTH: dict[str, Any] = {
     "status": "healthy",
     "redis": "ok",
     "payload_store": "ok",
+    "reasons": [],
     "groups": {_GROUP: _BRIEF},
     "agents": [_AGENT],
     "checkpointers": [{**_AGENT, "name": "local-1", "slots": 1, "free": 1}],
     "slots": {"total": 4, "free": 2},
 }
-UNHEALTHY: dict[str, Any] = {"status": "degraded", "redis": "unavailable", "payload_store": "ok"}
+UNHEALTHY: dict[str, Any] = {"status": "degraded", **_AWAY}
 MODELS: dict[str, Any] = {"status": "success", "identifiers": [_GROUP], "count": 1, "models": {_GROUP: _BRIEF}}
 WORKER_INFO: dict[str, Any] = {
     "status": "success",

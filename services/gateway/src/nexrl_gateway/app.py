@@ -45,11 +45,15 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         services = Services.start(settings)
         app.state.services = services
-        janitor = asyncio.create_task(keep_clean(services))
+        tasks = [
+            asyncio.create_task(keep_clean(services)),
+            asyncio.create_task(services.watch.run(services.room.looking)),
+        ]
         try:
             yield
         finally:
-            janitor.cancel()
+            for task in tasks:
+                task.cancel()
             await services.close()
 
     app = _Application(

@@ -15,6 +15,7 @@ from nexrl_payloads import PayloadStore, open_store
 from nexrl_gateway.paths import Roots
 from nexrl_gateway.settings import Settings
 from nexrl_gateway.waiting import Endings
+from nexrl_gateway.watch import Watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class Services:
     ledger: Ledger
     store: PayloadStore
     endings: Endings
+    watch: Watch
     roots: Roots
     room: Room = field(default_factory=Room)
     started_at: float = field(default_factory=time.time)
@@ -43,9 +45,11 @@ class Services:
     @classmethod
     def start(cls, settings: Settings) -> Self:
         """Needs a running event loop, not Redis. Raises STORE_UNAVAILABLE for a folder that cannot be made."""
+        ledger = Ledger(connect(settings.redis_url))
         return cls(
             settings=settings,
-            ledger=Ledger(connect(settings.redis_url)),
+            ledger=ledger,
+            watch=Watch(ledger, settings.own_folder),
             store=open_store(settings.payloads, fsync=settings.fsync),
             endings=Endings(settings.redis_url),
             roots=Roots.of(settings),

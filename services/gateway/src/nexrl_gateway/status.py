@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import redis
 from nexrl_contract import names
 from nexrl_contract.errors import ServiceError
+from nexrl_contract.machine import lack_of_room
 from nexrl_contract.records import AgentRecord, GroupRecord
+from nexrl_ledger import redis_fault
 
 from nexrl_gateway.services import Services
 
@@ -19,22 +22,39 @@ STALE_S = 20.0
 
 
 def health(services: Services) -> tuple[dict[str, Any], bool]:
-    """What ``/health`` shows, and whether requests can be served at all."""
+    """What ``/health`` shows, and whether Redis and the payload store answer. ``reasons`` say why it is not healthy."""
     report: dict[str, Any] = {"status": "degraded", "redis": "ok", "payload_store": _store_state(services)}
+    report["reasons"] = reasons = _lacks(services)
     try:
         services.ledger.client.ping()
+        fault = redis_fault(services.ledger.client)
         groups = services.ledger.groups()
         agents, checkpointers = services.ledger.agents(), services.ledger.checkpointers()
+        saves = services.ledger.queue_length(names.CHECKPOINT_QUEUE)
+        emptied = services.watch.emptied()
     except redis.exceptions.RedisError:
+        reasons.append("Redis does not answer")
         return {**report, "redis": "unavailable"}, False
-    serving = report["payload_store"] == "ok"
-    if serving and not any(group.state == "down" or _stale(group) for group in groups):
-        report["status"] = "healthy"
+    report["redis"] = fault or "ok"
+    reasons += [text for text in (fault, emptied) if text]
+    reasons += _troubles(groups, {agent.name for agent in agents})
+    if saves and not checkpointers:
+        reasons.append(f"no checkpointer is heard, and {saves} saves wait for one: start one")
+    reasons += services.watch.stuck()
+    report["status"] = "degraded" if reasons else "healthy"
     report["groups"] = {group.identifier: _brief(group) for group in groups}
     report["agents"] = [_process(record) for record in agents]
     report["checkpointers"] = [_process(record) for record in checkpointers]
     report["slots"] = {"total": sum(a.slots for a in agents), "free": sum(a.free for a in agents)}
-    return report, serving
+    return report, report["payload_store"] == "ok"
+
+
+def ready(services: Services) -> tuple[dict[str, Any], bool]:
+    """What ``/ready`` shows, and whether what is asked for now would be done and kept: Redis and the disks are sound."""
+    report, serving = health(services)
+    sound = serving and report["redis"] == "ok" and not _lacks(services)
+    shown = {name: report[name] for name in ("redis", "payload_store", "reasons")}
+    return {"ready": sound, **shown}, sound
 
 
 def models(services: Services) -> dict[str, Any]:
@@ -103,6 +123,29 @@ def _store_state(services: Services) -> str:
     except ServiceError as error:
         return error.message
     return "ok"
+
+
+def _lacks(services: Services) -> list[str]:
+    """The payload store's fault, and each folder of the service whose disk is full."""
+    settings, store = services.settings, _store_state(services)
+    folders = [settings.data, *settings.checkpoint_roots]
+    if settings.payloads.startswith("file://"):
+        folders.append(Path(settings.payloads.removeprefix("file://")))
+    full = dict.fromkeys(text for folder in folders if (text := lack_of_room(folder)))
+    return ([] if store == "ok" else [store]) + list(full)
+
+
+def _troubles(groups: list[GroupRecord], heard: set[str]) -> list[str]:
+    """Groups that are down or silent, and agents that are missing."""
+    found = [] if heard else ["no agent is heard: no group can be placed; start one"]
+    for group in groups:
+        if group.state == "down":
+            found.append(f"group {group.identifier} is down: {group.cause or 'unknown cause'}")
+        elif _stale(group):
+            found.append(f"group {group.identifier} has not been heard for more than {STALE_S:g} s")
+        elif group.agent is not None and group.state in ("starting", "up", "ready") and group.agent not in heard:
+            found.append(f"group {group.identifier}: its agent {group.agent} is not heard")
+    return found
 
 
 def _stale(group: GroupRecord) -> bool:

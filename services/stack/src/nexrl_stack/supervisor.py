@@ -22,6 +22,7 @@ _BACKOFF_S = 0.25
 _KILLED_S = 5.0
 _SAME_CTRL_C_S = 1.0
 _TAIL_LINES = 20
+_SAID_BYTES = 64 * 1024
 _LOOK_EVERY_S = 1.0
 _TELL_EVERY_S = 15.0
 
@@ -114,6 +115,8 @@ class Supervisor:
             child.hold_back()
             self._say(f"{obstacle}; {name} has ended ({_describe(code)}) and is started again as soon as there is room")
             return
+        if not self._stopping and (why := child.service.hopeless(child.said())) is not None:
+            raise GaveUp(why)
         delay_s = child.count_death()
         if child.quick_deaths >= _QUICK_DEATHS and not self._stopping:
             raise GaveUp(
@@ -166,12 +169,14 @@ class _Child:
         self.restart_at: float | None = None
         self.quick_deaths = 0
         self.held_back = False
+        self._said_from = 0
 
     def start(self) -> None:
         self.restart_at = None
         self.held_back = False
         self.started_at = time.time()
         with self.log.open("ab") as log:
+            self._said_from = log.tell()
             self.process = subprocess.Popen(
                 self.service.argv,
                 env={**os.environ, **self.service.env},
@@ -203,6 +208,13 @@ class _Child:
             return
         finally:
             self.process.wait(_KILLED_S)
+
+    def said(self) -> str:
+        """What the present process has logged, the last of it where that is much."""
+        with self.log.open("rb") as log:
+            size = log.seek(0, os.SEEK_END)
+            log.seek(max(self._said_from, size - _SAID_BYTES))
+            return log.read().decode(errors="replace")
 
     def tail(self) -> str:
         """The last lines of the log."""

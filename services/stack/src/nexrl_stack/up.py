@@ -5,14 +5,15 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 
 import redis
 import requests
-from nexrl_ledger import Ledger, connect
+from nexrl_contract.machine import lack_of_room
+from nexrl_ledger import Ledger, connect, redis_fault
 
 from nexrl_stack import embedded_redis
 from nexrl_stack.data_folder import Refused, forget, locked
-from nexrl_stack.disk import lack_of_room
 from nexrl_stack.running import running_operations
 from nexrl_stack.services import STOP_LIMIT_S, StackSettings, stack_services
 from nexrl_stack.supervisor import Supervisor
@@ -36,7 +37,7 @@ def run_stack(settings: StackSettings, *, fresh: bool, ready: Tell, say: Tell) -
             _check_redis(settings.redis_url)
         if fresh:
             forget(settings.own_folder)
-        full = lack_of_room(settings.data)
+        full = partial(lack_of_room, settings.data)
         if (lack := full()) is not None:
             raise Refused(lack)
         supervisor = Supervisor(settings.own_folder / "logs", say, full)
@@ -136,6 +137,9 @@ def _check_redis(url: str) -> None:
         raise Refused(f"--redis: {error}") from error
     if not there:
         raise Refused("no Redis answers at --redis; start it first, or leave --redis out for the embedded one")
+    with connect(url) as client:
+        if (fault := redis_fault(client)) is not None:
+            raise Refused(f"--redis: {fault}")
 
 
 def _bind(host: str, port: int) -> int:

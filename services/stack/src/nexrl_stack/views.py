@@ -36,6 +36,7 @@ def status_view(status: dict[str, Any]) -> RenderableType:
     lines = [
         f"[bold]{escape(status['url'])}[/bold]  {_state(status.get('status'))}",
         f"Redis: {_text(status.get('redis'))}   payload store: {_text(status.get('payload_store'))}",
+        *(f"  [red]-[/red] {escape(reason)}" for reason in status.get("reasons") or ()),
         f"slots: {_text(slots.get('free'))} of {_text(slots.get('total'))} free",
         f"agents: {_names(status.get('agents'))}   checkpointers: {_names(status.get('checkpointers'))}",
     ]

@@ -12,7 +12,7 @@ from nexrl_gateway.answer_examples import HEALTH, METRICS, NOT_READY, READY, UNH
 from nexrl_gateway.docs import answer, errors, unavailable
 from nexrl_gateway.replies import json_response
 from nexrl_gateway.services import Services, services_of
-from nexrl_gateway.status import health, metrics
+from nexrl_gateway.status import health, metrics, ready
 
 Here = Annotated[Services, Depends(services_of)]
 router = APIRouter(tags=["health"])
@@ -24,18 +24,16 @@ router = APIRouter(tags=["health"])
     responses={**answer(HEALTH), **unavailable(UNHEALTHY)},
 )
 async def show_health(services: Here) -> Response:
-    """200 with ``status`` healthy, or degraded where a group is not well; 503 while Redis or the store is away."""
+    """200 with ``status`` healthy, or degraded with its ``reasons``; 503 while Redis or the store is away."""
     report, serving = await run_sync(health, services, limiter=services.room.looking)
     return json_response(report, 200 if serving else 503)
 
 
 @router.get("/ready", summary="Whether requests can be served", responses={**answer(READY), **unavailable(NOT_READY)})
 async def show_ready(services: Here) -> Response:
-    """200 or 503."""
-    report, serving = await run_sync(health, services, limiter=services.room.looking)
-    return json_response(
-        {"ready": serving, "redis": report["redis"], "payload_store": report["payload_store"]}, 200 if serving else 503
-    )
+    """200, or 503 where Redis or a disk would not keep what is asked for; ``reasons`` as in /health."""
+    report, sound = await run_sync(ready, services, limiter=services.room.looking)
+    return json_response(report, 200 if sound else 503)
 
 
 @router.get(
