@@ -165,6 +165,17 @@ def test_an_export_loads_into_a_group(exports: dict[str, Exported], sources: Pat
     assert group.engine.fingerprint() == exports[family].group.engine.fingerprint()
 
 
+def test_no_rank_holds_a_whole_mixture_of_experts(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exports: dict[str, Exported]
+) -> None:
+    """Its folder is read and converted layer by layer; transformers would make all of it on every rank."""
+    monkeypatch.delattr(AutoModelForCausalLM, "from_pretrained")
+    for family in ("mixtral", "deepseek_v3", "ernie4_5_moe"):
+        fresh = Group(tmp_path, "actor", str(sources / family))
+        record = read_export(exports[family].untrained)
+        assert record is not None and fingerprint_text(fresh.engine.fingerprint()) == record.master_fingerprint
+
+
 def half(folder: Path) -> str:
     """A tiny Qwen2 of bfloat16 whose norms are float32."""
     save_model(folder)

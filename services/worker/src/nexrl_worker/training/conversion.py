@@ -117,7 +117,8 @@ class ConvertingReader:
         if self._held[0] != first:
             self._held = ("", {})
             self._held = (first, self._conversion.convert(first, self._whole))
-        return self._held[1][name][offset : offset + length]
+        part = self._held[1][name]
+        return part[offset : offset + length] if part.ndim else part
 
     def close(self) -> None:
         """Close the folder's reader."""

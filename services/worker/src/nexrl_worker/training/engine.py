@@ -71,7 +71,7 @@ class Engine(TrainingState):
         agree(outcome.check)
         if isinstance(root, Scorer | RewardModel):
             root.fallback = outcome.reason
-        source = agree(lambda: FolderReader(Path(actor.model.path)).dtypes())
+        source = agree(lambda: FolderReader(Path(actor.model.path)).dtypes)
         engine: Engine = agree(lambda: cls(actor, role, device, root, outcome, source))
         return engine
 

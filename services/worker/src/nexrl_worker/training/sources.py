@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nexrl_worker.training.conversion import ConvertingReader
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.heads import head_of
 from nexrl_worker.training.kinds import Kind
@@ -15,21 +16,25 @@ from nexrl_worker.training.weights import FolderReader, MemoryReader, Reader, pe
 
 
 def weights_of(path: str, hf: nn.Module, config: Any, kind: Kind, dtype: torch.dtype) -> Reader:
-    """Slices from the folder where its names are the model's; else the whole state dict that transformers makes.
+    """Slices of the folder, converted as transformers does; else the whole state dict that it makes.
 
     Raises InvalidValue where weights are missing that the model needs.
     """
     folder = FolderReader(Path(path))
     needed = {name for name, _ in hf.named_parameters()} | {name for name, _ in persistent_buffers(hf)}
     fresh = _head_names(hf) if kind.fresh_head else set()
-    if needed - fresh <= folder.names:
-        shapes = folder.shapes()
+    try:
+        reader = ConvertingReader(hf, folder)
+    except RuntimeError as error:  # shapes that do not go together
+        raise InvalidValue(f"the weights in {path} are not those of its configuration: {error}") from error
+    shapes = reader.shapes
+    if needed - fresh <= shapes.keys():
         for name, param in hf.named_parameters():
             if name in shapes and shapes[name] != tuple(param.shape):
                 found, expected = str(list(shapes[name])), str(list(param.shape))
                 message = f"{name} in {path} has shape {found}, the model needs {expected}"
                 raise InvalidValue(message, tensor=name, expected=expected, actual=found)
-        return _WithZeros(folder, hf, fresh - folder.names)
+        return _WithZeros(reader, hf, fresh - shapes.keys())
     loaded: Any = kind.auto.from_pretrained(
         path, config=config, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
     )

@@ -155,13 +155,9 @@ class TrainingState:
         return ExportLayout(hf, saved.get("source", {}), dtype)
 
     def by_own_names(self, reader: FolderTensors) -> FolderTensors | ConvertingReader:
-        """`reader`, or one that converts what its folder names or cuts otherwise than the model does. Local."""
-        hf = self._root.hf
-        needed = [name for name, _ in (*hf.named_parameters(), *persistent_buffers(hf))]
-        if all(name in reader.shapes for name in needed):
-            return reader
+        """A reader that converts what the folder names or cuts otherwise than the model does. Local."""
         try:
-            return ConvertingReader(hf, reader)
+            return ConvertingReader(self._root.hf, reader)
         except (ValueError, KeyError, RuntimeError):  # of another model: whoever looks for its tensors names one
             return reader
 

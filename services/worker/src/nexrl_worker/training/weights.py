@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -44,10 +44,14 @@ class Reader(Protocol):
 
 
 class FolderReader:
-    """Reads slices of a Hugging Face folder's safetensors files without touching the rest."""
+    """Reads slices of a Hugging Face folder's safetensors files without touching the rest.
+
+    `shapes` are those of the whole tensors, `dtypes` safetensors' names of theirs ("BF16"). Files stay mapped until `close`.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._open: dict[str, Any] = {}
         index = folder / "model.safetensors.index.json"
         if index.is_file():
             self._files: dict[str, str] = json.loads(index.read_text())["weight_map"]
@@ -56,29 +60,34 @@ class FolderReader:
                 self._files = dict.fromkeys(file.keys(), "model.safetensors")
         else:
             raise InvalidValue(f"{folder} has no safetensors weights; other formats are not read")
-        self.names = set(self._files)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        for name in self._files:
+            part = self._file(name).get_slice(name)
+            self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), part.get_dtype()
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The whole tensors' shapes by name; every file is opened once."""
-        found: dict[str, tuple[int, ...]] = {}
-        for file in sorted(set(self._files.values())):
-            with safe_open(str(self._folder / file), framework="pt") as opened:
-                found |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-        return found
+    def has(self, name: str) -> bool:
+        """Whether the folder holds the tensor."""
+        return name in self.shapes
+
+    def check(self, name: str) -> None:
+        """Every file is open."""
 
     def read(self, name: str, offset: int, length: int) -> Tensor:
-        with safe_open(str(self._folder / self._files[name]), framework="pt") as file:
-            part = file.get_slice(name)
-            rows: Tensor = part[offset : offset + length] if part.get_shape() else file.get_tensor(name)
-            return rows
+        file = self._file(name)
+        part = file.get_slice(name)
+        rows: Tensor = part[offset : offset + length] if part.get_shape() else file.get_tensor(name)
+        return rows
 
-    def dtypes(self) -> dict[str, str]:
-        """safetensors' name of every tensor's dtype ("BF16"); every file is opened once."""
-        found: dict[str, str] = {}
-        for file in sorted(set(self._files.values())):
-            with safe_open(str(self._folder / file), framework="pt") as opened:
-                found |= {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
-        return found
+    def close(self) -> None:
+        """Unmap the files."""
+        self._open.clear()
+
+    def _file(self, name: str) -> Any:
+        file = self._files[name]
+        if file not in self._open:
+            self._open[file] = safe_open(str(self._folder / file), framework="pt")
+        return self._open[file]
 
 
 class MemoryReader:
