@@ -5,6 +5,8 @@ from __future__ import annotations
 import pickle
 import re
 import socket
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -213,6 +215,39 @@ def test_the_answer_of_another_request_is_never_returned(
     server.script = [QUEUED, frame_reply({}, {}, {"job_id": "f" * 32})]
     with pytest.raises(InvalidAnswer, match=f"{JOB} was asked for, and that of {'f' * 32}"):
         client.compute_log_prob(batch)
+
+
+FORKS = """
+import os, sys, threading, time
+import numpy as np
+from nexrl_client import HTTPTrainServiceClient
+
+client = HTTPTrainServiceClient(sys.argv[1], request_timeout=20)
+ids = np.ones((4, 6), np.int64)
+
+def call():
+    return client.compute_log_prob({"input_ids": ids, "responses": ids[:, 3:]})["batch"]["old_log_probs"].shape == (4, 3)
+
+thread = threading.Thread(target=call)
+thread.start()
+while "torch" not in sys.modules:
+    time.sleep(0.0005)
+child = os.fork()
+if child == 0:
+    os._exit(0 if call() else 1)
+thread.join()
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.timeout(60)
+def test_a_child_that_is_forked_while_a_thread_imports_torch_does_not_wait_for_that_thread(
+    server: ScriptedServer,
+) -> None:
+    """The first result makes tensors; what its thread was in the middle of would stay so in the child for ever."""
+    server.script = [frame_reply({"old_log_probs": np.zeros((4, 3), np.float32)}, {}, {})]
+    done = subprocess.run([sys.executable, "-c", FORKS, server.url], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 0 and "Exception" not in done.stderr, done.stderr
 
 
 def test_what_is_no_service_is_said_at_once() -> None:

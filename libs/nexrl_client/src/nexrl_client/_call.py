@@ -17,6 +17,7 @@ from tensor_codec import Encoded
 from ._batch import Content, json_object, normalise
 from ._body import Part, cut
 from ._setup import setup_params
+from ._tensors import ready
 from .errors import ClientError, InvalidBatch, UnknownOperation
 
 MAX_REQUEST_BYTES = 100 * 1024 * 1024
@@ -73,6 +74,7 @@ def prepare(
 
 def encode(batch: Content, params: Mapping[str, Any]) -> Encoded:
     """The request frame: a header, and views of the tensors. Raises InvalidBatch."""
+    ready()
     text = json.dumps({"version": 1, "metadata": batch.metadata, "params": params}, separators=(",", ":"))
     try:
         return tensor_codec.encode(batch.tensors, {FRAME_METADATA_KEY: text})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures.thread  # noqa: F401 - torch imports it: too late for its lock where a fork waits for that
 import os
 import sys
 import threading
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import tensor_codec
+import tensor_codec._numpy  # now, and not by the first call, which a fork may interrupt
 from numpy.typing import NDArray
 from tensor_codec import Frame, JSONTensor
 
@@ -54,15 +56,21 @@ def is_torch(value: Any) -> bool:
 
 
 def has_torch() -> bool:
-    """Whether results are torch tensors; imports torch."""
+    """Whether results are torch tensors; imports torch, and what of the codec needs it."""
     try:
         with _importing:
-            import torch  # noqa: F401
+            import tensor_codec._torch  # noqa: F401
     except ImportError:
         return False
     return True
 
 
+def ready() -> None:
+    """Import what tensors of a torch that the caller has imported need."""
+    if "torch" in sys.modules:
+        has_torch()
+
+
 _importing = threading.RLock()
-# A fork waits for an import that another thread is in: a child would wait for its end for ever.
+# A fork waits for an import that another thread is in: its child would wait for the end of that for ever.
 os.register_at_fork(before=_importing.acquire, after_in_parent=_importing.release, after_in_child=_importing.release)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import encodings.idna  # noqa: F401 - now, and not by the first connection, which a fork may interrupt
 import os
 import re
 import ssl
