@@ -24,7 +24,7 @@ _FILES_PER_CONNECTION = 4
 """Its socket; for an upload a second descriptor of that, and files of the store."""
 _M_MMAP_THRESHOLD = -3
 _MAPPED_BYTES = 4 * 1024**2
-_SWITCH_S = 0.001
+_SWITCH_S = 0.002
 """How long a thread keeps the interpreter while the event loop waits for it."""
 
 

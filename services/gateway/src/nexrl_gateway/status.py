@@ -24,7 +24,7 @@ STALE_S = 20.0
 def health(services: Services) -> tuple[dict[str, Any], bool]:
     """What ``/health`` shows, and whether Redis and the payload store answer. ``reasons`` say why it is not healthy."""
     report: dict[str, Any] = {"status": "degraded", "redis": "ok", "payload_store": _store_state(services)}
-    report["reasons"] = reasons = _lacks(services)
+    report["reasons"] = reasons = _lacks(services) + _full(services.settings.checkpoint_roots)
     try:
         services.ledger.client.ping()
         fault = redis_fault(services.ledger.client)
@@ -126,13 +126,16 @@ def _store_state(services: Services) -> str:
 
 
 def _lacks(services: Services) -> list[str]:
-    """The payload store's fault, and each folder of the service whose disk is full."""
+    """What keeps requests from being served: the payload store's fault, and a full disk of it or of the data folder."""
     settings, store = services.settings, _store_state(services)
-    folders = [settings.data, *settings.checkpoint_roots]
+    folders = [settings.data]
     if settings.payloads.startswith("file://"):
         folders.append(Path(settings.payloads.removeprefix("file://")))
-    full = dict.fromkeys(text for folder in folders if (text := lack_of_room(folder)))
-    return ([] if store == "ok" else [store]) + list(full)
+    return ([] if store == "ok" else [store]) + _full(folders)
+
+
+def _full(folders: Iterable[Path]) -> list[str]:
+    return [text for folder in folders if (text := lack_of_room(folder))]
 
 
 def _troubles(groups: list[GroupRecord], heard: set[str]) -> list[str]:

@@ -108,16 +108,18 @@ class _Readiness:
         for number, name in enumerate(self._settings.checkpointer_names, start=1):
             expected[f"checkpointer-{number}"] = checkpointers.get(name, 0.0)
         missing = [name for name, heartbeat in expected.items() if heartbeat < self._supervisor.started_at(name)]
-        return missing or ([] if self._gateway_ready() else ["gateway"])
+        return missing or self._gateway_lacks()
 
-    def _gateway_ready(self) -> bool:
+    def _gateway_lacks(self) -> list[str]:
+        """Nothing, or the gateway, with its reasons where it says any."""
         # An address that means "every interface" is reached through loopback.
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._settings.host, self._settings.host)
         url = service_url(host, self._settings.port)
         try:
-            return self._http.get(f"{url}/ready", timeout=_PROBE_S).status_code == 200
-        except requests.RequestException:
-            return False
+            answer = self._http.get(f"{url}/ready", timeout=_PROBE_S)
+            return [] if answer.status_code == 200 else [f"gateway ({'; '.join(answer.json()['reasons'])})"]
+        except (requests.RequestException, KeyError):
+            return ["gateway"]
 
 
 def _check_port(host: str, port: int) -> None:
