@@ -58,11 +58,23 @@ def leftovers(stack: Stack) -> list[str]:
     return files + lasting
 
 
+_INDEXES = (
+    "ledger",
+    "delivered",
+    "spent",
+    "forgotten",
+    "order",
+    "jobs",
+    "groups",
+    "agents",
+    "checkpointers",
+    "checkpoints",
+)
+
+
 def _permanent(key: str, groups: set[str]) -> bool:
     """Indexes of fixed size, and one record and one list a living group."""
-    if key in {
-        f"nexrl:{name}" for name in ("order", "jobs", "groups", "agents", "checkpointers", "checkpoints", "ledger")
-    }:
+    if key in {f"nexrl:{name}" for name in _INDEXES}:
         return True
     if key in {f"nexrl:{kind}:{group}" for kind in ("group", "applied") for group in groups}:
         return True

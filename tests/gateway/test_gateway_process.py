@@ -12,9 +12,24 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import RedisServer, wait_until
-from gateway.kit import ASYNC, FRAME, Gateway, PlayedGroup, forget_peak, frame, memory_peak, refusal, slowest_health
+from gateway.kit import (
+    ASYNC,
+    FRAME,
+    B,
+    Gateway,
+    PlayedGroup,
+    R,
+    forget_peak,
+    frame,
+    memory_peak,
+    put_parts,
+    refusal,
+    slowest_health,
+)
+from nexrl_contract import names
 from nexrl_contract.names import AGENT_QUEUE, JANITOR_KEY
 from nexrl_contract.records import AgentRecord
 from nexrl_gateway.janitor import sweep
@@ -231,4 +246,41 @@ def test_the_janitor_spares_what_is_in_use(swept_gateway: Gateway, redis_url: st
 
     assert asyncio.run(sweep_twice()) == [["abandoned"], []]
     assert gateway.stored() == sorted([job_id, "fresh"])
+    ledger.client.close()
+
+
+@pytest.fixture
+def forgetful_gateway(redis_url: str, tmp_path: Path) -> Iterator[Gateway]:
+    """A gateway on a database of its own that keeps everything for seconds only, and no more than two jobs."""
+    kept = {f"NEXRL_{name}": "2" for name in ("RESULT_KEPT_S", "UPLOAD_KEPT_S", "JOBS_KEPT", "JOBS_KEPT_S")}
+    gateway = Gateway(tmp_path, redis_url.replace("/0", "/1"), **kept)
+    yield gateway
+    gateway.stop()
+
+
+def test_what_finished_work_leaves_is_gone_after_a_while(forgetful_gateway: Gateway, redis_url: str) -> None:
+    """A result goes some time after it was fetched, and not before; jobs are few; a killed client's upload goes,
+    while one that makes progress stays however long it takes."""
+    gateway = forgetful_gateway
+    ledger = Ledger(connect(redis_url.replace("/0", "/1")))
+    group = PlayedGroup(ledger, gateway.payloads)
+    log_probs = {"old_log_probs": np.zeros((B, R), np.float32)}
+    ids = []
+    for _ in range(5):
+        ids.append(gateway.post("/compute_log_prob", data=frame(), headers={**FRAME, **ASYNC}).json()["id"])
+        group.run_next(tensors=log_probs)
+    put_parts(gateway, frame()[:200], 100, payload="a" * 32)
+    assert gateway.get(f"/jobs/{ids[4]}/result", headers={"Accept": names.FRAME_TYPE}).status_code == 200
+    assert gateway.get(f"/jobs/{ids[4]}/result").status_code == 200, "a lost answer is given again"
+
+    for number in range(8):
+        time.sleep(0.7)
+        put_parts(gateway, bytes(100 * (number + 1)), 100, payload="b" * 32)
+    assert gateway.get(f"/payloads/{'b' * 32}").json()["parts"] == list(range(8))
+
+    wait_until(lambda: gateway.stored() == [f".parts-{'b' * 32}", f"{ids[3]}.result"], 15, "the janitor")
+    refusal(gateway.get(f"/jobs/{ids[4]}/result"), 410, "EXPIRED")
+    assert gateway.get(f"/jobs/{ids[4]}").json()["state"] == "finished"
+    assert gateway.get(f"/jobs/{ids[3]}/result").status_code == 200
+    refusal(gateway.get(f"/jobs/{ids[0]}"), 410, "EXPIRED")
     ledger.client.close()

@@ -13,6 +13,8 @@ import pytest
 from conftest import free_port
 from little_proxy import little_proxy
 from nexrl_contract.manifest import Manifest, describe, write_manifest
+from nexrl_contract.processes import rotate_logs
+from nexrl_stack.rank_logs import rank_lines
 
 pytestmark = pytest.mark.timeout(180)
 Nexrl = Callable[..., CompletedProcess[str]]
@@ -85,6 +87,26 @@ def test_logs_carry_the_rank(tmp_path: Path, nexrl: Nexrl) -> None:
         (folder / f"rank{rank}.log").write_text(text)
     answer = nexrl("logs", "student", "--data", str(tmp_path))
     assert answer.stdout.splitlines() == ["[0] first", "[0] second", "[2] two", "[10] unfinished"]
+
+
+def test_logs_are_bounded_and_none_of_their_lines_is_lost(tmp_path: Path, nexrl: Nexrl) -> None:
+    """A process that appends is not disturbed; whoever follows reads on, and who comes later sees what is kept."""
+    folder = tmp_path / ".nexrl" / "logs" / "groups" / "student"
+    folder.mkdir(parents=True)
+    followed, written = rank_lines(folder, follow=True), []
+    with (folder / "rank0.log").open("ab", buffering=0) as log:
+        for number in range(200):
+            written.append(f"line {number}")
+            log.write(f"line {number}\n".encode())
+            if number % 10 == 5:
+                rotate_logs(folder, 400)
+            assert next(followed) == f"[0] line {number}"
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert sorted(sizes) == ["rank0.log", "rank0.log.1", "rank0.log.2"]
+    assert sum(sizes.values()) < 3 * 600
+    shown = nexrl("logs", "student", "--data", str(tmp_path)).stdout.splitlines()
+    assert shown == [f"[0] {line}" for line in written[-len(shown) :]]
+    assert len(shown) > 100
 
 
 @pytest.mark.parametrize(("identifier", "message"), [("nobody", "there are no logs"), ("../x", "is no identifier")])

@@ -35,6 +35,12 @@ ENDED_CHANNEL = f"{_PREFIX}:ended"
 LEDGER_KEY = f"{_PREFIX}:ledger"
 """Tells one Redis from another, and from itself after it was emptied."""
 JANITOR_KEY = f"{_PREFIX}:janitor"
+DELIVERED_KEY = f"{_PREFIX}:delivered"
+"""Sorted set, time -> job id: results that have been delivered; infinity while one is being removed."""
+SPENT_KEY = f"{_PREFIX}:spent"
+"""Sorted set, time -> idempotency key: keys of jobs whose records were dropped because there were many."""
+FORGOTTEN_KEY = f"{_PREFIX}:forgotten"
+"""The youngest id among the jobs that were dropped so."""
 
 RESULT_TTL_S = 24 * 3600
 TOMBSTONE_TTL_S = 8 * 24 * 3600

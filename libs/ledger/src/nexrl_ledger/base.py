@@ -21,6 +21,9 @@ _SCRIPTS = {
     "start_epoch": scripts.START_EPOCH,
     "end_group": scripts.END_GROUP,
     "roll_back": scripts.ROLL_BACK,
+    "hold_result": scripts.HOLD_RESULT,
+    "take_due": scripts.TAKE_DUE,
+    "drop_finished": scripts.DROP_FINISHED,
 }
 
 

@@ -45,6 +45,8 @@ class JobRecords(LedgerPart):
                         return written, False  # redis-py reports a lost reply as a WatchError, too
                     if key and (first := pipe.get(key)) is not None:
                         return self._replayed(job, str(first)), True
+                    if job.key and pipe.zscore(names.SPENT_KEY, job.key) is not None:
+                        raise _spent(job.key)
                     former = _group_in(pipe, group_key)
                     check(former)
                     if (queued := pipe.zcard(names.waiting_key(job.queue))) >= MAX_QUEUED:
@@ -65,9 +67,7 @@ class JobRecords(LedgerPart):
     def _replayed(self, job: JobRecord, first_id: str) -> JobRecord:
         first = self.job(first_id)
         if first is None:
-            raise ServiceError(
-                "EXPIRED", f"idempotency key {job.key!r} was used by a job whose result has expired; use a new key"
-            )
+            raise _spent(job.key)
         if first.fingerprint != job.fingerprint:
             raise ServiceError(
                 "IDEMPOTENCY_MISMATCH",
@@ -93,6 +93,8 @@ class JobRecords(LedgerPart):
         """The job that first used an idempotency key, None when the key is new or none; raises as :meth:`submit` does."""
         first = self.client.get(names.idempotency_key(key)) if key else None
         if first is None:
+            if key and self.client.zscore(names.SPENT_KEY, key) is not None:
+                raise _spent(key)
             return None
         return self._replayed(
             JobRecord(id="", operation="", identifier="", queue="", key=key, fingerprint=fingerprint), str(first)
@@ -109,10 +111,10 @@ class JobRecords(LedgerPart):
         if job is not None:
             return job
         age = names.job_age_s(job_id)
-        if age is not None and age > names.RESULT_TTL_S:
-            raise ServiceError(
-                "EXPIRED", f"job {job_id} ended more than a day ago and its result is gone", job_id=job_id
-            )
+        dropped: str = self.client.get(names.FORGOTTEN_KEY) or ""
+        if age is not None and (age > names.RESULT_TTL_S or job_id <= dropped):
+            message = f"job {job_id} ended more than a day or very many jobs ago, and its result is gone"
+            raise ServiceError("EXPIRED", message, job_id=job_id)
         raise ServiceError("JOB_NOT_FOUND", f"there is no job {job_id}", job_id=job_id)
 
     def jobs(self, identifier: str | None = None, limit: int = 100) -> list[JobRecord]:
@@ -235,6 +237,11 @@ class JobRecords(LedgerPart):
         state, told = self.client.hmget(names.job_key(job_id), "state", "waits_for")
         if state == "queued" and told != reason:
             self.client.hset(names.job_key(job_id), "waits_for", reason)
+
+
+def _spent(key: str | None) -> ServiceError:
+    message = f"idempotency key {key!r} was used by a job whose result has expired; use a new key"
+    return ServiceError("EXPIRED", message)
 
 
 def _group_in(pipe: Any, key: str) -> GroupRecord | None:

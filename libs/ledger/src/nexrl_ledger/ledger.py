@@ -7,9 +7,10 @@ from nexrl_contract import names
 from nexrl_ledger.groups import GroupRecords
 from nexrl_ledger.jobs import JobRecords
 from nexrl_ledger.presence import Presence
+from nexrl_ledger.retention import Retention
 
 
-class Ledger(JobRecords, GroupRecords, Presence):
+class Ledger(JobRecords, GroupRecords, Presence, Retention):
     """All records, by way of one client."""
 
     def payloads_in_use(self) -> set[str]:

@@ -176,3 +176,39 @@ if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return -1 end
 return roll_back(KEYS[1], KEYS[2], ARGV[2])
 """
 )
+
+HOLD_RESULT = """
+-- KEYS: delivered. ARGV: job id, now. A result that is not among the delivered is kept anyway.
+local since = redis.call('ZSCORE', KEYS[1], ARGV[1])
+if since == 'inf' then return 0 end
+if since then redis.call('ZADD', KEYS[1], ARGV[2], ARGV[1]) end
+return 1
+"""
+
+TAKE_DUE = """
+-- KEYS: delivered. ARGV: the time that has passed for those that are due
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', ARGV[1])) do redis.call('ZADD', KEYS[1], '+inf', id) end
+return redis.call('ZRANGEBYSCORE', KEYS[1], '+inf', '+inf')
+"""
+
+DROP_FINISHED = """
+-- The oldest jobs, if they ended before a time and nobody holds their result. Returns how many left the index.
+-- KEYS: jobs, spent, delivered, forgotten. ARGV: how many to look at, now, that time
+local gone = 0
+for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, ARGV[1] - 1)) do
+  local job = redis.call('HMGET', 'nexrl:job:' .. id, 'queue', 'finished_at', 'key', 'result_payload')
+  local held = redis.call('ZSCORE', KEYS[3], id)
+  local ended = job[2] and tonumber(job[2]) < tonumber(ARGV[3])
+  if not job[1] or (ended and (not held or held == 'inf')) then
+    redis.call('ZREM', KEYS[1], id)
+    gone = gone + 1
+    if job[1] then
+      redis.call('DEL', 'nexrl:job:' .. id)
+      if job[4] then redis.call('ZADD', KEYS[3], '+inf', id) end
+      if job[3] and redis.call('DEL', 'nexrl:key:' .. job[3]) == 1 then redis.call('ZADD', KEYS[2], ARGV[2], job[3]) end
+      if (redis.call('GET', KEYS[4]) or '') < id then redis.call('SET', KEYS[4], id) end
+    end
+  end
+end
+return gone
+"""

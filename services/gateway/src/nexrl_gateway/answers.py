@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
+import redis
 from anyio.to_thread import run_sync
 from fastapi.responses import StreamingResponse
 from nexrl_contract import names
@@ -14,7 +17,7 @@ from nexrl_contract.names import FRAME_METADATA_KEY, FRAME_TYPE
 from nexrl_contract.operations import OPERATIONS
 from nexrl_contract.records import GroupRecord, JobRecord
 from nexrl_ledger import Ledger
-from nexrl_payloads import PayloadStore
+from starlette.background import BackgroundTask
 from starlette.responses import Response
 from tensor_codec import RawTensor, to_json
 
@@ -54,7 +57,17 @@ async def result_response(
     if not job.final:
         raise await run_sync(_unfinished, services, job)
     _raise_unless_finished(job)
-    return await run_sync(_response, services.store, job, wishes.frame, extra or {})
+    response = await run_sync(_response, services, job, wishes.frame, extra or {})
+    if job.result_payload is not None:
+        response.background = BackgroundTask(_after_delivery, services.ledger, job.id, response)
+    return response
+
+
+def _after_delivery(ledger: Ledger, job_id: str, response: Response) -> None:
+    """Note that the whole result has gone out; a connection that broke before leaves it as it was."""
+    if not isinstance(response, FrameResponse) or response.complete:
+        with contextlib.suppress(redis.exceptions.RedisError):  # it is kept for longer then
+            ledger.delivered(job_id)
 
 
 def initialized(group: GroupRecord, ignored: list[str], said: dict[str, Any]) -> Response:
@@ -136,8 +149,20 @@ def _raise_unless_finished(job: JobRecord) -> None:
         )
 
 
-def _response(store: PayloadStore, job: JobRecord, frame: bool, extra: dict[str, Any]) -> Response:
-    stored = _stored(store, job)
+class FrameResponse(StreamingResponse):
+    """A frame in pieces; ``complete`` once the last one has been taken."""
+
+    def __init__(self, pieces: Iterable[bytes], nbytes: int) -> None:
+        self.complete = False
+        super().__init__(self._watched(pieces), media_type=FRAME_TYPE, headers={"Content-Length": str(nbytes)})
+
+    def _watched(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        yield from pieces
+        self.complete = True
+
+
+def _response(services: Services, job: JobRecord, frame: bool, extra: dict[str, Any]) -> Response:
+    stored = _stored(services, job)
     result = {**_document(stored), **(job.result or {})}
     if not OPERATIONS.get(job.operation, OPERATIONS["barrier"]).takes_batch:
         ignored = {"ignored": job.ignored} if job.ignored or job.operation == "initialize_worker" else {}
@@ -174,10 +199,13 @@ def _meta_info(job: JobRecord, result: dict[str, Any]) -> dict[str, Any]:
     return {**said, **result, **known, "timing": timing}
 
 
-def _stored(store: PayloadStore, job: JobRecord) -> StoredFrame | None:
+def _stored(services: Services, job: JobRecord) -> StoredFrame | None:
     if job.result_payload is None:
         return None
+    store = services.store
     try:
+        if not services.ledger.hold_result(job.id):
+            raise _expired(services, job)
         for _ in store.stream(job.result_payload.id, job.result_payload.checksum):
             pass  # before the answer begins: in its middle there is no way to say what is wrong
         return read_frame(store, job.result_payload)
@@ -186,7 +214,13 @@ def _stored(store: PayloadStore, job: JobRecord) -> StoredFrame | None:
             raise _damaged(job) from None
         if error.code != "PAYLOAD_NOT_FOUND":
             raise
-        raise ServiceError("EXPIRED", f"the result of job {job.id} has expired", job_id=job.id) from None
+        raise _expired(services, job) from None
+
+
+def _expired(services: Services, job: JobRecord) -> ServiceError:
+    kept = services.settings.result_kept_s
+    message = f"the result of job {job.id} is gone: it is kept for a day, or for {kept:g} s after it was fetched"
+    return ServiceError("EXPIRED", message, job_id=job.id, identifier=job.identifier)
 
 
 def _damaged(job: JobRecord) -> ServiceError:
@@ -214,5 +248,4 @@ def _frame_response(stored: StoredFrame, document: dict[str, Any]) -> Response:
     """The stored tensors under a header of our own, which says what only the ledger knows."""
     text = json.dumps(finite(document), separators=(",", ":"))
     head = header_bytes(stored.header, {FRAME_METADATA_KEY: text})
-    headers = {"Content-Length": str(len(head) + stored.nbytes)}
-    return StreamingResponse(chain([head], stored.body), media_type=FRAME_TYPE, headers=headers)
+    return FrameResponse(chain([head], stored.body), len(head) + stored.nbytes)

@@ -37,7 +37,9 @@ _SHOWN = (
         job_id=JOB_ID,
         identifier="student",
     ),
-    ServiceError("EXPIRED", f"job {JOB_ID} ended more than a day ago and its result is gone", job_id=JOB_ID),
+    ServiceError(
+        "EXPIRED", f"job {JOB_ID} ended more than a day or very many jobs ago, and its result is gone", job_id=JOB_ID
+    ),
     ServiceError(
         "TOO_LARGE",
         "the body has 40000000 bytes or more and the limit is 33554432; send tensors as the binary frame "

@@ -1,4 +1,4 @@
-"""Takes away payloads that nobody needs any more, of all replicas one at a time; and ends groups that nobody has any more."""
+"""Takes away payloads and records that nobody needs any more, of all replicas one at a time; and ends lost groups."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import redis
 from anyio.to_thread import run_sync
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.names import JANITOR_KEY, RESULT_TTL_S
+from nexrl_payloads import RESULT_SUFFIX
 
 from nexrl_gateway.lost_groups import LostGroups
 from nexrl_gateway.services import Services
 
-PERIOD_S = 60
-UPLOAD_AGE_S = 3600.0
+PERIOD_S = 60.0
 _log = logging.getLogger(__name__)
 
 
@@ -28,15 +28,27 @@ async def keep_clean(services: Services) -> None:
         except (redis.exceptions.RedisError, ServiceError) as error:
             lost.forget()
             _log.warning("janitor.failed error=%s", error)
-        await asyncio.sleep(PERIOD_S)
+        await asyncio.sleep(_period_s(services))
 
 
 def sweep(services: Services) -> list[str]:
     """One sweep, unless another replica has just made one; the ids of what was removed."""
-    if not services.ledger.client.set(JANITOR_KEY, "1", nx=True, ex=PERIOD_S - 5):
+    ledger, settings = services.ledger, services.settings
+    if not ledger.client.set(JANITOR_KEY, "1", nx=True, px=int(_period_s(services) * 900)):
         return []
-    in_use = services.ledger.payloads_in_use()
-    removed = services.store.sweep(in_use, result_age_s=RESULT_TTL_S, upload_age_s=UPLOAD_AGE_S)
-    if removed:
-        _log.info("janitor.swept count=%d", len(removed))
+    in_use = ledger.payloads_in_use()
+    removed = services.store.sweep(in_use, result_age_s=RESULT_TTL_S, upload_age_s=settings.upload_kept_s)
+    dropped = ledger.drop_finished(settings.jobs_kept, settings.jobs_kept_s)
+    due = ledger.take_due_results(settings.result_kept_s)
+    for job_id in due:
+        services.store.delete(f"{job_id}{RESULT_SUFFIX}")
+    ledger.forget_results(due)
+    if removed or dropped or due:
+        _log.info("janitor.swept payloads=%d jobs=%d results=%d", len(removed), dropped, len(due))
     return removed
+
+
+def _period_s(services: Services) -> float:
+    """A minute, or half of the shortest time that something is kept."""
+    settings = services.settings
+    return min(PERIOD_S, settings.result_kept_s / 2, settings.upload_kept_s / 2, settings.jobs_kept_s / 2)

@@ -15,6 +15,8 @@ GIB = 1024**3
 class Settings:
     """``wait_limit_s`` bounds a synchronous answer, ``max_body_bytes`` a request's body.
 
+    ``result_kept_s``: tensors of a result after their last delivery; ``upload_kept_s``: an upload after its last byte;
+    ``jobs_kept``: records of ended jobs, the newest, and all of the last ``jobs_kept_s``.
     ``allowed_hosts`` are names that ``Host`` may have besides loopback and the address served; "*.suffix" and "*" too.
     """
 
@@ -30,6 +32,10 @@ class Settings:
     max_body_bytes: int = 4 * GIB
     max_connections: int = 2000
     allowed_hosts: tuple[str, ...] = ()
+    result_kept_s: float = 300.0
+    upload_kept_s: float = 600.0
+    jobs_kept: int = 10_000
+    jobs_kept_s: float = 600.0
 
     @classmethod
     def from_env(cls) -> Self:
@@ -48,6 +54,10 @@ class Settings:
             max_body_bytes=_integer("NEXRL_MAX_BODY_BYTES", 4 * GIB, 1),
             max_connections=_integer("NEXRL_MAX_CONNECTIONS", 2000, 1),
             allowed_hosts=_hosts("NEXRL_ALLOWED_HOSTS"),
+            result_kept_s=_integer("NEXRL_RESULT_KEPT_S", 300, 1),
+            upload_kept_s=_integer("NEXRL_UPLOAD_KEPT_S", 600, 1),
+            jobs_kept=_integer("NEXRL_JOBS_KEPT", 10_000, 0),
+            jobs_kept_s=_integer("NEXRL_JOBS_KEPT_S", 600, 1),
         )
 
     @property

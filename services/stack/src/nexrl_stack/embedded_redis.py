@@ -31,6 +31,9 @@ def redis_service(folder: Path, port: int) -> Service:
         "appendfsync": "always",
         "save": "",
         "maxmemory-policy": "noeviction",
+        # Rewritten whenever it has doubled since, and not below this: it holds no more than twice what is there.
+        "auto-aof-rewrite-percentage": "100",
+        "auto-aof-rewrite-min-size": "16mb",
     }
     argv = [str(get_binary_path())]
     for name, value in options.items():

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nexrl_contract.processes import older_logs
+
 _POLL_S = 0.25
 _FILE = re.compile(r"rank(\d+)\.log")
 
@@ -17,8 +19,11 @@ def rank_lines(folder: Path, *, follow: bool) -> Iterator[str]:
     tails: dict[Path, _Tail] = {}
     while True:
         for rank, path in rank_files(folder):
-            for line in tails.setdefault(path, _Tail(path)).new_lines(unfinished=not follow):
-                yield f"[{rank}] {line}"
+            if path not in tails:
+                for older in older_logs(path):
+                    if older.exists():
+                        yield from _numbered(rank, _Tail(older).new_lines(unfinished=True))
+            yield from _numbered(rank, tails.setdefault(path, _Tail(path)).new_lines(unfinished=not follow))
         if not follow:
             return
         time.sleep(_POLL_S)
@@ -32,7 +37,7 @@ def rank_files(folder: Path) -> list[tuple[int, Path]]:
 
 @dataclass
 class _Tail:
-    """What of a growing file has not been read yet."""
+    """What of a growing file has not been read yet; one that was begun anew is read on in the copy of what it held."""
 
     path: Path
     position: int = 0
@@ -41,12 +46,26 @@ class _Tail:
     def new_lines(self, *, unfinished: bool) -> list[str]:
         """Lines that ended since the last call; ``unfinished`` also gives a last one without its end."""
         with self.path.open("rb") as file:
+            text = self.rest
             if file.seek(0, 2) < self.position:
-                self.position, self.rest = 0, b""
+                text += self._left_behind()
+                self.position = 0
             file.seek(self.position)
-            text = self.rest + file.read()
+            text += file.read()
             self.position = file.tell()
         *lines, self.rest = text.split(b"\n")
         if unfinished and self.rest:
             lines.append(self.rest)
         return [line.decode(errors="replace").rstrip("\r") for line in lines]
+
+    def _left_behind(self) -> bytes:
+        try:
+            with older_logs(self.path)[-1].open("rb") as copy:
+                copy.seek(self.position)
+                return copy.read()
+        except FileNotFoundError:
+            return b""
+
+
+def _numbered(rank: int, lines: list[str]) -> list[str]:
+    return [f"[{rank}] {line}" for line in lines]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from nexrl_contract.processes import die_with_parent
+from nexrl_contract.processes import die_with_parent, log_limit, rotate_logs
 
 from nexrl_stack.services import Service
 
@@ -25,6 +25,7 @@ _TAIL_LINES = 20
 _SAID_BYTES = 64 * 1024
 _LOOK_EVERY_S = 1.0
 _TELL_EVERY_S = 15.0
+_LOGS_EVERY_S = 5.0
 
 
 class GaveUp(Exception):
@@ -41,6 +42,7 @@ class Supervisor:
         self._logs = logs
         self._say = say
         self._obstacle = obstacle
+        self._log_bytes = log_limit()
         self._stopping = False
         self._children: list[_Child] = []
         self._stop_since: float | None = None
@@ -66,7 +68,8 @@ class Supervisor:
         while self._stop_since is None:
             if done():
                 return True
-            self._sleep(every_s)
+            self._sleep(min(every_s, _LOGS_EVERY_S))
+            rotate_logs(self._logs, self._log_bytes)
             for child in self._children:
                 self._revive(child)
         return False

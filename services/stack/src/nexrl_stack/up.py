@@ -40,7 +40,10 @@ def run_stack(settings: StackSettings, *, fresh: bool, ready: Tell, say: Tell) -
         full = partial(lack_of_room, settings.data)
         if (lack := full()) is not None:
             raise Refused(lack)
-        supervisor = Supervisor(settings.own_folder / "logs", say, full)
+        try:
+            supervisor = Supervisor(settings.own_folder / "logs", say, full)
+        except ValueError as error:
+            raise Refused(str(error)) from error
         try:
             _keep(supervisor, settings, ready, say)
         finally:

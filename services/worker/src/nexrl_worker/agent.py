@@ -16,6 +16,7 @@ from typing import TypeVar
 import redis
 from nexrl_contract import names
 from nexrl_contract.errors import ServiceError
+from nexrl_contract.processes import rotate_logs
 from nexrl_contract.records import AgentRecord, GroupRecord, JobRecord
 from nexrl_ledger import Fenced, Ledger, ResidentWorker, connect, until_redis
 from nexrl_payloads import open_store
@@ -70,6 +71,8 @@ class Agent:
         if time.monotonic() - self._beat_at >= BEAT_S:
             self._beat()
             clear_staging(self._ledger, self._settings.data)
+            for process in list(self._running.values()):
+                rotate_logs(process.folders.logs, self._settings.log_bytes)
         self._place_waiting()
 
     def _beat(self) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from nexrl_contract.machine import CPU_SLOTS, visible_gpus
+from nexrl_contract.processes import log_limit
 
 _DEFAULT_STOP_LIMIT_S = 50  # within the stop_grace_period of docker-compose.yml
 
@@ -30,6 +31,7 @@ class AgentSettings:
     identifier: str | None
     fsync: bool
     stop_limit_s: int
+    log_bytes: int
 
     @classmethod
     def from_env(cls) -> Self:
@@ -53,6 +55,7 @@ class AgentSettings:
             identifier=fixed,
             fsync=os.environ.get("NEXRL_FSYNC", "0") == "1",
             stop_limit_s=_integer("NEXRL_STOP_LIMIT_S", _DEFAULT_STOP_LIMIT_S),
+            log_bytes=log_limit(),
         )
 
 
