@@ -233,6 +233,18 @@ def test_an_endless_trailer_is_cut_off(quick: Quick, group: PlayedGroup) -> None
         assert sent < 10 * MIB
 
 
+def test_an_error_does_not_repeat_what_is_long(gateway: Gateway, redis_url: str) -> None:
+    """However long a path or a name was, its answer is short."""
+    for method, path in (
+        ("GET", f"/jobs/{'a' * 60_000}"),
+        ("GET", f"/{'a' * 60_000}"),
+        ("POST", f"/jobs/{'a' * 60_000}"),
+    ):
+        refused = gateway.call(method, path)
+        assert refused.status_code in (404, 405)
+        assert len(refused.content) < 1000
+
+
 def test_what_is_no_http_gets_the_one_shape_of_errors(quick: Quick) -> None:
     with quick.connect(b"\x16\x03\x01 hello\r\n\r\n") as client:
         status, document = answer(client)

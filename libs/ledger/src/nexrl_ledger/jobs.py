@@ -115,7 +115,8 @@ class JobRecords(LedgerPart):
         if age is not None and (age > names.RESULT_TTL_S or job_id <= dropped):
             message = f"job {job_id} ended more than a day or very many jobs ago, and its result is gone"
             raise ServiceError("EXPIRED", message, job_id=job_id)
-        raise ServiceError("JOB_NOT_FOUND", f"there is no job {job_id}", job_id=job_id)
+        shown = job_id[:100]
+        raise ServiceError("JOB_NOT_FOUND", f"there is no job {shown}", job_id=shown)
 
     def jobs(self, identifier: str | None = None, limit: int = 100) -> list[JobRecord]:
         """Newest first; at most ``limit``."""

@@ -59,7 +59,8 @@ def as_service_error(error: Exception, request: Request) -> ServiceError:
             return argument_error([{**each, "loc": each["loc"][1:]} for each in error.errors()])
         case HTTPException():
             code = _BY_STATUS.get(error.status_code, "INTERNAL")
-            return ServiceError(code, f"{request.method} {request.url.path}: {error.detail}; /docs lists what there is")
+            asked = f"{request.method} {request.url.path[:200]}"
+            return ServiceError(code, f"{asked}: {error.detail}; /docs lists what there is")
         case ClientDisconnect():
             return ServiceError("MALFORMED", "the connection ended before the body did")
     if isinstance(error, redis.exceptions.AuthenticationError):
