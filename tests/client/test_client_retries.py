@@ -47,6 +47,8 @@ RUNNING = error_reply("JOB_RUNNING", job_id=JOB)
         error_reply("GROUP_DOWN"),
         error_reply("REDIS_UNAVAILABLE"),
         error_reply("STORE_UNAVAILABLE"),
+        error_reply("GATEWAY_BUSY"),
+        error_reply("SLOW_REQUEST"),
     ],
     ids=lambda reply: "dropped" if reply.drop else "cut" if reply.cut else f"{reply.status} {reply.body[:40]!r}",
 )

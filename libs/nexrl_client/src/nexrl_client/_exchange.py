@@ -68,7 +68,7 @@ class Budget:
 
 
 class Exchange:
-    """Sends requests through a transport, and again after what may pass: lost connections, 429, 502, 503, 504."""
+    """Sends requests through a transport, and again after what may pass: lost connections, 408, 429, 502 to 504."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
@@ -114,8 +114,9 @@ def _passes(error: ServiceFault) -> bool:
     if error.job_id is not None:  # how that job ended; asking again does not change it
         return False
     if error.code is None:
-        return error.status in (429, 502, 503, 504)
-    return bool(error.details["retryable"]) and (error.status in (429, 502, 503) or error.code == "CHECKSUM_MISMATCH")
+        return error.status in (408, 429, 502, 503, 504)
+    passing = error.status in (408, 429, 502, 503) or error.code == "CHECKSUM_MISMATCH"
+    return passing and bool(error.details["retryable"])
 
 
 def _back_off_s(attempt: int) -> float:
