@@ -77,8 +77,12 @@ class Reader:
         plan = make_plan("update_actor", rows.size, self._team.size, Cut(micro_rows=_MICRO_ROWS))
         layout, mine = Layout.of(rows), plan.rows_of(self._team.rank)
         names = ("advantages", "old_log_probs")
-        rows.keep(mine)
-        check_rows(rows, layout, _LIMITS, names, mine)
+
+        def check() -> None:
+            rows.keep(mine)
+            check_rows(rows, layout, _LIMITS, names, mine)
+
+        self._team.agree(check)
         reader = BatchReader(rows, layout, names, torch.device("cpu"), torch.float32)
         micros = plan.mini_batches[0].ranks[self._team.rank]
         scored = sum(int(reader.read_scored(micro).sum()) for micro in micros)
