@@ -15,7 +15,8 @@ TARGET = Path(__file__).parents[1] / "docs" / "configuration.md"
 HEAD = """# Configuration of a worker group
 
 `initialize_worker(config_dict=...)` takes `{"actor": {...}, "resource": {...}}`; only `actor.model.path` is required.
-An unknown key is refused with the nearest known one; `${...}` is refused by name. This page is generated from
+An unknown key is refused with the nearest known one; `${...}` is refused by name. A key or section
+without a value (YAML null) is as if it were not there; `grad_clip: null` alone says something of its own. This page is generated from
 `libs/contract/src/nexrl_contract/sections.py` by `scripts/configuration_docs.py`.
 
 | key | type | default | meaning |

@@ -182,6 +182,22 @@ def test_settings_in_the_metadata_may_be_tensors_of_one_number() -> None:
     assert result["meta_info"]["ignored"] == []
 
 
+@pytest.mark.parametrize("given", [[0.5, 2], np.asarray([0.5, 2.0]), torch.tensor([[0.5], [2.0]])])
+@pytest.mark.parametrize("section", ["tensors", "metadata"])
+def test_a_temperature_of_each_row_is_a_tensor(given: Any, section: str) -> None:
+    """Wherever it was given; a list among the metadata would be no number that ranks could divide by."""
+    if section == "tensors" and isinstance(given, list):
+        pytest.skip("lists of tensors are another test's")
+    batch: dict[str, Any] = {"tensors": {"input_ids": np.zeros((2, 2), int)}, "metadata": {"global_step": 3}}
+    batch[section]["temperature"] = given
+    request, result = send(batch)
+    assert request.frame().numpy("temperature").tolist() == [0.5, 2.0]
+    assert described(request)["metadata"] == {"global_step": 3}
+    assert result["meta_info"]["ignored"] == []
+    with pytest.raises(InvalidBatch, match="give one"):
+        send({"tensors": {"temperature": np.ones(2)}, "metadata": {"temperature": [1.0, 1.0]}})
+
+
 def test_params_travel_in_the_frame(batch: dict[str, Any]) -> None:
     """An operation's arguments go with its batch."""
     request, _ = send(batch, "forward_backward", loss="cross_entropy")
@@ -204,7 +220,7 @@ def test_params_travel_in_the_frame(batch: dict[str, Any]) -> None:
         ({"tensors": {}, "metdata": {"temperature": 1}}, "unknown keys metdata"),
         ({"batch": None, "meta_info": {}}, "no dict of tensors"),
         ({"tensors": {}, "values": [1]}, "'values' is list"),
-        ({"tensors": {}, "metadata": {"temperature": torch.ones(1)}}, "temperature.*float"),
+        ({"tensors": {}, "metadata": {"entropy_coeff": torch.ones(1)}}, "entropy_coeff.*float"),
         ({"tensors": {}, "metadata": {"distillation_coeff": np.ones((1, 1))}}, "distillation_coeff.*float"),
         ({"tensors": {}, "metadata": {"entropy_coeff": {1.0}}}, "entropy_coeff.*float"),
         ({"tensors": {}, "metadata": {"loss_agg_mode": object()}}, "loss_agg_mode.*str"),

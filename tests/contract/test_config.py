@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from nexrl_contract.config import GroupConfig, differing_keys, effective, parse_config
+from nexrl_contract.config import GroupConfig, completed, differing_keys, effective, parse_config
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.sections import ActorConfig
 from nexrl_contract.yaml12 import load
@@ -71,7 +71,9 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(
         {"optim": {"betas": [0.9, 1.0]}},
         {"optim": {"betas": [-0.1, 0.9]}},
         {"optim": {"lr": float("nan")}},
-        {"optim": None},
+        {"model": None},
+        {"model": {"path": None}},
+        {"rollout_correction": {"mode": None}},
         {"seed": -1},
         {"ppo_epochs": 10**9},
         {"optim": {"lr": "${oc.env:LR}"}},
@@ -92,6 +94,41 @@ def test_a_value_that_cannot_be_used_is_refused_by_its_key(actor: dict[str, Any]
 
     assert caught.value.code == "INVALID_CONFIG"
     assert caught.value.details["key"].startswith("actor.")
+
+
+@pytest.mark.parametrize("role", ["actor", "critic", "teacher"])
+@pytest.mark.parametrize(
+    "nulls",
+    [
+        {"optim": None, "fsdp_config": None, "rollout": None, "ref": None, "rollout_correction": None},
+        {"fsdp_config": {"mixed_precision": None, "param_offload": None}, "ref": {"model": None}},
+        {"optim": {"lr": None, "betas": None, "lr_scheduler": None}, "seed": None, "shuffle": None, "clip_ratio": None},
+        {"policy_loss": None, "loss_func_type": None, "loss_agg_mode": None},
+        {"policy_loss": None, "loss_func_type": "ppo"},
+        {"loss_func_type": "NX_20241031", "loss_agg_mode": None},
+    ],
+)
+def test_a_key_without_a_value_is_as_if_it_were_not_there(role: str, nulls: dict[str, Any]) -> None:
+    """YAML reads `optim:` as null: that is the section's defaults, not an error and not another setting."""
+    found = parse_config({"actor": {"model": {"path": "/m"}, **nulls}, "resource": None, "url": None}, role)
+    plain = parse_config({"actor": {"model": {"path": "/m"}}}, role)
+
+    assert found.settings() == plain.settings()
+    assert found.ignored == ()
+
+
+def test_a_null_that_says_something_is_kept() -> None:
+    """No clipping is not the default clipping; an unknown key is unknown without a value, too."""
+    unclipped = parse({"grad_clip": None})
+    assert unclipped.settings()["grad_clip"] is None
+    assert differing_keys(unclipped.settings(), parse({}).settings()) == ["grad_clip"]
+    assert completed(unclipped.settings()) == unclipped.settings()
+    assert parse({"policy_loss": "gspo", "loss_agg_mode": None}).settings()["loss_agg_mode"] == "seq-mean-token-mean"
+    warmed = parse({"optim": {"lr_warmup_steps": None, "lr_warmup_steps_ratio": 0.1, "total_training_steps": 50}})
+    assert warmed.settings()["optim"]["lr_warmup_steps"] == 5
+    with pytest.raises(ServiceError) as caught:
+        parse({"optm": None})
+    assert caught.value.details["nearest"] == "actor.optim"
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,12 @@ BAD_TENSORS: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "narrow mask": ("update_actor", {"attention_mask": np.ones((B, R), np.int64)}, "attention_mask", f"[{B}, {R}]"),
     "R as long as S": ("compute_log_prob", {"responses": np.ones((B, S), np.int64)}, "responses", f"[{B}, {S}]"),
     "neither S nor R": ("update_actor", {"old_log_probs": np.ones((B, 5), np.float32)}, "old_log_probs", f"[{B}, 5]"),
+    "a temperature per token": (
+        "compute_log_prob",
+        {"temperature": np.ones((B, R), np.float32)},
+        "temperature",
+        f"[{B}, {R}]",
+    ),
     "log-probs per row": ("update_actor", {"old_log_probs": np.ones(B, np.float32)}, "old_log_probs", f"[{B}]"),
 }
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from nexrl_worker.training.losses.aggregation import MODES
 from nexrl_worker.training.losses.correction import MODES as CORRECTIONS
 from nexrl_worker.training.losses.divergence import KINDS
-from plain_loop import Trained, outputs_at, policy_step, scored_columns, train, value_step
+from plain_loop import Trained, outputs_at, policy_step, scored_columns, temperature_of, train, value_step
 from safetensors.torch import save_file
 from support import SMALL, MemoryRows
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ DRAWN = st.fixed_dictionaries(
         "padding": st.sampled_from(["left", "right", "both", "holes"]),
         "masks": st.sampled_from(["scoring", "loss", "attention"]),
         "wide": st.booleans(),
-        "temperature": st.sampled_from([0.6, 0.9, 1.3]),
+        "temperature": st.sampled_from([0.6, 0.9, 1.3, "of each row"]),
         "mode": st.sampled_from(MODES),
         "entropy": st.sampled_from([0.0, 0.05]),
         "kl_type": st.sampled_from([None, *KINDS]),
@@ -159,7 +159,7 @@ def make(folder: Path, name: str, variant: str, draw: dict[str, Any], path: str,
     return Case(loss, rows, [key for key in names if key in rows.tensors], order)
 
 
-_INPUTS = ("input_ids", "attention_mask", "responses", "scoring_attention_mask", "loss_mask")
+_INPUTS = ("input_ids", "attention_mask", "responses", "scoring_attention_mask", "loss_mask", "temperature")
 
 
 def _own(draw: dict[str, Any]) -> bool:
@@ -233,6 +233,11 @@ def _rows(draw: dict[str, Any], model: nn.Module, critic: bool) -> MemoryRows:
         mask[1] = 0
         tensors["scoring_attention_mask" if draw["masks"] == "scoring" else "loss_mask"] = mask
     rows = MemoryRows(tensors, temperature=draw["temperature"])
+    if draw["temperature"] == "of each row":
+        rows.metadata = {"temperature": 5.0}
+        tensors["temperature"] = 0.5 + torch.rand(size, generator=random, dtype=torch.float64)
+        if draw["masks"] != "attention":
+            tensors["temperature"][1] = float("nan")
     scored = torch.zeros(size, width, dtype=torch.bool)
     for row in range(size):
         scored[row, scored_columns(rows, row)] = True
@@ -288,7 +293,7 @@ def _scores(model: nn.Module, rows: MemoryRows, critic: bool) -> Tensor:
         if critic:
             found[row, columns] = answers[:, 0]
             continue
-        logs = torch.log_softmax(answers / rows.metadata["temperature"], dim=-1)
+        logs = torch.log_softmax(answers / temperature_of(rows, row), dim=-1)
         found[row, columns] = logs[range(len(columns)), rows.tensors["input_ids"][row][columns]]
     return found
 

@@ -34,8 +34,8 @@ def build(path: str, **changes: Any) -> Scorer:
 
 def backward(root: Scorer, rows: MemoryRows, indices: list[int], packed: bool) -> None:
     """Sum of squared log-probabilities of these rows; FSDP averages over ranks."""
-    micro = BatchReader(rows, Layout.of(rows), (), CPU, torch.float64, packed).read(indices)
-    log_probs, _ = root.score(micro, 0.7, entropy=False, all_labels=True)
+    micro = BatchReader(rows, Layout.of(rows), (), CPU, torch.float64, packed, temperature=0.7).read(indices)
+    log_probs, _ = root.score(micro, entropy=False, all_labels=True)
     total = torch.where(micro.mask, log_probs, 0.0).square().sum() * dist.get_world_size()
     total.backward()  # type: ignore[no-untyped-call]
 
@@ -99,8 +99,8 @@ def waiting(folder: Path, path: str) -> dict[str, Any]:
     if dist.get_rank() == 1:
         time.sleep(1.5)
     with clock.measure("forward"):
-        micro = BatchReader(rows, Layout.of(rows), (), CPU, torch.float64).read([0])
-        loss = root.score(micro, 0.7, entropy=False, all_labels=True)[0].sum()
+        micro = BatchReader(rows, Layout.of(rows), (), CPU, torch.float64, temperature=0.7).read([0])
+        loss = root.score(micro, entropy=False, all_labels=True)[0].sum()
     with clock.measure("backward"):
         loss.backward()  # type: ignore[no-untyped-call]
     return clock.seconds()

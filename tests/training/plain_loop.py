@@ -104,6 +104,11 @@ def outputs_at(model: nn.Module, rows: MemoryRows, row: int, columns: list[int])
     return answers[places]
 
 
+def temperature_of(rows: MemoryRows, row: int) -> float:
+    """The row's own, else the batch's."""
+    return float(rows.tensors["temperature"][row] if rows.has("temperature") else rows.metadata["temperature"])
+
+
 def policy_step(model: nn.Module, rows: MemoryRows, loss: Loss, names: Sequence[str]) -> Step:
     """`names` are the tensors that the loss may read."""
 
@@ -112,7 +117,7 @@ def policy_step(model: nn.Module, rows: MemoryRows, loss: Loss, names: Sequence[
         seen: dict[str, list[Tensor]] = {name: [] for name in ("ratio", "gain", "gap", "teacher", "mismatch")}
         for row in chosen:
             columns = used_columns(rows, row, loss)
-            logs = torch.log_softmax(outputs_at(model, rows, row, columns) / rows.metadata["temperature"], dim=-1)
+            logs = torch.log_softmax(outputs_at(model, rows, row, columns) / temperature_of(rows, row), dim=-1)
             labels = rows.tensors["input_ids"][row][columns]
             lp = logs[range(len(columns)), labels]
             held = lp.detach()

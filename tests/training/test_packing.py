@@ -70,7 +70,7 @@ def hard_rows() -> MemoryRows:
 
 
 def reader(rows: MemoryRows, packed: bool) -> BatchReader:
-    return BatchReader(rows, Layout.of(rows), (), CPU, torch.float64, packed)
+    return BatchReader(rows, Layout.of(rows), (), CPU, torch.float64, packed, temperature=TEMPERATURE)
 
 
 def mixture(rows: MemoryRows, row: int) -> Tensor:
@@ -130,7 +130,7 @@ def test_every_row_as_if_alone(tmp_path: Path, packed: bool, cut: list[list[int]
     scorer = Scorer(model)
     for indices in cut:
         micro = reader(rows, packed).read(indices)
-        log_probs, entropies = scorer.score(micro, TEMPERATURE, entropy=True, all_labels=True)
+        log_probs, entropies = scorer.score(micro, entropy=True, all_labels=True)
         loss = loss_of(log_probs, entropies, rows, indices) if indices else log_probs.sum() * 0.0
         loss.backward()
         if indices:
@@ -196,7 +196,7 @@ def test_families_pack_soundly(family: str) -> None:
     scorer.fallback = outcome.reason
     for packed in (True, False, True):
         micro = reader(rows, packed).read(list(range(7)))
-        found = scorer.score(micro, TEMPERATURE, entropy=False, all_labels=True)[0].double()
+        found = scorer.score(micro, entropy=False, all_labels=True)[0].double()
         assert torch.allclose(found, wanted, atol=2e-5), packed
 
 
@@ -289,12 +289,12 @@ def test_the_probe_leaves_nothing_gathered(tmp_path: Path, family: str) -> None:
     root = build_root(str(tmp_path), kind_of("actor"), precision, init_device_mesh("cpu", (1,)), CPU, Options(), True)
     assert isinstance(root, Scorer)
     micro: MicroBatch = reader(hard_rows(), False).read([0, 1, 6])
-    before = root.score(micro, 1.0, entropy=False, all_labels=True)[0]
+    before = root.score(micro, entropy=False, all_labels=True)[0]
     before.sum().backward()
     outcome = probe(root, CPU, torch.float32, packing=True)
     assert outcome.packs is (family == "qwen2")
     assert all(isinstance(param, DTensor) for param in root.parameters())
-    assert torch.equal(root.score(micro, 1.0, entropy=False, all_labels=True)[0], before)
+    assert torch.equal(root.score(micro, entropy=False, all_labels=True)[0], before)
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -161,6 +161,49 @@ def test_top_k(tmp_path: Path, k: int) -> None:
         compute(build(path, "teacher"), "compute_log_prob", rows, top_k=62)
 
 
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_a_temperature_of_each_row(tmp_path: Path, packing: bool, top_k: int | None) -> None:
+    """A row is scored as alone at its own temperature, whichever else is in the batch, and whatever the metadata say."""
+    path = save_model(tmp_path)
+    rows = batch(temperature=3.0)
+    each = torch.tensor([0.5, 1.0, 1.7, float("nan"), 0.9, 1.3, 2.0], dtype=torch.float64)  # row 3 scores nothing
+    rows.tensors["temperature"] = each
+    engine = build(path, "actor", packing=packing)
+    found = compute(engine, "compute_log_prob", rows, top_k=top_k)
+    for row in (0, 1, 2, 4, 5, 6):
+        alone = MemoryRows(
+            {name: value[[row]] for name, value in batch().tensors.items()}, temperature=float(each[row])
+        )
+        wanted = compute(engine, "compute_log_prob", alone, top_k=top_k)
+        assert all(torch.equal(found[name][row], wanted[name][0]) for name in wanted if name.endswith("ids"))
+        assert all(torch.allclose(found[name][row], wanted[name][0], atol=1e-6) for name in wanted)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_temperature_that_is_none_is_refused_by_its_row(tmp_path: Path, bad: float) -> None:
+    """Where the row scores anything."""
+    rows = batch()
+    rows.tensors["temperature"] = torch.tensor([1.0, 1.0, 1.0, 1.0, bad, 1.0, 1.0])
+    with pytest.raises(InvalidValue, match=r"temperature holds .* in row 4") as caught:
+        compute(build(save_model(tmp_path), "actor"), "compute_log_prob", rows)
+    assert caught.value.tensor == "temperature"
+
+
+def test_without_clipping_the_norm_is_measured_all_the_same(tmp_path: Path) -> None:
+    """grad_clip null: the step is AdamW's on the gradient as it is."""
+    path, rows = save_model(tmp_path), batch()
+    rows.tensors["advantages"] *= 100
+    ends: list[dict[str, Tensor]] = []
+    norms: list[float] = []
+    for clip in (None, 1e9):
+        engine = build(path, "actor", grad_clip=clip)
+        norms.append(update(engine, rows)[0].metrics["actor/grad_norm"])
+        ends.append({name: param.full_tensor().clone() for name, param in engine._root.hf.named_parameters()})
+    assert norms[0] == norms[1] > 1.0
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
 def test_linear(tmp_path: Path) -> None:
     """`linear` answers with log-probabilities, and with w = dL/dlp has the gradient of a loss made outside."""
     path = save_model(tmp_path)

@@ -115,8 +115,8 @@ def build(path: str, **changes: Any) -> Scorer:
 def scored(root: Scorer, indices: list[int], packed: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
     """Log-probabilities of the rows, and the gradients of their sum of squares."""
     rows = batch()
-    micro = BatchReader(rows, Layout.of(rows), (), CPU, torch.float64, packed).read(indices)
-    log_probs, _ = root.score(micro, 0.7, entropy=False, all_labels=True)
+    micro = BatchReader(rows, Layout.of(rows), (), CPU, torch.float64, packed, temperature=0.7).read(indices)
+    log_probs, _ = root.score(micro, entropy=False, all_labels=True)
     log_probs.square().sum().backward()
     found = {}
     for name, param in root.hf.named_parameters():

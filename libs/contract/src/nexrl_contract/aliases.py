@@ -8,6 +8,8 @@ from nexrl_contract.errors import ServiceError
 from nexrl_contract.sections import ActorConfig
 
 _DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
+ALIASES = {"loss_func_type": "policy_loss"}
+"""Other names of keys of ``actor``."""
 _CLIP_DEFAULT = ActorConfig.model_fields["clip_ratio"].default
 _SINGLE_CLIP = ("NX_20250515", "NX_20241031")
 """Losses of NexRL 1.x that never read ``clip_ratio_c``, which its recipes set as a matter of course."""

@@ -12,11 +12,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from nexrl_contract.aliases import normalise
+from nexrl_contract.aliases import ALIASES, normalise
 from nexrl_contract.effects import keys_without_effect, takes_warmup_ratio
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.operations import POLICY_LOSSES, ROLES
-from nexrl_contract.sections import ActorConfig, Section, ServiceEntry, is_inert, is_not_offered, section_of
+from nexrl_contract.sections import ActorConfig, Section, ServiceEntry, is_inert, is_not_offered, means_null, section_of
 
 
 class GroupConfig(BaseModel):
@@ -45,6 +45,7 @@ def parse_config(config: dict[str, Any], role: str = "actor") -> GroupConfig:
     Raises ``INVALID_CONFIG`` naming the key (and the nearest known one, if it is unknown).
     """
     _refuse_interpolation(config)
+    config = _without_nulls(config, ServiceEntry)
     ours, dropped = normalise(config, role)
     _refuse_unknown(ours, ServiceEntry, "")
     try:
@@ -221,6 +222,19 @@ def _keys_with_effect(section: type[Section], prefix: str) -> Iterator[str]:
         inner = section_of(info)
         if inner is not None:
             yield from _keys_with_effect(inner, f"{prefix}{name}.")
+
+
+def _without_nulls(config: dict[str, Any], section: type[Section]) -> dict[str, Any]:
+    """A YAML key without a value is as if it were not there; null stays where it says something of its own."""
+    kept: dict[str, Any] = {}
+    for name, value in config.items():
+        info = section.model_fields.get(name)
+        inner = section_of(info) if info is not None else None
+        if inner is not None and isinstance(value, dict):
+            kept[name] = _without_nulls(value, inner)
+        elif value is not None or (info is None and name not in ALIASES) or (info is not None and means_null(info)):
+            kept[name] = value
+    return kept
 
 
 def _refuse_unknown(config: dict[str, Any], section: type[Section], prefix: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from nexrl_contract.aliases import ALIASES
 from nexrl_contract.operations import FORWARD_ROLES
 from nexrl_contract.sections import ActorConfig, OptimConfig, Section, ServiceEntry, is_inert, section_of
 
@@ -84,7 +85,7 @@ def _inert(config: Mapping[str, Any], section: type[Section], prefix: str) -> It
 def _changed(config: Mapping[str, Any], section: Section, prefix: str) -> Iterator[tuple[str, str]]:
     """Each given key whose value is not the default's, as it was given and by our name."""
     for given, value in config.items():
-        name = "policy_loss" if f"{prefix}{given}" == "loss_func_type" else given
+        name = given if prefix else ALIASES.get(given, given)
         info = type(section).model_fields[name]
         read = getattr(section, name)
         if isinstance(read, Section) and info.default is not None:

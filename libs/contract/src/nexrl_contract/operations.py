@@ -102,8 +102,10 @@ class Operation:
         return issubclass(self.params, BatchParams)
 
 
+_TEMPERATURE = "temperature"
 _TEXT = ("input_ids", "attention_mask", "position_ids", "responses", "loss_mask", "scoring_attention_mask")
-_POLICY = (*_TEXT, "advantages", "old_log_probs", "ref_log_prob", "rollout_log_probs", "loss_weights")
+_SCORED = (*_TEXT, _TEMPERATURE)
+_POLICY = (*_SCORED, "advantages", "old_log_probs", "ref_log_prob", "rollout_log_probs", "loss_weights")
 _TOP_K = ("teacher_topk_ids", "teacher_topk_log_probs")
 _DISTILL = (*_POLICY[:-1], "teacher_log_probs", *_TOP_K)
 _IDS = ("input_ids",)
@@ -117,8 +119,8 @@ OPERATIONS: dict[str, Operation] = {
         Operation("update_actor_with_distillation", DistillParams, roles=("actor",), reads=_DISTILL, required=_IDS),
         Operation("forward_backward", LossParams, roles=("actor",), reads=_POLICY, required=_IDS),
         Operation("optim_step", OptimParams, roles=("actor",)),
-        Operation("compute_log_prob", LogProbParams, roles=_SCORERS, reads=_TEXT, required=_IDS),
-        Operation("compute_ref_log_prob", BatchParams, roles=_SCORERS, reads=_TEXT, required=_IDS),
+        Operation("compute_log_prob", LogProbParams, roles=_SCORERS, reads=_SCORED, required=_IDS),
+        Operation("compute_ref_log_prob", BatchParams, roles=_SCORERS, reads=_SCORED, required=_IDS),
         Operation("compute_values", BatchParams, roles=("critic",), reads=_TEXT, required=_IDS),
         Operation(
             "update_critic",
@@ -139,7 +141,6 @@ POLICY_LOSSES = ("ppo", "grpo", "gspo", "cispo", "importance_sampling", "reinfor
 LOSSES = (*POLICY_LOSSES, "cross_entropy", "linear")
 
 _DISTILLATION = "update_actor_with_distillation"
-_TEMPERATURE = "temperature"
 _LOOKED_AT = 100
 _DISTILLATION_METADATA = ("distillation_coeff", "entropy_coeff", "loss_agg_mode")
 
@@ -191,7 +192,7 @@ def unread_tensors(
     """Those of a batch's ``tensors`` that the operation knows and that the loss of this ``actor`` does not look at."""
     if operation not in ("update_actor", "forward_backward", _DISTILLATION):
         return set()
-    read = set(_TEXT)
+    read = set(_SCORED)
     ratio = {"advantages", "old_log_probs", "rollout_log_probs"}
     if operation == _DISTILLATION:
         kind = params.get("distillation_loss") or config.get("distillation_loss")

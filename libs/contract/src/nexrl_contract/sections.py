@@ -109,7 +109,7 @@ class RolloutConfig(Section):
     """``actor.rollout``: what the trainer's rollouts used."""
 
     n: Count = Field(default=1, description="Responses per prompt; a mini-batch is ppo_mini_batch_size x n rows.")
-    temperature: float = Field(default=1.0, gt=0, description="Used where a batch's metadata has no temperature.")
+    temperature: float = Field(default=1.0, gt=0, description="Used where a batch has no temperature.")
     log_prob_micro_batch_size: Any = _inert()
     log_prob_micro_batch_size_per_gpu: Any = _inert()
     tensor_model_parallel_size: Any = _inert()
@@ -230,7 +230,9 @@ class ActorConfig(Section):
         default=False, description="Micro-batches by ppo_max_token_len_per_gpu, whatever ppo_micro_batch_size says."
     )
     ppo_max_token_len_per_gpu: Count = Field(default=16384, description="That budget; a longer row stands alone.")
-    grad_clip: float = Field(default=1.0, gt=0, description="Largest gradient norm (L2, all parameters).")
+    grad_clip: float | None = Field(
+        default=1.0, gt=0, description="Largest gradient norm (L2, all parameters); null: no clipping."
+    )
     ulysses_sequence_parallel_size: Any = _inert()
     use_ring_sequence_parallel: Any = _inert()
     do_old_log_prob_compute: Any = _inert()
@@ -274,6 +276,11 @@ def is_inert(info: Any) -> bool:
 def is_not_offered(info: Any) -> bool:
     """Whether ``true`` is refused for a field."""
     return bool(info.json_schema_extra == _NOT_OFFERED)
+
+
+def means_null(info: Any) -> bool:
+    """Whether null says something that leaving the key out does not."""
+    return type(None) in get_args(info.annotation) and info.default is not None
 
 
 def section_of(info: Any) -> type[Section] | None:

@@ -37,7 +37,7 @@ class Content:
 
 def normalise(batch: object, operation: Operation | None) -> Content:
     """Take a batch apart; kept are the tensors that the operation reads, None keeps all. Raises InvalidBatch."""
-    tensors, values, metadata = _sections(batch)
+    tensors, values, metadata = _with_row_temperatures(*_sections(batch))
     kept: dict[str, Any] = {}
     ignored: list[str] = []
     if operation is not None:
@@ -107,6 +107,22 @@ def _sections(batch: object) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapp
     if unknown:
         raise InvalidBatch(f"the batch has the unknown keys {', '.join(unknown)} beside its tensors; give {_FORMS}")
     tensors, values, metadata = (_section(batch, names) for names in (_TENSORS, _VALUES, _METADATA))
+    return tensors, values, metadata
+
+
+def _with_row_temperatures(
+    tensors: Mapping[str, Any], values: Mapping[str, Any], metadata: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]:
+    """One temperature for every row is a tensor [B], also where it was given as [B,1] or among the metadata."""
+    given: Any = metadata.get("temperature")
+    if isinstance(given, list | tuple) or (is_tensor(given) and given.ndim > 0):
+        if "temperature" in tensors:
+            raise InvalidBatch("temperature is a tensor and, for every row, in the metadata too; give one")
+        metadata = {name: value for name, value in metadata.items() if name != "temperature"}
+        tensors = {**tensors, "temperature": given if is_tensor(given) else np.asarray(given, np.float64)}
+    own: Any = tensors.get("temperature")
+    if is_tensor(own) and own.ndim == 2 and own.shape[1] == 1:
+        tensors = {**tensors, "temperature": own[:, 0]}
     return tensors, values, metadata
 
 

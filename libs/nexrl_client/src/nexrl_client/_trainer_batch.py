@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from . import layout
 from ._arrays import append_zero_rows
 from ._tensors import is_tensor, own_kind
-from ._trajectories import Row, common_temperature, read_rows
+from ._trajectories import Row, read_rows, temperatures
 from .errors import InvalidBatch
 
 _MASKS = ("attention_mask", "loss_mask", "scoring_attention_mask")
@@ -56,15 +56,18 @@ class Batch(MutableMapping[str, Any]):
         attention_mask, position_ids, loss_mask, scoring_attention_mask [B, S], responses [B, R], and token_level_scores
         [B, R], the reward on the last scored token, and rollout_log_probs [B, R], 0 where nothing is scored. logprobs
         are of all tokens, of those from the first scored one on, or of the scored ones. Every other field is an extra,
-        reward and those in extra_fields too; one temperature goes to metadata, several are refused. Tensors are of torch where
+        reward and those in extra_fields too; one temperature goes to metadata, several are the tensor
+        temperature [B]. Tensors are of torch where
         that is installed. Raises InvalidBatch with the trajectory's number.
         """
         rows = read_rows(trajectories)
         tensors = _tensors_of(rows, pad_token_id, prompt_length, response_length)
         names = dict.fromkeys(name for row in rows for name in row.extras)
         extras = {name: [row.extras.get(name) for row in rows] for name in names}
-        temperature = common_temperature(rows)
-        metadata = {} if temperature is None else {"temperature": temperature}
+        temperature = temperatures(rows)
+        if isinstance(temperature, list):
+            tensors["temperature"] = np.asarray(temperature, np.float32)
+        metadata = {"temperature": temperature} if isinstance(temperature, float) else {}
         return cls({name: own_kind(array) for name, array in tensors.items()}, extras, metadata)
 
     @property

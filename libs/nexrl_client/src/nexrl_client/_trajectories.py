@@ -40,12 +40,17 @@ def read_rows(trajectories: Sequence[object]) -> list[Row]:
     return rows
 
 
-def common_temperature(rows: Sequence[Row]) -> float | None:
-    """The one temperature that the rows were sampled at, None where none says; raises InvalidBatch for several."""
-    found = sorted({float(row.extras["temperature"]) for row in rows if row.extras.get("temperature") is not None})
-    if len(found) > 1:
-        raise InvalidBatch(f"the trajectories have the temperatures {found}; a batch has one, so make a batch of each")
-    return found[0] if found else None
+def temperatures(rows: Sequence[Row]) -> float | list[float] | None:
+    """What the rows were sampled at: one number, or one for each row; None where none says.
+
+    Raises InvalidBatch for a row that says none beside others that differ.
+    """
+    given = [row.extras.get("temperature") for row in rows]
+    found = {float(value) for value in given if value is not None}
+    if len(found) < 2:
+        return next(iter(found), None)
+    _all_or_none("temperature", [value is None for value in given])
+    return [float(value) for value in given if value is not None]
 
 
 def _all_or_none(name: str, lacking: Sequence[bool]) -> None:

@@ -110,6 +110,10 @@ def _check_widths(read: Mapping[str, Described], rows: int, sequence: int) -> No
             raise _wrong(name, "shape", f"[{rows},{sequence}], as input_ids has", tensor.shape)
         if name in _IDS or name == "responses":
             continue
+        if name == "temperature":
+            if tensor.shape != (rows,):
+                raise _wrong(name, "shape", f"[{rows}], one for each row", tensor.shape)
+            continue
         if name in _PER_CANDIDATE:
             _check_candidates(name, tensor, read, rows, response)
             continue

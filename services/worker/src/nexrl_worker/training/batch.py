@@ -133,6 +133,7 @@ class MicroBatch:
     `slots` into [n*R]; scored [T] bool on the CPU, `chosen` the slots of the scored; last [n] the flat place of each
     row's last token (-1 for a row without any); mask [n,R] bool; values {name: [n,R]}. `padded` counts the tokens
     computed, `attended` the real ones. `dropped` [n,R] bool: what would be in the mask but for a rollout correction.
+    `temperature` divides logits: one number, or one for each label [T].
     """
 
     input_ids: Tensor
@@ -150,6 +151,7 @@ class MicroBatch:
     padded: int
     segments: Segments | None = None
     dropped: Tensor | None = None
+    temperature: float | Tensor = 1.0
 
     def scatter(self, flat: Tensor) -> Tensor:
         """Values [T,...] of the labels as [n,R,...], 0 elsewhere; differentiable."""
@@ -163,6 +165,7 @@ class BatchReader:
 
     `packed` makes one stream of a micro-batch's attended tokens; the model's attention must then be that of packing.
     What `dropping` rejects is not scored: known from the batch alone, it is the same however the work is cut.
+    `temperature` is that of rows without one of their own, the tensor `temperature` [B].
     """
 
     rows: Rows
@@ -172,6 +175,7 @@ class BatchReader:
     dtype: torch.dtype
     packed: bool = False
     dropping: Correction | None = None
+    temperature: float = 1.0
 
     def read(self, indices: Sequence[int]) -> MicroBatch:
         """The micro-batch of these rows; no rows give the dummy, one unscored row of two tokens."""
@@ -179,14 +183,16 @@ class BatchReader:
             values = {name: self._nothing(name) for name in self.names}
             ones = torch.ones(1, 2, dtype=torch.bool)
             ids = torch.zeros(1, 2, dtype=torch.int64)
-            return self._assemble(ids, Masks(ones, torch.zeros(1, 1, dtype=torch.bool)), None, values, real=False)
+            return self._assemble(ids, Masks(ones, torch.zeros(1, 1, dtype=torch.bool)), values, real=False)
         indices = list(indices)
         masks = read_masks(self.rows, self.layout, indices)
         values = {name: self.layout.align(self.rows.tensor(name, indices)) for name in self.names}
         given = self.rows.tensor("position_ids", indices) if self.rows.has("position_ids") else None
         kept = self._kept(masks.scored, indices)
         ids = self.rows.tensor("input_ids", indices)
-        micro = self._assemble(ids, Masks(masks.attention, kept), given, values, real=True)
+        micro = self._assemble(
+            ids, Masks(masks.attention, kept), values, real=True, given=given, temperatures=self._temperatures(indices)
+        )
         return replace(micro, dropped=None if self.dropping is None else send(masks.scored & ~kept, self.device))
 
     def read_scored(self, indices: Sequence[int]) -> Tensor:
@@ -201,6 +207,13 @@ class BatchReader:
         old, rollout = (self.layout.align(self.rows.tensor(name, indices)).to(self.dtype) for name in names)
         return self.dropping.kept(old, rollout, scored)
 
+    def _temperatures(self, indices: list[int]) -> Tensor | None:
+        """Of every row [n]; 1 where a row's is no temperature, which nothing that is scored then reads."""
+        if not self.rows.has("temperature"):
+            return None
+        given = self.rows.tensor("temperature", indices).to(self.dtype)
+        return torch.where(torch.isfinite(given) & (given > 0), given, 1.0)
+
     def _nothing(self, name: str) -> Tensor:
         """The dummy's values, [1,1] or [1,1,K]."""
         return torch.zeros(1, 1, *self.rows.shape(name)[2:])
@@ -210,7 +223,13 @@ class BatchReader:
         return send(value.to(torch.int64 if name.endswith("_ids") else self.dtype), self.device)
 
     def _assemble(
-        self, ids: Tensor, masks: Masks, given: Tensor | None, values: dict[str, Tensor], real: bool
+        self,
+        ids: Tensor,
+        masks: Masks,
+        values: dict[str, Tensor],
+        real: bool,
+        given: Tensor | None = None,
+        temperatures: Tensor | None = None,
     ) -> MicroBatch:
         response = masks.scored.shape[1]
         first = ids.shape[1] - response
@@ -237,6 +256,7 @@ class BatchReader:
             attended=int(masks.attention.sum()) if real else 0,
             padded=inputs.ids.numel(),
             segments=Segments(inputs.lengths, self.device) if self.packed else None,
+            temperature=self.temperature if temperatures is None else send(temperatures[row], self.device),
         )
 
 

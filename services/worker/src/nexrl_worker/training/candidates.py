@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nexrl_worker.training.batch import MicroBatch
-from nexrl_worker.training.chunked import chunk_length, scaled_logits
+from nexrl_worker.training.chunked import chunk_length, divided, scaled_logits, temperature_at
 from nexrl_worker.training.scorer import Scorer
 
 OfLogits = Callable[[Tensor, slice], tuple[Tensor, ...]]
@@ -29,7 +29,7 @@ class CandidateScores:
     entropies: Tensor
 
 
-def top_k(scorer: Scorer, micro: MicroBatch, temperature: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def top_k(scorer: Scorer, micro: MicroBatch, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Labels' log-probabilities [n,R], and the `k` most likely ids with theirs [n,R,K]; call without gradients."""
 
     def of_logits(logits: Tensor, part: slice) -> tuple[Tensor, ...]:
@@ -38,11 +38,11 @@ def top_k(scorer: Scorer, micro: MicroBatch, temperature: float, k: int) -> tupl
         own = logits.gather(1, micro.labels[part, None]).squeeze(1)
         return own - total, best.indices, best.values - total[:, None]
 
-    labels, ids, values = scorer(lambda: _in_chunks(scorer, micro, temperature, of_logits))
+    labels, ids, values = scorer(lambda: _in_chunks(scorer, micro, of_logits))
     return micro.scatter(labels), micro.scatter(ids), micro.scatter(values)
 
 
-def score_candidates(scorer: Scorer, micro: MicroBatch, temperature: float, ids: Tensor) -> CandidateScores:
+def score_candidates(scorer: Scorer, micro: MicroBatch, ids: Tensor) -> CandidateScores:
     """Score the tokens `ids` [n,R,K] at every label; differentiable, each chunk being computed again in the backward."""
     chosen = ids.flatten(0, 1)[micro.slots]
     everything = ids.shape[-1] == scorer.vocabulary
@@ -57,7 +57,7 @@ def score_candidates(scorer: Scorer, micro: MicroBatch, temperature: float, ids:
         others = logits.scatter(1, chosen[part], float("-inf"))
         return own, given, torch.logsumexp(others, dim=-1) - total, entropy
 
-    labels, given, rest, entropies = scorer(lambda: _in_chunks(scorer, micro, temperature, of_logits))
+    labels, given, rest, entropies = scorer(lambda: _in_chunks(scorer, micro, of_logits))
     return CandidateScores(
         micro.scatter(labels),
         micro.scatter(given),
@@ -66,17 +66,17 @@ def score_candidates(scorer: Scorer, micro: MicroBatch, temperature: float, ids:
     )
 
 
-def _in_chunks(scorer: Scorer, micro: MicroBatch, temperature: float, of_logits: OfLogits) -> tuple[Tensor, ...]:
+def _in_chunks(scorer: Scorer, micro: MicroBatch, of_logits: OfLogits) -> tuple[Tensor, ...]:
     """`of_logits` of every chunk of labels, put together; only inside the root's forward."""
     count = micro.labels.numel()
     if scorer.fallback is not None:
         logits = scorer.outputs(micro, whole=True).logits.flatten(0, 1)[micro.index]
-        wide = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
-        return of_logits(wide, slice(0, count))
+        return of_logits(divided(logits, micro.temperature), slice(0, count))
     weight, bias = scorer.head()
     hidden = scorer.hidden(micro, micro.index).to(weight.dtype)
 
     def chunk(part: slice) -> tuple[Tensor, ...]:
+        temperature = temperature_at(micro.temperature, part)
         return of_logits(scaled_logits(hidden[part], weight, bias, temperature), part)
 
     parts = _parts(count, chunk_length(scorer.vocabulary, hidden.device))

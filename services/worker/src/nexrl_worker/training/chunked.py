@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Temperature = float | Tensor
+"""What logits are divided by: one number, or one for each token [T]."""
+
 # Elements of one chunk's logits: large enough for a fast matrix product, small enough to stay a side note in memory.
 _ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
 # Elements of logits kept for the backward, which computes the others again: on CPU 32 MiB save a small model a product.
@@ -37,15 +40,16 @@ def head_log_probs(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    temperature: float,
+    temperature: Temperature,
     length: int,
     active: tuple[bool, ...],
     entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     """(log p(label), entropy) of softmax((hidden W^T + b) / temperature), each [T], at least float32.
 
-    Shapes: hidden [T,H], weight [V,H], labels [T]. Entropies are 0 unless asked for, and so is all of an inactive
-    chunk. Gradients reach hidden, weight and bias; the backward computes again what logits were not kept.
+    Shapes: hidden [T,H], weight [V,H], labels [T], temperature a number or [T]. Entropies are 0 unless asked
+    for, and so is all of an inactive chunk. Gradients reach hidden, weight and bias; the backward computes again what
+    logits were not kept.
     """
     result: tuple[Tensor, Tensor] = _HeadLogProbs.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, labels, temperature, length, active, entropy
@@ -53,13 +57,30 @@ def head_log_probs(
     return result
 
 
-def scaled_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+def scaled_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Temperature) -> Tensor:
     """(hidden W^T + b) / temperature [T,V], at least float32."""
-    logits = F.linear(hidden, weight, bias).to(_wide(hidden))
+    return cooled(F.linear(hidden, weight, bias).to(_wide(hidden)), temperature)
+
+
+def cooled(logits: Tensor, temperature: Temperature) -> Tensor:
+    """The logits [T,V] divided in place by the temperature, a number or [T]."""
+    if isinstance(temperature, Tensor):
+        return logits.div_(temperature[:, None])
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
-def _fill_logits(into: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+def divided(logits: Tensor, temperature: Temperature) -> Tensor:
+    """A family's own logits [T,V] over the temperature, at least float32; differentiable."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return wide / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
+
+
+def temperature_at(temperature: Temperature, part: slice) -> Temperature:
+    """Of some of the tokens."""
+    return temperature[part] if isinstance(temperature, Tensor) else temperature
+
+
+def _fill_logits(into: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Temperature) -> Tensor:
     """`scaled_logits`, outside autograd, in memory that is there already."""
     if into.dtype != weight.dtype:
         into.copy_(F.linear(hidden, weight, bias))
@@ -67,7 +88,7 @@ def _fill_logits(into: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | No
         torch.mm(hidden, weight.t(), out=into)
     else:
         torch.addmm(bias, hidden, weight.t(), out=into)
-    return into if temperature == 1.0 else into.div_(temperature)
+    return cooled(into, temperature)
 
 
 def _wide(hidden: Tensor) -> torch.dtype:
@@ -92,7 +113,7 @@ class _HeadLogProbs(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
-        temperature: float,
+        temperature: Temperature,
         length: int,
         active: tuple[bool, ...],
         entropy: bool,
@@ -106,7 +127,7 @@ class _HeadLogProbs(torch.autograd.Function):
             if logits.numel() <= room:
                 kept[part.start] = logits = torch.empty_like(logits)
                 room -= logits.numel()
-            _fill_logits(logits, hidden[part], weight, bias, temperature)
+            _fill_logits(logits, hidden[part], weight, bias, temperature_at(temperature, part))
             highest = logits.amax(dim=-1, keepdim=True)
             mass = torch.sub(logits, highest, out=powers).exp_().sum(dim=-1)
             total = highest.squeeze(1) + mass.log()
@@ -134,7 +155,7 @@ class _HeadLogProbs(torch.autograd.Function):
             room, shares = workspace[:, : part.stop - part.start]
             logits = ctx.kept.pop(part.start, None)  # used up below: a second backward computes it again
             if logits is None:
-                logits = _fill_logits(room, hidden[part], weight, bias, temperature)
+                logits = _fill_logits(room, hidden[part], weight, bias, temperature_at(temperature, part))
             centred = logits.sub_(normaliser[part, None])
             torch.exp(centred, out=shares)
             if by_entropy is not None:  # dH/dz = -p (log p + H)
@@ -147,9 +168,7 @@ class _HeadLogProbs(torch.autograd.Function):
                 continue
             if by_log_prob is not None:  # dlp/dz = [z is the label's] - p
                 grad.scatter_add_(1, labels[part, None], by_log_prob[part, None])
-            if temperature != 1.0:
-                grad.div_(temperature)
-            grad = grad.to(weight.dtype)
+            grad = cooled(grad, temperature_at(temperature, part)).to(weight.dtype)
             hidden_grad[part] = grad @ weight
             if wide == weight.dtype:
                 weight_grad.addmm_(grad.t(), hidden[part])

@@ -121,9 +121,9 @@ class Engine(TrainingState):
         """Raise InvalidValue if this rank's rows or the parameters cannot be used. Local: no collective."""
         layout = Layout.of(rows)
         names: tuple[str, ...] = ()
+        temperature_of(self._actor, rows)
         if operation in QUERIES:
-            temperature_of(self._actor, rows)
-            self._check_top_k(params.get("top_k"))
+            _check_top_k(params.get("top_k"), self._root.vocabulary)
         elif operation == "update_critic":
             names = self._critic_tensors(rows, layout)
             self._training()
@@ -207,13 +207,13 @@ class Engine(TrainingState):
         compute_ref_log_prob scores with the frozen weights of `ref.model.path` (else `model.path`), read at first use.
         """
         root = self.reference() if plan.operation == "compute_ref_log_prob" else self._root
-        query, temperature = QUERIES[plan.operation], temperature_of(self._actor, rows)
+        query = QUERIES[plan.operation]
         reader = self._reader(rows, ())
         answers: dict[str, Parts] = {}
         try:
             for mini in plan.mini_batches:
                 for indices in mini.ranks[dist.get_rank()]:
-                    found = query(root, reader.read(indices), temperature, params.get("top_k"))
+                    found = query(root, reader.read(indices), params.get("top_k"))
                     for name, values in found.items():
                         parts = answers.setdefault(name, [])  # for a dummy too: all ranks answer with the same names
                         parts += [(list(indices), values.cpu())] if indices else []
@@ -255,10 +255,6 @@ class Engine(TrainingState):
     def _critic_tensors(self, rows: Rows, layout: Layout) -> tuple[str, ...]:
         return present(rows, layout, ["returns"], ["values"])
 
-    def _check_top_k(self, k: int | None) -> None:
-        if k is not None and k > self._root.vocabulary:
-            raise InvalidValue(f"top_k is {k}, the model's vocabulary has {self._root.vocabulary} tokens")
-
     def _uses_frozen(self, operation: str, rows: Rows, params: Mapping[str, Any]) -> bool:
         """Whether a second model, the frozen reference, takes part."""
         if self._is_reference or operation == "update_critic":
@@ -289,7 +285,8 @@ class Engine(TrainingState):
         return objective, self._reader(rows, names, dropping)
 
     def _reader(self, rows: Rows, names: tuple[str, ...], dropping: Correction | None = None) -> BatchReader:
-        return BatchReader(rows, Layout.of(rows), names, self._device, self._wide, self._probe.packs, dropping)
+        layout, temperature = Layout.of(rows), temperature_of(self._actor, rows)
+        return BatchReader(rows, layout, names, self._device, self._wide, self._probe.packs, dropping, temperature)
 
     @property
     def _wide(self) -> torch.dtype:
@@ -302,3 +299,8 @@ class Engine(TrainingState):
         known = [getattr(root.hf.config, "max_position_embeddings", None) for root in roots]
         limits = Limits(self._root.vocabulary, min((most for most in known if most is not None), default=None))
         return self._root.own_limits(limits) if isinstance(self._root, RewardModel) else limits
+
+
+def _check_top_k(k: int | None, vocabulary: int) -> None:
+    if k is not None and k > vocabulary:
+        raise InvalidValue(f"top_k is {k}, the model's vocabulary has {vocabulary} tokens")

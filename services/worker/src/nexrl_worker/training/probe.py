@@ -272,7 +272,7 @@ def _unlike(hf: nn.Module, segments: Segments) -> str | None:
 
 
 def _scores(scorer: Scorer, micro: MicroBatch) -> Tensor:
-    return scorer.score(micro, 1.0, entropy=False, all_labels=True)[0]
+    return scorer.score(micro, entropy=False, all_labels=True)[0]
 
 
 @contextmanager

@@ -13,26 +13,26 @@ from nexrl_worker.training.heads import RewardModel, ValueModel
 from nexrl_worker.training.roots import Root
 from nexrl_worker.training.scorer import Scorer
 
-Query = Callable[[Root, MicroBatch, float, int | None], dict[str, Tensor]]
+Query = Callable[[Root, MicroBatch, int | None], dict[str, Tensor]]
 
 
-def _log_probs(root: Root, micro: MicroBatch, temperature: float, k: int | None) -> dict[str, Tensor]:
+def _log_probs(root: Root, micro: MicroBatch, k: int | None) -> dict[str, Tensor]:
     scorer = cast(Scorer, root)
     if k is None:
-        return {"old_log_probs": scorer.score(micro, temperature, entropy=False, all_labels=True)[0].float()}
-    labels, ids, values = top_k(scorer, micro, temperature, k)
+        return {"old_log_probs": scorer.score(micro, entropy=False, all_labels=True)[0].float()}
+    labels, ids, values = top_k(scorer, micro, k)
     return {"old_log_probs": labels.float(), "teacher_topk_ids": ids, "teacher_topk_log_probs": values.float()}
 
 
-def _reference(root: Root, micro: MicroBatch, temperature: float, k: int | None) -> dict[str, Tensor]:
-    return {"ref_log_prob": _log_probs(root, micro, temperature, None)["old_log_probs"]}
+def _reference(root: Root, micro: MicroBatch, k: int | None) -> dict[str, Tensor]:
+    return {"ref_log_prob": _log_probs(root, micro, None)["old_log_probs"]}
 
 
-def _values(root: Root, micro: MicroBatch, temperature: float, k: int | None) -> dict[str, Tensor]:
+def _values(root: Root, micro: MicroBatch, k: int | None) -> dict[str, Tensor]:
     return {"values": cast(ValueModel, root).values(micro).float()}
 
 
-def _rewards(root: Root, micro: MicroBatch, temperature: float, k: int | None) -> dict[str, Tensor]:
+def _rewards(root: Root, micro: MicroBatch, k: int | None) -> dict[str, Tensor]:
     return {"rewards": cast(RewardModel, root).rewards(micro).float()}
 
 

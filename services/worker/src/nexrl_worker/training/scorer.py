@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexrl_worker.training.batch import MicroBatch
-from nexrl_worker.training.chunked import active_chunks, chunk_length, head_log_probs
+from nexrl_worker.training.chunked import active_chunks, chunk_length, divided, head_log_probs
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.roots import Root
 
@@ -39,7 +39,7 @@ class Scorer(Root):
         head = self.hf.get_output_embeddings()  # type: ignore[operator]
         return _wide(head, self._head_dtype)
 
-    def score(self, micro: MicroBatch, temperature: float, entropy: bool, all_labels: bool) -> tuple[Tensor, Tensor]:
+    def score(self, micro: MicroBatch, entropy: bool, all_labels: bool) -> tuple[Tensor, Tensor]:
         """(log-probabilities, entropies), both [n,R]; 0 at labels that are not attended.
 
         With `all_labels` every attended label is computed, else chunks without a scored one are skipped; the
@@ -48,19 +48,17 @@ class Scorer(Root):
         length = chunk_length(self.vocabulary, micro.input_ids.device)
         wanted = torch.ones_like(micro.scored) if all_labels else micro.scored
         active = active_chunks(wanted, length)
-        log_probs, entropies = self(lambda: self._flat(micro, temperature, length, active, entropy))
+        log_probs, entropies = self(lambda: self._flat(micro, length, active, entropy))
         return micro.scatter(log_probs), micro.scatter(entropies)
 
-    def _flat(
-        self, micro: MicroBatch, temperature: float, length: int, active: tuple[bool, ...], entropy: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _flat(self, micro: MicroBatch, length: int, active: tuple[bool, ...], entropy: bool) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies [T] of the micro-batch's labels."""
         if self.fallback is not None:
             logits = self.outputs(micro, whole=True).logits.flatten(0, 1)[micro.index]
-            return _plain(logits, micro.labels, temperature)
+            return _plain(divided(logits, micro.temperature), micro.labels)
         weight, bias = self.head()
         picked = self.hidden(micro, micro.index).to(weight.dtype)
-        return head_log_probs(picked, weight, bias, micro.labels, temperature, length, active, entropy)
+        return head_log_probs(picked, weight, bias, micro.labels, micro.temperature, length, active, entropy)
 
 
 def _wide(head: nn.Linear, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
@@ -73,8 +71,7 @@ def _wide_linear(head: nn.Linear, dtype: torch.dtype, hidden: Tensor) -> Tensor:
     return F.linear(hidden.to(weight.dtype), weight, bias)
 
 
-def _plain(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    wide = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
-    log_probs = torch.log_softmax(wide, dim=-1)
+def _plain(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    log_probs = torch.log_softmax(logits, dim=-1)
     # Sums, not views: FSDP hooks its backward onto what the root returns.
     return log_probs.gather(1, labels[:, None]).sum(dim=1), -(log_probs.exp() * log_probs).sum(dim=-1)

@@ -37,7 +37,6 @@ class LossSpec:
     kl_coeff: float
     kl_type: str
     kl_times_ratio: bool
-    temperature: float
     distillation: float | None
     top_k: str | None
     student: str
@@ -55,7 +54,10 @@ class LossSpec:
 
 
 def temperature_of(actor: Any, rows: Rows) -> float:
-    """The batch's metadata, else the configuration, else 1.0; raises InvalidValue unless positive and finite."""
+    """The batch's metadata, else the configuration, else 1.0; raises InvalidValue unless positive and finite.
+
+    It counts where the batch has no tensor `temperature` [B].
+    """
     value = rows.metadata.get("temperature")
     if value is None:
         value = actor.rollout.temperature
@@ -90,7 +92,6 @@ def loss_spec(actor: Any, operation: str, rows: Rows, params: Mapping[str, Any])
         kl_coeff=_number("kl_loss_coef", actor.kl_loss_coef) if actor.use_kl_loss else 0.0,
         kl_type=actor.kl_loss_type,
         kl_times_ratio=actor.use_bias_correction_kl,
-        temperature=temperature_of(actor, rows),
         distillation=_coefficient(rows, params) if distils else None,
         top_k=kind if kind in ("forward_kl", "reverse_kl") else None,
         student=actor.distillation_student,

@@ -35,6 +35,9 @@ def check_rows(rows: Rows, layout: Layout, limits: Limits, names: Sequence[str],
 
     Some rows at a time, so that checking takes little memory beside the batch.
     """
+    if rows.has("temperature") and len(rows.shape("temperature")) != 1:
+        shape = str(list(rows.shape("temperature")))
+        raise InvalidValue(f"temperature has shape {shape}, expected [B]", tensor="temperature", actual=shape)
     step = max(_CHECKED_TOKENS // layout.sequence, 1)
     for at in range(0, len(indices), step):
         _check_some(rows, layout, limits, names, list(indices[at : at + step]))
@@ -48,6 +51,10 @@ def _check_some(rows: Rows, layout: Layout, limits: Limits, names: Sequence[str]
     masks = read_masks(rows, layout, indices)
     _check_ids(rows, layout, limits, masks, indices)
     _check_positions(rows, limits, masks, indices)
+    if rows.has("temperature"):
+        given = rows.tensor("temperature", indices)
+        wrong = ~(torch.isfinite(given) & (given > 0)) & masks.scored.any(dim=-1)
+        _refuse("temperature", given, wrong, "a positive finite number", indices)
     for name in names:
         values = layout.align(rows.tensor(name, indices))
         scored = masks.scored if values.ndim == 2 else masks.scored[..., None]

@@ -35,7 +35,7 @@ class PolicyObjective:
     def evaluate(self, micro: MicroBatch, tally: Tally) -> Evaluated:
         """See Objective; answers with `log_probs` where the loss is the client's own (`linear`)."""
         answers = self._spec.loss.own_weights
-        log_probs, entropies = self._scorer.score(micro, self._spec.temperature, entropy=True, all_labels=answers)
+        log_probs, entropies = self._scorer.score(micro, entropy=True, all_labels=answers)
         tokens = self._tokens(log_probs, micro, tally)
         per_token = self._spec.loss.function(tokens, self._spec.clip)
         weighted = per_token.loss * self._weights(tokens, micro, tally)

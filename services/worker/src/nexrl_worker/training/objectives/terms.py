@@ -52,7 +52,7 @@ class Terms:
     def _reference_of(self, micro: MicroBatch) -> Tensor:
         if self._reference is None:
             return micro.values["ref_log_prob"]
-        return self._reference.score(micro, self._spec.temperature, entropy=False, all_labels=False)[0]
+        return self._reference.score(micro, entropy=False, all_labels=False)[0]
 
     def metrics(self, totals: Totals) -> dict[str, float]:
         """The parts of the loss, each over its denominator."""

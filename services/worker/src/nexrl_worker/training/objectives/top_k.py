@@ -34,7 +34,7 @@ class TopKObjective:
         mask = micro.mask
         ids = torch.where(mask[..., None], micro.values["teacher_topk_ids"], 0)
         teacher = torch.where(mask[..., None], micro.values["teacher_topk_log_probs"], 0.0)
-        scores = score_candidates(self._scorer, micro, self._spec.temperature, ids)
+        scores = score_candidates(self._scorer, micro, ids)
         forward = self._spec.top_k == "forward_kl"
         divergence = torch.where(mask, top_k_kl(scores.candidates, scores.rest, teacher, forward), 0.0)
         tally.add("teacher_kl", divergence.sum())
