@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from benchmarks.soak import soak
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
