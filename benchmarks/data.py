@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from nexrl_payloads import Payload, open_store
 from nexrl_payloads.common import PIECE, Tally
 from tensor_codec import encode
@@ -116,11 +117,11 @@ def _checksums(found: Findings, size: Size, batch: Mapping[str, Tensor], path_s:
                     taken[way].append(time.monotonic() - start)
     rows = [(way, *spread(times, 1000.0)) for way, times in taken.items()]
     found.tables.append(Table(f"{size.label}: checksums, milliseconds", ("what", "median", "spread"), rows))
-    made, without, compared = (statistics.median(times) for times in taken.values())
+    made, without, compared = (min(times) for times in taken.values())  # what neighbours did is not ours
     share = (made + compared - without) / path_s
     return Measure(f"{size.label}: checksums' share of file://", share, 0.3, at_least=False)
 
 
 def _read(payload: Payload, batch: Mapping[str, Tensor]) -> None:
     for name in batch:
-        payload.torch(name).sum()
+        payload.torch(name).view(torch.uint8).max()
