@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from nexrl_client import HTTPTrainServiceClient, InvalidSetup, testing
+from omegaconf import OmegaConf
 
 SERVICE = """
 service:
@@ -119,5 +122,20 @@ def test_nothing_given(tmp_path: Path) -> None:
         initialize("student")
     with pytest.raises(ValueError, match=r"absent\.yaml"):
         initialize("student", config_path=str(tmp_path / "absent.yaml"))
-    with pytest.raises(ValueError, match="config_dict"):
-        initialize("student", config_dict={"actor": {"path": Path("/m")}})
+    for value, kind in ((Decimal("1e-6"), "Decimal"), ({1}, "set"), (b"x", "bytes"), (np.zeros(2), "ndarray")):
+        with pytest.raises(ValueError, match=rf"argument config_dict\.actor\.optim\.lr is {kind}"):
+            initialize("student", config_dict={"actor": {"optim": {"lr": value}}})
+
+
+def test_configurations_of_other_libraries() -> None:
+    """Paths are text, scalars of any library numbers, and OmegaConf's containers what they resolve to."""
+    held = OmegaConf.create(
+        {"lr": 1e-3, "actor": {"model": {"path": Path("/m")}, "optim": {"lr": "${lr}", "betas": [0.9, 0.99]}}}
+    )
+    plain = {"model": {"path": "/m"}, "optim": {"lr": 1e-3, "betas": [0.9, 0.99]}}
+    assert initialize("student", config_dict=held).json()["config_dict"]["actor"] == plain
+    scalars = {"model": {"path": Path("/m")}, "optim": {"lr": np.float64(1e-3), "betas": (np.float64(0.9), 0.99)}}
+    assert initialize("student", config_dict={"actor": scalars}).json()["config_dict"]["actor"] == plain
+    unresolved = OmegaConf.create({"actor": {"optim": {"lr": "${absent}"}}})
+    with pytest.raises(ValueError, match=r"config_dict\.actor\.optim cannot be read: .*absent"):
+        initialize("student", config_dict=unresolved)

@@ -47,4 +47,4 @@ def test_refusals(batch: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="max_size"):
         split_for_requests(batch, 0)
     with pytest.raises(InvalidBatch):
-        split_for_requests({"input_ids": [1, 2]})
+        split_for_requests({"input_ids": 3})

@@ -30,7 +30,7 @@ BAD_TENSORS: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "missing teacher": ("update_actor_with_distillation", {}, "teacher_log_probs", "missing"),
     "float ids": ("update_actor", {"input_ids": np.ones((B, S), np.float32)}, "input_ids", "F32"),
     "bool ids": ("compute_log_prob", {"input_ids": np.ones((B, S), np.bool_)}, "input_ids", "BOOL"),
-    "integer advantages": ("update_actor", {"advantages": np.ones((B, R), np.int64)}, "advantages", "I64"),
+    "true and false for advantages": ("update_actor", {"advantages": np.ones((B, R), np.bool_)}, "advantages", "BOOL"),
     "ids of one dimension": ("update_actor", {"input_ids": np.ones(S, np.int64)}, "input_ids", f"[{S}]"),
     "no rows": ("compute_log_prob", {"input_ids": np.ones((0, S), np.int64)}, "input_ids", f"[0, {S}]"),
     "ragged rows": ("update_actor", {"advantages": np.ones((B - 1, R), np.float32)}, "advantages", f"[{B - 1}, {R}]"),

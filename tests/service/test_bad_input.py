@@ -51,12 +51,13 @@ def _poke(name: str, place: tuple[int, ...], value: float) -> Spoil:
         (_set("advantages", torch.zeros(4)), InvalidTensor, "advantages"),
         (_set("input_ids", torch.zeros(5, 10)), InvalidTensor, "input_ids"),
         (_set("attention_mask", torch.ones(5, 9, dtype=torch.int64)), InvalidTensor, "attention_mask"),
-        (_set("old_log_probs", torch.zeros(5, 6, dtype=torch.int64)), InvalidTensor, "old_log_probs"),
+        (_set("old_log_probs", torch.zeros(5, 6, dtype=torch.bool)), InvalidTensor, "old_log_probs"),
         (_poke("input_ids", (3, 4), 64), InvalidValue, "input_ids"),
         (_poke("input_ids", (0, 4), -1), InvalidValue, "input_ids"),
         (_poke("advantages", (2,), math.nan), InvalidValue, "advantages"),
         (_poke("advantages", (4,), math.inf), InvalidValue, "advantages"),
         (_poke("attention_mask", (1, 5), 2), InvalidValue, "attention_mask"),
+        (_poke("responses", (2, 1), 63), InvalidValue, "responses"),
     ],
 )
 def test_a_bad_batch_is_named_and_changes_nothing(

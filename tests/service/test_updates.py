@@ -6,6 +6,30 @@ import pytest
 import torch
 from nexrl_client import GradientsPending
 from service_kit import StartGroup, make_batch
+from tensordict import TensorDict
+
+
+@pytest.mark.slow
+def test_a_batch_in_any_kind_of_tensors_is_the_same_batch(start_group: StartGroup) -> None:
+    """Log-probabilities and the gradient of lists, unsigned ids, whole numbers and a TensorDict are those of torch's."""
+    client = start_group("kinds", world_size=2, optim={"lr": 0.0})
+    try:
+        plain = make_batch(rows=5)["tensors"]
+        plain["advantages"] = torch.tensor([1.0, -1.0, 2.0, 3.0, -2.0])
+        whole = plain | {"advantages": plain["advantages"].long()}
+        kinds = [
+            plain,
+            {name: tensor.tolist() for name, tensor in whole.items()},
+            {name: tensor.to(torch.uint16) for name, tensor in plain.items() if name != "advantages"}
+            | {"advantages": whole["advantages"].numpy().astype("int8")},
+            TensorDict(whole, batch_size=5),
+        ]
+        scores = [client.compute_log_prob(batch)["batch"]["old_log_probs"] for batch in kinds]
+        norms = [client.update_actor(batch)["metrics"]["actor/grad_norm"] for batch in kinds]
+        assert all(torch.equal(found, scores[0]) for found in scores) and bool((scores[0] != 0).any())
+        assert norms[0] > 0 and norms == [norms[0]] * len(kinds)
+    finally:
+        client.destroy()
 
 
 @pytest.mark.slow

@@ -180,6 +180,32 @@ def test_a_temperature_of_each_row(tmp_path: Path, packing: bool, top_k: int | N
         assert all(torch.allclose(found[name][row], wanted[name][0], atol=1e-6) for name in wanted)
 
 
+def test_responses_that_are_not_in_the_batch_are_refused(tmp_path: Path) -> None:
+    """Scored and trained on is what stands in input_ids; other responses beside it were meant otherwise."""
+    rows = batch()
+    engine = build(save_model(tmp_path), "actor")
+    attended = rows.tensors["attention_mask"][:, -8:].bool()
+    rows.tensors["responses"] = torch.where(attended, rows.tensors["responses"], -7)  # padding is anyone's
+    wanted = compute(engine, "compute_log_prob", batch())["old_log_probs"]
+    assert torch.equal(compute(engine, "compute_log_prob", rows)["old_log_probs"], wanted)
+    row, column = attended[4:].nonzero()[0].tolist()
+    rows.tensors["responses"][row + 4, column] += 1
+    for operation in ("compute_log_prob", "update_actor"):
+        with pytest.raises(InvalidValue, match=f"in row {row + 4}, column {column}, expected") as caught:
+            (compute if operation == "compute_log_prob" else update)(engine, operation=operation, rows=rows)
+        assert (caught.value.tensor, caught.value.row, caught.value.column) == ("responses", row + 4, column)
+
+
+def test_whole_numbers_are_numbers(tmp_path: Path) -> None:
+    """Advantages of integers train as the same numbers in floats."""
+    path, found = save_model(tmp_path), []
+    for dtype in (torch.float32, torch.int64, torch.int8):
+        rows = batch()
+        rows.tensors["advantages"] = torch.tensor([1, -1, 2, 0, 1, -2, 1]).to(dtype)
+        found.append(update(build(path, "actor"), rows)[0].metrics["actor/grad_norm"])
+    assert found[0] == found[1] == found[2] > 0.0
+
+
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_temperature_that_is_none_is_refused_by_its_row(tmp_path: Path, bad: float) -> None:
     """Where the row scores anything."""

@@ -36,6 +36,17 @@ def test_kept_rows_are_the_rows_of_the_batch(redis_url: str, kept: list[int], wa
             assert torch.equal(rows.tensor(name, wanted), tensor[wanted])
 
 
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_unsigned_ids_come_as_signed_ones(tmp_path: Path, dtype: torch.dtype) -> None:
+    """As torch computes nothing with them; beyond int64 they are negative, and so no token."""
+    store = open_store(f"file://{tmp_path}")
+    store.put("batch", encode({"input_ids": IDS.to(dtype), "responses": torch.full((8, 2), 2**16 - 1).to(dtype)}))
+    with PayloadRows(store, "batch", OPERATIONS["update_actor"]) as rows:
+        for wanted in (slice(0, 8), [1, 5]):
+            assert torch.equal(rows.tensor("input_ids", wanted), IDS[wanted])
+            assert rows.tensor("responses", wanted).min() == 2**16 - 1
+
+
 @pytest.mark.parametrize("where", ["file", "redis"])
 def test_damage_in_kept_rows_is_found_before_any_is_used(redis_url: str, tmp_path: Path, where: str) -> None:
     """Also in a tensor that is asked for much later; rows of another rank are that rank's to find."""

@@ -8,17 +8,17 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from nexrl_contract.sections import Given
 
 ROLES: tuple[str, ...] = ("actor", "ref", "teacher", "critic", "reward")
 FORWARD_ROLES = ("ref", "teacher", "reward")
 """Groups that never train: no optimizer is made for them."""
 
 
-class Params(BaseModel):
-    """Arguments of an operation besides the batch; unknown ones are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+class Params(Given):
+    """Arguments of an operation besides the batch."""
 
 
 class NoParams(Params):

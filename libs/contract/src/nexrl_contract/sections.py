@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 _INERT: Any = {"inert": True}
@@ -27,10 +28,28 @@ def _not_offered() -> Any:
     return Field(default=False, json_schema_extra=_NOT_OFFERED)
 
 
-class Section(BaseModel):
-    """A mapping of the YAML; unknown keys are refused by :func:`parse_config` with the nearest known one."""
+class Given(BaseModel):
+    """What a user wrote: unknown keys are refused, and true and false are no numbers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_for_a_number(cls, value: Any, field: ValidationInfo) -> Any:
+        kinds = _kinds(cls.model_fields[str(field.field_name)].annotation)
+        members = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(member, bool) for member in members) and not kinds & {bool, Any}:
+            raise PydanticCustomError("bool_for_number", "true and false are not values of this key")
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of."""
+    return {annotation}.union(*(_kinds(inner) for inner in get_args(annotation) if not isinstance(inner, str | int)))
+
+
+class Section(Given):
+    """A mapping of the YAML; unknown keys are refused by :func:`parse_config` with the nearest known one."""
 
 
 class ModelConfig(Section):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from nexrl_contract.operations import Operation
+from numpy.typing import NDArray
 
-from ._placeholders import resolve
-from ._tensors import is_tensor
+from ._arrays import to_numpy
+from ._placeholders import RENAMED, resolve
+from ._tensors import is_tensor, is_torch
 from ._trainer_batch import Batch
 from .errors import ClientError, InvalidBatch
 
@@ -21,7 +24,7 @@ _METADATA = ("metadata", "meta_info")
 _FORMS = (
     "a Batch, {'tensors', 'values', 'metadata'}, {'batch', 'non_tensor_batch', 'meta_info'}, or a flat dict of tensors"
 )
-_NO_JSON = object()
+_DEPTH = 60
 _SETTINGS = ("temperature", "distillation_coeff", "entropy_coeff", "loss_agg_mode")
 """Metadata that changes what is computed."""
 
@@ -38,56 +41,75 @@ class Content:
 def normalise(batch: object, operation: Operation | None) -> Content:
     """Take a batch apart; kept are the tensors that the operation reads, None keeps all. Raises InvalidBatch."""
     tensors, values, metadata = _with_row_temperatures(*_sections(batch))
-    kept: dict[str, Any] = {}
-    ignored: list[str] = []
+    known = None if operation is None else (*operation.reads, *RENAMED)
+    kept = {name: _taken(name, value) for name, value in tensors.items() if known is None or name in known}
+    ignored = [name for name in tensors if name not in kept]
     if operation is not None:
-        tensors, ignored = resolve(operation.name, tensors)
-    for name, value in tensors.items():
-        if operation is not None and name not in operation.reads:
-            ignored.append(name)
-        else:
-            kept[name] = _check_tensor(name, value)
+        kept, dropped = resolve(operation.name, kept)
+        unread = [name for name in kept if name not in operation.reads]
+        ignored += [*dropped, *unread]
+        kept = {name: value for name, value in kept.items() if name not in unread}
     ignored += [str(name) for name in values]
-    converted = {str(name): to_json(value) for name, value in metadata.items()}
-    converted |= {name: _setting(name, metadata[name]) for name in _SETTINGS if name in metadata}
-    ignored += [name for name, value in converted.items() if value is _NO_JSON]
-    sent = {name: value for name, value in converted.items() if value is not _NO_JSON}
+    sent: dict[str, Any] = {}
+    for name, value in metadata.items():
+        try:
+            sent[str(name)] = to_json(value, f"metadata.{name}")
+        except NotJSON as error:
+            if name in _SETTINGS:  # without it another loss is meant
+                kind = "str" if name == "loss_agg_mode" else "float"
+                raise InvalidBatch(f"{error}; give {kind}({name})", details={"key": error.path}) from None
+            ignored.append(str(name))
     return Content(kept, sent, tuple(dict.fromkeys(ignored)))
 
 
 def json_object(mapping: Mapping[str, Any], what: str) -> dict[str, Any]:
     """The mapping as plain JSON, NumPy scalars and non-finite numbers included; raises ClientError naming the key."""
-    converted = {name: to_json(value) for name, value in mapping.items()}
-    for name, value in converted.items():
-        if value is _NO_JSON:
-            raise ClientError(f"{what} {name!r} is, or holds, what JSON cannot say ({type(mapping[name]).__name__})")
+    try:
+        converted: dict[str, Any] = to_json(mapping)
+    except NotJSON as error:
+        raise ClientError(f"{what} {error}", details={"key": error.path}) from None
     return converted
 
 
-def to_json(value: object) -> Any:
-    """The value with JSON's types alone (NaN as "NaN"), or a marker where it, or something inside it, is none."""
-    if isinstance(value, np.generic):
+class NotJSON(ValueError):
+    """A value that JSON cannot say; path is dotted, from the value that was to be converted."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path} {reason}".strip())
+        self.path = path
+
+
+def to_json(value: Any, path: str = "", depth: int = 0) -> Any:
+    """The value with JSON's types alone: scalars of NumPy and torch as numbers, paths as text, NaN as "NaN".
+
+    Mappings and sequences may be of any library (OmegaConf's resolve themselves). Raises NotJSON.
+    """
+    if isinstance(value, np.generic) or (is_tensor(value) and value.ndim == 0):
         value = value.item()
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else _non_finite(value)
+    if depth > _DEPTH:
+        raise NotJSON(path, f"holds more than {_DEPTH} values inside one another")
     if isinstance(value, Mapping):
-        items = {str(name): to_json(item) for name, item in value.items()}
-        return _NO_JSON if any(item is _NO_JSON for item in items.values()) else items
-    if isinstance(value, list | tuple):
-        members = [to_json(item) for item in value]
-        return _NO_JSON if any(item is _NO_JSON for item in members) else members
-    return _NO_JSON
+        return {str(name): to_json(item, _below(path, name), depth + 1) for name, item in _items(value, path)}
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
+        return [to_json(item, f"{path}[{index}]", depth + 1) for index, item in _items(value, path)]
+    raise NotJSON(path, f"is {type(value).__name__}, which JSON cannot say")
 
 
-def _setting(name: str, value: Any) -> Any:
-    """The setting as JSON, a tensor of one number as that; raises InvalidBatch, since without it another loss is meant."""
-    converted = to_json(value.item() if is_tensor(value) and value.ndim == 0 else value)
-    if converted is _NO_JSON:
-        kind = "str" if name == "loss_agg_mode" else "float"
-        raise InvalidBatch(f"metadata {name!r} is {type(value).__name__}; give {kind}({name})")
-    return converted
+def _items(value: Mapping[Any, Any] | Sequence[Any], path: str) -> list[tuple[Any, Any]]:
+    try:
+        return list(value.items() if isinstance(value, Mapping) else enumerate(value))
+    except Exception as error:  # a configuration of another library, whose values are made when they are asked for
+        raise NotJSON(path, f"cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _below(path: str, name: Any) -> str:
+    return f"{path}.{name}" if path else str(name)
 
 
 def _non_finite(value: float) -> str:
@@ -99,7 +121,10 @@ def _non_finite(value: float) -> str:
 def _sections(batch: object) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]:
     if isinstance(batch, Batch):
         return dict(batch), batch.extras, batch.metadata
-    if not isinstance(batch, Mapping):
+    batch = _opened(batch)
+    if isinstance(batch, Mapping):
+        batch = {name: _opened(value) if name in _TENSORS else value for name, value in batch.items()}
+    else:
         raise InvalidBatch(f"the batch is {type(batch).__name__}; give {_FORMS}")
     if not any(isinstance(batch.get(name), Mapping) for name in _TENSORS):
         return _flat(batch), {}, {}
@@ -108,6 +133,12 @@ def _sections(batch: object) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapp
         raise InvalidBatch(f"the batch has the unknown keys {', '.join(unknown)} beside its tensors; give {_FORMS}")
     tensors, values, metadata = (_section(batch, names) for names in (_TENSORS, _VALUES, _METADATA))
     return tensors, values, metadata
+
+
+def _opened(value: Any) -> Any:
+    """A TensorDict as a dict of its entries: iterating one gives its rows."""
+    tensordict = hasattr(value, "batch_size") and callable(getattr(value, "items", None))
+    return dict(value.items()) if tensordict else value
 
 
 def _with_row_temperatures(
@@ -144,15 +175,33 @@ def _flat(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     return batch
 
 
-def _check_tensor(name: str, value: object) -> object:
+def _taken(name: str, value: Any) -> Any:
+    """The value as a tensor: lists of equal lengths become an array. Raises InvalidBatch naming the tensor."""
+    if isinstance(value, list | tuple):
+        return _from_rows(name, value)
     if not is_tensor(value):
-        raise InvalidBatch(
-            f"tensor {name!r} is {type(value).__name__}; give a torch tensor or a NumPy array (np.asarray(rows))",
-            details={"tensor": name},
-        )
+        raise _refused(name, f"is {type(value).__name__}; give a torch tensor, a NumPy array or lists of numbers")
     if isinstance(value, np.ndarray) and value.dtype == object:
-        raise InvalidBatch(
-            f"tensor {name!r} is a NumPy array of objects; pad its rows to one length, and give numbers",
-            details={"tensor": name},
-        )
+        raise _refused(name, "is a NumPy array of objects; pad its rows to one length, and give numbers")
+    if is_torch(value) and value.is_nested:
+        raise _refused(name, "is a nested tensor; pad its rows to one length (to_padded_tensor), and send masks")
     return value
+
+
+def _from_rows(name: str, rows: Sequence[Any]) -> NDArray[Any]:
+    lengths = [len(row) if hasattr(row, "__len__") else None for row in rows]
+    for number, length in enumerate(lengths):
+        if length != lengths[0]:
+            found = "is a number" if length is None else f"has {length} values"
+            raise _refused(name, f"has rows of several lengths: row {number} {found}, row 0 {lengths[0]}; pad them")
+    try:
+        array = np.asarray([to_numpy(row) if is_tensor(row) else row for row in rows])
+    except (ValueError, TypeError, OverflowError) as error:
+        raise _refused(name, f"cannot be made of these lists: {str(error).splitlines()[0]}") from None
+    if array.dtype.kind not in "biuf":
+        raise _refused(name, f"holds what is no number ({array.dtype}); give lists of numbers")
+    return array
+
+
+def _refused(name: str, reason: str) -> InvalidBatch:
+    return InvalidBatch(f"tensor {name!r} {reason}", details={"tensor": name})

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 from nexrl_contract.operations import required_tensors
+from numpy.typing import NDArray
 
 from ._api import BatchLike
+from ._arrays import to_numpy
 from ._call import Call, prepare
 from ._exchange import Budget
 from ._handle import JobHandle
@@ -23,6 +25,7 @@ _METRICS = {
     **dict.fromkeys((*_POLICY_UPDATES, "update_actor_with_distillation"), ("actor", "pg_loss")),
     "update_critic": ("critic", "vf_loss"),
 }
+_COMPARED = ("input_ids", "attention_mask", "responses")
 _WHOLE = ("attention_mask", "position_ids", "loss_mask", "scoring_attention_mask")
 
 
@@ -191,6 +194,20 @@ def _check_shapes(call: Call, actor: Mapping[str, Any]) -> None:
             raise _refused(name, f"{name} has shape {list(shape)}; input_ids has {whole[0]} rows")
         if name in _WHOLE and shape != whole:
             raise _refused(name, f"{name} has shape {list(shape)}; it must be that of input_ids, {list(whole)}")
+    if "responses" in tensors:
+        _check_responses({name: to_numpy(tensors[name]) for name in _COMPARED if name in tensors})
+
+
+def _check_responses(arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Responses are the last R columns of input_ids wherever a token is attended; raises InvalidTensor."""
+    given = arrays["responses"]
+    if given.ndim != 2 or not 1 <= given.shape[1] < arrays["input_ids"].shape[1]:
+        raise _refused("responses", f"responses has shape {list(given.shape)}; it must be [B, R] with R below S")
+    meant = arrays["input_ids"][:, -given.shape[1] :]
+    attended = arrays.get("attention_mask", np.ones_like(arrays["input_ids"]))[:, -given.shape[1] :] != 0
+    for row, column in np.argwhere((given != meant) & attended)[:1]:
+        found, expected = given[row, column], meant[row, column]
+        raise _refused("responses", f"responses holds {found} in row {row}, column {column}; input_ids has {expected}")
 
 
 def _refused(name: str, message: str) -> InvalidTensor:

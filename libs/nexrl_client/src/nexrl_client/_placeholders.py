@@ -9,6 +9,8 @@ from ._tensors import is_tensor
 
 _OLD = "old_log_probs"
 _STUDENT = "old_student_log_probs"
+RENAMED = (_STUDENT,)
+"""Names that no operation reads and that `resolve` looks at."""
 
 
 def resolve(operation: str, tensors: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._checks import CODES, LONG_NAMES, check_shape, show
-from ._errors import NoNumpyDtype, UnsupportedDtype
+from ._errors import NoNumpyDtype, UnsupportedDtype, UnsupportedTensor
 from ._raw import RawTensor
 
 Array = NDArray[Any]
@@ -17,11 +17,13 @@ Bytes = NDArray[np.uint8]
 
 def from_numpy(array: Array, what: str) -> RawTensor:
     """The array as a RawTensor: a view if it is C-contiguous and little-endian, else a copy of its own elements."""
+    if isinstance(array, np.ma.MaskedArray) and np.ma.is_masked(array):
+        raise UnsupportedTensor(f"{what} is a masked array that hides some of its values; fill them, and send a mask")
     code = CODES.get(array.dtype.name)
     if code is None:
         raise UnsupportedDtype(f"{what} has NumPy dtype {show(str(array.dtype))}; supported are {', '.join(CODES)}")
     shape = check_shape(array.shape, what)  # before flattening, which turns 0-dim into [1]
-    flat = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).reshape(-1)
+    flat = np.ascontiguousarray(np.asarray(array), dtype=array.dtype.newbyteorder("<")).reshape(-1)
     return RawTensor(code, shape, flat.view(np.uint8).data)
 
 

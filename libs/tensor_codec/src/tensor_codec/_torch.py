@@ -15,10 +15,12 @@ def from_torch(tensor: torch.Tensor, what: str) -> RawTensor:
     code = CODES.get(str(tensor.dtype).removeprefix("torch."))
     if code is None:
         raise UnsupportedDtype(f"{what} has dtype {tensor.dtype}; supported are {', '.join(CODES)}")
-    plain = tensor.detach()
-    if type(plain) is not torch.Tensor or plain.layout is not torch.strided or plain.is_meta:
-        kind = f"{type(plain).__name__}, layout {plain.layout}, device {plain.device}"
-        raise UnsupportedTensor(f"{what} is no dense tensor with data ({kind}): use full_tensor() or to_dense()")
+    own_data = type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__  # not a wrapper of other tensors
+    if not own_data or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
+        kind = f"{type(tensor).__name__}, layout {tensor.layout}, device {tensor.device}"
+        advice = "use full_tensor(), to_dense() or to_padded_tensor()"
+        raise UnsupportedTensor(f"{what} is no dense tensor with data ({kind}): {advice}")
+    plain = tensor.detach().as_subclass(torch.Tensor)
     shape = check_shape(tuple(plain.shape), what)
     dense = plain.resolve_neg().contiguous().cpu()
     flat = dense.as_strided(

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.operations import Operation, required_tensors, unread_tensors
 
-_INTEGERS = frozenset({"I64", "I32", "I16", "I8", "U8"})
+_INTEGERS = frozenset({"I64", "I32", "I16", "I8", "U8", "U16", "U32", "U64"})
 _FLOATS = frozenset({"F64", "F32", "BF16", "F16"})
 _MASKS = _INTEGERS | _FLOATS | {"BOOL"}
 _IDS = ("input_ids", "attention_mask", "position_ids")
@@ -85,7 +85,7 @@ def shortened(names: Sequence[str]) -> list[str]:
 
 def _check_dtypes(read: Mapping[str, Described]) -> None:
     for name, tensor in read.items():
-        allowed, expected = _DTYPES.get(name, (_FLOATS, "floating point numbers"))
+        allowed, expected = _DTYPES.get(name, (_FLOATS | _INTEGERS, "numbers"))
         if tensor.dtype not in allowed:
             raise _wrong(name, "dtype", f"{expected} ({', '.join(sorted(allowed))})", tensor.dtype)
 

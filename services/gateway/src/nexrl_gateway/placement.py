@@ -11,8 +11,9 @@ from nexrl_contract import names
 from nexrl_contract.config import check_role, completed, differing_keys, parse_config
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.records import GroupRecord, JobRecord
+from nexrl_contract.sections import Given
 from nexrl_ledger import Fenced, Ledger
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from nexrl_gateway.admission import is_down, without_agent
 from nexrl_gateway.errors import checked_argument_error
@@ -23,13 +24,11 @@ from nexrl_gateway.submit import fingerprint, log_accepted
 _RACES = 5
 
 
-class InitializeBody(BaseModel):
+class InitializeBody(Given):
     """``POST /initialize``. ``config_dict`` is a whole service entry, or just ``{"actor": ...}``.
 
     A ``role`` here wins over the entry's; without either it is an actor.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     config_dict: dict[str, Any] | None = None
     role: str | None = None

@@ -12,6 +12,8 @@ from nexrl_contract.names import FRAME_METADATA_KEY
 from nexrl_contract.operations import Operation
 from nexrl_payloads import PayloadStore
 
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
+
 
 class PayloadRows:
     """The tensors of a stored batch that one operation reads; what else was sent is invisible.
@@ -51,7 +53,14 @@ class PayloadRows:
                 self._payload.check(name, _contiguous(rows))
 
     def tensor(self, name: str, rows: Sequence[int] | slice) -> torch.Tensor:
-        """``[len(rows), ...]`` on CPU; a view of the mapped store, or of what is kept, where the rows are contiguous."""
+        """``[len(rows), ...]`` on CPU; a view of the mapped store, or of what is kept, where the rows are contiguous.
+
+        Unsigned integers beyond 8 bits come as int64: torch computes next to nothing with them.
+        """
+        found = self._read(name, rows)
+        return found.long() if found.dtype in _UNSIGNED else found
+
+    def _read(self, name: str, rows: Sequence[int] | slice) -> torch.Tensor:
         rows = _contiguous(rows)
         places = self._kept.places(rows, self.size)
         if places is None:

@@ -50,6 +50,8 @@ def _check_some(rows: Rows, layout: Layout, limits: Limits, names: Sequence[str]
             _refuse(name, mask, (mask != 0) & (mask != 1), "0 or 1", indices)
     masks = read_masks(rows, layout, indices)
     _check_ids(rows, layout, limits, masks, indices)
+    if rows.has("responses"):
+        _check_responses(rows, layout, masks, indices)
     _check_positions(rows, limits, masks, indices)
     if rows.has("temperature"):
         given = rows.tensor("temperature", indices)
@@ -74,6 +76,24 @@ def _check_ids(rows: Rows, layout: Layout, limits: Limits, masks: Masks, indices
     needed[:, layout.sequence - layout.response :] |= masks.scored
     outside = ((ids < 0) | (ids >= limits.vocabulary)) & needed
     _refuse("input_ids", ids, outside, f"token ids from 0 to {limits.vocabulary - 1}", indices)
+
+
+def _check_responses(rows: Rows, layout: Layout, masks: Masks, indices: list[int]) -> None:
+    """They say nothing that input_ids do not: where they differ, one of the two is not what was meant."""
+    given, meant = rows.tensor("responses", indices), layout.align(rows.tensor("input_ids", indices))
+    differs = (given != meant) & (layout.align(masks.attention) | masks.scored)
+    if bool(differs.any()):
+        place, column = (int(number) for number in differs.nonzero()[0])
+        row, actual, expected = indices[place], int(given[place, column]), int(meant[place, column])
+        raise InvalidValue(
+            f"responses holds {actual} in row {row}, column {column}, expected {expected}, which stands there in "
+            f"input_ids (column {layout.sequence - layout.response + column}): responses are its last columns",
+            tensor="responses",
+            row=row,
+            column=column,
+            expected=str(expected),
+            actual=str(actual),
+        )
 
 
 def _check_candidates(ids: Tensor, scored: Tensor, limits: Limits, indices: list[int]) -> None:
