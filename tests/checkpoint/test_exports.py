@@ -235,10 +235,10 @@ def test_export_dtype_overrides_the_source(tmp_path: Path, form: str) -> None:
 
 @pytest.mark.usefixtures("sources")
 def test_a_new_head_has_the_dtype_of_most_of_the_source(tmp_path: Path) -> None:
-    """Of the weights that are taken from it: what it keeps beside them, such as scales, does not count."""
+    """Of the weights that are taken from it: what it keeps beside them for another purpose does not count."""
     model = half(tmp_path / "model")
     weights = load_file(Path(model) / "model.safetensors")
-    more = {f"{name}_of_nothing": torch.ones(1) for name in weights}
+    more = {f"mtp.{name}": torch.ones(1) for name in weights}
     save_file({**weights, **more}, Path(model) / "model.safetensors", {"format": "pt"})
     found = layout(Group(tmp_path, "critic", model).save(tmp_path / "export", sharded=False))
     assert (found["score.weight"][0], found["model.norm.weight"][0]) == ("BF16", "F32")

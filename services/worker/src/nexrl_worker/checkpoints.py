@@ -18,7 +18,7 @@ from nexrl_contract.manifest import FileEntry, Manifest, describe, fingerprint_t
 from nexrl_worker.checkpoint.huggingface import FolderWriter, Stamp, export
 from nexrl_worker.checkpoint.load import LoadPlan, inspect
 from nexrl_worker.checkpoint.publish import PlainPath, VersionedPath
-from nexrl_worker.checkpoint.readers import HuggingFaceReader, ShardReader
+from nexrl_worker.checkpoint.readers import HuggingFaceReader, ShardReader, TensorReader
 from nexrl_worker.checkpoint.shards import (
     MODEL_FILES,
     GroupState,
@@ -33,6 +33,7 @@ from nexrl_worker.settings import GroupFolders, RankSettings
 from nexrl_worker.suspended import SEQ_FILE, Suspended, suspended
 from nexrl_worker.team import Team
 from nexrl_worker.training.engine import Engine
+from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.rng import seed_all
 
 if TYPE_CHECKING:
@@ -197,8 +198,7 @@ class Checkpoints:
         """``optimizer``: restored or kept as it was; ``rng``: restored, reseeded, or kept; ``dtype``: of an export's weights."""
         mark = self._from_rank_0({"mark": plan.mark})["mark"]
         opened = self._team.agree(plan.reader)
-        foreign = isinstance(opened, HuggingFaceReader)
-        reader = self._team.agree(lambda: engine.by_own_names(opened) if foreign else opened)
+        reader = self._team.agree(lambda: _accounted(engine, plan, opened))
         try:
             full = plan.has_optimizer and not weight_only
             needed = {part.name: part.global_shape for part in engine.shards(optimizer=full)}
@@ -209,7 +209,7 @@ class Checkpoints:
             engine.load_shards(reader, optimizer=full)
         finally:
             reader.close()
-        held = {"dtype": ", ".join(sorted(opened.dtypes))} if isinstance(opened, HuggingFaceReader) else {}
+        held = {"dtype": ", ".join(sorted(opened.weight_dtypes))} if isinstance(opened, HuggingFaceReader) else {}
         if not full:
             return {**held, "optimizer": "kept", "rng": "kept"}
         engine.load_scalars(state["scalars"])
@@ -277,6 +277,16 @@ class Checkpoints:
     def _config_hash(self) -> str:
         text = json.dumps(self._settings.config, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _accounted(engine: Engine, plan: LoadPlan, opened: TensorReader) -> TensorReader:
+    """Of a Hugging Face folder every tensor's place in the model, and that none holds NaN."""
+    if not isinstance(opened, HuggingFaceReader):
+        return opened
+    try:
+        return engine.account(opened)
+    except InvalidValue as error:
+        raise ServiceError("CHECKPOINT_INVALID", f"{plan.folder}: {error.message}", **error.details()) from None
 
 
 def _usable_state(engine: Engine, plan: LoadPlan) -> dict[str, Any]:

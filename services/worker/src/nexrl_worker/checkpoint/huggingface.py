@@ -24,9 +24,9 @@ from nexrl_contract.manifest import (
 from torch import Tensor
 
 from nexrl_worker.checkpoint.model_files import CONFIG, copy_model_files, set_dtype
-from nexrl_worker.checkpoint.readers import WEIGHTS, WEIGHTS_INDEX
 from nexrl_worker.checkpoint.tensor_file import no_space, set_metadata, write_tensors
 from nexrl_worker.training.fingerprint import partial_fingerprint, weight_table
+from nexrl_worker.training.weights import WEIGHTS, WEIGHTS_INDEX
 
 SHARD_BYTES = 5_000_000_000
 

@@ -174,11 +174,3 @@ def _check_foreign(folder: Path) -> None:
     if not (folder / CONFIG).is_file():
         raise ServiceError("CHECKPOINT_INVALID", f"{folder} has neither a manifest nor a Hugging Face config.json")
     weight_files(folder)
-    try:
-        quantised = json.loads((folder / CONFIG).read_bytes()).get("quantization_config")
-    except (OSError, ValueError, AttributeError):
-        raise ServiceError("CHECKPOINT_INVALID", f"{folder / CONFIG} is not a model's configuration") from None
-    if quantised:
-        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
-        message = f"{folder} holds quantised weights ({method}): save them as bfloat16 or float32 and load those"
-        raise ServiceError("CHECKPOINT_INVALID", message, key="quantization_config")

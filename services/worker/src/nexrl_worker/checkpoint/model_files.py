@@ -30,16 +30,30 @@ def copy_model_files(source: Path, folder: Path, changes: Mapping[str, Any]) -> 
 
     That is every file of at most ``MOST_BYTES`` that is no weights, code or record of other weights, and additional
     chat templates. ``changes`` replace keys of ``config.json``: a critic has another head than the model that it was
-    made of.
+    made of. A quantisation is not named there any more.
     """
     folder.mkdir(parents=True, exist_ok=True)
     names = sorted(_small_files(source))
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
         write_file(folder / name, (source / name).read_bytes())
-    if changes and CONFIG in names:
-        _write_config(folder, {**_read_config(folder), **changes})
+    if CONFIG in names:
+        config = _read_config(folder)
+        changed = _of_these_weights({**config, **changes}, tied="tie_word_embeddings" not in changes)
+        if changed != config:
+            _write_config(folder, changed)
     return names
+
+
+def _of_these_weights(config: dict[str, Any], tied: bool) -> dict[str, Any]:
+    """Without a quantisation, and untied in every part where the whole is."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if key == "tie_word_embeddings":
+            found[key] = value and tied
+        elif key not in ("quantization_config", "compression_config"):
+            found[key] = _of_these_weights(value, tied) if isinstance(value, dict) else value
+    return found
 
 
 def _small_files(source: Path) -> Iterator[str]:

@@ -5,25 +5,23 @@ Files are mapped, not read whole.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self
 
 import torch
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.manifest import Manifest
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from nexrl_worker.checkpoint.shards import OPTIMIZER_PREFIX, read_index
-from nexrl_worker.training.weights import dtype_name
-
-Answer = TypeVar("Answer")
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
+from nexrl_worker.training import weights
+from nexrl_worker.training.errors import InvalidValue
+from nexrl_worker.training.quantised import Dequantised, quantisation
+from nexrl_worker.training.weights import FolderReader, dtype_name
 
 
 class TensorReader(Protocol):
@@ -49,9 +47,9 @@ class _Files:
         """Raises ``CHECKPOINT_INVALID`` for a missing, truncated or foreign file."""
         if name not in self._open:
             try:
-                self._open[name] = self._stack.enter_context(safe_open(str(self._folder / name), framework="pt"))
-            except (OSError, SafetensorError) as error:
-                raise ServiceError("CHECKPOINT_INVALID", f"{self._folder / name} cannot be read: {error}") from None
+                self._open[name] = self._stack.enter_context(weights.open_weights(self._folder / name))
+            except InvalidValue as error:
+                raise ServiceError("CHECKPOINT_INVALID", error.message) from None
         return self._open[name]
 
     def rows(self, file: str, name: str, start: int, stop: int) -> Tensor:
@@ -155,65 +153,34 @@ class ShardReader:
         self.close()
 
 
-class HuggingFaceReader:
+class HuggingFaceReader(Dequantised):
     """The weights of any Hugging Face folder with safetensors files.
 
     Raises ``CHECKPOINT_INVALID`` saying what is wrong.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: set[str] = set()
-        self._file_of: dict[str, str] = {}
-        self._files = _Files(folder)
-        for file in sorted(weight_files(folder)):
-            opened = self._files.file(file)
-            for name in opened.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                self._file_of[name] = file
-                part = opened.get_slice(name)
-                self.shapes[name] = tuple(part.get_shape())
-                self.dtypes.add(dtype_name(part.get_dtype()))
-                if part.get_dtype().startswith(("F8", "F6", "F4")):
-                    message = (
-                        f"{folder / file}: {name} is {part.get_dtype()}, which is quantised and lacks its scale here"
-                    )
-                    raise ServiceError("CHECKPOINT_INVALID", message, tensor=name)
+        try:
+            super().__init__(FolderReader(folder), quantisation(folder))
+        except InvalidValue as error:
+            raise ServiceError("CHECKPOINT_INVALID", _placed(folder, error.message), **error.details()) from None
 
-    def has(self, name: str) -> bool:
-        """Whether the folder holds the tensor."""
-        return name in self._file_of
-
-    def check(self, name: str) -> None:
-        """The files are open, and the shapes are the files' own."""
-        self._files.check(self._file_of[name], name, self.shapes[name])
-
-    def read(self, name: str, offset: int, length: int) -> Tensor:
-        """Rows ``offset:offset + length`` along dim 0 (all of a 0-dim tensor), in the file's dtype."""
-        return self._files.rows(self._file_of[name], name, offset, offset + length)
-
-    def close(self) -> None:
-        """Unmap the files."""
-        self._files.close()
+    @property
+    def weight_dtypes(self) -> set[str]:
+        """torch's names of the dtypes in the files."""
+        return {dtype_name(code) for code in self.stored.values()}
 
 
-def weight_files(folder: Path) -> set[str]:
+def weight_files(folder: Path) -> list[str]:
     """Names of a Hugging Face folder's safetensors files.
 
     Raises ``CHECKPOINT_INVALID`` when there are none or one is missing.
     """
-    if (folder / WEIGHTS_INDEX).is_file():
-        names = _parsed(folder / WEIGHTS_INDEX, lambda index: {str(name) for name in index["weight_map"].values()})
-        for name in sorted(names):
-            if "/" in name or not (folder / name).is_file():
-                raise ServiceError("CHECKPOINT_INVALID", f"{folder / name} is missing, but the index names it")
-        return names
-    if (folder / WEIGHTS).is_file():
-        return {WEIGHTS}
-    raise ServiceError("CHECKPOINT_INVALID", f"{folder} has no safetensors weights; other formats are not read")
-
-
-def _parsed(path: Path, pick: Callable[[Any], Answer]) -> Answer:
     try:
-        return pick(json.loads(path.read_bytes()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ServiceError("CHECKPOINT_INVALID", f"{path} is not what it should be") from None
+        return weights.weight_files(folder)
+    except InvalidValue as error:
+        raise ServiceError("CHECKPOINT_INVALID", error.message, **error.details()) from None
+
+
+def _placed(folder: Path, message: str) -> str:
+    return message if str(folder) in message else f"{folder}: {message}"

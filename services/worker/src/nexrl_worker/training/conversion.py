@@ -29,9 +29,13 @@ from nexrl_worker.training.weights import FLOAT_DTYPES
 
 
 class FolderTensors(Protocol):
-    """Rows of the tensors that a folder's files hold, by their names there; `shapes` are the whole ones."""
+    """Rows of the tensors that a folder's files hold, by their names there; `shapes` are the whole ones.
+
+    `dtypes` are safetensors' names of theirs.
+    """
 
     shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
 
     def has(self, name: str) -> bool: ...
     def check(self, name: str) -> None: ...
@@ -58,13 +62,14 @@ class Conversion:
         known = dict.fromkeys(hf.state_dict(keep_vars=True), True)
         prefix = self._hf.base_model_prefix
         self.groups: dict[str, _Group] = {}
-        self.unused: list[str] = []
+        self.unused: dict[str, str] = {}
+        """Tensors that the model does not take: the name that they would have there, by theirs in the folder."""
         for name in sorted(names, key=dot_natural_key):
             target, pattern = rename_source_key(name, renamings, converters, prefix, known)
             if target not in known and name in known:
                 target, pattern = rename_source_key(name, [], [], prefix, known)
             if target not in known:
-                self.unused.append(name)
+                self.unused[name] = target
                 continue
             group = self.groups.setdefault(target, _Group(None if pattern is None else by_pattern[pattern]))
             group.sources.append((name, name if pattern is None else pattern))
@@ -91,13 +96,19 @@ class ConvertingReader:
     def __init__(self, hf: Any, folder: FolderTensors) -> None:
         self._folder = folder
         self._conversion = Conversion(hf, folder.shapes)
+        self.unused = self._conversion.unused
         self._group_of: dict[str, str] = {}
         self._held: tuple[str, dict[str, Tensor]] = ("", {})
-        self.shapes = {name: folder.shapes[name] for name in self._conversion.unused}
+        self.shapes = {name: folder.shapes[name] for name in self.unused}
         for first in self._conversion.groups:
             made = self._conversion.convert(first, lambda name: torch.empty(folder.shapes[name], device="meta"))
             self.shapes |= {name: tuple(part.shape) for name, part in made.items()}
             self._group_of |= dict.fromkeys(made, first)
+
+    def sources(self) -> Iterator[tuple[str, list[str], bool]]:
+        """Of what the model takes: one tensor's name there, those in the folder, and whether they are converted."""
+        for first, group in self._conversion.groups.items():
+            yield first, [name for name, _ in group.sources], group.converter is not None
 
     def has(self, name: str) -> bool:
         """Whether the folder has what the tensor is made of."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -31,11 +30,12 @@ from nexrl_worker.training.queries import QUERIES
 from nexrl_worker.training.reference import FrozenReference
 from nexrl_worker.training.roots import Root
 from nexrl_worker.training.scorer import Scorer
+from nexrl_worker.training.sources import folder_tensors
 from nexrl_worker.training.spec import aggregation_of, loss_spec, needed_tensors, present, temperature_of
 from nexrl_worker.training.state import TrainingState
 from nexrl_worker.training.trainer import Parts, Result, Trainer
 from nexrl_worker.training.validate import Limits, check_rows
-from nexrl_worker.training.weights import FolderReader, parameter_shards
+from nexrl_worker.training.weights import parameter_shards
 
 Agree = Callable[[Callable[[], Any]], Any]
 POLICY_UPDATES = ("update_actor", "update_actor_with_distillation")
@@ -71,7 +71,7 @@ class Engine(TrainingState):
         agree(outcome.check)
         if isinstance(root, Scorer | RewardModel):
             root.fallback = outcome.reason
-        source = agree(lambda: FolderReader(Path(actor.model.path)).dtypes)
+        source = agree(lambda: folder_tensors(actor.model.path).stored)
         engine: Engine = agree(lambda: cls(actor, role, device, root, outcome, source))
         return engine
 

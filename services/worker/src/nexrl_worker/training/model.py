@@ -19,8 +19,8 @@ from nexrl_worker.training.kinds import Kind
 from nexrl_worker.training.parallelize import checkpoint_activations, compile_layers, shard
 from nexrl_worker.training.roots import Root
 from nexrl_worker.training.scorer import Scorer
-from nexrl_worker.training.sources import weights_of
-from nexrl_worker.training.weights import load_parameters
+from nexrl_worker.training.sources import folder_tensors, has_own_head, untie, weights_of
+from nexrl_worker.training.weights import check_finite, load_parameters
 
 _DTYPES = {
     "float32": torch.float32,
@@ -106,9 +106,11 @@ def build_root(
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     kind.prepare(config)
     _without_dropout(config)
-    with _parameters_on_meta():
-        hf: nn.Module = kind.auto.from_config(config, dtype=precision.model)
-    hf.tie_weights()  # type: ignore[operator]
+    hf = _on_meta(kind, config, precision)
+    own_head = has_own_head(hf, folder_tensors(path))
+    if own_head:
+        untie(config)
+        hf = _on_meta(kind, config, precision)
     hf.requires_grad_(trainable)
     hf.eval()
     if options.compiled:
@@ -121,8 +123,17 @@ def build_root(
     compute = None if precision.param == precision.model else precision.param
     shard(root, mesh, compute, None if precision.reduce == precision.model else precision.reduce)
     _materialise(root, device)
-    load_parameters(hf, weights_of(path, hf, config, kind, precision.model))
+    load_parameters(hf, weights_of(path, hf, kind))
+    check_finite(hf)
+    root.own_head = own_head
     return root
+
+
+def _on_meta(kind: Kind, config: Any, precision: Precision) -> nn.Module:
+    with _parameters_on_meta():
+        hf: nn.Module = kind.auto.from_config(config, dtype=precision.model)
+    hf.tie_weights()  # type: ignore[operator]
+    return hf
 
 
 def _without_dropout(config: Any) -> None:

@@ -15,6 +15,9 @@ from nexrl_worker.training.packing import attention_of, use_attention, use_segme
 class Root(nn.Module):
     """Wraps the model `hf`. Whatever needs gathered weights runs in `forward`, where FSDP's hooks are."""
 
+    own_head = False
+    """Whether the folder has a head of its own though its configuration ties it to the embedding."""
+
     def __init__(self, hf: nn.Module) -> None:
         super().__init__()
         self.hf = hf

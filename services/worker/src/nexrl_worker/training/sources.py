@@ -1,48 +1,159 @@
-"""Where the weights of a model folder come from: its files by slices, or what transformers makes of them."""
+"""Where the weights of a model folder come from, and the account of them: nothing is left over on either side.
+
+Each tensor in the files is a parameter's or buffer's, or one that transformers leaves out too; each parameter has one.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
-from nexrl_worker.training.conversion import ConvertingReader
+from nexrl_worker.training.conversion import ConvertingReader, FolderTensors
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.heads import head_of
 from nexrl_worker.training.kinds import Kind
-from nexrl_worker.training.weights import FolderReader, MemoryReader, Reader, persistent_buffers
+from nexrl_worker.training.quantised import NO_WEIGHTS, Dequantised, quantisation
+from nexrl_worker.training.scorer import Scorer
+from nexrl_worker.training.weights import FLOAT_DTYPES, FolderReader, persistent_buffers
+
+_OTHER_PARTS = r"(^|\.)(visual|vision\w*|audio\w*|multi_modal_projector|embed_vision|embed_audio|mm_\w+)\."
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer)\.(\d+)\.")
+_ROWS = 8192
 
 
-def weights_of(path: str, hf: nn.Module, config: Any, kind: Kind, dtype: torch.dtype) -> Reader:
-    """Slices of the folder, converted as transformers does; else the whole state dict that it makes.
+def folder_tensors(path: str | Path) -> Dequantised:
+    """The folder's tensors, de-quantised; raises InvalidValue where that is not known or files are damaged."""
+    return Dequantised(FolderReader(Path(path)), quantisation(Path(path)))
 
-    Raises InvalidValue where weights are missing that the model needs.
+
+def has_own_head(hf: Any, folder: FolderTensors) -> bool:
+    """Whether the folder's output head is another than the embedding that its configuration ties it to.
+
+    Transformers does not tie them then. Raises InvalidValue where only some of several tied tensors differ.
     """
-    folder = FolderReader(Path(path))
-    needed = {name for name, _ in hf.named_parameters()} | {name for name, _ in persistent_buffers(hf)}
-    fresh = _head_names(hf) if kind.fresh_head else set()
+    reader = _converted(hf, folder)
+    tied = [pair for pair in hf.get_expanded_tied_weights_keys(all_submodels=True).items() if pair[0] != pair[1]]
+    apart = [
+        (one, other) for one, other in tied if reader.has(one) and reader.has(other) and _differ(reader, one, other)
+    ]
+    if apart and len(apart) < len(tied):
+        one, other = apart[0]
+        raise InvalidValue(f"{one} and {other} are one tensor by the configuration, but the files have two", tensor=one)
+    return bool(apart)
+
+
+def untie(config: Any) -> None:
+    """Let head and embedding be two."""
+    for part in (config, config.get_text_config()):
+        if getattr(part, "tie_word_embeddings", None):
+            part.tie_word_embeddings = False
+
+
+class Account:
+    """What a folder has for the model `hf`: a reader of the model's tensors by its names.
+
+    Raises InvalidValue naming the first tensor that no parameter takes, the first parameter without one, the first of
+    another shape or of a dtype that is no weight's. What `kind` makes anew is zero where the folder lacks it.
+    """
+
+    def __init__(self, hf: Any, folder: FolderTensors, kind: Kind, fresh: bool) -> None:
+        self._reader = _converted(hf, folder)
+        buffers = dict(persistent_buffers(hf))
+        needed = {name: tuple(tensor.shape) for name, tensor in (*hf.named_parameters(), *buffers.items())}
+        self._same = {
+            name: other
+            for one, other in _both_ways(hf.get_expanded_tied_weights_keys(all_submodels=True))
+            for name in [one]
+            if name in needed and not self._reader.has(name) and self._reader.has(other)
+        }
+        head = _head_names(hf) if fresh else set()
+        absent = {name for name in needed if not self._reader.has(name) and name not in self._same}
+        kept = _matching(hf._keys_to_ignore_on_load_missing, absent & buffers.keys())
+        self._zeros = {name: needed[name] for name in absent & head}
+        self._kept = {name: buffers[name] for name in kept}
+        _check_left(hf, folder, self._reader.unused, kind)
+        _check_missing(sorted(absent - head - kept), needed)
+        for name, shape in needed.items():
+            found = self._reader.shapes.get(self._same.get(name, name), shape)
+            if found != shape:
+                have, expected = str(list(found)), str(list(shape))
+                raise InvalidValue(
+                    f"{name} has shape {have}, the model needs {expected}", tensor=name, expected=expected, actual=have
+                )
+        self._check_sources(
+            folder, {name for name, tensor in hf.state_dict(keep_vars=True).items() if tensor.is_floating_point()}
+        )
+        self.shapes = {name: shape for name, shape in needed.items() if name not in head or name not in absent}
+
+    def has(self, name: str) -> bool:
+        """Whether the folder has the model's tensor."""
+        return name in self.shapes
+
+    def check(self, name: str) -> None:
+        """Open what the tensor is made of."""
+        if name not in self._kept:
+            self._reader.check(self._same.get(name, name))
+
+    def read(self, name: str, offset: int, length: int) -> Tensor:
+        """Rows `offset:offset + length` along dim 0 (all of a 0-dim tensor)."""
+        if name in self._zeros:
+            return torch.zeros(length, *self._zeros[name][1:])
+        if name in self._kept:
+            return self._kept[name]
+        return self._reader.read(self._same.get(name, name), offset, length)
+
+    def close(self) -> None:
+        """Close the folder's reader."""
+        self._reader.close()
+
+    def _check_sources(self, folder: FolderTensors, weights: set[str]) -> None:
+        for first, names, converted in self._reader.sources():
+            for name in names:
+                code = folder.dtypes[name]
+                if first in weights and code not in FLOAT_DTYPES:
+                    message = (
+                        f"{name} holds numbers of dtype {code} without a scale that is known here: no weights to train"
+                    )
+                    raise InvalidValue(message, tensor=name, expected=", ".join(FLOAT_DTYPES), actual=code)
+            if len(names) > 1 and not converted:
+                raise InvalidValue(
+                    f"the files have both {names[0]} and {names[1]} for one tensor, {first}", tensor=names[1]
+                )
+
+
+def weights_of(path: str, hf: nn.Module, kind: Kind) -> Account:
+    """Slices of the folder for the model `hf`, each accounted for."""
+    return Account(hf, folder_tensors(path), kind, fresh=kind.fresh_head)
+
+
+def _converted(hf: Any, folder: FolderTensors) -> ConvertingReader:
     try:
-        reader = ConvertingReader(hf, folder)
-    except RuntimeError as error:  # shapes that do not go together
-        raise InvalidValue(f"the weights in {path} are not those of its configuration: {error}") from error
-    shapes = reader.shapes
-    if needed - fresh <= shapes.keys():
-        for name, param in hf.named_parameters():
-            if name in shapes and shapes[name] != tuple(param.shape):
-                found, expected = str(list(shapes[name])), str(list(param.shape))
-                message = f"{name} in {path} has shape {found}, the model needs {expected}"
-                raise InvalidValue(message, tensor=name, expected=expected, actual=found)
-        return _WithZeros(reader, hf, fresh - shapes.keys())
-    loaded: Any = kind.auto.from_pretrained(
-        path, config=config, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+        return ConvertingReader(hf, folder)
+    except (RuntimeError, KeyError, IndexError) as error:  # shapes or tensors that do not go together
+        raise InvalidValue(f"the weights are not those of the configuration: {error}") from error
+
+
+def _both_ways(pairs: Mapping[str, str]) -> list[tuple[str, str]]:
+    return [pair for one, other in pairs.items() for pair in ((one, other), (other, one))]
+
+
+def _differ(reader: ConvertingReader, one: str, other: str) -> bool:
+    shape = reader.shapes[one]
+    if shape != reader.shapes[other]:
+        return True
+    rows = shape[0] if shape else 1
+    return any(
+        not torch.equal(
+            reader.read(one, start, min(_ROWS, rows - start)), reader.read(other, start, min(_ROWS, rows - start))
+        )
+        for start in range(0, rows, _ROWS)
     )
-    whole, report = loaded
-    missing = sorted(set(report["missing_keys"]) - fresh)
-    if missing:
-        raise InvalidValue(f"{path} lacks {len(missing)} weights of its model, the first is {missing[0]}")
-    return _WithZeros(MemoryReader(whole.state_dict()), hf, fresh & set(report["missing_keys"]))
 
 
 def _head_names(hf: nn.Module) -> set[str]:
@@ -51,14 +162,62 @@ def _head_names(hf: nn.Module) -> set[str]:
     return {name for name, param in hf.named_parameters() if id(param) in own}
 
 
-class _WithZeros:
-    """A reader in which some parameters are zero."""
+def _matching(patterns: Iterable[str] | None, names: Iterable[str]) -> set[str]:
+    known = [re.compile(pattern) for pattern in patterns or ()]
+    return {name for name in names if any(pattern.search(name) for pattern in known)}
 
-    def __init__(self, reader: Reader, hf: nn.Module, zeros: set[str]) -> None:
-        self._reader = reader
-        self._shapes = {name: tuple(param.shape) for name, param in hf.named_parameters() if name in zeros}
 
-    def read(self, name: str, offset: int, length: int) -> Tensor:
-        if name in self._shapes:
-            return torch.zeros(length, *self._shapes[name][1:])
-        return self._reader.read(name, offset, length)
+def _check_left(hf: Any, folder: FolderTensors, unused: Mapping[str, str], kind: Kind) -> None:
+    """Raise InvalidValue where tensors are left that transformers has no reason to leave."""
+    reasons = _left_out(hf, kind, quantised=isinstance(folder, Dequantised) and folder.method is not None)
+    left = [
+        name
+        for name, target in unused.items()
+        if not _matching(reasons, (name, target)) and not _is_mask(name, folder.shapes[name])
+    ]
+    if not left:
+        return
+    layers = sorted({int(found[1]) for name in left if (found := _LAYER.search(name))})
+    count = getattr(hf.config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(count, int) and layers and layers[0] >= count:
+        message = (
+            f"the files have layers up to {layers[-1]}, but num_hidden_layers is {count}: {left[0]} would not be used"
+        )
+    else:
+        more = f" and {len(left) - 1} more tensors" if len(left) > 1 else ""
+        message = f"{left[0]}{more} would not be used: the model, a {type(hf).__name__}, has nothing of that name"
+    raise InvalidValue(message, tensor=left[0])
+
+
+def _left_out(hf: Any, kind: Kind, quantised: bool) -> set[str]:
+    """Patterns of what is rightly left: by transformers' own lists, and what has no part in the model's answer."""
+    config = hf.config
+    patterns = set(hf._keys_to_ignore_on_load_unexpected or ())
+    patterns |= {r"(^|\.)inv_freq$", r"(^|\.)position_ids$", r"(^|\.)masked_bias$", r"^(\w+\.)*mtp\w*\."}
+    saved = hf.state_dict(keep_vars=True).keys()
+    patterns |= {rf"(^|\.){re.escape(name)}$" for name, _ in hf.named_buffers() if name not in saved}
+    text = config.get_text_config()
+    count, more = getattr(text, "num_hidden_layers", 0), getattr(text, "num_nextn_predict_layers", None) or 0
+    patterns |= {rf"(^|\.)layers\.{count + number}\." for number in range(more)}  # they predict further tokens
+    if not any(name.endswith("_config") and name != "text_config" for name in config.sub_configs):
+        patterns.add(_OTHER_PARTS)  # of a folder whose text part is trained
+    if not issubclass(kind.root, Scorer):  # made of a language model: its output head
+        causal: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
+        heads = {"lm_head", "embed_out", "cls"} | {
+            key.rpartition(".")[0] for key in getattr(causal, "_tied_weights_keys", None) or {}
+        }
+        patterns |= {rf"^{head}\." for head in heads if head}
+    if quantised:
+        patterns.add(NO_WEIGHTS)
+    return patterns
+
+
+def _is_mask(name: str, shape: tuple[int, ...]) -> bool:
+    """A causal mask, which older families saved: [1, 1, n, n]."""
+    return name.endswith((".attn.bias", ".attention.bias")) and len(shape) == 4 and shape[:2] == (1, 1)
+
+
+def _check_missing(absent: list[str], needed: Mapping[str, tuple[int, ...]]) -> None:
+    if absent:
+        more = f" and {len(absent) - 1} more of {len(needed)} tensors" if len(absent) > 1 else ""
+        raise InvalidValue(f"the files lack {absent[0]}{more}, which the model needs", tensor=absent[0])

@@ -13,16 +13,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from nexrl_worker.training.conversion import ConvertingReader, ExportLayout, FolderTensors
+from nexrl_worker.training.conversion import ExportLayout, FolderTensors
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.fingerprint import partial_fingerprint, weight_table
 from nexrl_worker.training.kinds import KINDS, Kind
 from nexrl_worker.training.rng import rng_state, set_rng_state
 from nexrl_worker.training.roots import Root
+from nexrl_worker.training.sources import Account, has_own_head
 from nexrl_worker.training.trainer import Trainer
 from nexrl_worker.training.weights import (
     Reader,
     Shard,
+    check_finite,
     fill,
     gather,
     load_parameters,
@@ -154,19 +156,26 @@ class TrainingState:
             dtype = said if isinstance(said, torch.dtype) else None
         return ExportLayout(hf, saved.get("source", {}), dtype)
 
-    def by_own_names(self, reader: FolderTensors) -> FolderTensors | ConvertingReader:
-        """A reader that converts what the folder names or cuts otherwise than the model does. Local."""
-        try:
-            return ConvertingReader(self._root.hf, reader)
-        except (ValueError, KeyError, RuntimeError):  # of another model: whoever looks for its tensors names one
-            return reader
+    def account(self, folder: FolderTensors) -> Account:
+        """A reader of the model's tensors from a folder that others made; raises InvalidValue. Local.
+
+        Every tensor there is accounted for, and what is named, cut or stored otherwise than in the model is converted.
+        """
+        hf: Any = self._root.hf
+        if has_own_head(hf, folder):
+            raise InvalidValue("the output head is not the embedding, as in the group's model, which has one for both")
+        found = Account(hf, folder, self._kind, fresh=False)
+        check_finite(hf, found)
+        return found
 
     def config_changes(self) -> dict[str, Any]:
-        """What an exported config.json must say otherwise than the folder that the group was made of: the new head."""
+        """What an exported config.json must say otherwise than the folder that the group was made of: its head."""
+        untied = {"tie_word_embeddings": False} if self._root.own_head else {}
         if not self._kind.fresh_head:
-            return {}
+            return untied
         config: Any = self._root.hf.config
         return {
+            **untied,
             "architectures": [self.architecture()],
             "id2label": {str(number): label for number, label in config.id2label.items()},
             "label2id": config.label2id,

@@ -10,12 +10,15 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nexrl_worker.training.errors import InvalidValue
 
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+_LONGEST_HEADER = 100_000_000  # safetensors' own limit
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """What weights are trained and exported in, by safetensors' names."""
 
@@ -47,24 +50,19 @@ class FolderReader:
     """Reads slices of a Hugging Face folder's safetensors files without touching the rest.
 
     `shapes` are those of the whole tensors, `dtypes` safetensors' names of theirs ("BF16"). Files stay mapped until `close`.
+    Raises InvalidValue where files are missing or are no whole safetensors files.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._open: dict[str, Any] = {}
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            self._files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        elif (folder / "model.safetensors").is_file():
-            with safe_open(str(folder / "model.safetensors"), framework="pt") as file:
-                self._files = dict.fromkeys(file.keys(), "model.safetensors")
-        else:
-            raise InvalidValue(f"{folder} has no safetensors weights; other formats are not read")
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
-        for name in self._files:
-            part = self._file(name).get_slice(name)
-            self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), part.get_dtype()
+        self._file_of: dict[str, Any] = {}
+        for name in weight_files(folder):
+            file = open_weights(folder / name)
+            for tensor in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                part = file.get_slice(tensor)
+                self.shapes[tensor], self.dtypes[tensor] = tuple(part.get_shape()), part.get_dtype()
+                self._file_of[tensor] = file
 
     def has(self, name: str) -> bool:
         """Whether the folder holds the tensor."""
@@ -74,20 +72,79 @@ class FolderReader:
         """Every file is open."""
 
     def read(self, name: str, offset: int, length: int) -> Tensor:
-        file = self._file(name)
+        """Rows `offset:offset + length` along dim 0 (all of a 0-dim tensor), in the file's dtype."""
+        file = self._file_of[name]
         part = file.get_slice(name)
         rows: Tensor = part[offset : offset + length] if part.get_shape() else file.get_tensor(name)
         return rows
 
     def close(self) -> None:
         """Unmap the files."""
-        self._open.clear()
+        self._file_of.clear()
 
-    def _file(self, name: str) -> Any:
-        file = self._files[name]
-        if file not in self._open:
-            self._open[file] = safe_open(str(self._folder / file), framework="pt")
-        return self._open[file]
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of a Hugging Face folder's weight files, those that transformers would read; raises InvalidValue."""
+    index = folder / WEIGHTS_INDEX
+    if (folder / WEIGHTS).is_file():
+        return [WEIGHTS]
+    if index.is_file():
+        try:
+            names = sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise InvalidValue(
+                f"{index} is not what it should be: {what_is_wrong(index) or 'it has no weight_map'}"
+            ) from None
+        for name in names:
+            if "/" in name or not (folder / name).is_file():
+                raise InvalidValue(f"{folder / name} is missing, but the index names it")
+        return names
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    if len(others) > 1:
+        message = (
+            f"{folder} has {len(others)} safetensors files ({others[0]} ...) but no {WEIGHTS_INDEX}: fetch that too"
+        )
+        raise InvalidValue(message, expected=WEIGHTS_INDEX)
+    if others:
+        raise InvalidValue(f"{folder} has {others[0]}, but neither {WEIGHTS} nor {WEIGHTS_INDEX}", expected=WEIGHTS)
+    raise InvalidValue(f"{folder} has no safetensors weights; other formats are not read")
+
+
+def open_weights(path: Path) -> Any:
+    """A mapped safetensors file; raises InvalidValue saying what it is instead."""
+    try:
+        return safe_open(str(path), framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise InvalidValue(f"{path} cannot be read: {what_is_wrong(path) or error}") from error
+
+
+def what_is_wrong(path: Path) -> str | None:
+    """What a model's file is instead of itself, as far as it shows: a pointer, nothing, a page, a part."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+            size = path.stat().st_size
+            if start.startswith(b"version https://git-lfs"):
+                return "it is a Git LFS pointer, not the file itself; run git lfs pull in its folder"
+            if not start:
+                return "it is empty"
+            if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+                return "it is a web page, not the file itself"
+            if path.suffix != ".safetensors":
+                return None
+            header = int.from_bytes(start[:8], "little")
+            if size < 8 or (header < _LONGEST_HEADER and size < 8 + header):
+                return f"it is cut short: its header alone needs more than its {size} bytes"
+            if header >= _LONGEST_HEADER:
+                return "it is no safetensors file"
+            file.seek(8)
+            entries = json.loads(file.read(header))
+            needed = (
+                8 + header + max(entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__")
+            )
+            return f"it is cut short: {size} of {needed} bytes are there" if size < needed else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 class MemoryReader:
@@ -126,11 +183,15 @@ def parameter_shards(hf: nn.Module) -> Iterator[Shard]:
 @torch.no_grad()
 def fill(shard: Shard, reader: Reader) -> None:
     """Overwrite the shard's memory with its rows from the reader; raises InvalidValue on another shape."""
+    shard.local_tensor.copy_(_rows(shard, reader))
+
+
+def _rows(shard: Shard, reader: Reader) -> Tensor:
     rows = reader.read(shard.name, shard.offset_dim0, shard.local_tensor.shape[0])
     if rows.shape != shard.local_tensor.shape:
         expected, actual = str(list(shard.local_tensor.shape)), str(list(rows.shape))
         raise InvalidValue(f"rows of {shard.name} have shape {actual}, the model needs {expected}", tensor=shard.name)
-    shard.local_tensor.copy_(rows)
+    return rows
 
 
 @torch.no_grad()
@@ -139,7 +200,28 @@ def load_parameters(hf: nn.Module, reader: Reader) -> None:
     for part in parameter_shards(hf):
         fill(part, reader)
     for name, buffer in persistent_buffers(hf):
-        buffer.copy_(reader.read(name, 0, buffer.shape[0] if buffer.ndim else 1))
+        buffer.copy_(_buffer_rows(name, buffer, reader))
+
+
+@torch.no_grad()
+def check_finite(hf: nn.Module, reader: Reader | None = None) -> None:
+    """Raise InvalidValue naming the first tensor in which this rank's rows hold NaN or infinity. Local.
+
+    Of `reader`, before they are loaded; else of the model. Numbers are judged as the model holds them: float64 beyond
+    float32 is infinity there. A saved buffer may hold infinity: some are masks.
+    """
+    for part in parameter_shards(hf):
+        rows = part.local_tensor if reader is None else _rows(part, reader).to(part.local_tensor.dtype)
+        if rows.numel() and not all(bool(end.isfinite()) for end in torch.aminmax(rows)):
+            bad = int((~rows.isfinite()).reshape(len(rows), -1).any(dim=1).nonzero()[0])
+            raise InvalidValue(f"{part.name} holds NaN or infinity (row {part.offset_dim0 + bad})", tensor=part.name)
+    for name, buffer in persistent_buffers(hf):
+        if bool((buffer if reader is None else _buffer_rows(name, buffer, reader)).isnan().any()):
+            raise InvalidValue(f"{name} holds NaN", tensor=name)
+
+
+def _buffer_rows(name: str, buffer: Tensor, reader: Reader) -> Tensor:
+    return reader.read(name, 0, buffer.shape[0] if buffer.ndim else 1)
 
 
 @torch.no_grad()

@@ -1,0 +1,179 @@
+"""Quantised folders: what their weights were made of, by their scales; refused where that is not known here."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nexrl_worker.training.errors import InvalidValue
+from nexrl_worker.training.weights import FLOAT_DTYPES, FolderReader, what_is_wrong
+
+NO_WEIGHTS = r"(^|\.)(input|activation|output|prob_output|[kvq]|kv)_scale(_ub|_inv)?$"
+"""Scales of activations and of caches: an engine that computes in 8 bits needs them, the weights do not."""
+_METHODS = ("fp8", "mxfp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "bitsandbytes")
+_FLOAT8 = ("F8_E4M3", "F8_E5M2")
+_INT8_LIMIT = 127.0
+
+
+def quantisation(folder: Path) -> dict[str, Any] | None:
+    """What `config.json`, or a part of it, says of a quantisation; None where it says nothing. Raises InvalidValue."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+        parts = [
+            config,
+            *(part for name, part in config.items() if name.endswith("_config") and isinstance(part, dict)),
+        ]
+        said = [part[key] for part in parts for key in ("quantization_config", "compression_config") if part.get(key)]
+        return dict(said[0]) if said else None
+    except (OSError, ValueError, TypeError, AttributeError):
+        raise InvalidValue(f"{path} is not a model's configuration{_reason(path)}") from None
+
+
+def method_of(said: Mapping[str, Any]) -> str:
+    """The method's name; raises InvalidValue where its weights cannot be made whole here."""
+    method = str(said.get("quant_method") or ("bitsandbytes" if said.get("load_in_8bit") else "unknown"))
+    if said.get("load_in_4bit"):
+        method = "bitsandbytes 4-bit"
+    if said.get("transform_config"):
+        method += " with transforms"
+    if method not in _METHODS:
+        message = f"quantization_config says {method}: such weights are not de-quantised here; save them as bfloat16"
+        raise InvalidValue(message, tensor="quantization_config", expected=", ".join(_METHODS), actual=method)
+    return method
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """`block`: the rows and columns that share one scale; the scale's numbers are divided by `over`."""
+
+    name: str
+    block: tuple[int, int]
+    over: float = 1.0
+
+
+class Dequantised:
+    """A folder's tensors with the quantised ones made whole, in float32: each number times its block's scale.
+
+    `said`: what its configuration says of the quantisation. Raises InvalidValue naming the tensor or the method.
+    """
+
+    def __init__(self, folder: FolderReader, said: Mapping[str, Any] | None) -> None:
+        self._folder = folder
+        self.method = None if said is None else method_of(said)
+        self._declared = _declared_block(said or {})
+        self._scales: dict[str, _Scale] = {}
+        dropped: set[str] = set()
+        for name, code in folder.dtypes.items():
+            found = self._scale_of(name, code)
+            if found is not None:
+                self._scales[name] = found
+                dropped.add(found.name)
+        dropped |= self._formats() if self.method == "bitsandbytes" else set()
+        self.shapes = {name: shape for name, shape in folder.shapes.items() if name not in dropped}
+        self.dtypes = {name: "F32" if name in self._scales else folder.dtypes[name] for name in self.shapes}
+
+    @property
+    def stored(self) -> dict[str, str]:
+        """`dtypes` as the files have them, without the scales."""
+        return {name: self._folder.dtypes[name] for name in self.shapes}
+
+    def has(self, name: str) -> bool:
+        """Whether the folder holds the tensor."""
+        return name in self.shapes
+
+    def check(self, name: str) -> None:
+        """Every file is open."""
+
+    def read(self, name: str, offset: int, length: int) -> Tensor:
+        """Rows `offset:offset + length` along dim 0 (all of a 0-dim tensor)."""
+        rows = self._folder.read(name, offset, length)
+        scale = self._scales.get(name)
+        return rows if scale is None else rows.float() * self._spread(scale, self.shapes[name], offset, length)
+
+    def close(self) -> None:
+        """Unmap the files."""
+        self._folder.close()
+
+    def _scale_of(self, name: str, code: str) -> _Scale | None:
+        """None where the tensor is not quantised, or by nothing that is known: then no parameter takes its dtype."""
+        if code in _FLOAT8:
+            found = next((name + end for end in ("_scale_inv", "_scale") if self._folder.has(name + end)), None)
+            if found is None or self.method is None:
+                why = "there is no scale beside it" if found is None else "config.json has no quantization_config"
+                raise InvalidValue(f"{name} is {code}, quantised, but {why}", tensor=name, actual=code)
+            return _Scale(found, self._block(name, found))
+        if code == "I8" and self.method == "bitsandbytes":
+            found = name.removesuffix("weight") + "SCB"
+            if self._folder.has(found):
+                return _Scale(found, self._block(name, found), over=_INT8_LIMIT)
+        return None
+
+    def _block(self, name: str, scale: str) -> tuple[int, int]:
+        shape, grid = self._folder.shapes[name], self._folder.shapes[scale]
+        if self._folder.dtypes[scale] not in (*FLOAT_DTYPES, "F8_E8M0", "U8"):
+            raise InvalidValue(f"{scale} is {self._folder.dtypes[scale]}, no scale that is known here", tensor=scale)
+        if len(shape) >= 2:
+            rows, columns = shape[-2:]
+            if math.prod(grid) == 1:
+                return rows, columns
+            if grid in ((rows,), (rows, 1)) and len(shape) == 2:
+                return 1, columns
+            if len(grid) == len(shape) and grid[:-2] == shape[:-2]:
+                even = (rows // max(grid[-2], 1), columns // max(grid[-1], 1))
+                for block in (self._declared, even):
+                    if block and min(block) and (-(-rows // block[0]), -(-columns // block[1])) == grid[-2:]:
+                        return block
+        message = f"{scale} of shape {list(grid)} does not go with {name} of shape {list(shape)}"
+        raise InvalidValue(message, tensor=scale)
+
+    def _formats(self) -> set[str]:
+        """How bitsandbytes laid out its rows: names that say so, all of them row after row."""
+        names = {name.removesuffix("SCB") + "weight_format" for name in self._folder.shapes if name.endswith("SCB")}
+        there = {name for name in names if self._folder.has(name)}
+        for name in sorted(there):
+            if int(self._folder.read(name, 0, 1)):
+                raise InvalidValue(f"{name} is not 0: rows in another order than their own", tensor=name)
+        return there
+
+    def _spread(self, scale: _Scale, shape: tuple[int, ...], offset: int, length: int) -> Tensor:
+        """A scale for each number of those rows, or what spreads to it."""
+        grid = self._folder.shapes[scale.name]
+        stored = self._folder.read(scale.name, 0, grid[0] if grid else 1)
+        found = (stored.float() - _INT8_LIMIT).exp2() if stored.dtype == torch.uint8 else stored.float()
+        found = found / scale.over
+        if found.numel() == 1:
+            return found.reshape(())
+        if len(shape) == 2:
+            found = found.reshape(grid[0], -1)
+            rows = torch.arange(offset, offset + length) // scale.block[0]
+        else:
+            found = found[offset : offset + length]
+            rows = torch.arange(shape[-2]) // scale.block[0]
+        columns = torch.arange(shape[-1]) // scale.block[1]
+        return found.index_select(-2, rows).index_select(-1, columns)
+
+
+def _declared_block(said: Mapping[str, Any]) -> tuple[int, int] | None:
+    groups = said.get("config_groups")
+    given = [said.get("weight_block_size")]
+    if isinstance(groups, dict):
+        given += [
+            (group.get("weights") or {}).get("block_structure") for group in groups.values() if isinstance(group, dict)
+        ]
+    for block in given:
+        if isinstance(block, list) and len(block) == 2 and all(isinstance(side, int) and side > 0 for side in block):
+            return block[0], block[1]
+    return None
+
+
+def _reason(path: Path) -> str:
+    found = what_is_wrong(path)
+    return f": {found}" if found else ""
