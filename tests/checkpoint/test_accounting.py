@@ -300,6 +300,14 @@ def with_index(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
 
 
+def saying(quantised: Any) -> Callable[[Path], Any]:
+    def change(folder: Path) -> None:
+        known = json.loads((folder / "config.json").read_bytes())
+        (folder / "config.json").write_text(json.dumps({**known, "quantization_config": quantised}))
+
+    return change
+
+
 def replaced(name: str, content: str) -> Callable[[Path], Any]:
     return lambda folder: (folder / name).write_text(content)
 
@@ -313,6 +321,8 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "shards without an index": (in_shards, "2 safetensors files .* but no model.safetensors.index.json"),
     "an index of missing files": (with_index, "model-00003-of-00003.safetensors is missing, but the index names it"),
     "a pointer": (replaced("model.safetensors", POINTER), "model.safetensors cannot be read: it is a Git LFS pointer"),
+    "a list for a quantisation": (saying(["fp8"]), "quantization_config is no mapping"),
+    "nothing for a quantisation": (saying([]), "quantization_config is no mapping"),
     "a pointer for a configuration": (replaced("config.json", POINTER), "config.json.*it is a Git LFS pointer"),
     "a web page": (replaced("model.safetensors", "<!DOCTYPE html><html>"), "it is a web page"),
     "nothing": (replaced("model.safetensors", ""), "it is empty"),

@@ -31,8 +31,13 @@ def quantisation(folder: Path) -> dict[str, Any] | None:
             config,
             *(part for name, part in config.items() if name.endswith("_config") and isinstance(part, dict)),
         ]
-        said = [part[key] for part in parts for key in ("quantization_config", "compression_config") if part.get(key)]
+        keys = ("quantization_config", "compression_config")
+        said = [part[key] for part in parts for key in keys if part.get(key) is not None and part[key] != {}]
+        if not all(isinstance(one, dict) for one in said):
+            raise InvalidValue(f"{path}: quantization_config is no mapping", tensor="quantization_config")
         return dict(said[0]) if said else None
+    except InvalidValue:
+        raise
     except (OSError, ValueError, TypeError, AttributeError):
         raise InvalidValue(f"{path} is not a model's configuration{_reason(path)}") from None
 
@@ -165,9 +170,8 @@ def _declared_block(said: Mapping[str, Any]) -> tuple[int, int] | None:
     groups = said.get("config_groups")
     given = [said.get("weight_block_size")]
     if isinstance(groups, dict):
-        given += [
-            (group.get("weights") or {}).get("block_structure") for group in groups.values() if isinstance(group, dict)
-        ]
+        weights = [group.get("weights") for group in groups.values() if isinstance(group, dict)]
+        given += [one.get("block_structure") for one in weights if isinstance(one, dict)]
     for block in given:
         if isinstance(block, list) and len(block) == 2 and all(isinstance(side, int) and side > 0 for side in block):
             return block[0], block[1]
