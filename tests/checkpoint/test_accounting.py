@@ -257,6 +257,20 @@ def test_a_head_of_its_own_is_kept_though_the_configuration_ties_it(models: Path
         Group(tmp_path, "actor", str(models / "qwen2")).load(Path(path))
 
 
+def test_a_checkpoint_of_more_layers_is_refused(models: Path, tmp_path: Path) -> None:
+    """A sharded one too: all that the group needs is in it, and more."""
+    saved = Group(tmp_path, "actor", str(models / "llama")).save(tmp_path / "saved", sharded=True)
+    group = Group(
+        tmp_path,
+        "actor",
+        save_model(tmp_path / "one", "llama", hidden_size=32, intermediate_size=40, num_hidden_layers=1),
+    )
+    before = group.state()
+    with pytest.raises(Refused, match=r"holds model\.layers\.1\..*no place"):
+        group.load(saved)
+    assert group.state() == before
+
+
 @pytest.mark.parametrize("only", ["head", "both"])
 def test_a_head_that_is_the_embedding_stays_tied(models: Path, tmp_path: Path, only: str) -> None:
     """Also where the files have it under the head's name alone."""

@@ -202,7 +202,8 @@ class Checkpoints:
         try:
             full = plan.has_optimizer and not weight_only
             needed = {part.name: part.global_shape for part in engine.shards(optimizer=full)}
-            self._team.agree(lambda: plan.check_fits(reader, needed, engine.architecture()))
+            whole = self._team.rank == 0  # which alone has the saved buffers
+            self._team.agree(lambda: plan.check_fits(reader, needed, engine.architecture(), whole))
             self._team.agree(lambda: plan.check_unchanged(mark))
             state = self._team.agree(lambda: _usable_state(engine, plan)) if full else {}
             rng = self._team.agree(lambda: _usable_rng(engine, plan, self._team)) if full else None

@@ -71,8 +71,12 @@ class LoadPlan:
             else HuggingFaceReader(self.folder)
         )
 
-    def check_fits(self, reader: TensorReader, needed: Mapping[str, tuple[int, ...]], architecture: str) -> None:
+    def check_fits(
+        self, reader: TensorReader, needed: Mapping[str, tuple[int, ...]], architecture: str, whole: bool = True
+    ) -> None:
         """``needed``: the group's tensors and global shapes; ``architecture``: the class of its model.
+
+        ``whole``: these are all of its tensors, so that the checkpoint may hold no others.
 
         Raises ``CHECKPOINT_INVALID`` where it is another model's checkpoint. Afterwards every file that will be read is open.
         """
@@ -91,6 +95,10 @@ class LoadPlan:
                     tensor=name,
                 )
             reader.check(name)
+        others = reader.shapes.keys() - needed.keys() if whole else ()
+        for name in sorted(name for name in others if not name.startswith(OPTIMIZER_PREFIX)):
+            message = f"{self.folder} holds {name}, for which the group's {architecture} has no place"
+            raise ServiceError("CHECKPOINT_INVALID", message, tensor=name)
 
     def _check_head(self, reader: TensorReader, needed: Mapping[str, tuple[int, ...]], architecture: str) -> None:
         """A model with a tied head needs nothing that a critic's checkpoint lacks: what is too much tells them apart."""
