@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace as Space
 from typing import Any
 
 import pytest
@@ -229,8 +230,10 @@ def test_what_has_no_place_or_no_source_is_refused_by_name(models: Path, tmp_pat
     path = changed(models / "llama", tmp_path / "it", change, **config)
     with pytest.raises(InvalidValue, match=named):
         build(path)
-    group = Group(tmp_path, "actor", str(models / "llama"))
+    group = Group(tmp_path, "actor", str(models / "llama"), ref=Space(model=Space(path=path)))
     before = group.state()
+    with pytest.raises(InvalidValue, match=named):
+        group.engine.load_reference()
     if "num_hidden_layers" in config or "intermediate_size" in config:  # of the folder's tensors alone, these fit
         return
     with pytest.raises(Refused, match=named) as caught:
