@@ -11,7 +11,7 @@ import pytest
 import torch
 from nexrl_client import HTTPTrainServiceClient, InvalidBatch, UnknownOperation, testing
 from nexrl_contract.operations import OPERATIONS
-from tensordict import TensorDict
+from tensordict import TensorDict, lazy_stack
 
 
 def send(batch: object, operation: str = "compute_log_prob", **params: Any) -> tuple[testing.Recorded, dict[str, Any]]:
@@ -229,6 +229,17 @@ def test_a_tensordict_is_a_batch(form: str) -> None:
     assert set(request.frame().header.tensors) == {"input_ids", "attention_mask"}
 
 
+def test_what_a_tensordict_holds_besides_tensors_stays_with_the_trainer() -> None:
+    """Text and dicts of tensors are named; rows that cannot be stacked are refused by their tensor."""
+    inner = TensorDict({"x": PLAIN}, batch_size=2)
+    request, result = send(TensorDict({"input_ids": PLAIN, "uid": ["a", "b"], "inner": inner}, batch_size=2))
+    assert set(request.frame().header.tensors) == {"input_ids"}
+    assert set(result["meta_info"]["ignored"]) == {"uid", "inner"}
+    rows = lazy_stack([TensorDict({"input_ids": PLAIN[0, :size]}) for size in (2, 3)])
+    with pytest.raises(InvalidBatch, match="'input_ids' has rows of several shapes"):
+        send(rows)
+
+
 @pytest.mark.parametrize("given", [[0.5, 2], np.asarray([0.5, 2.0]), torch.tensor([[0.5], [2.0]])])
 @pytest.mark.parametrize("section", ["tensors", "metadata"])
 def test_a_temperature_of_each_row_is_a_tensor(given: Any, section: str) -> None:
@@ -258,6 +269,10 @@ def test_params_travel_in_the_frame(batch: dict[str, Any]) -> None:
         ({"tensors": {"input_ids": [["a", "b"]]}}, "'input_ids' holds what is no number"),
         ({"input_ids": [[1, None]]}, "'input_ids' holds what is no number"),
         ({"input_ids": np.ma.masked_array([[1, 2]], [[0, 1]])}, "'input_ids' is a masked array"),
+        ({"input_ids": [np.ma.masked_array([1, 2], [0, 1])]}, "'input_ids' is a masked array"),
+        ({"input_ids": [torch.ones(2, device="meta")]}, "'input_ids' is no dense tensor"),
+        ({"input_ids": PLAIN, "temperature": nested(torch.strided)}, "'temperature' is a nested tensor"),
+        ({"tensors": {}, "metadata": {"temperature": np.ma.masked}}, "metadata.temperature is a masked value"),
         ({"input_ids": nested(torch.strided)}, "'input_ids' is a nested tensor"),
         ({"input_ids": nested(torch.jagged)}, "'input_ids' is a nested tensor"),
         ({"input_ids": torch.ones(2, 2).to_sparse()}, "'input_ids' is no dense tensor"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from nexrl_client import HTTPTrainServiceClient, InvalidSetup, testing
+from nexrl_client import ClientError, HTTPTrainServiceClient, InvalidSetup, testing
 from omegaconf import OmegaConf
 
 SERVICE = """
@@ -139,3 +139,6 @@ def test_configurations_of_other_libraries() -> None:
     unresolved = OmegaConf.create({"actor": {"optim": {"lr": "${absent}"}}})
     with pytest.raises(ValueError, match=r"config_dict\.actor\.optim cannot be read: .*absent"):
         initialize("student", config_dict=unresolved)
+    for text in ({"identifier": "???", "actor": {}}, {"actor": "${absent}"}):
+        with pytest.raises(ClientError, match=r"config_dict cannot be read"):
+            initialize(config_dict=OmegaConf.create(text))

@@ -141,8 +141,15 @@ def test_a_mapping_of_tensors() -> None:
     assert repr(batch) == "Batch(input_ids [5, 3]; extras []; metadata {})"
     with pytest.raises(InvalidBatch, match=r"'advantages' has shape \[2\]; the batch has 5 rows"):
         batch["advantages"] = torch.zeros(2)
-    with pytest.raises(InvalidBatch, match=r"'advantages' is list.*tensor"):
-        batch["advantages"] = [0.0] * 5
+    batch["advantages"] = [0.0] * 5
+    assert batch["advantages"].shape == (5,)
+    for bad, message in (
+        ({}, r"'advantages' is dict.*tensor"),
+        ([[0.0], [0.0, 1.0]], "'advantages' has rows of several lengths: row 1"),
+        (np.ma.masked_array(np.zeros(5), [0, 1, 0, 0, 0]), "'advantages' is a masked array"),
+    ):
+        with pytest.raises(InvalidBatch, match=message):
+            batch["advantages"] = bad
     with pytest.raises(InvalidBatch, match="'uid' has 1 values for 5 rows"):
         Batch(batch, {"uid": ["a"]})
 
@@ -182,3 +189,9 @@ def test_without_torch() -> None:
         "MockTrainServiceClient().update_actor(b)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_masked_tokens_are_not_read_as_values() -> None:
+    """A masked array is refused where a batch is made of it, as where it is sent."""
+    with pytest.raises(InvalidBatch, match="masked"):
+        Batch.from_trajectories([{"tokens": np.ma.masked_array([1, 2], [0, 1]), "loss_mask": [0, 1]}], 0)

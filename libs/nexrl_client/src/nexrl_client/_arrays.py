@@ -3,23 +3,87 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ._tensors import is_torch
+from ._tensors import is_tensor, is_torch
 from .errors import InvalidBatch
 
 
 def to_numpy(value: Any) -> NDArray[Any]:
-    """A torch tensor (from any device), an array or nested lists as an array; floats become float64."""
+    """A torch tensor (from any device), an array or nested lists as an array; floats become float64.
+
+    Raises InvalidBatch for a masked array that hides values and for a nested tensor.
+    """
+    if isinstance(value, list | tuple):
+        value = [to_numpy(item) if is_tensor(item) else item for item in value]
+    if np.ma.is_masked(value):
+        raise InvalidBatch("an array is masked and hides some of its values; fill them, and send a mask")
     if is_torch(value):
+        if value.is_nested:
+            raise InvalidBatch("a tensor is nested; pad its rows to one length (to_padded_tensor)")
         value = value.detach().cpu()
         value = (value.double() if value.is_floating_point() else value).numpy()
     array = np.asarray(value)
     return array.astype(np.float64) if array.dtype.kind == "f" else array
+
+
+def taken(name: str, value: Any) -> Any:
+    """The value as a dense tensor with data: lists of equal lengths become an array.
+
+    Raises InvalidBatch naming the tensor.
+    """
+    if isinstance(value, list | tuple):
+        return _from_rows(name, value)
+    if not is_tensor(value):
+        raise _refused(name, f"is {type(value).__name__}; give a torch tensor, a NumPy array or lists of numbers")
+    if isinstance(value, np.ndarray):
+        if value.dtype == object:
+            raise _refused(name, "is a NumPy array of objects; pad its rows to one length, and give numbers")
+        if np.ma.is_masked(value):
+            raise _refused(name, "is a masked array that hides some of its values; fill them, and send a mask")
+        return value
+    if value.is_nested:
+        raise _refused(name, "is a nested tensor; pad its rows to one length (to_padded_tensor), and send masks")
+    if value.layout is not sys.modules["torch"].strided or value.is_meta:
+        kind = f"layout {value.layout}, device {value.device}"
+        raise _refused(name, f"is no dense tensor with data ({kind}): use full_tensor() or to_dense()")
+    return value
+
+
+def _from_rows(name: str, rows: Sequence[Any]) -> NDArray[Any]:
+    lengths = [_length(name, row) for row in rows]
+    for number, length in enumerate(lengths):
+        if length != lengths[0]:
+            found = "is a number" if length is None else f"has {length} values"
+            raise _refused(name, f"has rows of several lengths: row {number} {found}, row 0 {lengths[0]}; pad them")
+    try:
+        array = np.asarray([_inner(name, row) for row in rows])
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
+        raise _refused(name, f"cannot be made of these lists: {str(error).splitlines()[0]}") from None
+    if array.dtype.kind not in "biuf":
+        raise _refused(name, f"holds what is no number ({array.dtype}); give lists of numbers")
+    return array
+
+
+def _length(name: str, row: Any) -> int | None:
+    if is_tensor(row):
+        checked = taken(name, row)
+        return len(checked) if checked.ndim else None
+    return len(row) if hasattr(row, "__len__") else None
+
+
+def _inner(name: str, row: Any) -> Any:
+    if is_tensor(row):
+        return to_numpy(taken(name, row))
+    return [_inner(name, item) for item in row] if isinstance(row, list | tuple) else row
+
+
+def _refused(name: str, reason: str) -> InvalidBatch:
+    return InvalidBatch(f"tensor {name!r} {reason}", details={"tensor": name})
 
 
 def restore(array: NDArray[Any], *given: Any) -> Any:

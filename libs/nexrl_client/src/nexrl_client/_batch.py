@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 from nexrl_contract.operations import Operation
-from numpy.typing import NDArray
 
-from ._arrays import to_numpy
+from ._arrays import taken
 from ._placeholders import RENAMED, resolve
-from ._tensors import is_tensor, is_torch
+from ._tensors import is_tensor
 from ._trainer_batch import Batch
 from .errors import ClientError, InvalidBatch
 
@@ -42,7 +41,7 @@ def normalise(batch: object, operation: Operation | None) -> Content:
     """Take a batch apart; kept are the tensors that the operation reads, None keeps all. Raises InvalidBatch."""
     tensors, values, metadata = _with_row_temperatures(*_sections(batch))
     known = None if operation is None else (*operation.reads, *RENAMED)
-    kept = {name: _taken(name, value) for name, value in tensors.items() if known is None or name in known}
+    kept = {name: taken(name, value) for name, value in tensors.items() if known is None or name in known}
     ignored = [name for name in tensors if name not in kept]
     if operation is not None:
         kept, dropped = resolve(operation.name, kept)
@@ -85,7 +84,7 @@ def to_json(value: Any, path: str = "", depth: int = 0) -> Any:
     Mappings and sequences may be of any library (OmegaConf's resolve themselves). Raises NotJSON.
     """
     if isinstance(value, np.generic) or (is_tensor(value) and value.ndim == 0):
-        value = value.item()
+        value = _scalar(value, path)
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if value is None or isinstance(value, bool | int | str):
@@ -99,6 +98,15 @@ def to_json(value: Any, path: str = "", depth: int = 0) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
         return [to_json(item, f"{path}[{index}]", depth + 1) for index, item in _items(value, path)]
     raise NotJSON(path, f"is {type(value).__name__}, which JSON cannot say")
+
+
+def _scalar(value: Any, path: str) -> Any:
+    if np.ma.is_masked(value):
+        raise NotJSON(path, "is a masked value, which JSON cannot say")
+    try:
+        return value.item()
+    except RuntimeError as error:  # a tensor without data
+        raise NotJSON(path, f"has no value: {str(error).splitlines()[0]}") from None
 
 
 def _items(value: Mapping[Any, Any] | Sequence[Any], path: str) -> list[tuple[Any, Any]]:
@@ -121,7 +129,11 @@ def _non_finite(value: float) -> str:
 def _sections(batch: object) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]:
     if isinstance(batch, Batch):
         return dict(batch), batch.extras, batch.metadata
-    batch = _opened(batch)
+    if _is_tensordict(batch):
+        opened: dict[str, Any] = _opened(batch)
+        if not any(name in _TENSORS for name in opened):
+            return opened, {}, {}
+        batch = opened
     if isinstance(batch, Mapping):
         batch = {name: _opened(value) if name in _TENSORS else value for name, value in batch.items()}
     else:
@@ -135,10 +147,21 @@ def _sections(batch: object) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapp
     return tensors, values, metadata
 
 
+def _is_tensordict(value: Any) -> bool:
+    return hasattr(value, "batch_size") and callable(getattr(value, "items", None))
+
+
 def _opened(value: Any) -> Any:
     """A TensorDict as a dict of its entries: iterating one gives its rows."""
-    tensordict = hasattr(value, "batch_size") and callable(getattr(value, "items", None))
-    return dict(value.items()) if tensordict else value
+    return {str(name): _entry(value, name) for name in value.keys()} if _is_tensordict(value) else value  # noqa: SIM118
+
+
+def _entry(tensordict: Any, name: Any) -> Any:
+    try:
+        return tensordict.get(name)
+    except RuntimeError as error:  # a lazy stack of rows that cannot be stacked
+        reason = "has rows of several shapes, which cannot be stacked; pad them"
+        raise InvalidBatch(f"tensor {name!r} {reason}", details={"tensor": str(name)}) from error
 
 
 def _with_row_temperatures(
@@ -150,10 +173,10 @@ def _with_row_temperatures(
         if "temperature" in tensors:
             raise InvalidBatch("temperature is a tensor and, for every row, in the metadata too; give one")
         metadata = {name: value for name, value in metadata.items() if name != "temperature"}
-        tensors = {**tensors, "temperature": given if is_tensor(given) else np.asarray(given, np.float64)}
-    own: Any = tensors.get("temperature")
-    if is_tensor(own) and own.ndim == 2 and own.shape[1] == 1:
-        tensors = {**tensors, "temperature": own[:, 0]}
+        tensors = {**tensors, "temperature": given}
+    if "temperature" in tensors:
+        own: Any = taken("temperature", tensors["temperature"])
+        tensors = {**tensors, "temperature": own[:, 0] if own.ndim == 2 and own.shape[1] == 1 else own}
     return tensors, values, metadata
 
 
@@ -173,35 +196,3 @@ def _flat(batch: Mapping[str, Any]) -> Mapping[str, Any]:
         found = f"has {', '.join(nested)}, but no dict of tensors beside" if nested else "is empty"
         raise InvalidBatch(f"the batch {found}; give {_FORMS}")
     return batch
-
-
-def _taken(name: str, value: Any) -> Any:
-    """The value as a tensor: lists of equal lengths become an array. Raises InvalidBatch naming the tensor."""
-    if isinstance(value, list | tuple):
-        return _from_rows(name, value)
-    if not is_tensor(value):
-        raise _refused(name, f"is {type(value).__name__}; give a torch tensor, a NumPy array or lists of numbers")
-    if isinstance(value, np.ndarray) and value.dtype == object:
-        raise _refused(name, "is a NumPy array of objects; pad its rows to one length, and give numbers")
-    if is_torch(value) and value.is_nested:
-        raise _refused(name, "is a nested tensor; pad its rows to one length (to_padded_tensor), and send masks")
-    return value
-
-
-def _from_rows(name: str, rows: Sequence[Any]) -> NDArray[Any]:
-    lengths = [len(row) if hasattr(row, "__len__") else None for row in rows]
-    for number, length in enumerate(lengths):
-        if length != lengths[0]:
-            found = "is a number" if length is None else f"has {length} values"
-            raise _refused(name, f"has rows of several lengths: row {number} {found}, row 0 {lengths[0]}; pad them")
-    try:
-        array = np.asarray([to_numpy(row) if is_tensor(row) else row for row in rows])
-    except (ValueError, TypeError, OverflowError) as error:
-        raise _refused(name, f"cannot be made of these lists: {str(error).splitlines()[0]}") from None
-    if array.dtype.kind not in "biuf":
-        raise _refused(name, f"holds what is no number ({array.dtype}); give lists of numbers")
-    return array
-
-
-def _refused(name: str, reason: str) -> InvalidBatch:
-    return InvalidBatch(f"tensor {name!r} {reason}", details={"tensor": name})

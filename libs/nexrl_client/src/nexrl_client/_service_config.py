@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import yaml
 from nexrl_contract import yaml12
 
+from ._batch import json_object
 from .errors import InvalidSetup
 
 Entry: TypeAlias = dict[str, Any]
@@ -37,6 +38,8 @@ def read_entries(document: object, source: str) -> dict[str, Entry]:
     """
     if not isinstance(document, Mapping):
         raise InvalidSetup(f"{source} holds {type(document).__name__}; it must hold a mapping")
+    if not isinstance(document, dict):  # of another library, whose values are made when they are asked for
+        document = json_object(document, f"{source}:")
     service = document.get("service")
     services = service.get("train_service") if isinstance(service, Mapping) else None
     whole = isinstance(services, Mapping)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ._batch import json_object
 from ._service_config import load_service_config
 from .errors import InvalidSetup
 
@@ -36,6 +37,7 @@ def setup_params(
         raise InvalidSetup("initialize_worker needs config_dict, or config_path to a YAML file")
     if not isinstance(config, Mapping):
         raise InvalidSetup(f"config_dict is {type(config).__name__}; give a dict")
+    config = json_object({"config_dict": config}, "argument")["config_dict"]
     name = identifier or config.get("identifier")
     if not name:
         raise InvalidSetup("nothing names the worker group: give the client, or the configuration, an identifier")
@@ -47,7 +49,7 @@ def setup_params(
         "dispatch_mode": dispatch_mode,
     }
     given = {key: value for key, value in optional.items() if value is not None}
-    return {"config_dict": dict(config), "identifier": name, **given}
+    return {"config_dict": config, "identifier": name, **given}
 
 
 def _choose(entries: Mapping[str, Mapping[str, Any]], identifier: str | None, path: str) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import layout
-from ._arrays import append_zero_rows
+from ._arrays import append_zero_rows, taken
 from ._tensors import is_tensor, own_kind
 from ._trajectories import Row, read_rows, temperatures
 from .errors import InvalidBatch
@@ -104,6 +104,8 @@ class Batch(MutableMapping[str, Any]):
         return self._tensors[name]
 
     def __setitem__(self, name: str, tensor: Any) -> None:
+        if isinstance(tensor, list | tuple) or is_tensor(tensor):
+            tensor = taken(name, tensor)
         if not is_tensor(tensor) or tensor.ndim == 0:
             raise InvalidBatch(
                 f"{name!r} is {type(tensor).__name__}; give a tensor of B rows; what is none goes to extras or metadata",
