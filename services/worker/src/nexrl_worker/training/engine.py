@@ -28,7 +28,7 @@ from nexrl_worker.training.plan import Cut, Plan, make_plan
 from nexrl_worker.training.probe import Probe, probe, strictest
 from nexrl_worker.training.queries import QUERIES
 from nexrl_worker.training.reference import FrozenReference
-from nexrl_worker.training.roots import Root
+from nexrl_worker.training.roots import Root, longest_row
 from nexrl_worker.training.scorer import Scorer
 from nexrl_worker.training.sources import folder_tensors
 from nexrl_worker.training.spec import aggregation_of, loss_spec, needed_tensors, present, temperature_of
@@ -83,7 +83,7 @@ class Engine(TrainingState):
             "model_type": self._root.hf.config.model_type,  # type: ignore[union-attr]
             "parameters": sum(math.prod(part.global_shape) for part in parameter_shards(self._root.hf)),
             "vocab_size": self._root.vocabulary,
-            "max_position_embeddings": self._limits().positions,
+            "max_position_embeddings": longest_row(self._root.hf),
             "dtype": str(precision.model).removeprefix("torch."),
             "compute_dtype": str(precision.param).removeprefix("torch."),
             "reduce_dtype": str(precision.reduce).removeprefix("torch."),
@@ -296,7 +296,7 @@ class Engine(TrainingState):
 
     def _limits(self, with_reference: bool = False) -> Limits:
         roots = [self._root, self._reference.root] if with_reference and self._reference.root else [self._root]
-        known = [getattr(root.hf.config, "max_position_embeddings", None) for root in roots]
+        known = [root.positions for root in roots]
         limits = Limits(self._root.vocabulary, min((most for most in known if most is not None), default=None))
         return self._root.own_limits(limits) if isinstance(self._root, RewardModel) else limits
 

@@ -46,7 +46,7 @@ def measure_activations(
     layers = decoder_layers(root.hf)
     saved: list[float] = []
     passing = 0.0
-    most = getattr(root.hf.config, "max_position_embeddings", None) or max(_LENGTHS)
+    most = root.positions or max(_LENGTHS)
     lengths = [min(length, most) for length in _LENGTHS] if most >= max(_LENGTHS) else [most // 4, most // 2, most]
     for length in lengths:
         rows = TinyRows(root.vocabulary, (length,))

@@ -67,6 +67,7 @@ class RewardModel(Root):
         padding = padding_id(self.hf)
         if padding is not None and attention is not None:
             ids = torch.where(attention.bool(), ids, padding)
+        self.rows.are(attention, None)
         more = taken(self.hf, use_cache=False)
         logits: Tensor = self.hf(input_ids=ids, attention_mask=attention, **more).logits
         return _wide(logits.sum(dim=-1))

@@ -55,6 +55,12 @@ _PACKED_TOLERANCE_HALF = 4e-2
 _EXPERTS_TOLERANCE_HALF = 2e-1
 _PEAK = 50.0
 _LENGTHS = (9, 4, 7)
+# The tiny rows are shorter than any window: packed and padded ones are compared at this one.
+_WINDOW = 3
+_WINDOWS = (
+    "sliding_window", "sliding_window_size", "window_size", "attention_window", "attention_window_size",
+    "attention_chunk_size",
+)  # fmt: skip
 
 
 @torch.no_grad()
@@ -232,12 +238,14 @@ def _with_packing(
     packed = _tiny(root.vocabulary, device, packed=True)
     assert packed.segments is not None
     failures: list[str] = []
-    own, found = (_attempt(root, micro, failures) for micro in (_tiny(root.vocabulary, device, packed=False), packed))
-    difference = float("nan") if failures else float((own - found).abs().max())
-    if failures:
-        reason: str | None = f"the model cannot run packed: {failures[0]}"[:300]
-    else:
-        reason = _unlike(root.hf, packed.segments)
+    micros = (_tiny(root.vocabulary, device, packed=False), packed)
+    with _narrowed(root.hf):
+        own, found = (_attempt(root, micro, failures) for micro in micros)
+        difference = float("nan") if failures else float((own - found).abs().max())
+        if failures:
+            reason: str | None = f"the model cannot run packed: {failures[0]}"[:300]
+        else:
+            reason = _unlike(root.hf, packed.segments)
     if reason is None and not difference <= _PACKED_TOLERANCE.get(dtype, _PACKED_TOLERANCE_HALF) * scale:
         reason = f"packed rows differ from padded ones by {difference:.2g}"
     return Probe(outcome.difference, outcome.reason, reason is None, difference, reason)
@@ -256,7 +264,7 @@ def _attempt(root: Root, micro: MicroBatch, failures: list[str]) -> Tensor:
 
 
 def _unlike(hf: nn.Module, segments: Segments) -> str | None:
-    """Why the attention that ran is not the configured one: the tiny rows are too short to tell windows apart."""
+    """Why the attention that ran is not the configured one, by the windows that the layers told it."""
     if attention_of(hf) != ATTENTION or not segments.windows:
         return "the family's attention cannot be exchanged"
     config: Any = hf.config.get_text_config()  # type: ignore[union-attr, operator]
@@ -268,7 +276,28 @@ def _unlike(hf: nn.Module, segments: Segments) -> str | None:
     told = sum(size is not None and size == window for size in segments.windows)
     if window is not None and told != expected:
         return f"{expected} layers have a sliding window and {told} tell their attention"
+    others = [name for name in _WINDOWS[1:] if isinstance(getattr(config, name, None), int)]
+    if others and not any(getattr(config, name) in segments.windows for name in others):
+        return f"no layer tells its attention of the {others[0]}"
     return None
+
+
+@contextmanager
+def _narrowed(hf: nn.Module) -> Iterator[None]:
+    """Windows of `_WINDOW` tokens inside the block, wherever configurations and layers have larger ones."""
+    holders = [hf, *hf.modules(), *(part.config for part in hf.modules() if hasattr(part, "config"))]
+    before: list[tuple[dict[str, Any], str, int]] = []
+    try:
+        for values in map(vars, holders):
+            for name in _WINDOWS:
+                size = values.get(name)
+                if isinstance(size, int) and size > _WINDOW:
+                    before.append((values, name, size))
+                    values[name] = _WINDOW
+        yield
+    finally:
+        for values, name, size in before:
+            values[name] = size
 
 
 def _scores(scorer: Scorer, micro: MicroBatch) -> Tensor:
