@@ -103,8 +103,10 @@ def test_padding_side_does_not_matter(tmp_path: Path) -> None:
 
 def test_bad_folders_and_positions(tmp_path: Path) -> None:
     """A folder without safetensors, a float8 dtype, an unknown role and a sequence beyond the positions are refused."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(FAMILIES["gpt2"][0]).save_pretrained(tmp_path / "table")
+    engine = build(str(tmp_path / "table"))
     path = save_model(tmp_path / "good")
-    engine = build(path)
     long = MemoryRows({"input_ids": torch.zeros(1, 65, dtype=torch.int64), "attention_mask": torch.ones(1, 65)})
     with pytest.raises(InvalidValue, match="64"):
         scored(engine, long)
