@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,25 @@ def behaviour(folder: Path, path: str) -> dict[str, Any]:
     answer["state"] = state(folder, path, rows, settings)
     answer["distillation"] = distillation(path, rows)
     return answer
+
+
+def memory(_: Path, path: str) -> dict[str, Any]:
+    """A step with room for everything, and one with room for a row."""
+    whole, cut = build(path), build(path)
+    rooms: list[Any] = [None, None]
+    dist.all_gather_object(rooms, whole.room.mib)
+    cut.room = replace(cut.room, mib=1e-3)
+    micros = [
+        len(engine.plan("update_actor", 7, batch().lengths()).mini_batches[0].ranks[0]) for engine in (whole, cut)
+    ]
+    for engine in (whole, cut):
+        run(engine, "update_actor", batch())
+    ours, theirs = weights(whole), weights(cut)
+    return {
+        "rooms": rooms,
+        "micros": micros,
+        "difference": max((float((ours[k] - theirs[k]).abs().max()) for k in ours), default=0.0),
+    }
 
 
 def gradients(engine: Engine, rows: MemoryRows) -> dict[str, Tensor]:
@@ -273,4 +293,4 @@ def distillation(path: str, rows: MemoryRows) -> list[Any]:
 
 
 if __name__ == "__main__":
-    be_a_rank({"training": training, "behaviour": behaviour})
+    be_a_rank({"memory": memory, "training": training, "behaviour": behaviour})

@@ -238,7 +238,8 @@ class ActorConfig(Section):
     shuffle: bool = Field(default=False, description="Draw the rows of a mini-batch at random, by seed.")
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seeds shuffling and the ranks' generators.")
     ppo_micro_batch_size_per_gpu: Count | None = Field(
-        default=None, description="Rows per forward of each rank; null: by ppo_micro_batch_size, else all."
+        default=None,
+        description="Rows per forward of each rank; null: by ppo_micro_batch_size, else as many as fit into memory.",
     )
     ppo_micro_batch_size: Count | None = Field(
         default=None,

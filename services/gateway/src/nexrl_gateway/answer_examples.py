@@ -47,6 +47,7 @@ _MODEL: dict[str, Any] = {
     "chunked_log_probs_reason": None,
     "packing": False,
     "packing_reason": None,
+    "micro_batch_mib": 4096.0,
     "optimizer_steps": 0,
     "weight_version": 0,
 }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -22,7 +24,10 @@ from nexrl_worker.settings import AgentSettings, GroupFolders
 
 _LOG_TAIL_BYTES = 2000
 _LAST_WORDS_S = 0.2
+_LAST_STATUS_S = 1.0
 _LONGEST_CAUSE = 1000
+# Linux 6.15: _IOWR(0xFF, 11, struct pidfd_info of 64 bytes), whose mask asks for, and then has, the wait status.
+_PIDFD_GET_INFO, _PIDFD_INFO_BYTES, _PIDFD_INFO_EXIT, _STATUS_AT = 0xC040FF0B, 64, 1 << 3, 60
 
 
 class Failure(NamedTuple):
@@ -56,6 +61,7 @@ class GroupProcess:
                 preexec_fn=die_with_parent,
             )
         self._watched: dict[int, int] = {}
+        self._oom_kills = oom_kills()
         self._ended_because: str | None = None
 
     def poll_failure(self) -> Failure | None:
@@ -141,13 +147,75 @@ class GroupProcess:
         words = {rank: said for rank in range(self.world_size) if (said := _read(self.folders.error(rank))) is not None}
         silent = [rank for rank in dead if rank not in words]
         if silent:
+            how = how_it_ended(self._status(silent[0]), oom_kills() - self._oom_kills)
             log = f"see its log (nexrl logs {self.identifier})"
-            return Failure(f"rank {silent[0]} was killed or crashed without a message; {log}", silent[0])
+            return Failure(f"rank {silent[0]} {how} without a message; {log}", silent[0])
         if words:
             rank, first = min(words.items(), key=lambda item: float(item[1]["time"]))
             return Failure(f"rank {rank}: {first['message']}"[:_LONGEST_CAUSE], rank)
         tail = _tail(self.folders.logs / "torchrun.log")
         return Failure(f"the launcher ended with {_exit_text(code)}: {tail}"[:_LONGEST_CAUSE], None)
+
+    def _status(self, rank: int) -> int | None:
+        """The wait status of a rank that has ended, as soon as the launcher has waited for it; None where it is not told."""
+        deadline = time.monotonic() + _LAST_STATUS_S
+        while (status := wait_status(self._watched[rank])) is None and time.monotonic() < deadline:
+            time.sleep(_LAST_WORDS_S / 4)
+        return status
+
+
+def how_it_ended(status: int | None, oom_kills: int) -> str:
+    """In words, by the wait status and what the kernel killed for want of memory on this host meanwhile."""
+    if status is None:
+        return "was killed or crashed"
+    if not os.WIFSIGNALED(status):
+        return f"ended with exit code {os.waitstatus_to_exitcode(status)}"
+    number = os.WTERMSIG(status)
+    if number == signal.SIGKILL and oom_kills > 0:
+        return f"was killed by SIGKILL, out of memory (the kernel has killed {oom_kills} for want of memory since the group began),"
+    verb = "was killed by" if number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT) else "crashed with"
+    return f"{verb} {signal_name(number)}"
+
+
+def signal_name(number: int) -> str:
+    """SIGKILL, or `signal 34` where it has no name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def oom_kills() -> int:
+    """How many processes the kernel has killed for want of memory, control groups' limits included; 0 where it does not say."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+
+
+def wait_status(descriptor: int) -> int | None:
+    """Of a process that is another's child and has been waited for; None before, and where the kernel is too old to tell."""
+    info = bytearray(_PIDFD_INFO_BYTES)
+    struct.pack_into("Q", info, 0, _PIDFD_INFO_EXIT)
+    try:
+        fcntl.ioctl(descriptor, _PIDFD_GET_INFO, info)
+    except OSError:
+        return _zombie_status(descriptor)
+    has: int = struct.unpack_from("Q", info)[0]
+    status: int = struct.unpack_from("i", info, _STATUS_AT)[0]
+    return status if has & _PIDFD_INFO_EXIT else _zombie_status(descriptor)
+
+
+def _zombie_status(descriptor: int) -> int | None:
+    """The wait status of a process that nobody has waited for yet."""
+    try:
+        lines = Path(f"/proc/self/fdinfo/{descriptor}").read_text().splitlines()
+        pid = next(line.split()[1] for line in lines if line.startswith("Pid:"))
+        state, *_, status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, StopIteration):
+        return None
+    return int(status) if state == "Z" else None
 
 
 def _torchrun(world_size: int) -> list[str]:
@@ -214,4 +282,4 @@ def _tail(path: Path) -> str:
 
 
 def _exit_text(code: int | None) -> str:
-    return f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+    return f"signal {signal_name(-code)}" if code is not None and code < 0 else f"exit code {code}"

@@ -24,6 +24,7 @@ from nexrl_worker.settings import RankSettings
 from nexrl_worker.suspended import Suspended
 from nexrl_worker.team import Refused, Team
 from nexrl_worker.training.engine import Engine
+from nexrl_worker.training.errors import DoesNotFit
 from nexrl_worker.training.plan import Plan
 from nexrl_worker.training.trainer import Parts
 
@@ -227,7 +228,10 @@ class Operations:
             self._team.agree(check)
             if request.params.get("explain"):
                 return self._explained(engine, request, plan, rows)
-            return self._timed(request, lambda: run(engine, plan, rows))
+            try:
+                return self._timed(request, lambda: run(engine, plan, rows))
+            except DoesNotFit as error:
+                raise Refused("INVALID_VALUE", error.message, rank=0, **error.details()) from None
 
     def _explained(self, engine: Engine, request: Request, plan: Plan, rows: PayloadRows) -> Outcome:
         lengths = self._team.broadcast({"lengths": self._lengths(rows)})["lengths"]
@@ -253,7 +257,8 @@ class Operations:
 
     def _plan(self, engine: Engine, request: Request, rows: PayloadRows) -> Plan:
         """Rank 0 cuts the batch, every rank checks the cut it was sent."""
-        lengths = self._lengths(rows) if self._config.use_dynamic_bsz else None
+        known = not rows.has("input_ids") or not engine.needs_lengths(rows.size, rows.shape("input_ids")[1])
+        lengths = None if known else self._lengths(rows)
         cut = self._team.agree(
             lambda: engine.plan(request.operation, rows.size, lengths).to_dict() if self._team.rank == 0 else {}
         )

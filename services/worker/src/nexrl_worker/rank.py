@@ -64,9 +64,12 @@ def _log_to(path: Path) -> None:
 
 
 def _leave_word(path: Path, rank: int, error: BaseException) -> None:
+    from nexrl_worker.training.memory import is_out_of_memory
+
+    short = "out of memory: " if is_out_of_memory(error) else ""
     words: dict[str, Any] = {
         "rank": rank,
-        "message": f"{type(error).__name__}: {error}",
+        "message": f"{short}{type(error).__name__}: {error}",
         "trace": traceback.format_exc(),
     }
     path.write_text(json.dumps(words))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from nexrl_worker.training.batch import BatchReader, Layout, Rows
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.explain import computed_lengths, explain_plan
-from nexrl_worker.training.footprint import Load, measure_activations, peak_mib
+from nexrl_worker.training.footprint import Load, Room, make_room, peak_mib
 from nexrl_worker.training.heads import RewardModel, ValueModel
 from nexrl_worker.training.kinds import kind_of
 from nexrl_worker.training.losses.correction import Correction
@@ -26,7 +26,7 @@ from nexrl_worker.training.optim import Schedule
 from nexrl_worker.training.parallelize import release
 from nexrl_worker.training.plan import Cut, Plan, make_plan
 from nexrl_worker.training.probe import Probe, probe, strictest
-from nexrl_worker.training.queries import QUERIES
+from nexrl_worker.training.queries import QUERIES, answered
 from nexrl_worker.training.reference import FrozenReference
 from nexrl_worker.training.roots import Root, longest_row
 from nexrl_worker.training.scorer import Scorer
@@ -34,26 +34,29 @@ from nexrl_worker.training.sources import folder_tensors
 from nexrl_worker.training.spec import aggregation_of, loss_spec, needed_tensors, present, temperature_of
 from nexrl_worker.training.state import TrainingState
 from nexrl_worker.training.trainer import Parts, Result, Trainer
-from nexrl_worker.training.validate import Limits, check_rows
+from nexrl_worker.training.validate import Limits, check_rows, longest
 from nexrl_worker.training.weights import parameter_shards
 
 Agree = Callable[[Callable[[], Any]], Any]
 POLICY_UPDATES = ("update_actor", "update_actor_with_distillation")
 UPDATES = (*POLICY_UPDATES, "update_critic")
+TRAINING = (*UPDATES, "forward_backward")
 
 
 class Engine(TrainingState):
     """A sharded model, its optimizer (none where the role does not learn) and the gradients that await a step."""
 
     def __init__(
-        self, actor: Any, role: str, device: torch.device, root: Root, outcome: Probe, source: Mapping[str, str]
+        self, actor: Any, role: str, root: Root, outcome: Probe, source: Mapping[str, str], room: Room
     ) -> None:
-        kind = kind_of(role)
+        kind, device = kind_of(role), room.device
         trainer = Trainer(root, actor, device) if kind.trains else None
         super().__init__(kind, root, trainer, device, source, export_dtype(actor.model))
         self._actor = actor
         self._role = role
         self._probe = outcome
+        self.room = room
+        self._wide = _wide(Precision.of(actor.fsdp_config, device))
         self._reference = FrozenReference(actor, root, outcome.packs, device)
 
     @classmethod
@@ -72,7 +75,8 @@ class Engine(TrainingState):
         if isinstance(root, Scorer | RewardModel):
             root.fallback = outcome.reason
         source = agree(lambda: folder_tensors(actor.model.path).stored)
-        engine: Engine = agree(lambda: cls(actor, role, device, root, outcome, source))
+        room = make_room(root, actor, kind.trains, outcome.packs, device, _wide(precision))
+        engine: Engine = agree(lambda: cls(actor, role, root, outcome, source, room))
         return engine
 
     def info(self) -> dict[str, Any]:
@@ -93,6 +97,7 @@ class Engine(TrainingState):
             "chunked_log_probs_reason": self._probe.reason,
             "packing": self._probe.packs,
             "packing_reason": self._probe.packing_reason,
+            "micro_batch_mib": self.room.mib,
             "optimizer_steps": self.optimizer_steps,
             "weight_version": self.weight_version,
         }
@@ -114,8 +119,15 @@ class Engine(TrainingState):
             token_budget=actor.ppo_max_token_len_per_gpu if actor.use_dynamic_bsz else None,
             shuffle_seed=f"{actor.seed}:{self.optimizer_steps}" if steps and actor.shuffle else None,
             packed=self._probe.packs,
+            fits=lambda lengths: self.room.need_mib(lengths, operation in TRAINING) <= self.room.mib,
         )
         return make_plan(operation, size, dist.get_world_size(), cut, lengths)
+
+    def needs_lengths(self, size: int, width: int) -> bool:
+        """Whether `plan` has to know the lengths of `size` rows of `width` tokens: else they fit, however they are cut."""
+        rows = -(-size // dist.get_world_size())
+        some = min(self._actor.ppo_micro_batch_size_per_gpu or rows, rows)
+        return self._actor.use_dynamic_bsz or self.room.need_mib([width] * some, trains=True) > self.room.mib
 
     def check(self, operation: str, plan: Plan, rows: Rows, params: Mapping[str, Any]) -> None:
         """Raise InvalidValue if this rank's rows or the parameters cannot be used. Local: no collective."""
@@ -132,8 +144,10 @@ class Engine(TrainingState):
         with_reference = self._uses_frozen(operation, rows, params)
         if with_reference:
             self._reference.check()
-        limits = self._limits(with_reference)
-        check_rows(rows, layout, limits, names, plan.rows_of(dist.get_rank()))
+        mine = plan.rows_of(dist.get_rank())
+        check_rows(rows, layout, self._limits(with_reference), names, mine)
+        row, length = longest(rows, layout, mine)
+        self.room.check_row(row, length, operation in TRAINING)
 
     def lacks_reference(self, operation: str, rows: Rows, params: Mapping[str, Any]) -> bool:
         """Whether `load_reference` and `examine_reference` must come first; raises InvalidValue for bad parameters. Local."""
@@ -142,7 +156,7 @@ class Engine(TrainingState):
     def explain(self, plan: Plan, rows: Rows, lengths: Sequence[int], params: Mapping[str, Any]) -> dict[str, Any]:
         """What the plan means for rows of these lengths, with the peak memory of the largest rank. Collective."""
         packed, config = self._probe.packs, self._actor
-        trains = plan.operation in UPDATES or plan.operation == "forward_backward"
+        trains = plan.operation in TRAINING
         mine = [micro for mini in plan.mini_batches for micro in mini.ranks[dist.get_rank()]]
         load = Load(
             micros=[computed_lengths(micro, lengths, packed) for micro in mine],
@@ -152,10 +166,7 @@ class Engine(TrainingState):
             reference=self._uses_frozen(plan.operation, rows, params),
             compute_bytes=Precision.of(config.fsdp_config, self._device).param.itemsize,
         )
-        activations = measure_activations(
-            self._root, self._device, self._wide, packed, config.model.enable_gradient_checkpointing
-        )
-        peak = torch.tensor([peak_mib(self._root, activations, load, self._device)], dtype=torch.float64)
+        peak = torch.tensor([peak_mib(self._root, self.room.activations, load, self._device)], dtype=torch.float64)
         peak = peak.to(self._device)
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)
         return {
@@ -207,16 +218,15 @@ class Engine(TrainingState):
         compute_ref_log_prob scores with the frozen weights of `ref.model.path` (else `model.path`), read at first use.
         """
         root = self.reference() if plan.operation == "compute_ref_log_prob" else self._root
-        query = QUERIES[plan.operation]
         reader = self._reader(rows, ())
         answers: dict[str, Parts] = {}
         try:
             for mini in plan.mini_batches:
                 for indices in mini.ranks[dist.get_rank()]:
-                    found = query(root, reader.read(indices), params.get("top_k"))
+                    found = answered(plan.operation, root, reader, indices, params.get("top_k"))
                     for name, values in found.items():
                         parts = answers.setdefault(name, [])  # for a dummy too: all ranks answer with the same names
-                        parts += [(list(indices), values.cpu())] if indices else []
+                        parts += [(list(indices), values)] if indices else []
         finally:
             release(root)
         return answers
@@ -288,17 +298,16 @@ class Engine(TrainingState):
         layout, temperature = Layout.of(rows), temperature_of(self._actor, rows)
         return BatchReader(rows, layout, names, self._device, self._wide, self._probe.packs, dropping, temperature)
 
-    @property
-    def _wide(self) -> torch.dtype:
-        """Dtype of what a batch brings."""
-        precision = Precision.of(self._actor.fsdp_config, self._device)
-        return torch.float64 if precision.model == torch.float64 else torch.float32
-
     def _limits(self, with_reference: bool = False) -> Limits:
         roots = [self._root, self._reference.root] if with_reference and self._reference.root else [self._root]
         known = [root.positions for root in roots]
         limits = Limits(self._root.vocabulary, min((most for most in known if most is not None), default=None))
         return self._root.own_limits(limits) if isinstance(self._root, RewardModel) else limits
+
+
+def _wide(precision: Precision) -> torch.dtype:
+    """Dtype of what a batch brings."""
+    return torch.float64 if precision.model == torch.float64 else torch.float32
 
 
 def _check_top_k(k: int | None, vocabulary: int) -> None:

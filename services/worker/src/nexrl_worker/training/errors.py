@@ -1,4 +1,4 @@
-"""The one error of the training package that is the caller's fault."""
+"""The errors of the training package that are the caller's fault."""
 
 from __future__ import annotations
 
@@ -32,3 +32,7 @@ class InvalidValue(ValueError):
         names = ("tensor", "row", "column", "expected", "actual")
         fields = {name: getattr(self, name) for name in names}
         return {name: value for name, value in fields.items() if value is not None}
+
+
+class DoesNotFit(InvalidValue):
+    """Memory ran out under a single row, on the only rank, before anything was changed: the group is as it was."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from torch.distributed.tensor import DTensor
 
 from nexrl_worker.training.batch import BatchReader, Layout
 from nexrl_worker.training.chunked import head_bytes
-from nexrl_worker.training.memory import held_mib
+from nexrl_worker.training.errors import InvalidValue
+from nexrl_worker.training.memory import free_mib, held_mib
+from nexrl_worker.training.model import Precision
 from nexrl_worker.training.parallelize import decoder_layers, release
 from nexrl_worker.training.roots import Root
 from nexrl_worker.training.scorer import Scorer
@@ -23,27 +26,101 @@ from nexrl_worker.training.weights import parameter_shards
 
 _MIB = 1024.0 * 1024.0
 _LENGTHS = (16, 32, 64)
+# Of what is free at the start. Other groups and programs take from a host's memory, too; a device is the rank's own.
+_SHARE = {"cpu": 0.4, "cuda": 0.8}
+_CLEARLY = 1.3  # the estimate is within a quarter
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes by computed token: `linear` x C + `square` x C^2 of a row of C are kept, `passing` x C live in one layer."""
+    """Bytes by computed token: `linear` x C + `square` x C^2 of a row of C are kept, `passing` x C live in one layer.
+
+    Of the `layers`, whose squares (of attention) pass one at a time where nothing is kept.
+    """
 
     linear: float
     square: float
     passing: float
+    layers: int = 1
 
     def of(self, rows: Sequence[int], trains: bool) -> float:
         """The most bytes at once for rows of these computed lengths."""
-        kept = sum(self.linear * length + self.square * length * length for length in rows) if trains else 0.0
+        squares = self.square * sum(length * length for length in rows)
+        kept = self.linear * sum(rows) + squares if trains else squares / self.layers
         return kept + self.passing * sum(rows)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the activations of one micro-batch may take on every rank, and what rows take of it.
+
+    Fixed when the ranks start, so that a batch is cut the same way as long as they live.
+    """
+
+    mib: float
+    root: Root
+    activations: Activations
+    device: torch.device
+    packed: bool
+
+    def need_mib(self, lengths: Sequence[int], trains: bool) -> float:
+        """What rows of these attended lengths take in one micro-batch."""
+        longest = max(lengths)
+        computed = [max(length if self.packed else longest, 1) for length in lengths]
+        nbytes = self.activations.of(computed, trains) + _head(self.root, sum(computed), self.device, trains)
+        return nbytes / _MIB
+
+    def check_row(self, row: int, length: int, trains: bool) -> None:
+        """Raise InvalidValue for a row that no cut makes fit: what it takes alone is clearly more than is free. Local."""
+        need, free = self.need_mib([length], trains), free_mib(self.device, dist.get_world_size())
+        if need > _CLEARLY * free:
+            expected = f"at most about {free:.0f} MiB, what is free for each rank"
+            message = f"row {row} has {length} attended tokens, which take about {need:.0f} MiB, expected {expected}"
+            raise InvalidValue(message, tensor="input_ids", row=row, expected=expected, actual=f"{need:.0f} MiB")
+
+
+def make_room(root: Root, actor: Any, trains: bool, packed: bool, device: torch.device, wide: torch.dtype) -> Room:
+    """The room of the rank that has least, and the largest estimate of any, on every rank. Collective.
+
+    What the gradients, the optimizer, gathered weights and a frozen reference will take is left out of what is free.
+    """
+    activations = measure_activations(root, device, wide, packed, actor.model.enable_gradient_checkpointing)
+    sizes = Sizes.of(root)
+    compute = Precision.of(actor.fsdp_config, device).param.itemsize
+    later = (5 if trains else 1) * sizes.own + 3 * sizes.gathered * compute + (sizes.whole * 4 if trains else 0)
+    share = _SHARE.get(device.type, _SHARE["cpu"]) * free_mib(device, dist.get_world_size())
+    mib = max(share - later / _MIB, share / 8)
+    step = 1024.0 if device.type == "cuda" and mib > 1024.0 else 2.0 ** math.floor(math.log2(max(mib, 1.0)))
+    numbers = [-max(mib // step * step, 1.0), activations.linear, activations.square, activations.passing]
+    most = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    least, linear, square, passing = most.tolist()
+    return Room(-least, root, Activations(linear, square, passing, activations.layers), device, packed)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the weights: `own` and `whole` bytes as they are held, `gathered` elements at once."""
+
+    own: int
+    whole: int
+    gathered: int
+
+    @classmethod
+    def of(cls, root: Root) -> Sizes:
+        """What this rank holds of them, what there is, and what a forward gathers: two layers and the rest."""
+        size = next(root.hf.parameters()).element_size()
+        layers = [sum(param.numel() for param in layer.parameters()) for layer in decoder_layers(root.hf)]
+        whole = sum(param.numel() for param in root.hf.parameters())
+        own = sum(part.local_tensor.numel() for part in parameter_shards(root.hf)) * size
+        return cls(own, whole * size, whole - sum(layers) + 2 * max(layers, default=0))
 
 
 def measure_activations(
     root: Root, device: torch.device, dtype: torch.dtype, packed: bool, recomputes: bool
 ) -> Activations:
     """Run three tiny rows forward and fit what autograd saves; nothing of it stays. Collective."""
-    layers = decoder_layers(root.hf)
+    layers = decoder_layers(root.hf) or [root.hf]
     saved: list[float] = []
     passing = 0.0
     most = root.positions or max(_LENGTHS)
@@ -62,7 +139,7 @@ def measure_activations(
         hidden: Any = root.hf.config
         linear += len(layers) * hidden.hidden_size * next(root.hf.parameters()).element_size()
         passing *= 2
-    return Activations(max(linear, 0.0), max(square, 0.0), passing)
+    return Activations(max(linear, 0.0), max(square, 0.0), passing, len(layers))
 
 
 @dataclass(frozen=True)
@@ -87,11 +164,8 @@ def peak_mib(root: Root, activations: Activations, load: Load, device: torch.dev
     What it holds now, the gathered weights, and the larger of two moments: when activations are whole (beside the
     gradients of earlier micro-batches), or when the optimizer steps.
     """
-    size = next(root.hf.parameters()).element_size()
-    layers = [sum(param.numel() for param in layer.parameters()) for layer in decoder_layers(root.hf)]
-    whole = sum(param.numel() for param in root.hf.parameters())
-    own = sum(part.local_tensor.numel() for part in parameter_shards(root.hf)) * size
-    gathered = (whole - sum(layers) + 2 * max(layers)) * load.compute_bytes
+    sizes = Sizes.of(root)
+    own, gathered = sizes.own, sizes.gathered * load.compute_bytes
     tokens = max((sum(micro) for micro in load.micros), default=0)
     passing = max((activations.of(micro, load.trains) for micro in load.micros), default=0.0)
     passing += _head(root, tokens, device, load.trains)
@@ -99,7 +173,7 @@ def peak_mib(root: Root, activations: Activations, load: Load, device: torch.dev
     if load.trains:
         reduced = 2 if dist.get_world_size() > 1 else 1  # whole gradients, and their copy for the reduce-scatter
         passing += reduced * gathered + (own if len(load.micros) > 1 else 0)
-        passing += whole * size if load.keeps_gradients else 0
+        passing += sizes.whole if load.keeps_gradients else 0
         # On CUDA the moments are counted from the start, on the CPU from when they are first touched.
         stepping = own * (3 if load.first_step and device.type == "cpu" else 1)
     gathered *= 2 if load.reference else 1

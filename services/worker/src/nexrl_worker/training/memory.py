@@ -1,8 +1,9 @@
-"""The most memory that an operation took on this rank."""
+"""Memory of this rank: the most that an operation took, what is free, and what an error says of it."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ import torch
 
 _LIBC = ctypes.CDLL(None)
 _MIB = 1024.0 * 1024.0
+_CANNOT_ALLOCATE = ("can't allocate memory", "not enough memory", "out of memory")
+NO_ROOM = "memory ran out under a single row: send shorter rows, or start the group with enable_gradient_checkpointing"
 _RESET_PEAK = "5"  # proc(5): resets the peak resident set size
 
 
@@ -47,9 +50,67 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
 
 def held_mib(device: torch.device) -> float:
     """What this rank holds now: allocated device memory, else the process's resident memory that is in use."""
-    if device.type != "cuda" and hasattr(_LIBC, "malloc_trim"):
-        _LIBC.malloc_trim(0)  # what is free inside the process would be counted as taken
+    if device.type != "cuda":
+        give_back(device)  # what is free inside the process would be counted as taken
     return torch.cuda.memory_allocated(device) / _MIB if device.type == "cuda" else _resident("VmRSS")
+
+
+def free_mib(device: torch.device, ranks: int) -> float:
+    """What this rank can still take: free device memory, else its share of the host's among `ranks`.
+
+    The host's is what the kernel calls available, within the limits of every control group around the process, and
+    no more than the process's own limit on its addresses leaves.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + unused) / _MIB
+    known = [_numbers(Path("/proc/meminfo")).get("MemAvailable:", math.inf) / 1024.0, *_left_in_control_groups()]
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    own = math.inf if most == resource.RLIM_INFINITY else most / _MIB - _resident("VmSize")
+    return max(min(min(known) / ranks, own), 0.0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a device or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _CANNOT_ALLOCATE)
+
+
+def give_back(device: torch.device) -> None:
+    """Return what is free inside the process, after memory ran out."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif hasattr(_LIBC, "malloc_trim"):
+        _LIBC.malloc_trim(0)
+
+
+def _left_in_control_groups() -> Iterator[float]:
+    """MiB that every control group of this process still has, version 2 and 1; page cache counts as free."""
+    for line in _lines(Path("/proc/self/cgroup")):
+        _, kinds, path = line.split(":", 2)
+        if kinds not in ("", "memory"):
+            continue
+        top = Path("/sys/fs/cgroup") / kinds
+        most, used = ("memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else ("memory.max", "memory.current")
+        for folder in (top / path.lstrip("/"), *(top / parent for parent in Path(path.lstrip("/")).parents)):
+            limit, now = ("".join(_lines(folder / name)) for name in (most, used))
+            if limit.isdigit() and now.isdigit():
+                cached = _numbers(folder / "memory.stat").get("inactive_file", 0.0)
+                yield (int(limit) - int(now) + cached) / _MIB
+
+
+def _numbers(path: Path) -> dict[str, float]:
+    """The first number of every line, by its first word."""
+    split = (line.split() for line in _lines(path))
+    return {words[0]: float(words[1]) for words in split if len(words) > 1}
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
 
 
 def _reset() -> bool:

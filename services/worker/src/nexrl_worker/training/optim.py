@@ -114,6 +114,19 @@ class Optimizer:
         self._count += 1
         self.discard()
 
+    def set_aside(self) -> dict[str, Tensor]:
+        """Take the gradients away, for `put_back`."""
+        kept = {name: param.grad for name, param in self._params.items() if param.grad is not None}
+        self.discard()
+        return kept
+
+    @torch.no_grad()
+    def put_back(self, kept: dict[str, Tensor]) -> None:
+        """Add gradients that were `set_aside` to those of now."""
+        for name, grad in kept.items():
+            now = self._params[name].grad
+            self._params[name].grad = grad if now is None else grad.add_(now)
+
     def discard(self) -> None:
         """Drop all gradients."""
         for name, param in self._params.items():

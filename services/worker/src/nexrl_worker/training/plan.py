@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,12 @@ class MiniBatch:
     """
 
     ranks: tuple[tuple[Micro, ...], ...]
+
+    def halved(self) -> MiniBatch | None:
+        """With every micro-batch of several rows in two, None where there is none. For one rank alone."""
+        cuts = [(micro[: len(micro) // 2], micro[len(micro) // 2 :]) for micro in self.ranks[0]]
+        finer = tuple(part for cut in cuts for part in cut if part)
+        return None if len(finer) <= len(self.ranks[0]) or len(self.ranks) > 1 else MiniBatch((finer,))
 
     def rows(self) -> list[int]:
         """All rows of this optimizer step, over all ranks."""
@@ -74,6 +81,7 @@ class Cut:
     """The settings of a cut. `None` means: whole batch (mini), all rows of the rank (micro), no budget (tokens).
 
     A token budget goes before `micro_rows`. `packed`: a micro-batch costs its tokens; else as many as its longest row has, times its rows.
+    `fits`: whether there is memory for one micro-batch of rows of these lengths; one that does not fit is cut smaller.
     """
 
     mini_rows: int | None = None
@@ -82,6 +90,7 @@ class Cut:
     token_budget: int | None = None
     shuffle_seed: str | None = None
     packed: bool = False
+    fits: Callable[[Sequence[int]], bool] | None = None
 
 
 def make_plan(operation: str, size: int, world_size: int, cut: Cut, lengths: Sequence[int] | None = None) -> Plan:
@@ -108,6 +117,8 @@ def _mini_batch(rows: list[int], world_size: int, cut: Cut, lengths: Sequence[in
         count = len(rows)
         bounds = [count * rank // world_size for rank in range(world_size + 1)]
         ranks = [_by_rows(rows[bounds[r] : bounds[r + 1]], cut.micro_rows) for r in range(world_size)]
+    if cut.fits is not None and lengths is not None:
+        ranks = [[part for micro in rank for part in _fitting(micro, lengths, cut.fits)] for rank in ranks]
     most = max(len(rank) for rank in ranks)
     return MiniBatch(tuple(tuple(rank) + ((),) * (most - len(rank)) for rank in ranks))
 
@@ -142,3 +153,21 @@ def _by_tokens(rows: list[int], budget: int, lengths: Sequence[int], cut: Cut) -
         some.append(row)
         total += length
     return [*micros, tuple(sorted(some))] if some else micros
+
+
+def _fitting(micro: Micro, lengths: Sequence[int], fits: Callable[[Sequence[int]], bool]) -> list[Micro]:
+    """The rows in their order, as many together as there is memory for; a row that does not fit stands alone."""
+    parts: list[Micro] = []
+    rest = micro
+    while rest:
+        sizes = [lengths[row] for row in rest]
+        most = len(rest) if fits(sizes) else 1
+        if most < len(rest):
+            above = 2
+            while above < len(rest) and fits(sizes[:above]):
+                above *= 2
+            counts = range(2, min(above, len(rest)) + 1)
+            most = 1 + bisect_left(counts, True, key=lambda count: not fits(sizes[:count]))
+        parts.append(rest[:most])
+        rest = rest[most:]
+    return parts

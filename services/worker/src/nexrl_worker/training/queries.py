@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from nexrl_worker.training.batch import MicroBatch
+from nexrl_worker.training.batch import BatchReader, MicroBatch
 from nexrl_worker.training.candidates import top_k
+from nexrl_worker.training.errors import DoesNotFit
 from nexrl_worker.training.heads import RewardModel, ValueModel
+from nexrl_worker.training.memory import NO_ROOM, give_back, is_out_of_memory
+from nexrl_worker.training.parallelize import forget_kept_back, release
 from nexrl_worker.training.roots import Root
 from nexrl_worker.training.scorer import Scorer
 
@@ -43,3 +48,24 @@ QUERIES: dict[str, Query] = {
     "compute_values": _values,
     "compute_rewards": _rewards,
 }
+
+
+def answered(operation: str, root: Root, reader: BatchReader, rows: Sequence[int], k: int | None) -> dict[str, Tensor]:
+    """The operation's results for these rows, on the CPU. Where memory runs out the only rank takes half at a time.
+
+    Raises DoesNotFit where it runs out under a single row.
+    """
+    try:
+        return {name: values.cpu() for name, values in QUERIES[operation](root, reader.read(rows), k).items()}
+    except Exception as error:
+        if not is_out_of_memory(error) or dist.get_world_size() > 1:
+            raise
+        forget_kept_back(root)
+    # Out of the block, whose error keeps the tensors of the failed forward alive.
+    release(root)
+    give_back(reader.device)
+    if len(rows) < 2:
+        raise DoesNotFit(NO_ROOM, tensor="input_ids", row=next(iter(rows), None))
+    middle = len(rows) // 2
+    first, second = (answered(operation, root, reader, part, k) for part in (rows[:middle], rows[middle:]))
+    return {name: torch.cat([first[name], second[name]]) for name in first}

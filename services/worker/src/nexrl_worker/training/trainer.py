@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,17 +15,18 @@ from torch import Tensor
 
 from nexrl_worker.training.batch import BatchReader
 from nexrl_worker.training.clock import Clock
-from nexrl_worker.training.errors import InvalidValue
+from nexrl_worker.training.errors import DoesNotFit, InvalidValue
 from nexrl_worker.training.losses.aggregation import Aggregation
-from nexrl_worker.training.memory import peak_memory
+from nexrl_worker.training.memory import NO_ROOM, give_back, is_out_of_memory, peak_memory
 from nexrl_worker.training.objectives.base import Objective, common_metrics
 from nexrl_worker.training.objectives.tally import Tally
 from nexrl_worker.training.optim import Optimizer, Schedule
-from nexrl_worker.training.parallelize import forget_kept_back, synchronise
+from nexrl_worker.training.parallelize import forget_kept_back, release, synchronise
 from nexrl_worker.training.plan import MiniBatch, Plan
 from nexrl_worker.training.roots import Root
 
 Parts = list[tuple[list[int], Tensor]]
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -87,10 +89,15 @@ class Trainer:
 
     def update(self, plan: Plan, reader: BatchReader, objective: Objective) -> list[Result]:
         """One optimizer step per mini-batch, and what each gave. Collective."""
-        results = []
+        results: list[Result] = []
         for mini, count in zip(plan.mini_batches, self._counts(plan, reader, objective.aggregation), strict=True):
             with self._measured() as costs:
-                result, _ = self._backward(mini, reader, objective, objective.aggregation.divisor(count))
+                try:
+                    result, _ = self._backward(mini, reader, objective, objective.aggregation.divisor(count))
+                except DoesNotFit as error:
+                    if any(step.metrics["step_applied"] for step in results):  # neither all of the batch nor nothing
+                        raise MemoryError(str(error)) from None
+                    raise
                 applied = self._apply(objective.prefix, count, 1.0)  # the gradients are divided already
             results.append(Result(result.metrics | applied | costs, result.answers))
         return results
@@ -146,15 +153,29 @@ class Trainer:
     ) -> tuple[Result, float]:
         """Run every micro-batch backward on its loss sum over `divisor`; the result and the count reached.
 
-        An error on the way drops all gradients: half a batch must never reach a later step.
+        An error on the way drops all gradients: half a batch must never reach a later step. But where memory runs out
+        the only rank begins again with half the rows at a time, and pending gradients are kept.
         """
-        try:
-            return self._run(mini, reader, objective, divisor)
-        except BaseException:
-            self._pending = None
-            self.optimizer.discard()
-            forget_kept_back(self._root)
-            raise
+        kept = self.optimizer.set_aside() if self.pending else {}
+        finer: MiniBatch | None = mini
+        while finer is not None:
+            try:
+                result = self._run(finer, reader, objective, divisor)
+                self.optimizer.put_back(kept)
+                return result
+            except BaseException as error:
+                self.optimizer.discard()
+                forget_kept_back(self._root)
+                if not is_out_of_memory(error) or dist.get_world_size() > 1:
+                    self._pending = None
+                    raise
+                _log.warning("memory.short %s", error)
+            # Out of the block, whose error keeps the tensors of the failed micro-batch alive.
+            release(self._root)
+            give_back(self._device)
+            finer = finer.halved()
+        self.optimizer.put_back(kept)
+        raise DoesNotFit(NO_ROOM, tensor="input_ids")
 
     def _run(self, mini: MiniBatch, reader: BatchReader, objective: Objective, divisor: float) -> tuple[Result, float]:
         tally = Tally(self._device)

@@ -43,6 +43,14 @@ def check_rows(rows: Rows, layout: Layout, limits: Limits, names: Sequence[str],
         _check_some(rows, layout, limits, names, list(indices[at : at + step]))
 
 
+def longest(rows: Rows, layout: Layout, indices: Sequence[int]) -> tuple[int, int]:
+    """Which of the rows has most attended tokens, and how many; (-1, 0) of none."""
+    if not indices or not rows.has("attention_mask"):
+        return next(iter(indices), -1), layout.sequence if indices else 0
+    counts = (rows.tensor("attention_mask", list(indices)) != 0).sum(dim=-1)
+    return indices[int(counts.argmax())], int(counts.max())
+
+
 def _check_some(rows: Rows, layout: Layout, limits: Limits, names: Sequence[str], indices: list[int]) -> None:
     for name in _MASKS:
         if rows.has(name):
