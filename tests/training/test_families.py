@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,21 +10,32 @@ from typing import Any
 
 import pytest
 import torch
+from nexrl_contract.errors import ServiceError
 from nexrl_worker.checkpoint.huggingface import FolderWriter, Stamp, export
+from nexrl_worker.model_folder import check_models
 from nexrl_worker.training import Engine, InvalidValue
+from safetensors.torch import save_file
 from single_rank import build, compute, update
 from support import MemoryRows, batch, save_model
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BertConfig,
     CohereConfig,
+    FunnelConfig,
     Gemma2Config,
+    Gemma3Config,
     GemmaConfig,
     GPT2Config,
     LlamaConfig,
+    MambaConfig,
+    Mistral3Config,
     MistralConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    T5Config,
+    XLNetConfig,
 )
 
 COMMON = dict(
@@ -87,6 +99,97 @@ def own_scores(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Log-probabilities [B,S-1] at temperature 0.8 by the family's own logits."""
     logs = torch.log_softmax(model.eval()(ids).logits.float() / 0.8, dim=-1)
     return logs[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+
+
+EYES = dict(
+    hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+)
+WIDER: dict[str, PretrainedConfig] = {
+    "gemma3": Gemma3Config(
+        text_config=dict(COMMON), vision_config=EYES, mm_tokens_per_image=4, image_token_index=60,
+        boi_token_index=58, eoi_token_index=59,
+    ),
+    "mistral3": Mistral3Config(
+        text_config={**COMMON, "model_type": "mistral"}, image_token_index=60,
+        vision_config={**EYES, "head_dim": 8, "model_type": "pixtral"},
+    ),
+    "mamba": MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, state_size=8, pad_token_id=0),
+    "bert as a decoder": BertConfig(**{**COMMON, "is_decoder": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", WIDER)
+def test_text_of_families_that_do_more_or_remember(family: str, tmp_path: Path) -> None:
+    """Rows of two lengths score as transformers scores each alone; a step later the export holds every part, changed or not."""
+    made = WIDER[family]
+    auto = AutoModelForImageTextToText if made.get_text_config() is not made else AutoModelForCausalLM
+    torch.manual_seed(0)
+    model = auto.from_config(made)
+    model.save_pretrained(tmp_path / "first")
+    check_models("actor", {"model": {"path": str(tmp_path / "first")}, "ref": {"model": {"path": None}}})
+    engine = build(str(tmp_path / "first"), dtype="float32")
+    ids = torch.randint(3, 57, (2, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    rows = MemoryRows({"input_ids": ids, "attention_mask": mask, "advantages": torch.ones(2)}, temperature=0.8)
+
+    def same(answered: torch.Tensor, by: torch.nn.Module) -> bool:
+        alone = own_scores(by, ids[:1])[0], own_scores(by, ids[1:, :6])[0]
+        return all(torch.allclose(answered[row, : len(own)], own, atol=1e-5) for row, own in enumerate(alone))
+
+    assert same(scored(engine, rows), model)
+    assert update(engine, rows)[0].metrics["step_applied"]
+
+    folder = tmp_path / "second"
+    folder.mkdir()
+    writer = FolderWriter(folder, tmp_path / "first", Stamp("family", 1, 1, "0" * 16))
+    assert export(engine.full_weights(), writer) is None
+    writer.finish()
+    loaded, said = auto.from_pretrained(folder, output_loading_info=True)
+    assert not said["missing_keys"] and not said["unexpected_keys"]
+    assert same(scored(engine, rows), loaded) and not same(scored(engine, rows), model)
+    parts = [name for name in model.state_dict() if "vision" in name]
+    assert all(torch.equal(loaded.state_dict()[name], model.state_dict()[name]) for name in parts)
+
+
+UNFIT: dict[str, tuple[str, Any, str]] = {
+    "both ways": ("bert", BertConfig(**COMMON), "both directions"),
+    "an encoder beside": (
+        "t5",
+        T5Config(vocab_size=61, d_model=24, num_layers=1, num_heads=2),
+        "encoder and a decoder",
+    ),
+    "no such class": ("funnel", FunnelConfig(vocab_size=61, d_model=24), "has no language model"),
+    "own code": ("mine", {"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "m.M"}}, "code of their own"),
+    "unknown": ("", {"hidden_size": 3}, "no model_type"),
+    "cannot be built": ("llama", LlamaConfig(**{**COMMON, "hidden_act": "none"}), "KeyError"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_a_folder_that_no_group_can_run_is_refused_in_one_line(case: str, tmp_path: Path) -> None:
+    """By its configuration alone: before any weight is read, and for the reference by the reference's key."""
+    family, made, reason = UNFIT[case]
+    good = save_model(tmp_path / "good")
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    save_file({"weight": torch.zeros(1)}, bad / "model.safetensors")
+    (bad / "config.json").write_text(json.dumps(made if isinstance(made, dict) else made.to_dict()))
+    for key, own, reference in (("actor.model.path", bad, None), ("actor.ref.model.path", good, str(bad))):
+        with pytest.raises(ServiceError) as caught:
+            check_models("actor", {"model": {"path": str(own)}, "ref": {"model": {"path": reference}}})
+        error = caught.value
+        assert (error.code, error.details["key"]) == ("INVALID_CONFIG", key)
+        assert error.message.startswith(f"{key}: the {family}") and reason in error.message
+        assert "\n" not in error.message and len(error.message) < 1000
+
+
+def test_a_model_that_reads_ahead_is_refused_where_its_configuration_does_not_say_so(tmp_path: Path) -> None:
+    """XLNet's attention is bidirectional by a name of its own; it is measured."""
+    made = XLNetConfig(vocab_size=61, d_model=32, n_layer=2, n_head=4, d_inner=48, pad_token_id=0)
+    AutoModelForCausalLM.from_config(made).save_pretrained(tmp_path)
+    with pytest.raises(InvalidValue, match="both directions"):
+        build(str(tmp_path), dtype="float32")
 
 
 def test_padding_side_does_not_matter(tmp_path: Path) -> None:

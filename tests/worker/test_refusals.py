@@ -19,6 +19,7 @@ from nexrl_worker.checkpoint.shards import staging_folder
 from records import new_job
 from running_agent import Agents, save_model
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -166,6 +167,23 @@ def _sign(folder: Path) -> None:
         files=files,
     )
     write_manifest(folder, manifest)
+
+
+def test_a_family_that_cannot_be_run_is_refused_while_the_ranks_start(agents: Agents, models: Path) -> None:
+    """The answer to initialize_worker says so; name and slots are free, and a group of that name starts."""
+    (models / "bert").mkdir()
+    BertConfig(vocab_size=64, hidden_size=16, num_attention_heads=2).save_pretrained(models / "bert")
+    shutil.copy(models / "tiny" / "model.safetensors", models / "bert")
+    agents.ended(agents.submit("destroy"))
+    wait_until(lambda: agents.free() == 2, 20, "the slots")
+
+    ended = agents.ended(agents.place(models / "bert"))
+
+    assert ended.error is not None
+    assert (ended.error["code"], ended.error["key"]) == ("INVALID_CONFIG", "actor.model.path"), ended.error
+    assert "bert" in ended.error["message"] and "\n" not in ended.error["message"]
+    assert (agents.group().state, agents.free(), agents.ranks()) == ("destroyed", 2, [])
+    agents.ready(models / "tiny", world_size=2)
 
 
 def test_a_model_that_one_rank_cannot_read_is_refused_by_all(agents: Agents, models: Path) -> None:

@@ -16,7 +16,16 @@ from nexrl_contract.aliases import ALIASES, normalise
 from nexrl_contract.effects import keys_without_effect, takes_warmup_ratio
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.operations import POLICY_LOSSES, ROLES
-from nexrl_contract.sections import ActorConfig, Section, ServiceEntry, is_inert, is_not_offered, means_null, section_of
+from nexrl_contract.sections import (
+    ActorConfig,
+    Section,
+    ServiceEntry,
+    is_inert,
+    is_not_offered,
+    means_null,
+    reason_against,
+    section_of,
+)
 
 
 class GroupConfig(BaseModel):
@@ -184,7 +193,8 @@ def _refuse_not_offered(section: Section, prefix: str) -> None:
             _refuse_not_offered(value, f"{prefix}{name}.")
         elif value and is_not_offered(info):
             key = f"{prefix}{name}"
-            raise ServiceError("INVALID_CONFIG", f"{key} is not offered by this service; leave it false", key=key)
+            message = f"config key {key}: {reason_against(info)}; leave it false"
+            raise ServiceError("INVALID_CONFIG", message, key=key)
 
 
 def _refuse_interpolation(config: dict[str, Any]) -> None:

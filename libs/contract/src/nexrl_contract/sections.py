@@ -13,7 +13,6 @@ from pydantic_core import PydanticCustomError
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 _INERT: Any = {"inert": True}
-_NOT_OFFERED: Any = {"not_offered": True}
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Steps = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -23,9 +22,9 @@ def _inert() -> Any:
     return Field(default=None, json_schema_extra=_INERT)
 
 
-def _not_offered() -> Any:
+def _not_offered(reason: str = "") -> Any:
     """A key whose ``true`` would change what the group does and that nothing here can do: it is refused."""
-    return Field(default=False, json_schema_extra=_NOT_OFFERED)
+    return Field(default=False, json_schema_extra={"not_offered": reason})
 
 
 class Given(BaseModel):
@@ -67,7 +66,7 @@ class ModelConfig(Section):
     export_dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = Field(
         default=None, description="Dtype of exported weights; null: of each tensor in the folder of path."
     )
-    trust_remote_code: Any = _inert()
+    trust_remote_code: bool = _not_offered("models with code of their own are not run by this service")
     use_liger: Any = _inert()
     override_config: Any = _inert()
     external_lib: Any = _inert()
@@ -293,9 +292,14 @@ def is_inert(info: Any) -> bool:
     return bool(info.json_schema_extra == _INERT)
 
 
+def reason_against(info: Any) -> str:
+    """Why ``true`` is refused for a field of which :func:`is_not_offered` says so."""
+    return str(info.json_schema_extra["not_offered"] or "not offered by this service")
+
+
 def is_not_offered(info: Any) -> bool:
     """Whether ``true`` is refused for a field."""
-    return bool(info.json_schema_extra == _NOT_OFFERED)
+    return "not_offered" in (info.json_schema_extra or {})
 
 
 def means_null(info: Any) -> bool:

@@ -51,18 +51,25 @@ class GroupProcess:
         remove_folder(self.folders.run)
         self.folders.run.mkdir(parents=True)
         self.folders.logs.mkdir(parents=True, exist_ok=True)
-        with (self.folders.logs / "torchrun.log").open("ab") as log:
-            self._torchrun = subprocess.Popen(
-                _torchrun(group.world_size),
-                env=_environment(settings, group, epoch, gpus),
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                preexec_fn=die_with_parent,
-            )
+        environment = _environment(settings, group, epoch, gpus)
+        self._torchrun = self._start(_torchrun(group.world_size), environment, "torchrun.log")
+        self._check: subprocess.Popen[bytes] | None = None
+        if not group.initialised:
+            environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+            self._check = self._start([sys.executable, "-m", "nexrl_worker.model_folder"], environment, "check.log")
         self._watched: dict[int, int] = {}
         self._oom_kills = oom_kills()
         self._ended_because: str | None = None
+
+    @property
+    def checked(self) -> bool:
+        """Whether it is known by now if the group's models can be run: `refusal` says so."""
+        return self._check is None or self._check.poll() is not None
+
+    @property
+    def refusal(self) -> dict[str, Any] | None:
+        """The error of a group whose models no rank can run."""
+        return _read(self.folders.refused)
 
     def poll_failure(self) -> Failure | None:
         """Set once a rank or torchrun has died without being asked to."""
@@ -112,6 +119,9 @@ class GroupProcess:
 
     def kill(self) -> None:
         """End torchrun at once; its ranks die with it."""
+        if self._check is not None:
+            self._check.kill()
+            self._check.wait()
         self._torchrun.kill()
         self._torchrun.wait()
         for descriptor in self._descriptors().values():
@@ -123,6 +133,17 @@ class GroupProcess:
         for descriptor in self._watched.values():
             os.close(descriptor)
         self._watched.clear()
+
+    def _start(self, command: list[str], environment: dict[str, str], log: str) -> subprocess.Popen[bytes]:
+        with (self.folders.logs / log).open("ab") as output:
+            return subprocess.Popen(
+                command,
+                env=environment,
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+                preexec_fn=die_with_parent,
+            )
 
     def _clean_exit_under_way(self) -> bool:
         return self.folders.destroyed.exists() or self.folders.stop_request.exists()

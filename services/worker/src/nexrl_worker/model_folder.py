@@ -1,59 +1,105 @@
-"""Whether a folder holds a model that can be built, found out before any rank enters a collective."""
+"""Whether a folder holds a model that a role can run: ``python -m nexrl_worker.model_folder`` finds out while ranks start."""
 
 from __future__ import annotations
 
+import json
+import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
+import torch.distributed as dist
 from nexrl_contract.errors import ServiceError
 from safetensors import SafetensorError
-from transformers import AutoConfig
 
+from nexrl_worker.settings import GroupFolders
 from nexrl_worker.training.errors import InvalidValue
+from nexrl_worker.training.kinds import kind_of
+from nexrl_worker.training.model import check_build, model_config
 from nexrl_worker.training.quantised import method_of, quantisation
 from nexrl_worker.training.weights import open_weights, weight_files, what_is_wrong
 
+_LONGEST_REASON = 600
+_log = logging.getLogger(__name__)
 
-def check_model_folder(path: str, key: str = "actor.model.path") -> None:
-    """Raises ``INVALID_CONFIG`` saying what is missing, unreadable or not understood. Reads configuration and headers, no weights."""
+
+def check_model_folder(path: str, role: str, key: str = "actor.model.path") -> None:
+    """Raises ``INVALID_CONFIG`` saying what is missing, unreadable or no model for the role. Reads no weights."""
     with config_errors(path, key):
         _check(path)
+        kind_of(role).check(model_config(path))
+
+
+def check_models(role: str, actor: dict[str, Any]) -> None:
+    """Check the folders of a group's settings, and that their models can be built; needs a process group of one."""
+    reference = actor["ref"]["model"]["path"] if role == "actor" else None
+    for key, path, holder in (
+        ("actor.model.path", actor["model"]["path"], role),
+        ("actor.ref.model.path", reference, "ref"),
+    ):
+        if path is not None:
+            check_model_folder(path, holder, key)
+            with config_errors(path, key):
+                check_build(path, kind_of(holder))
 
 
 @contextmanager
 def config_errors(path: str, key: str) -> Iterator[None]:
-    """What a folder's files make transformers, safetensors and our own model code raise is ``INVALID_CONFIG`` of ``key``."""
+    """Whatever a folder makes transformers, safetensors and our own model code raise is ``INVALID_CONFIG`` of ``key``, in a line."""
     try:
         yield
     except ServiceError as error:
         raise ServiceError(error.code, error.message, **{**error.details, "key": key}) from error
-    except (ValueError, KeyError, OSError, SafetensorError) as error:
-        text = str(error) or type(error).__name__
+    except (MemoryError, torch.OutOfMemoryError, dist.DistError):
+        raise
+    except Exception as error:
+        text = str(error) if isinstance(error, InvalidValue) else f"{type(error).__name__}: {error}"
+        reason = " ".join(text.split())[:_LONGEST_REASON]
+        message = f"{key}: the {_family(path)}model in {path} cannot be used: {reason}"
+        if not isinstance(error, (InvalidValue, OSError, SafetensorError)):
+            _log.warning("model.refused %s", path, exc_info=True)
         known = error.details() if isinstance(error, InvalidValue) else {}
-        message = f"the model in {path} cannot be built: {text}"
         raise ServiceError("INVALID_CONFIG", message, **{**known, "key": key}) from error
+
+
+def _family(path: str) -> str:
+    try:
+        return f"{json.loads((Path(path) / 'config.json').read_bytes())['model_type']} "
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
 
 
 def _check(path: str) -> None:
     folder = Path(path)
     if not (folder / "config.json").is_file():
-        raise _refused(f"{path} has no config.json: it is no Hugging Face model folder")
+        raise InvalidValue("there is no config.json, so it is no Hugging Face model folder")
     if wrong := what_is_wrong(folder / "config.json"):
-        raise _refused(f"{path}/config.json cannot be read: {wrong}")
-    try:
-        for name in weight_files(folder):
-            open_weights(folder / name)
-        said = quantisation(folder)
-        if said is not None:
-            method_of(said)
-    except InvalidValue as error:
-        raise _refused(error.message) from error
-    try:
-        AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        raise _refused(f"{path}/config.json is not understood: {error}") from error
+        raise InvalidValue(f"{path}/config.json cannot be read: {wrong}")
+    for name in weight_files(folder):
+        open_weights(folder / name)
+    said = quantisation(folder)
+    if said is not None:
+        method_of(said)
 
 
-def _refused(message: str) -> ServiceError:
-    return ServiceError("INVALID_CONFIG", message)
+def main() -> None:
+    """Check the group of ``NEXRL_GROUP``, and leave word where its models cannot be run."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    group = json.loads(os.environ["NEXRL_GROUP"])
+    torch.set_num_threads(1)
+    store = dist.HashStore()  # type: ignore[attr-defined]  # torch does not say that it exports it
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        check_models(group["role"], group["config"])
+    except ServiceError as error:
+        word = GroupFolders(Path(group["data"]), group["identifier"]).refused
+        word.with_suffix(".new").write_text(json.dumps(error.body()))
+        word.with_suffix(".new").rename(word)
+    os._exit(0)  # the process group's threads have nothing to say
+
+
+if __name__ == "__main__":
+    main()

@@ -136,7 +136,7 @@ class Operations:
     def _init_model(self, request: Request) -> Outcome:
         if self._engine is not None:
             return Outcome({"already": True, **self.info()})
-        self._team.agree(lambda: check_model_folder(self._config.model.path))
+        self._team.agree(lambda: check_model_folder(self._config.model.path, self._settings.role))
         self._build()
         return Outcome({"already": False, **self.info()})
 
@@ -244,7 +244,7 @@ class Operations:
             return False
         own = self._config.ref.model.path
         path, key = own or self._config.model.path, "actor.ref.model.path" if own else "actor.model.path"
-        check_model_folder(path, key)
+        check_model_folder(path, "ref", key)
         self._reading(path, key, engine.load_reference)
         return True
 

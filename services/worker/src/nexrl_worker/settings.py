@@ -128,6 +128,11 @@ class GroupFolders:
         """Rank 0 tells the agent which ``destroy`` job ended the group."""
         return self.run / "destroyed.json"
 
+    @property
+    def refused(self) -> Path:
+        """Why no rank can run the group's models, as an error's body."""
+        return self.run / "refused.json"
+
     def pid(self, rank: int) -> Path:
         """A rank's process id."""
         return self.run / f"rank{rank}.pid"

@@ -44,9 +44,11 @@ class GroupWatch:
     def run(self) -> None:
         """Watch until the group's processes have ended; never raises."""
         try:
-            if self._unanswered is not None:
-                self._await_up()
-            self._conclude(self._await_end())
+            refusal = self._await_up() if self._unanswered is not None else None
+            if refusal is not None:
+                self._turn_away(refusal)
+            else:
+                self._conclude(self._await_end())
         except Fenced as error:
             _log.warning("group.fenced identifier=%s %s", self._process.identifier, error)
         except Exception as error:
@@ -55,18 +57,33 @@ class GroupWatch:
         finally:
             self._end()
 
-    def _await_up(self) -> None:
-        """Answer the placement job as soon as the ranks have met."""
+    def _await_up(self) -> dict[str, Any] | None:
+        """Answer the placement job as soon as the ranks have met; the error of models that none of them can run."""
         renewed = time.monotonic()
         while not self._process.ended_cleanly and self._process.poll_failure() is None:
+            checked = self._process.checked  # before its word is looked for
+            if (refusal := self._process.refusal) is not None:
+                return refusal
             group = until_redis(lambda: self._ledger.group(self._process.identifier))
-            if group is not None and group.epoch == self._process.epoch and group.state in ("up", "ready"):
+            if checked and group is not None and group.epoch == self._process.epoch and group.state in ("up", "ready"):
                 self._answer(result=_placed(group))
-                return
+                return None
             if time.monotonic() - renewed > RENEW_S:
                 self._renew()
                 renewed = time.monotonic()
             time.sleep(WATCH_S)
+        return None
+
+    def _turn_away(self, refusal: dict[str, Any]) -> None:
+        """The group is gone as if it had been destroyed, so that its name is free for other settings."""
+        identifier, epoch = self._process.identifier, self._process.epoch
+        self._end()
+        doomed = until_redis(lambda: self._ledger.waiting(names.train_queue(identifier)))
+        self._process.forget_state()
+        until_redis(lambda: self._ledger.group_destroyed(identifier, epoch))
+        _log.warning("group.refused identifier=%s epoch=%d %s", identifier, epoch, refusal["message"])
+        self._answer(error={**refusal, "identifier": identifier})
+        self._drop_payloads(doomed)
 
     def _await_end(self) -> Failure | None:
         """Why the processes ended, None after a stop or a destroy."""

@@ -25,7 +25,7 @@ from nexrl_worker.training.objectives.value import ValueObjective
 from nexrl_worker.training.optim import Schedule
 from nexrl_worker.training.parallelize import release
 from nexrl_worker.training.plan import Cut, Plan, make_plan
-from nexrl_worker.training.probe import Probe, probe, strictest
+from nexrl_worker.training.probe import Probe, probed, strictest
 from nexrl_worker.training.queries import QUERIES, answered
 from nexrl_worker.training.reference import FrozenReference
 from nexrl_worker.training.roots import Root, longest_row
@@ -70,7 +70,7 @@ class Engine(TrainingState):
             agree(lambda: Schedule(actor.optim))  # refuses a bad schedule before anything is loaded
         precision = Precision.of(actor.fsdp_config, device)
         root: Root = agree(lambda: load_root(actor, actor.model.path, device, kind, kind.trains))
-        outcome = strictest(probe(root, device, precision.param, actor.model.use_remove_padding), device)
+        outcome = strictest(probed(root, device, precision.param, actor.model.use_remove_padding), device)
         agree(outcome.check)
         if isinstance(root, Scorer | RewardModel):
             root.fallback = outcome.reason

@@ -92,7 +92,7 @@ class RewardModel(Root):
 def padding_id(hf: nn.Module) -> int | None:
     """The id that transformers skips at a row's end; None where the configuration has none, or one that is no token."""
     config: Any = hf.config.get_text_config()  # type: ignore[union-attr, operator]
-    padding = config.pad_token_id
+    padding = getattr(config, "pad_token_id", None)
     return padding if isinstance(padding, int) and 0 <= padding < config.vocab_size else None
 
 

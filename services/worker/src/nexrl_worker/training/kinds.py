@@ -5,12 +5,46 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification
 
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.heads import AutoModelForValues, RewardModel, ValueModel
 from nexrl_worker.training.roots import Root
 from nexrl_worker.training.scorer import Scorer
+
+_NO_LANGUAGE_MODEL = f"transformers {transformers.__version__} has no language model of that family"
+
+
+class AutoModelForText:
+    """A language model of any family; one that also reads images, whole, since it answers to text alone as well."""
+
+    @staticmethod
+    def from_config(config: Any, **more: Any) -> nn.Module:
+        """The model of that configuration, as transformers' own classes make it; raises InvalidValue."""
+        family = _text_class(config)
+        if family is None:
+            raise InvalidValue(_NO_LANGUAGE_MODEL)
+        model: nn.Module = family._from_config(config, **more)
+        return model
+
+    @staticmethod
+    def from_pretrained(path: str, config: Any, **more: Any) -> Any:
+        """As transformers' own classes load it."""
+        return _text_class(config).from_pretrained(path, config=config, **more)
+
+
+def _text_class(config: Any) -> Any:
+    """None where transformers has no class."""
+    causal: Any = AutoModelForCausalLM._model_mapping
+    reading: Any = AutoModelForImageTextToText._model_mapping
+    # Not the family's class for the language model inside: its export would lack what the folder's config.json names.
+    inner = config.get_text_config() is not config
+    for known in (reading, causal) if inner else (causal, reading):
+        if type(config) in known:
+            return known[type(config)]
+    return None
 
 
 @dataclass(frozen=True)
@@ -21,19 +55,39 @@ class Kind:
     root: type[Root]
     trains: bool
     fresh_head: bool = False
+    instead: str = "give the folder of a causal language model"
 
     def prepare(self, config: Any) -> None:
         """Settle what the folder's configuration leaves open, or says of another head."""
         if self.fresh_head:
             config.num_labels = 1
 
+    def check(self, config: Any) -> None:
+        """Raise InvalidValue where a configuration says that its model is none for the role."""
+        reason = self._unfit(config)
+        if reason is not None:
+            raise InvalidValue(f"{reason}; {self.instead}")
 
+    def _unfit(self, config: Any) -> str | None:
+        known = getattr(self.auto, "_model_mapping", None)
+        if config.is_encoder_decoder:
+            return "it has an encoder and a decoder, and rows here are one text"
+        if known is not None and type(config) not in known:
+            return f"transformers {transformers.__version__} has no {self.auto.__name__[9:]} class for it"
+        if self.auto is AutoModelForText and _text_class(config) is None:
+            return _NO_LANGUAGE_MODEL
+        if self.root is Scorer and any(getattr(config, name, None) is False for name in ("is_decoder", "causal")):
+            return "it reads a row in both directions, so what it says of a token would know the token"
+        return None
+
+
+_REWARD = "give the folder of a sequence classification model with one label"
 KINDS = {
-    "actor": Kind(AutoModelForCausalLM, Scorer, trains=True),
-    "ref": Kind(AutoModelForCausalLM, Scorer, trains=False),
-    "teacher": Kind(AutoModelForCausalLM, Scorer, trains=False),
+    "actor": Kind(AutoModelForText, Scorer, trains=True),
+    "ref": Kind(AutoModelForText, Scorer, trains=False),
+    "teacher": Kind(AutoModelForText, Scorer, trains=False),
     "critic": Kind(AutoModelForValues, ValueModel, trains=True, fresh_head=True),
-    "reward": Kind(AutoModelForSequenceClassification, RewardModel, trains=False),
+    "reward": Kind(AutoModelForSequenceClassification, RewardModel, trains=False, instead=_REWARD),
 }
 
 

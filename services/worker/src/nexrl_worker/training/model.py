@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.kinds import Kind
@@ -101,9 +103,52 @@ def build_root(
 
     `lm_head_dtype` concerns language models alone.
     """
-    if not (Path(path) / "config.json").is_file():
+    root = _assemble(path, kind, precision, mesh, device, options, trainable)
+    _materialise(root, device)
+    load_parameters(root.hf, weights_of(path, root.hf, kind))
+    check_finite(root.hf)
+    return root
+
+
+def check_build(path: str, kind: Kind) -> None:
+    """Build and shard the model of folder `path` without reading a weight, in a process group of one; raises what that does."""
+    mesh = init_device_mesh("cpu", (1,))
+    whole = Precision(torch.float32, torch.float32, torch.float32)
+    _assemble(path, kind, whole, mesh, torch.device("cpu"), Options(), kind.trains)
+
+
+def model_config(path: str) -> Any:
+    """transformers' configuration of folder `path`; raises InvalidValue where its model is none of transformers'."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
         raise InvalidValue(f"{path} is no Hugging Face model folder: it has no config.json")
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    try:
+        said = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise InvalidValue(f"{file} is not JSON: {error}") from error
+    family = said.get("model_type") if isinstance(said, dict) else None
+    if not isinstance(family, str):
+        raise InvalidValue(f"{file} names no model_type")
+    if family not in CONFIG_MAPPING:
+        raise InvalidValue(
+            "models with code of their own are not run by this service, and transformers "
+            f"{transformers.__version__} has none of model_type {family!r}; give the folder of a model that it has"
+        )
+    return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+
+def _assemble(
+    path: str,
+    kind: Kind,
+    precision: Precision,
+    mesh: DeviceMesh,
+    device: torch.device,
+    options: Options,
+    trainable: bool,
+) -> Root:
+    """The sharded root, its parameters on the meta device."""
+    config = model_config(path)
+    kind.check(config)
     kind.prepare(config)
     _without_dropout(config)
     hf = _on_meta(kind, config, precision)
@@ -122,9 +167,6 @@ def build_root(
         root.widen_head(options.head_dtype)
     compute = None if precision.param == precision.model else precision.param
     shard(root, mesh, compute, None if precision.reduce == precision.model else precision.reduce)
-    _materialise(root, device)
-    load_parameters(hf, weights_of(path, hf, kind))
-    check_finite(hf)
     root.own_head = own_head
     return root
 

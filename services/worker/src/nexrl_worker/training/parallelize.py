@@ -21,10 +21,12 @@ from nexrl_worker.training.roots import Root
 def decoder_layers(hf: nn.Module) -> list[nn.Module]:
     """The blocks that a forward passes one after the other: what the family calls unsplittable, else the first list."""
     names = set(getattr(hf, "_no_split_modules", None) or ())
-    layers = [module for module in hf.modules() if type(module).__name__ in names]
+    lists = [module for module in hf.modules() if isinstance(module, nn.ModuleList)]
+    layers = {module: None for found in lists for module in found if type(module).__name__ in names}
     if not layers:
-        layers = list(next((module for module in hf.modules() if isinstance(module, nn.ModuleList)), []))
-    return layers
+        return list(lists[0]) if lists else []
+    inner = {part for layer in layers for part in layer.modules() if part is not layer}
+    return [layer for layer in layers if layer not in inner]
 
 
 def checkpoint_activations(hf: nn.Module) -> None:
@@ -85,7 +87,9 @@ def release(root: Root) -> None:
     for module in _sharded(root):
         module.reshard()
         for group in _groups(module):
-            group.comm_ctx.post_forward_order.clear()
+            order = getattr(group.comm_ctx, "post_forward_order", None)  # not before a first forward
+            if order is not None:
+                order.clear()
             group._post_forward_indices.clear()
 
 

@@ -54,6 +54,7 @@ _PACKED_TOLERANCE_HALF = 4e-2
 # In half precision a token may go to other experts when it stands beside others; a layer left out is all of an answer.
 _EXPERTS_TOLERANCE_HALF = 2e-1
 _PEAK = 50.0
+_SPECIAL = ("_token_id", "_token_index")
 _LENGTHS = (9, 4, 7)
 # The tiny rows are shorter than any window: packed and padded ones are compared at this one.
 _WINDOW = 3
@@ -61,6 +62,17 @@ _WINDOWS = (
     "sliding_window", "sliding_window_size", "window_size", "attention_window", "attention_window_size",
     "attention_chunk_size",
 )  # fmt: skip
+
+
+def probed(root: Root, device: torch.device, dtype: torch.dtype, packing: bool = False) -> Probe:
+    """As `probe`, whose errors are the family's and a refusal like another: all ranks meet them in step."""
+    try:
+        return probe(root, device, dtype, packing)
+    except (MemoryError, torch.OutOfMemoryError, dist.DistError):  # this rank's alone
+        raise
+    except Exception as error:
+        name = type(root.hf).__name__
+        return Probe(float("nan"), None, refusal=f"{name} cannot be tried out: {type(error).__name__}: {error}"[:300])
 
 
 @torch.no_grad()
@@ -87,6 +99,9 @@ def probe(root: Root, device: torch.device, dtype: torch.dtype, packing: bool = 
 
 
 def _probe_scorer(scorer: Scorer, device: torch.device, dtype: torch.dtype, packing: bool) -> Probe:
+    refusal = _misread(scorer, device, dtype)
+    if refusal is not None:
+        return Probe(float("nan"), scorer.fallback, refusal=refusal[:300])
     micro = _tiny(scorer.vocabulary, device, packed=False)
     known, scorer.fallback = scorer.fallback, "probe"
     captured: list[Tensor] = []
@@ -99,11 +114,50 @@ def _probe_scorer(scorer: Scorer, device: torch.device, dtype: torch.dtype, pack
             scorer.fallback = known
             outcome = Probe(float("nan"), known)
             if known is None:
-                outcome = _compare_chunked(float((own - _scores(scorer, micro)).abs().max()), dtype)
+                failures: list[str] = []
+                found = _caught(scorer, lambda: scorer.hidden(micro, micro.index), failures)
+                if failures or found.dim() != 2:
+                    why = failures[0] if failures else "they are no vectors"
+                    outcome = Probe(float("nan"), f"the family does not give its hidden states: {why}"[:300])
+                else:
+                    outcome = _compare_chunked(float((own - _scores(scorer, micro)).abs().max()), dtype)
             scorer.fallback = outcome.reason
             return _with_packing(outcome, scorer, device, dtype, packing, _PEAK)
     finally:
         scorer.fallback = known
+
+
+def _misread(scorer: Scorer, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why log-probabilities would be wrong: our rows beside one another against each alone, without its last token.
+
+    That token is only asked for, so a model whose answers change with it has read it.
+    """
+    hf: Any = scorer.hf
+    rows = _plain_rows(hf)
+    micro = BatchReader(rows, Layout.of(rows), (), device, torch.float32).read(range(rows.size))
+    failures: list[str] = []
+
+    def logits(row: Tensor) -> Tensor:
+        answer: Tensor = hf(input_ids=row, **taken(hf, use_cache=False)).logits
+        return answer[0] + 0.0  # a new tensor, as FSDP needs
+
+    def beside() -> Tensor:
+        answers: Tensor = scorer.outputs(micro, whole=True).logits
+        return answers.flatten(0, 1)[micro.index]
+
+    alone = [_caught(scorer, partial(logits, row[:, :-1]), failures) for row in _alone(micro)]
+    whole = [_caught(scorer, partial(logits, row), failures) for row in _alone(micro)]
+    found = _caught(scorer, beside, failures)
+    name = type(hf).__name__
+    if failures:
+        return f"{name} cannot answer a row of text: {failures[0]}"
+    truth, tolerance = torch.cat(alone), _tolerance(hf, dtype)
+    if _relative(torch.cat([row[:-1] for row in whole]), truth) > tolerance:
+        return f"{name} reads a row in both directions, so what it says of a token would know the token"
+    difference = _relative(found, truth)
+    if difference > tolerance:
+        return f"{name} answers rows beside others otherwise than each alone: by {difference:.2g} of their size"
+    return None
 
 
 def _probe_rewards(root: RewardModel, device: torch.device, dtype: torch.dtype) -> Probe:
@@ -162,7 +216,8 @@ def _probe_values(root: ValueModel, device: torch.device, dtype: torch.dtype) ->
 def _plain_rows(hf: nn.Module) -> TinyRows:
     """Rows of ordinary tokens, one of which ends in the padding id where there is one."""
     config: Any = hf.config.get_text_config()  # type: ignore[union-attr, operator]
-    special = {value for key, value in config.to_dict().items() if key.endswith("_token_id") and isinstance(value, int)}
+    said = {**hf.config.to_dict(), **config.to_dict()}  # type: ignore[union-attr, operator]
+    special = {value for key, value in said.items() if key.endswith(_SPECIAL) and isinstance(value, int)}
     return TinyRows(config.vocab_size, _LENGTHS, special, padding_id(hf))
 
 
@@ -310,6 +365,9 @@ def _enlarged(scorer: Scorer, scale: float) -> Iterator[None]:
         output.last_hidden_state = output.last_hidden_state * scale  # type: ignore[attr-defined]
         return output
 
+    if scorer.hf.base_model is scorer.hf:
+        yield
+        return
     hook = scorer.hf.base_model.register_forward_hook(enlarge)  # type: ignore[union-attr]
     try:
         yield

@@ -9,7 +9,7 @@ import torch
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.kinds import KINDS
 from nexrl_worker.training.model import Precision, load_root
-from nexrl_worker.training.probe import probe, strictest
+from nexrl_worker.training.probe import probed, strictest
 from nexrl_worker.training.roots import Root
 from nexrl_worker.training.scorer import Scorer
 
@@ -53,9 +53,12 @@ class FrozenReference:
         """Find out how the loaded model may be computed, the same on all ranks. Collective; `check` tells what is wrong."""
         assert self.root is not None
         dtype = Precision.of(self._actor.fsdp_config, self._device).param
-        outcome = strictest(probe(self.root, self._device, dtype, self._packs), self._device)
+        outcome = strictest(probed(self.root, self._device, dtype, self._packs), self._device)
         self.root.fallback = outcome.reason
-        if self._packs and not outcome.packs:
+        if outcome.refusal is not None:
+            self._refusal = f"the reference model in {self.path} cannot be used: {outcome.refusal}"
+            self.root = None
+        elif self._packs and not outcome.packs:
             self._refusal = (
                 f"the reference model in {self.path} cannot be computed on packed rows ({outcome.packing_reason}), and "
                 "the group packs: start it with model.use_remove_padding false, or send ref_log_prob"

@@ -28,7 +28,7 @@ class Root(nn.Module):
 
     @property
     def vocabulary(self) -> int:
-        return int(self.hf.config.vocab_size)  # type: ignore[union-attr, arg-type]
+        return int(self.hf.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
 
     @property
     def positions(self) -> int | None:

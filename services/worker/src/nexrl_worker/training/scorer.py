@@ -20,7 +20,11 @@ class Scorer(Root):
     def __init__(self, hf: nn.Module) -> None:
         super().__init__(hf)
         head = hf.get_output_embeddings()  # type: ignore[operator]
-        self.fallback: str | None = None if isinstance(head, nn.Linear) else "the output head is not a linear layer"
+        self.fallback: str | None = None
+        if not isinstance(head, nn.Linear):
+            self.fallback = "the output head is not a linear layer"
+        elif hf.base_model is hf:
+            self.fallback = "the family has no model without its output head"
         self._head_dtype: torch.dtype | None = None
 
     def widen_head(self, dtype: torch.dtype) -> None:
