@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nexrl_worker.training.batch import BatchReader, Layout
+from nexrl_worker.training.batch import BatchReader, Layout, MicroBatch
 from nexrl_worker.training.chunked import head_bytes
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.memory import free_mib, held_mib
@@ -128,18 +128,24 @@ def measure_activations(
     for length in lengths:
         rows = TinyRows(root.vocabulary, (length,))
         micro = BatchReader(rows, Layout.of(rows), (), device, dtype, packed).read([0])
-        with _outputs(layers[0]) as outputs, _saved(root) as kept, torch.enable_grad():
-            root(lambda micro=micro: root.hidden(micro, micro.index))
+        with _outputs(layers[-1]) as outputs, _saved(root) as kept, torch.enable_grad():
+            root(lambda micro=micro: _body(root, micro))
         release(root)
         saved.append(float(sum(kept.values())))
         passing = sum(outputs) / length
     powers = torch.tensor([[1.0, length, length**2] for length in lengths], dtype=torch.float64)
     _, linear, square = torch.linalg.solve(powers, torch.tensor(saved, dtype=torch.float64)).tolist()
     if recomputes:  # every layer's input is kept, and one layer at a time is computed again
-        hidden: Any = root.hf.config
-        linear += len(layers) * hidden.hidden_size * next(root.hf.parameters()).element_size()
+        linear += len(layers) * root.text_config.hidden_size * next(root.hf.parameters()).element_size()
         passing *= 2
     return Activations(max(linear, 0.0), max(square, 0.0), passing, len(layers))
+
+
+def _body(root: Root, micro: MicroBatch) -> Tensor:
+    if root.has_body:
+        return root.hidden(micro, micro.index)
+    logits: Tensor = root.outputs(micro, whole=True).logits.flatten(0, 1)[micro.index]
+    return logits
 
 
 @dataclass(frozen=True)

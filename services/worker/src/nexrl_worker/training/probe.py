@@ -365,7 +365,7 @@ def _enlarged(scorer: Scorer, scale: float) -> Iterator[None]:
         output.last_hidden_state = output.last_hidden_state * scale  # type: ignore[attr-defined]
         return output
 
-    if scorer.hf.base_model is scorer.hf:
+    if not scorer.has_body:
         yield
         return
     hook = scorer.hf.base_model.register_forward_hook(enlarge)  # type: ignore[union-attr]

@@ -28,7 +28,17 @@ class Root(nn.Module):
 
     @property
     def vocabulary(self) -> int:
-        return int(self.hf.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
+        return int(self.text_config.vocab_size)
+
+    @property
+    def text_config(self) -> Any:
+        """The configuration of the language model, which may be one part of the model."""
+        return self.hf.config.get_text_config()  # type: ignore[union-attr, operator]
+
+    @property
+    def has_body(self) -> bool:
+        """Whether the model has a part without its head, which answers with hidden states."""
+        return self.hf.base_model is not self.hf
 
     @property
     def positions(self) -> int | None:

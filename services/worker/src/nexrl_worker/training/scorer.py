@@ -23,7 +23,7 @@ class Scorer(Root):
         self.fallback: str | None = None
         if not isinstance(head, nn.Linear):
             self.fallback = "the output head is not a linear layer"
-        elif hf.base_model is hf:
+        elif not self.has_body:
             self.fallback = "the family has no model without its output head"
         self._head_dtype: torch.dtype | None = None
 
