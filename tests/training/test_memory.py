@@ -108,7 +108,9 @@ def test_a_batch_is_cut_by_the_memory_that_is_there(packing: bool, path: str) ->
     assert not whole.needs_lengths(7, 16)
     tighten(cut, 2)
     assert cut.needs_lengths(7, 16)
-    assert len(cut.plan("update_actor", 7, batch().lengths()).mini_batches[0].ranks[0]) >= 3
+    plans = [cut.plan(operation, 7, batch().lengths()) for operation in ("update_actor", "compute_log_prob")]
+    assert len(plans[0].mini_batches[0].ranks[0]) >= 3
+    assert plans[0].mini_batches == plans[1].mini_batches, "an update starts at ratio 1"
     for params in ({}, {"top_k": 3}):
         ours, theirs = (compute(engine, "compute_log_prob", batch(), **params) for engine in (cut, whole))
         for name, tensor in ours.items():
@@ -152,7 +154,8 @@ def test_memory_that_runs_out_is_asked_for_less(backward: bool, error: Exception
     update_of = [build(path), build(path)]
     update(update_of[0], batch())
     with short_of_memory(update_of[1], error, 2, backward) as met:
-        update(update_of[1], batch())
+        (result,) = update(update_of[1], batch())
+    assert result.metrics["memory/retries"] == 2
     assert max(met) == 7 and min(met) <= 2
     assert_alike(weights(update_of[0]), weights(update_of[1]))
     with short_of_memory(short, error, 2, backward):

@@ -119,7 +119,7 @@ class Engine(TrainingState):
             token_budget=actor.ppo_max_token_len_per_gpu if actor.use_dynamic_bsz else None,
             shuffle_seed=f"{actor.seed}:{self.optimizer_steps}" if steps and actor.shuffle else None,
             packed=self._probe.packs,
-            fits=lambda lengths: self.room.need_mib(lengths, operation in TRAINING) <= self.room.mib,
+            fits=lambda lengths: self.room.need_mib(lengths, self._kind.trains) <= self.room.mib,
         )
         return make_plan(operation, size, dist.get_world_size(), cut, lengths)
 
@@ -146,8 +146,7 @@ class Engine(TrainingState):
             self._reference.check()
         mine = plan.rows_of(dist.get_rank())
         check_rows(rows, layout, self._limits(with_reference), names, mine)
-        row, length = longest(rows, layout, mine)
-        self.room.check_row(row, length, operation in TRAINING)
+        self.room.check_row(*longest(rows, layout, mine), operation in TRAINING)
 
     def lacks_reference(self, operation: str, rows: Rows, params: Mapping[str, Any]) -> bool:
         """Whether `load_reference` and `examine_reference` must come first; raises InvalidValue for bad parameters. Local."""
@@ -173,6 +172,7 @@ class Engine(TrainingState):
             **explain_plan(plan, lengths, packed),
             "packing": packed,
             "gradient_sync": config.fsdp_config.gradient_sync if trains else None,
+            "micro_batch_mib": self.room.mib,
             "peak_memory_mib": float(peak),
         }
 

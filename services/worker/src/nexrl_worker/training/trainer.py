@@ -100,6 +100,9 @@ class Trainer:
                     raise
                 applied = self._apply(objective.prefix, count, 1.0)  # the gradients are divided already
             results.append(Result(result.metrics | applied | costs, result.answers))
+        if any("memory/retries" in result.metrics for result in results):
+            for result in results:
+                result.metrics.setdefault("memory/retries", 0)
         return results
 
     def _apply(
@@ -158,11 +161,14 @@ class Trainer:
         """
         kept = self.optimizer.set_aside() if self.pending else {}
         finer: MiniBatch | None = mini
+        retries = 0
         while finer is not None:
             try:
-                result = self._run(finer, reader, objective, divisor)
+                result, count = self._run(finer, reader, objective, divisor)
                 self.optimizer.put_back(kept)
-                return result
+                if retries:
+                    result.metrics["memory/retries"] = retries
+                return result, count
             except BaseException as error:
                 self.optimizer.discard()
                 forget_kept_back(self._root)
@@ -174,6 +180,7 @@ class Trainer:
             release(self._root)
             give_back(self._device)
             finer = finer.halved()
+            retries += 1
         self.optimizer.put_back(kept)
         raise DoesNotFit(NO_ROOM, tensor="input_ids")
 
