@@ -70,7 +70,7 @@ class Kind:
 
     def _unfit(self, config: Any) -> str | None:
         known = getattr(self.auto, "_model_mapping", None)
-        if config.is_encoder_decoder:
+        if config.is_encoder_decoder and self.root is not RewardModel:  # whose answers are measured
             return "it has an encoder and a decoder, and rows here are one text"
         if known is not None and type(config) not in known:
             return f"transformers {transformers.__version__} has no {self.auto.__name__[9:]} class for it"
