@@ -180,19 +180,25 @@ def test_a_configuration_that_cannot_work_is_refused_before_anything_starts(
     assert "wrong" not in client.get_models()["identifiers"]
 
 
-def test_weights_that_cannot_be_read_fail_init_model_and_not_the_group(
+def test_weights_that_cannot_be_read_are_refused_and_cost_no_group(
     stack: Stack, student: HTTPTrainServiceClient, tiny_model: Path, tmp_path: Path
 ) -> None:
-    broken = shutil.copytree(tiny_model, tmp_path / "broken")
-    (broken / "model.safetensors").write_bytes(b"not safetensors at all")
+    """Before the ranks start, which leaves the name free; where they are damaged later, by init_model."""
+    folder = shutil.copytree(tiny_model, tmp_path / "broken")
+    config = {"actor": {"model": {"path": str(folder)}}}
     client = HTTPTrainServiceClient(stack.url, "broken")
-    client.initialize_worker(config_dict={"actor": {"model": {"path": str(broken)}}}, world_size=2)
+    (folder / "model.safetensors").write_bytes(b"not safetensors at all")
+    with pytest.raises(InvalidConfig, match=r"model\.safetensors"):
+        client.initialize_worker(config_dict=config, world_size=2)
+    shutil.copy(tiny_model / "model.safetensors", folder)
+    assert client.initialize_worker(config_dict=config, world_size=2)["already"] is False
+    (folder / "model.safetensors").write_bytes(b"not safetensors at all")
 
     with pytest.raises(InvalidConfig, match=r"model\.safetensors"):
         client.init_model()
 
     assert client.barrier()["status"] == "success"
-    shutil.copy(tiny_model / "model.safetensors", broken)
+    shutil.copy(tiny_model / "model.safetensors", folder)
     assert client.init_model()["already"] is False
     client.destroy()
 
