@@ -274,7 +274,7 @@ def _with(name: str, value: Any) -> Any:
         (_without("returns"), InvalidTensor, "returns"),
         (_with("returns", torch.zeros(7, 5)), InvalidTensor, "returns"),
         (_with("returns", torch.zeros(7)), InvalidTensor, "returns"),
-        (_with("values", torch.zeros(7, 6, dtype=torch.int64)), InvalidTensor, "values"),
+        (_with("values", torch.zeros(7, 6, dtype=torch.bool)), InvalidTensor, "values"),
         (_with("values", torch.full((7, 6), torch.nan)), InvalidValue, "values"),
         (_with("returns", torch.full((7, 6), torch.inf)), InvalidValue, "returns"),
     ],
