@@ -129,12 +129,23 @@ def model_config(path: str) -> Any:
     family = said.get("model_type") if isinstance(said, dict) else None
     if not isinstance(family, str):
         raise InvalidValue(f"{file} names no model_type")
-    if family not in CONFIG_MAPPING:
+    lacks = f"none of model_type {family!r}" if family not in CONFIG_MAPPING else _lacks_class(said.get("auto_map"))
+    if lacks is not None:
         raise InvalidValue(
             "models with code of their own are not run by this service, and transformers "
-            f"{transformers.__version__} has none of model_type {family!r}; give the folder of a model that it has"
+            f"{transformers.__version__} has {lacks}; give the folder of a model that it has"
         )
     return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+
+def _lacks_class(auto_map: Any) -> str | None:
+    """The class that a folder's own code defines where transformers has none of that name: its family is a pretext."""
+    known = {name.casefold() for name in dir(transformers)}
+    for auto, place in auto_map.items() if isinstance(auto_map, dict) else ():
+        name = str(place).rpartition(".")[2]
+        if str(auto).startswith("AutoModel") and name.casefold() not in known:
+            return f"no class {name}"
+    return None
 
 
 def _assemble(
