@@ -351,6 +351,14 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+def test_a_pointer_for_a_tokenizer_is_said(models: Path, tmp_path: Path) -> None:
+    """No weight hangs on it, but every export would carry it along."""
+    shutil.copytree(models / "llama", tmp_path / "it")
+    (tmp_path / "it" / "tokenizer.json").write_text(POINTER)
+    with pytest.raises(ServiceError, match=r"tokenizer\.json cannot be read: it is a Git LFS pointer"):
+        check_model_folder(str(tmp_path / "it"), "actor")
+
+
 @pytest.mark.parametrize("case", BROKEN)
 def test_what_a_folder_has_instead_of_files_is_said(models: Path, tmp_path: Path, case: str) -> None:
     """In one line, before anything is built and before anything is loaded."""
@@ -358,7 +366,7 @@ def test_what_a_folder_has_instead_of_files_is_said(models: Path, tmp_path: Path
     shutil.copytree(models / "llama", tmp_path / "it")
     change(tmp_path / "it")
     with pytest.raises(ServiceError, match=said) as caught:
-        check_model_folder(str(tmp_path / "it"))
+        check_model_folder(str(tmp_path / "it"), "actor")
     assert caught.value.code == "INVALID_CONFIG" and "\n" not in caught.value.message
     with pytest.raises(Refused, match=said) as caught:
         Group(tmp_path, "actor", str(models / "llama")).load(tmp_path / "it")

@@ -76,8 +76,9 @@ def _check(path: str) -> None:
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise InvalidValue("there is no config.json, so it is no Hugging Face model folder")
-    if wrong := what_is_wrong(folder / "config.json"):
-        raise InvalidValue(f"{path}/config.json cannot be read: {wrong}")
+    for file in (folder / "config.json", *sorted(folder.glob("*tokenizer*"))):  # what an export takes along
+        if file.is_file() and (wrong := what_is_wrong(file)):
+            raise InvalidValue(f"{file} cannot be read: {wrong}")
     for name in weight_files(folder):
         open_weights(folder / name)
     said = quantisation(folder)
