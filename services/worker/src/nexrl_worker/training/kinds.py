@@ -7,7 +7,12 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+)
 
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.heads import AutoModelForValues, RewardModel, ValueModel
@@ -76,7 +81,9 @@ class Kind:
             return f"transformers {transformers.__version__} has no {self.auto.__name__[9:]} class for it"
         if self.auto is AutoModelForText and _text_class(config) is None:
             return _NO_LANGUAGE_MODEL
-        if self.root is Scorer and any(getattr(config, name, None) is False for name in ("is_decoder", "causal")):
+        masked: Any = AutoModelForMaskedLM._model_mapping  # gpt_neox has the key, and is causal all the same
+        encodes = any(getattr(config, name, None) is False for name in ("is_decoder", "causal"))
+        if self.root is Scorer and encodes and type(config) in masked:
             return "it reads a row in both directions, so what it says of a token would know the token"
         return None
 

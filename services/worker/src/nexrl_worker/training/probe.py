@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nexrl_worker.training.batch import BatchReader, Layout, MicroBatch
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.heads import RewardModel, ValueModel, padding_id
-from nexrl_worker.training.packing import ATTENTION, Segments, attention_of
+from nexrl_worker.training.packing import ATTENTION, Segments, attention_of, use_attention
 from nexrl_worker.training.parallelize import release
 from nexrl_worker.training.roots import Root, taken
 from nexrl_worker.training.scorer import Scorer
@@ -83,6 +83,7 @@ def probe(root: Root, device: torch.device, dtype: torch.dtype, packing: bool = 
     soft cap. Sets nothing: the caller stores `reason` as the scorer's `fallback`.
     """
     try:
+        use_attention(root.hf, root.own_attention)
         if isinstance(root, Scorer):
             return _probe_scorer(root, device, dtype, packing)
         outcome = Probe(float("nan"), None)
@@ -128,9 +129,9 @@ def _probe_scorer(scorer: Scorer, device: torch.device, dtype: torch.dtype, pack
 
 
 def _misread(scorer: Scorer, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why log-probabilities would be wrong: our rows beside one another against each alone, without its last token.
+    """Why log-probabilities would be wrong: our rows beside one another against each alone.
 
-    That token is only asked for, so a model whose answers change with it has read it.
+    The last token is only asked for, so a model whose earlier answers change with it has read ahead.
     """
     hf: Any = scorer.hf
     rows = _plain_rows(hf)
@@ -145,19 +146,27 @@ def _misread(scorer: Scorer, device: torch.device, dtype: torch.dtype) -> str | 
         answers: Tensor = scorer.outputs(micro, whole=True).logits
         return answers.flatten(0, 1)[micro.index]
 
-    alone = [_caught(scorer, partial(logits, row[:, :-1]), failures) for row in _alone(micro)]
-    whole = [_caught(scorer, partial(logits, row), failures) for row in _alone(micro)]
+    alone = [_caught(scorer, partial(logits, row), failures) for row in _alone(micro)]
+    other = [_caught(scorer, partial(logits, _ending_otherwise(row)), failures) for row in _alone(micro)]
     found = _caught(scorer, beside, failures)
     name = type(hf).__name__
     if failures:
         return f"{name} cannot answer a row of text: {failures[0]}"
-    truth, tolerance = torch.cat(alone), _tolerance(hf, dtype)
-    if _relative(torch.cat([row[:-1] for row in whole]), truth) > tolerance:
+    truth, tolerance = torch.cat([row[:-1] for row in alone]), _tolerance(hf, dtype)
+    if _relative(torch.cat([row[:-1] for row in other]), truth) > tolerance:
         return f"{name} reads a row in both directions, so what it says of a token would know the token"
     difference = _relative(found, truth)
     if difference > tolerance:
         return f"{name} answers rows beside others otherwise than each alone: by {difference:.2g} of their size"
     return None
+
+
+def _ending_otherwise(row: Tensor) -> Tensor:
+    """The row of ids [1,L] with another of its tokens at its end."""
+    others = row[row != row[:, -1:]]
+    changed = row.clone()
+    changed[:, -1] = others[0] if others.numel() else row[0, -1] - 1
+    return changed
 
 
 def _probe_rewards(root: RewardModel, device: torch.device, dtype: torch.dtype) -> Probe:

@@ -24,7 +24,7 @@ class Root(nn.Module):
         super().__init__()
         self.hf = hf
         self.rows = Rotations(hf)
-        self._own_attention = attention_of(hf)
+        self.own_attention = attention_of(hf)
 
     @property
     def vocabulary(self) -> int:
@@ -59,7 +59,7 @@ class Root(nn.Module):
         more: dict[str, Any] = {}
         self.rows.are(micro.attention_mask, micro.segments)
         if micro.segments is None:
-            use_attention(self.hf, self._own_attention)
+            use_attention(self.hf, self.own_attention)
         else:
             use_segments(self.hf)
             more["segments"] = micro.segments
