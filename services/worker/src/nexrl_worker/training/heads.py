@@ -135,11 +135,6 @@ class AutoModelForValues:
         model: nn.Module = _value_class(config)._from_config(config, **more)
         return model
 
-    @staticmethod
-    def from_pretrained(path: str, config: Any, **more: Any) -> Any:
-        """As transformers' own classes load it."""
-        return _value_class(config).from_pretrained(path, config=config, **more)
-
 
 def _value_class(config: Any) -> Any:
     known: Any = AutoModelForTokenClassification._model_mapping

@@ -34,11 +34,6 @@ class AutoModelForText:
         model: nn.Module = family._from_config(config, **more)
         return model
 
-    @staticmethod
-    def from_pretrained(path: str, config: Any, **more: Any) -> Any:
-        """As transformers' own classes load it."""
-        return _text_class(config).from_pretrained(path, config=config, **more)
-
 
 def _text_class(config: Any) -> Any:
     """None where transformers has no class."""
