@@ -191,6 +191,19 @@ def test_offloading_that_is_not_asked_for_is_no_error() -> None:
     assert config.ignored == ("actor.fsdp_config.fsdp_size",)
 
 
+@pytest.mark.parametrize("role", ["actor", "critic", "ref", "teacher", "reward"])
+def test_code_of_a_models_own_is_never_trusted_in_silence(role: str) -> None:
+    """Asked for, it is refused with the reason whatever the role; false is what every group does."""
+    for asked in (True, "true", 1):
+        with pytest.raises(ServiceError, match="not run by this service") as caught:
+            parse_config({"role": role, "actor": {"model": {"path": "/m", "trust_remote_code": asked}}})
+        assert (caught.value.code, caught.value.details["key"]) == (
+            "INVALID_CONFIG",
+            "actor.model.trust_remote_code",
+        )
+    assert parse({"model": {"path": "/m", "trust_remote_code": False}}).ignored == ()
+
+
 def test_a_configuration_may_be_nested_as_deep_as_it_likes() -> None:
     """A key without effect can hold anything; a variable is found in it all the same."""
     deep: Any = "${HOME}"

@@ -10,10 +10,12 @@ import pytest
 import torch
 from nexrl_worker.checkpoint.huggingface import FolderWriter, Stamp, export
 from nexrl_worker.training import Engine, InvalidValue
+from plain_loop import Loss, outputs_at, policy_step, scored_columns, train
 from single_rank import build, compute, update
-from support import SMALL, MemoryRows, batch, plain_scores, save_model
+from support import SMALL, MemoryRows, batch, plain_scores, relative_gap, save_model
 from torch import Tensor
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -178,6 +180,39 @@ def test_a_temperature_of_each_row(tmp_path: Path, packing: bool, top_k: int | N
         wanted = compute(engine, "compute_log_prob", alone, top_k=top_k)
         assert all(torch.equal(found[name][row], wanted[name][0]) for name in wanted if name.endswith("ids"))
         assert all(torch.allclose(found[name][row], wanted[name][0], atol=1e-6) for name in wanted)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "granite"])
+def test_a_temperature_of_each_row_divides_logits_that_are_the_familys_own(tmp_path: Path, family: str) -> None:
+    """Capped or scaled first, divided then: scores, entropy and the step are those of a plain loop over the rows."""
+    torch.manual_seed(0)
+    own = {"head_dim": 8, "final_logit_softcapping": 2.0} if family == "gemma2" else {}
+    keys = {**SMALL, "logits_scaling": 3.0, "tie_word_embeddings": True, **own}
+    path = str(tmp_path)
+    AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**keys, pad_token_id=PAD)).save_pretrained(path)
+    rows = batch(temperature=3.0)
+    rows.tensors["temperature"] = torch.tensor([0.5, 1.0, 1.7, float("nan"), 0.9, 1.3, 2.0], dtype=torch.float64)
+    engine = build(path, "actor", entropy_coeff=0.1, ppo_micro_batch_size_per_gpu=3)
+    assert not engine.info()["chunked_log_probs"]
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
+    names = ("advantages", "old_log_probs")
+    loss, optim = Loss("ppo", entropy=0.1), {"lr": 1e-2, "eps": 1e-8, "weight_decay": 0.01, "clip": 1.0}
+    found = compute(engine, "compute_log_prob", rows)["old_log_probs"]
+    with torch.no_grad():
+        for row in (0, 1, 2, 4, 5, 6):
+            columns = scored_columns(rows, row)
+            logs = torch.log_softmax(outputs_at(model, rows, row, columns) / rows.tensors["temperature"][row], dim=-1)
+            wanted = logs[range(len(columns)), rows.tensors["input_ids"][row][columns]]
+            assert torch.allclose(found[row][[c - 6 for c in columns]].double(), wanted, atol=1e-6)
+
+    metrics = update(engine, rows)[0].metrics
+
+    made = train(model, rows, loss, policy_step(model, rows, loss, names), [list(range(rows.size))], optim)
+    assert made.metrics[0] is not None
+    for name in ("grad_norm", "entropy_loss", "pg_loss"):
+        assert metrics[f"actor/{name}"] == pytest.approx(made.metrics[0][name], rel=1e-5)
+    ours = {name: tensor for name, tensor in engine.full_weights() if tensor is not None}
+    assert relative_gap(ours, made.end, made.start) < 1e-4
 
 
 def test_responses_that_are_not_in_the_batch_are_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace as Space
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     BloomConfig,
     Gemma3TextConfig,
     GPT2Config,
@@ -113,6 +115,30 @@ def test_a_row_is_computed_as_it_is_alone(family: str, dtype: torch.dtype, tmp_p
             assert got == pytest.approx(float(norm), rel=1e-5 if exact else 1e-3), (packing, size)
             info = engine.info()
             assert (info["max_position_embeddings"], info["packing"]) == (32, packing), info["packing_reason"]
+
+
+@pytest.mark.parametrize(("family", "packing"), [("dynamic", False), ("longrope", True)])
+def test_a_reference_and_a_critic_give_each_row_its_own_number(family: str, packing: bool, tmp_path: Path) -> None:
+    """However the rows are cut; a reference may be stretched where the group's own model is not."""
+    path, rows = saved(tmp_path / "it", FAMILIES[family]), ragged()
+    made = FAMILIES[family].__class__
+    group = saved(tmp_path / "group", made(**{**COMMON, "max_position_embeddings": 64}))
+    headed = made(**{**FAMILIES[family].to_dict(), "num_labels": 1})
+    valued = saved(tmp_path / "valued", headed, AutoModelForTokenClassification)
+    wanted = own(path, torch.float64, rows)[0]
+    for size in (1, None):
+        cut = {"packing": packing, "ppo_micro_batch_size_per_gpu": size}
+        engine = build(group, ref=Space(model=Space(path=path)), **cut)
+        assert torch.allclose(compute(engine, "compute_ref_log_prob", rows)["ref_log_prob"].double(), wanted, atol=1e-6)
+        assert engine.info()["packing"] is packing
+
+        found = compute(build(valued, "critic", **cut), "compute_values", rows)["values"].double()
+        for row in range(rows.size):
+            model = AutoModelForTokenClassification.from_pretrained(valued, dtype=torch.float64).eval()
+            places = rows.tensors["attention_mask"][row].nonzero()[:, 0]
+            alone = rows.tensors["input_ids"][row, places]
+            values = model(alone[None], use_cache=False).logits[0, :-1, 0].detach()
+            assert torch.allclose(found[row, places[1:] - 1], values, atol=1e-5), (row, size)
 
 
 @pytest.mark.parametrize("head", ["linear", "own"])

@@ -264,6 +264,26 @@ def test_a_critic_of_any_family(tmp_path: Path, family: str) -> None:
     assert relative_gap({name: ours[name] for name in made.end}, made.end, made.start) < 1e-3
 
 
+def test_a_critic_without_clipping_steps_on_the_gradient_as_it_is(tmp_path: Path) -> None:
+    """grad_clip null: the norm is measured all the same, and the step is a plain loop's that does not clip."""
+    path = saved(tmp_path / "model", "llama", AutoModelForCausalLM, {})
+    rows = padded("left")
+    rows.tensors["returns"] = torch.linspace(-100, 300, 56).view(7, 8).double()
+    cut = {"ppo_micro_batch_size_per_gpu": 3, "grad_clip": None, "export_dtype": "float64"}
+    folder = exported(build(path, "critic", **cut), path, tmp_path / "exported")
+    plain = PlainCritic(folder, *head(folder))
+    engine = build(path, "critic", **cut)
+
+    metrics = update(engine, rows, "update_critic")[0].metrics
+
+    loss, optim = Loss("value"), {"lr": 1e-2, "eps": 1e-8, "weight_decay": 0.01, "clip": float("inf")}
+    made = train(plain, rows, loss, value_step(plain, rows, loss, 0.5), [list(range(rows.size))], optim)
+    assert made.metrics[0] is not None and made.metrics[0]["grad_norm"] > 10
+    assert metrics["critic/grad_norm"] == pytest.approx(made.metrics[0]["grad_norm"], rel=1e-5)
+    ours = {own_name(name): tensor for name, tensor in engine.full_weights() if tensor is not None}
+    assert relative_gap({name: ours[name] for name in made.end}, made.end, made.start) < 1e-3
+
+
 def own_name(name: str) -> str:
     """A tensor of a critic as `PlainCritic` names it."""
     first, _, rest = name.partition(".")
