@@ -100,3 +100,26 @@ def test_results_go_with_their_jobs_unless_they_are_being_read(ledger: Ledger) -
     assert ledger.drop_finished(0, at_least_s=0.0) == 1
     assert ledger.take_due_results(keep_s=60.0) == [jobs[1].id]
     assert ledger.require_job(jobs[0].id).state == "finished"
+
+
+def test_records_of_destroyed_groups_are_bounded(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By count, but none that has just ended; one that was made again is no destroyed one."""
+    monkeypatch.setattr(retention, "GROUPS_KEPT", 2)
+
+    def make(name: str) -> None:
+        placement = new_job("initialize_worker", identifier=name, queue=names.AGENT_QUEUE)
+        ledger.submit(placement, names.PLACE_JOB, group=GroupRecord(identifier=name))
+
+    for number in range(6):
+        make(f"group-{number}")
+        ledger.group_destroyed(f"group-{number}", None)
+    make("group-0")
+
+    assert ledger.drop_destroyed(at_least_s=60.0) == 0
+    assert ledger.drop_destroyed(at_least_s=0.0) == 3
+    left = [name for name in (f"group-{number}" for number in range(6)) if ledger.group(name) is not None]
+    assert left == ["group-0", "group-4", "group-5"]
+    assert ledger.identifiers() == ["group-0"]
+    ledger.client.zadd(names.DESTROYED_KEY, {"group-4": 1.0})
+    assert ledger.drop_destroyed(at_least_s=0.0) == 0
+    assert ledger.client.zcard(names.DESTROYED_KEY) == 1, "its record has ended by itself"

@@ -12,6 +12,7 @@ from conftest import RedisServer, wait_until
 from lossy import LosesReplies
 from nexrl_contract import names
 from nexrl_ledger import Fenced
+from nexrl_worker import watch
 from records import new_job
 from running_agent import START_S, Agents
 
@@ -94,6 +95,36 @@ def test_a_name_that_is_used_again_never_gets_the_former_groups_weights(
     wait_until(lambda: agents.group().state == "ready", START_S, "the group")
     agents.ended(agents.submit("destroy"))
     assert not state.exists()
+    wait_until(lambda: not state.parent.exists(), 20, "the end of the group's folder")
+    assert (agents.data / ".nexrl" / "logs" / "groups" / "student" / "rank0.log").exists()
+
+
+def test_what_destroyed_groups_leave_is_bounded(
+    agents: Agents, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No state, and logs of the last few; a living group, or one that Redis does not know, keeps its state."""
+    monkeypatch.setattr(watch, "LOGS_KEPT", 2)
+    own = agents.data / ".nexrl"
+    for days, name in enumerate(["living", "last", "last-but-one", "earlier", "old", "earliest"]):
+        if name != "old":
+            agents.place(Path("/nowhere"), name)
+        if name not in ("living", "old"):
+            agents.ledger.group_destroyed(name, None)
+        (own / "groups" / name / "state").mkdir(parents=True)
+        log = own / "logs" / "groups" / name / "rank0.log"
+        log.parent.mkdir(parents=True)
+        log.write_text("a line")
+        for path in (log, log.parent):
+            os.utime(path, times=(time.time() - days * 24 * 3600,) * 2)
+    (own / "groups" / ".gone-half").mkdir()
+
+    watch.clear_destroyed(agents.ledger, agents.data, [])
+    assert sorted(path.name for path in (own / "groups").iterdir()) == ["living", "old"]
+    assert sorted(path.name for path in (own / "logs" / "groups").iterdir()) == ["last", "last-but-one", "living"]
+
+    monkeypatch.setattr(watch, "LOGS_KEPT_S", 1.5 * 24 * 3600)
+    watch.clear_destroyed(agents.ledger, agents.data, [])
+    assert sorted(path.name for path in (own / "logs" / "groups").iterdir()) == ["last", "living"]
 
 
 def test_an_agent_with_too_few_slots_for_its_groups_says_so_and_keeps_their_state(

@@ -41,6 +41,8 @@ SPENT_KEY = f"{_PREFIX}:spent"
 """Sorted set, time -> idempotency key: keys of jobs whose records were dropped because there were many."""
 FORGOTTEN_KEY = f"{_PREFIX}:forgotten"
 """The youngest id among the jobs that were dropped so."""
+DESTROYED_KEY = f"{_PREFIX}:destroyed"
+"""Sorted set, time -> identifier: destroyed groups whose records are there still."""
 
 RESULT_TTL_S = 24 * 3600
 TOMBSTONE_TTL_S = 8 * 24 * 3600

@@ -24,6 +24,7 @@ _SCRIPTS = {
     "hold_result": scripts.HOLD_RESULT,
     "take_due": scripts.TAKE_DUE,
     "drop_finished": scripts.DROP_FINISHED,
+    "drop_destroyed": scripts.DROP_DESTROYED,
 }
 
 

@@ -55,7 +55,6 @@ class Bell:
 
     def __init__(self, client: redis.Redis) -> None:
         self._client = client
-        self._queues: dict[str, rq.Queue] = {}
 
     def ring(self, pipeline: Pipeline, queue: str, function: str, job_id: str) -> None:
         """Add to ``pipeline`` what wakes the consumer of ``queue``; nothing is sent before the pipeline is executed."""
@@ -73,9 +72,7 @@ class Bell:
         self._queue(queue).enqueue_job(bell, pipeline=pipeline)
 
     def _queue(self, name: str) -> rq.Queue:
-        if name not in self._queues:
-            self._queues[name] = rq.Queue(name, connection=self._client, serializer=JSONSerializer, job_class=BellJob)
-        return self._queues[name]
+        return rq.Queue(name, connection=self._client, serializer=JSONSerializer, job_class=BellJob)
 
     def silence(self, queue: str) -> None:
         """Delete a queue that nobody will consume again, with the bells in it and the names of its killed consumers."""

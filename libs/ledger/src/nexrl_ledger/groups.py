@@ -21,7 +21,7 @@ class GroupRecords(LedgerPart):
         return sorted(self.client.smembers(names.GROUPS_KEY))
 
     def group(self, identifier: str) -> GroupRecord | None:
-        """The record of a group, None when it is unknown; a destroyed one is kept for a day."""
+        """The record of a group, None when it is unknown; a destroyed one is kept for a day at most."""
         fields = self.client.hgetall(names.group_key(identifier))
         return GroupRecord.from_hash(fields) if "identifier" in fields else None
 
@@ -60,7 +60,7 @@ class GroupRecords(LedgerPart):
         self._end_group(identifier, epoch, "down", cause, _went_down(identifier, cause, rank), queued, kept)
 
     def group_destroyed(self, identifier: str, epoch: int | None, *, cause: str | None = None) -> None:
-        """The group is gone; its record stays for a day, jobs that still wait fail, and the ``destroy`` is finished.
+        """The group is gone; its record stays for a while, jobs that still wait fail, and the ``destroy`` is finished.
 
         All at once: a destroy that stayed behind unfinished would stand before every job of the next group of that name.
         ``cause`` says why the job that was running failed, where the group went down before it was destroyed.

@@ -81,6 +81,7 @@ class JobRecords(LedgerPart):
             pipe.delete(names.group_key(group.identifier))
             pipe.hset(names.group_key(group.identifier), mapping=group.to_hash())
             pipe.sadd(names.GROUPS_KEY, group.identifier)
+            pipe.zrem(names.DESTROYED_KEY, group.identifier)
         pipe.hset(names.job_key(job.id), mapping=job.to_hash())
         pipe.zadd(names.waiting_key(job.queue), {job.id: job.order})
         pipe.zadd(names.JOBS_KEY, {job.id: job.created_at})

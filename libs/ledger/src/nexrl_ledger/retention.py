@@ -10,6 +10,7 @@ from nexrl_ledger.base import LedgerPart
 
 SPENT_KEPT = 100_000
 SPENT_KEPT_S = 3600.0
+GROUPS_KEPT = 1000
 _AT_ONCE = 500
 
 
@@ -54,6 +55,18 @@ class Retention(LedgerPart):
             dropped += gone
         self._forget_spent()
         return dropped
+
+    def drop_destroyed(self, at_least_s: float) -> int:
+        """Drop the records of the groups that were destroyed first, beyond the last ``GROUPS_KEPT``; how many.
+
+        None goes within ``at_least_s`` of its end.
+        """
+        now = time.time()
+        return int(
+            self._script["drop_destroyed"](
+                keys=[names.DESTROYED_KEY], args=[GROUPS_KEPT, now - at_least_s, now - names.RESULT_TTL_S]
+            )
+        )
 
     def _forget_spent(self) -> None:
         now = time.time()

@@ -160,7 +160,10 @@ if ARGV[3] ~= '' and before ~= state then redis.call('HSET', KEYS[1], 'cause', A
 if ARGV[7] ~= '' then roll_back(KEYS[1], KEYS[3], ARGV[7]) end
 redis.call('HDEL', KEYS[1], 'running_job')
 if state == 'destroyed' then
-  redis.call('SREM', 'nexrl:groups', redis.call('HGET', KEYS[1], 'identifier'))
+  local identifier = redis.call('HGET', KEYS[1], 'identifier')
+  redis.call('SREM', 'nexrl:groups', identifier)
+  redis.call('ZADD', 'nexrl:destroyed', 'NX', ARGV[4], identifier)
+  redis.call('EXPIRE', 'nexrl:destroyed', RESULT_TTL)
   redis.call('EXPIRE', KEYS[1], RESULT_TTL)
   redis.call('DEL', KEYS[3])
 end
@@ -211,4 +214,17 @@ for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, ARGV[1] - 1)) do
   end
 end
 return gone
+"""
+
+DROP_DESTROYED = """
+-- The records of groups that were destroyed first. KEYS: destroyed. ARGV: how many stay, a time: none goes that ended
+-- after it, the time before which they have gone by themselves. Returns how many went.
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', '(' .. ARGV[3])
+local excess = math.max(0, redis.call('ZCARD', KEYS[1]) - ARGV[1])
+local gone = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', '(' .. ARGV[2], 'LIMIT', 0, excess)
+for _, identifier in ipairs(gone) do
+  redis.call('DEL', 'nexrl:group:' .. identifier)
+  redis.call('ZREM', KEYS[1], identifier)
+end
+return #gone
 """

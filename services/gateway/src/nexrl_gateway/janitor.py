@@ -39,12 +39,14 @@ def sweep(services: Services) -> list[str]:
     in_use = ledger.payloads_in_use()
     removed = services.store.sweep(in_use, result_age_s=RESULT_TTL_S, upload_age_s=settings.upload_kept_s)
     dropped = ledger.drop_finished(settings.jobs_kept, settings.jobs_kept_s)
+    groups = ledger.drop_destroyed(settings.jobs_kept_s)
     due = ledger.take_due_results(settings.result_kept_s)
     for job_id in due:
         services.store.delete(f"{job_id}{RESULT_SUFFIX}")
     ledger.forget_results(due)
-    if removed or dropped or due:
-        _log.info("janitor.swept payloads=%d jobs=%d results=%d", len(removed), dropped, len(due))
+    if removed or dropped or groups or due:
+        swept = (len(removed), dropped, groups, len(due))
+        _log.info("janitor.swept payloads=%d jobs=%d groups=%d results=%d", *swept)
     return removed
 
 

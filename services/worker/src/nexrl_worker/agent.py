@@ -25,7 +25,7 @@ from nexrl_worker.group_process import GroupProcess
 from nexrl_worker.settings import AgentSettings, GroupFolders
 from nexrl_worker.slots import Slots
 from nexrl_worker.suspended import Suspended, lost_operations, suspended
-from nexrl_worker.watch import GroupWatch, clear_staging
+from nexrl_worker.watch import GroupWatch, clear_destroyed, clear_staging
 
 BEAT_S = 5.0
 WATCHER_END_S = 15.0
@@ -71,6 +71,7 @@ class Agent:
         if time.monotonic() - self._beat_at >= BEAT_S:
             self._beat()
             clear_staging(self._ledger, self._settings.data)
+            clear_destroyed(self._ledger, self._settings.data, list(self._running))
             for process in list(self._running.values()):
                 rotate_logs(process.folders.logs, self._settings.log_bytes)
         self._place_waiting()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from nexrl_worker.suspended import lost_operations, suspended
 
 WATCH_S = 0.1
 RENEW_S = 5.0
+LOGS_KEPT = 20
+LOGS_KEPT_S = 7 * 24 * 3600.0
+_GONE = ".gone-"  # no identifier begins so
 _log = logging.getLogger(__name__)
 
 
@@ -171,3 +175,36 @@ def clear_staging(ledger: Ledger, data: Path) -> None:
         job = ledger.job(folder.name)
         if job is None or job.final:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def clear_destroyed(ledger: Ledger, data: Path, running: Collection[str]) -> None:
+    """Remove what destroyed groups left: their state at once, logs beyond the last ``LOGS_KEPT`` groups or after a week.
+
+    A state is removed only where Redis itself says that its group was destroyed, not where it knows nothing.
+    """
+    for folder in (data / ".nexrl" / "groups").glob("*"):
+        group = None if folder.name in running else ledger.group(folder.name)
+        if folder.name.startswith(_GONE) or (group is not None and group.state == "destroyed"):
+            _remove_aside(folder)
+    logs = list((data / ".nexrl" / "logs" / "groups").glob("*"))
+    living = {*ledger.identifiers(), *running}  # read after the folders, or a new group's would be taken for an old one
+    ended = [(_last_written(folder), folder) for folder in logs if folder.name not in living]
+    for number, (written, folder) in enumerate(sorted(ended, reverse=True)):
+        if number >= LOGS_KEPT or time.time() - written > LOGS_KEPT_S:
+            _remove_aside(folder)
+
+
+def _remove_aside(folder: Path) -> None:
+    """At once for whoever makes a folder of that name: another agent may have been given the next group."""
+    aside = folder if folder.name.startswith(_GONE) else folder.with_name(_GONE + folder.name)
+    with contextlib.suppress(OSError):
+        folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _last_written(folder: Path) -> float:
+    """Seconds since the epoch; 0 for what is being removed."""
+    if not folder.name.startswith(_GONE):
+        with contextlib.suppress(OSError):
+            return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+    return 0.0
