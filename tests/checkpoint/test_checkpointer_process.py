@@ -20,7 +20,7 @@ from toy_checkpoints import environment, eventually, hand_over, leftovers, loads
 
 Start = Callable[..., "subprocess.Popen[bytes]"]
 OLD, NEW = make_state(1), make_state(2)
-BIG = make_state(3, rows=1_500_000)
+BIG, BIGGER = make_state(3, rows=1_500_000), make_state(4, rows=1_600_000)
 
 
 @pytest.fixture
@@ -147,24 +147,26 @@ def test_saves_of_one_group_are_published_in_order(tmp_path: Path, ledger: Ledge
 @pytest.mark.slow
 def test_killed_at_random_something_always_loads(tmp_path: Path, ledger: Ledger, start: Start) -> None:
     """Kills -9 at random moments of a save: a whole checkpoint is visible each time, and the next process ends the job."""
-    moments = random.Random(20)
-    path = tmp_path / "ckpt"
+    moments, path, large = random.Random(20), tmp_path / "ckpt", (BIG, BIGGER)
     process = start()
-    ended(ledger, hand_over(ledger, tmp_path, path, OLD))
-    interrupted = 0
-    for number in range(10):
-        job = hand_over(ledger, tmp_path, path, BIG if number % 2 == 0 else OLD)
-        eventually(lambda job=job: ledger.require_job(job.id).state != "queued")
-        time.sleep(moments.uniform(0.0, 0.12))
+    job = hand_over(ledger, tmp_path, path, BIGGER)
+    handed_over = time.monotonic()
+    ended(ledger, job)
+    took = time.monotonic() - handed_over
+    interrupted = saves = 0
+    while interrupted < 3 or saves < 10:
+        assert saves < 50, f"only {interrupted} of {saves} kills met a save at work"
+        job = hand_over(ledger, tmp_path, path, large[saves % 2])
+        time.sleep(moments.uniform(0.0, took))
         process.kill()
         process.wait()
-        interrupted += not ledger.require_job(job.id).final
-        assert loads(path, OLD, BIG)
+        interrupted += ledger.require_job(job.id).state == "running"
+        assert loads(path, *large)
         let_leases_lapse(ledger)
         process = start()
         assert ended(ledger, job).state == "finished"
-        assert loads(path, BIG if number % 2 == 0 else OLD) and leftovers(tmp_path) == []
-    assert interrupted > 0
+        assert loads(path, large[saves % 2]) and leftovers(tmp_path) == []
+        saves += 1
 
 
 def test_redis_away_for_a_while_is_waited_for(

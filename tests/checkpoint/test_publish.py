@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -44,41 +46,40 @@ def make_group(client: redis.Redis, identifier: str = "student") -> None:
     client.sadd(GROUPS_KEY, identifier)
 
 
-def run_until_killed(url: str, request: PublishRequest, at: int) -> bool:
-    """Do it in a child that is killed with SIGKILL before its ``at``-th call that touches a file; False if it got to the end."""
-    child = os.fork()
-    if child == 0:
-        count = 0
+def publish_until_killed(url: str, request: PublishRequest, at: int) -> None:
+    """Publish, and die of SIGKILL before the ``at``-th call that touches a file; return if there are fewer."""
+    count = 0
 
-        def before(event: str, arguments: tuple[Any, ...]) -> None:
-            nonlocal count
-            writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-            if writes or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "ctypes.dlopen", "shutil.rmtree"):
-                count += 1
-                if count == at:
-                    os.kill(os.getpid(), signal.SIGKILL)
+    def before(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal count
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if writes or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "ctypes.dlopen", "shutil.rmtree"):
+            count += 1
+            if count == at:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-        client = connect(url)
-        client.ping()
-        sys.addaudithook(before)
-        try:
-            run(client, request)
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WIFSIGNALED(status)
+    client = connect(url)
+    client.ping()
+    sys.addaudithook(before)
+    run(client, request)
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # the forked child only touches files
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> BaseContext:
+    """Starts processes from one that has no threads: a fork of this one may wait for a lock that nobody holds there."""
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))  # where that process finds this module
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
 @pytest.mark.parametrize(
     ("same_path", "foreign"),
     [(True, False), (False, False), (False, True)],
     ids=["replacing", "removing-previous", "removing-previous-around-other-things"],
 )
 def test_killed_anywhere_a_checkpoint_loads_and_the_next_attempt_completes(
-    tmp_path: Path, redis_url: str, same_path: bool, foreign: bool
+    tmp_path: Path, redis_url: str, processes: BaseContext, same_path: bool, foreign: bool
 ) -> None:
     """At every file operation: what is visible is whole, the old or the new one; afterwards the new one alone is left.
 
@@ -96,7 +97,11 @@ def test_killed_anywhere_a_checkpoint_loads_and_the_next_attempt_completes(
             notes.write_text("mine")
         path = first.path if same_path else data / "ckpt" / "step_2"
         second = make_request(data, path, NEW, remove_previous=True, step=2)
-        killed = run_until_killed(redis_url, second, at)
+        child = processes.Process(target=publish_until_killed, args=(redis_url, second, at))
+        child.start()
+        child.join()
+        killed = child.exitcode == -signal.SIGKILL
+        assert killed or child.exitcode == 0
         assert notes.is_file() == foreign, f"killed at {at}: another's file is not at its place"
         visible = published([data / "ckpt"])
         assert visible, f"killed at {at}: nothing to load"
