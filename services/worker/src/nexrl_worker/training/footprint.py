@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nexrl_worker.training.batch import BatchReader, Layout, MicroBatch
+from nexrl_worker.training.batch import MicroBatch
 from nexrl_worker.training.chunked import head_bytes
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.memory import free_mib, held_mib
@@ -126,8 +126,7 @@ def measure_activations(
     most = root.positions or max(_LENGTHS)
     lengths = [min(length, most) for length in _LENGTHS] if most >= max(_LENGTHS) else [most // 4, most // 2, most]
     for length in lengths:
-        rows = TinyRows(root.vocabulary, (length,))
-        micro = BatchReader(rows, Layout.of(rows), (), device, dtype, packed).read([0])
+        micro = TinyRows(root.vocabulary, (length,)).micro_batch(device, packed, dtype)
         with _outputs(layers[-1]) as outputs, _saved(root) as kept, torch.enable_grad():
             root(lambda micro=micro: _body(root, micro))
         release(root)

@@ -6,6 +6,8 @@ attention function; a family that does not hand it down is found out by the prob
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -23,6 +25,10 @@ _NOT_OFFERED = ("s_aux", "position_bias", "head_mask")
 # One kernel for streams of every length: below 128 tokens torch would take that of decoding, which the probe would then
 # test in place of the one that trains, and compile everything twice.
 _FLEX_OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
+_WINDOWS = (
+    "sliding_window", "sliding_window_size", "window_size", "attention_window", "attention_window_size",
+    "attention_chunk_size",
+)  # fmt: skip
 _FLEX_FORMS = 64  # with and without gradients, short streams and long ones, a reference of another shape: more than 8
 
 
@@ -180,3 +186,40 @@ def _flash_attention() -> Any:
     except ImportError:
         return None
     return flash_attn_varlen_func
+
+
+def unlike_configured(hf: nn.Module, segments: Segments) -> str | None:
+    """Why the attention that ran is not the configured one, by the windows that the layers told it."""
+    if attention_of(hf) != ATTENTION or not segments.windows:
+        return "the family's attention cannot be exchanged"
+    config: Any = hf.config.get_text_config()  # type: ignore[union-attr, operator]
+    if getattr(config, "attention_chunk_size", None) is not None:
+        return "the family attends in chunks"
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    expected = len(segments.windows) if kinds is None else sum(kind == "sliding_attention" for kind in kinds)
+    told = sum(size is not None and size == window for size in segments.windows)
+    if window is not None and told != expected:
+        return f"{expected} layers have a sliding window and {told} tell their attention"
+    others = [name for name in _WINDOWS[1:] if isinstance(getattr(config, name, None), int)]
+    if others and not any(getattr(config, name) in segments.windows for name in others):
+        return f"no layer tells its attention of the {others[0]}"
+    return None
+
+
+@contextmanager
+def narrowed_windows(hf: nn.Module, size: int) -> Iterator[None]:
+    """Windows of `size` tokens inside the block, wherever configurations and layers have larger ones."""
+    holders = [hf, *hf.modules(), *(part.config for part in hf.modules() if hasattr(part, "config"))]
+    before: list[tuple[dict[str, Any], str, int]] = []
+    try:
+        for values in map(vars, holders):
+            for name in _WINDOWS:
+                configured = values.get(name)
+                if isinstance(configured, int) and configured > size:
+                    before.append((values, name, configured))
+                    values[name] = size
+        yield
+    finally:
+        for values, name, configured in before:
+            values[name] = configured

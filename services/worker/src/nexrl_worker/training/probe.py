@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nexrl_worker.training.batch import BatchReader, Layout, MicroBatch
+from nexrl_worker.training.batch import MicroBatch
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.heads import RewardModel, ValueModel, padding_id
-from nexrl_worker.training.packing import ATTENTION, Segments, attention_of, use_attention
+from nexrl_worker.training.packing import narrowed_windows, unlike_configured, use_attention
 from nexrl_worker.training.parallelize import release
 from nexrl_worker.training.roots import Root, taken
 from nexrl_worker.training.scorer import Scorer
@@ -56,12 +56,7 @@ _EXPERTS_TOLERANCE_HALF = 2e-1
 _PEAK = 50.0
 _SPECIAL = ("_token_id", "_token_index")
 _LENGTHS = (9, 4, 7)
-# The tiny rows are shorter than any window: packed and padded ones are compared at this one.
-_WINDOW = 3
-_WINDOWS = (
-    "sliding_window", "sliding_window_size", "window_size", "attention_window", "attention_window_size",
-    "attention_chunk_size",
-)  # fmt: skip
+_WINDOW = 3  # the tiny rows are shorter than any window: packed and padded ones are compared at this one
 
 
 def probed(root: Root, device: torch.device, dtype: torch.dtype, packing: bool = False) -> Probe:
@@ -134,8 +129,7 @@ def _misread(scorer: Scorer, device: torch.device, dtype: torch.dtype) -> str | 
     The last token is only asked for, so a model whose earlier answers change with it has read ahead.
     """
     hf: Any = scorer.hf
-    rows = _plain_rows(hf)
-    micro = BatchReader(rows, Layout.of(rows), (), device, torch.float32).read(range(rows.size))
+    micro = _plain(hf, device)
     failures: list[str] = []
 
     def logits(row: Tensor) -> Tensor:
@@ -171,8 +165,7 @@ def _ending_otherwise(row: Tensor) -> Tensor:
 
 def _probe_rewards(root: RewardModel, device: torch.device, dtype: torch.dtype) -> Probe:
     """Rows beside one another against each alone and as it comes: what a user of transformers sees."""
-    rows = _plain_rows(root.hf)
-    micro = BatchReader(rows, Layout.of(rows), (), device, torch.float32).read(range(rows.size))
+    micro = _plain(root.hf, device)
     failures: list[str] = []
     with _terms(root.hf) as terms:
         alone = [_caught(root, partial(root.own, row, None), failures) for row in _alone(micro)]
@@ -201,8 +194,7 @@ def _probe_rewards(root: RewardModel, device: torch.device, dtype: torch.dtype) 
 
 def _probe_values(root: ValueModel, device: torch.device, dtype: torch.dtype) -> Probe:
     """Hidden states of rows beside one another, at our positions, against each alone and as it comes."""
-    rows = _plain_rows(root.hf)
-    micro = BatchReader(rows, Layout.of(rows), (), device, torch.float32).read(range(rows.size))
+    micro = _plain(root.hf, device)
     failures: list[str] = []
 
     def hidden(row: Tensor) -> Tensor:
@@ -222,12 +214,12 @@ def _probe_values(root: ValueModel, device: torch.device, dtype: torch.dtype) ->
     return Probe(difference, None, refusal=refusal)
 
 
-def _plain_rows(hf: nn.Module) -> TinyRows:
+def _plain(hf: nn.Module, device: torch.device) -> MicroBatch:
     """Rows of ordinary tokens, one of which ends in the padding id where there is one."""
     config: Any = hf.config.get_text_config()  # type: ignore[union-attr, operator]
     said = {**hf.config.to_dict(), **config.to_dict()}  # type: ignore[union-attr, operator]
     special = {value for key, value in said.items() if key.endswith(_SPECIAL) and isinstance(value, int)}
-    return TinyRows(config.vocab_size, _LENGTHS, special, padding_id(hf))
+    return TinyRows(config.vocab_size, _LENGTHS, special, padding_id(hf)).micro_batch(device)
 
 
 def _alone(micro: MicroBatch) -> list[Tensor]:
@@ -303,13 +295,13 @@ def _with_packing(
     assert packed.segments is not None
     failures: list[str] = []
     micros = (_tiny(root.vocabulary, device, packed=False), packed)
-    with _narrowed(root.hf):
+    with narrowed_windows(root.hf, _WINDOW):
         own, found = (_attempt(root, micro, failures) for micro in micros)
         difference = float("nan") if failures else float((own - found).abs().max())
         if failures:
             reason: str | None = f"the model cannot run packed: {failures[0]}"[:300]
         else:
-            reason = _unlike(root.hf, packed.segments)
+            reason = unlike_configured(root.hf, packed.segments)
     if reason is None and not difference <= _PACKED_TOLERANCE.get(dtype, _PACKED_TOLERANCE_HALF) * scale:
         reason = f"packed rows differ from padded ones by {difference:.2g}"
     return Probe(outcome.difference, outcome.reason, reason is None, difference, reason)
@@ -325,43 +317,6 @@ def _attempt(root: Root, micro: MicroBatch, failures: list[str]) -> Tensor:
         return torch.log_softmax(logits, dim=-1).gather(1, micro.labels[:, None]).sum(dim=1)
 
     return _caught(root, read, failures)
-
-
-def _unlike(hf: nn.Module, segments: Segments) -> str | None:
-    """Why the attention that ran is not the configured one, by the windows that the layers told it."""
-    if attention_of(hf) != ATTENTION or not segments.windows:
-        return "the family's attention cannot be exchanged"
-    config: Any = hf.config.get_text_config()  # type: ignore[union-attr, operator]
-    if getattr(config, "attention_chunk_size", None) is not None:
-        return "the family attends in chunks"
-    kinds = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    expected = len(segments.windows) if kinds is None else sum(kind == "sliding_attention" for kind in kinds)
-    told = sum(size is not None and size == window for size in segments.windows)
-    if window is not None and told != expected:
-        return f"{expected} layers have a sliding window and {told} tell their attention"
-    others = [name for name in _WINDOWS[1:] if isinstance(getattr(config, name, None), int)]
-    if others and not any(getattr(config, name) in segments.windows for name in others):
-        return f"no layer tells its attention of the {others[0]}"
-    return None
-
-
-@contextmanager
-def _narrowed(hf: nn.Module) -> Iterator[None]:
-    """Windows of `_WINDOW` tokens inside the block, wherever configurations and layers have larger ones."""
-    holders = [hf, *hf.modules(), *(part.config for part in hf.modules() if hasattr(part, "config"))]
-    before: list[tuple[dict[str, Any], str, int]] = []
-    try:
-        for values in map(vars, holders):
-            for name in _WINDOWS:
-                size = values.get(name)
-                if isinstance(size, int) and size > _WINDOW:
-                    before.append((values, name, size))
-                    values[name] = _WINDOW
-        yield
-    finally:
-        for values, name, size in before:
-            values[name] = size
 
 
 def _scores(scorer: Scorer, micro: MicroBatch) -> Tensor:
@@ -385,8 +340,7 @@ def _enlarged(scorer: Scorer, scale: float) -> Iterator[None]:
 
 
 def _tiny(vocabulary: int, device: torch.device, packed: bool) -> MicroBatch:
-    rows = TinyRows(vocabulary, _LENGTHS)
-    return BatchReader(rows, Layout.of(rows), (), device, torch.float32, packed).read(range(rows.size))
+    return TinyRows(vocabulary, _LENGTHS).micro_batch(device, packed)
 
 
 def strictest(outcome: Probe, device: torch.device) -> Probe:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nexrl_worker.training.batch import BatchReader, Layout, MicroBatch
+
 
 class TinyRows:
     """Right-padded rows of these lengths, all tokens attended; the same ones at every call.
@@ -39,3 +41,7 @@ class TinyRows:
 
     def tensor(self, name: str, rows: Any) -> Tensor:
         return self._tensors[name][rows]
+
+    def micro_batch(self, device: torch.device, packed: bool = False, dtype: torch.dtype = torch.float32) -> MicroBatch:
+        """All rows, side by side or packed into one stream."""
+        return BatchReader(self, Layout.of(self), (), device, dtype, packed).read(range(self.size))
