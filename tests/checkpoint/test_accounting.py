@@ -23,7 +23,15 @@ from safetensors.torch import load_file, save_file
 from single_rank import build, compute
 from support import MemoryRows, save_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    FineGrainedFP8Config,
+    GptOssConfig,
+    GptOssForCausalLM,
+    Mxfp4Config,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 Tensors = dict[str, Tensor]
 IDS = torch.tensor([[3, 17, 44, 8, 21, 60, 5, 33]])
@@ -109,6 +117,23 @@ def per_row(tensors: Tensors) -> Tensors:
     return truth
 
 
+def in_groups(tensors: Tensors, group: int | None, asymmetric: bool = False) -> Tensors:
+    """int8 as compressed-tensors has it: a scale for each row, or for each `group` of its numbers, maybe a zero point."""
+    truth = {}
+    for name in linear(tensors):
+        weight = tensors[name]
+        count = 1 if group is None else weight.shape[1] // group
+        parts = weight.reshape(len(weight), count, -1)
+        scale = parts.abs().amax(dim=-1) / 100
+        zero = torch.randint(-20, 20, scale.shape) if asymmetric else torch.zeros_like(scale)
+        found = (parts / scale[..., None] + zero[..., None]).round().clamp(-128, 127)
+        tensors[name], tensors[name + "_scale"] = found.reshape(weight.shape).to(torch.int8), scale
+        if asymmetric:
+            tensors[name + "_zero_point"] = zero.to(torch.int8)
+        truth[name] = ((found - zero[..., None]).double() * scale[..., None].double()).reshape(weight.shape)
+    return truth
+
+
 QUANTISED: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any]]] = {
     "float8 in blocks that do not divide it": (
         lambda tensors: in_blocks(tensors, "_scale_inv", (12, 12)), {**FP8, "weight_block_size": [12, 12]},
@@ -118,6 +143,13 @@ QUANTISED: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any]]] = {
     ),
     "float8 with one scale": (per_tensor, {"quant_method": "fp8", "activation_scheme": "static"}),
     "int8 of bitsandbytes": (per_row, INT8),
+    "int8 with a scale for each row": (
+        lambda tensors: in_groups(tensors, None), {"quant_method": "compressed-tensors", "format": "int-quantized"},
+    ),
+    "int8 in groups with zero points": (
+        lambda tensors: in_groups(tensors, 8, asymmetric=True),
+        {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"format": "naive-quantized"}}},
+    ),
 }  # fmt: skip
 
 
@@ -176,9 +208,58 @@ def test_quantised_experts_are_those_that_transformers_makes(tmp_path: Path) -> 
     assert (scores(path, dtype="float32") - theirs).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "mxfp4", "hqq", "torchao"])
+def in_pairs(tensors: Tensors) -> None:
+    """Experts as gpt-oss has them: two numbers of 4 bits in each byte, an exponent for 32 of them."""
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape
+        random = torch.Generator().manual_seed(len(tensors))
+        shape = (experts, rows, columns // 32)
+        tensors[name + "_blocks"] = torch.randint(0, 256, (*shape, 16), generator=random).to(torch.uint8)
+        tensors[name + "_scales"] = torch.randint(120, 126, shape, generator=random).to(torch.uint8)
+
+
+def gpt_oss(tmp_path: Path) -> tuple[str, Path]:
+    """A folder in mxfp4, and the same before it was made so."""
+    torch.manual_seed(1)
+    config = GptOssConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_local_experts=3,
+        num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"], initializer_range=0.3, pad_token_id=0,
+    )  # fmt: skip
+    GptOssForCausalLM(config).save_pretrained(tmp_path / "plain")
+    said = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    return changed(tmp_path / "plain", tmp_path / "it", in_pairs, quantization_config=said), tmp_path / "plain"
+
+
+def test_experts_in_mxfp4_are_those_that_transformers_makes(tmp_path: Path) -> None:
+    """Trained from, exported whole, and loaded into a running group; a rank reads its experts alone."""
+    path, plain_folder = gpt_oss(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, quantization_config=Mxfp4Config(dequantize=True)
+    )
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    wanted = theirs.state_dict()[name]
+    folder = folder_tensors(path)
+    assert folder.shapes[name] == tuple(wanted.shape)
+    assert all(torch.equal(folder.read(name, at, 1)[0], wanted[at]) for at in range(3))
+
+    group = Group(tmp_path, "actor", path)
+    export = group.save(tmp_path / "export", sharded=False)
+    found, whole = load_file(export / "model.safetensors"), theirs.state_dict()
+    assert found.keys() == whole.keys() == load_file(plain_folder / "model.safetensors").keys()
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    expected = plain(str(export), dtype=torch.float32)
+    assert (scores(path, dtype="float32") - expected).abs().max() < 1e-4
+    other = Group(tmp_path, "actor", str(plain_folder))
+    other.load(Path(path))
+    assert other.engine.fingerprint() == group.engine.fingerprint()
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "hqq", "torchao", "compressed-tensors pack-quantized"])
 def test_a_quantisation_that_is_not_known_is_refused_by_name(models: Path, tmp_path: Path, method: str) -> None:
-    path = changed(models / "llama", tmp_path / "it", quantization_config={"quant_method": method, "bits": 4})
+    name, _, form = method.partition(" ")
+    said = {"quant_method": name, "bits": 4, "config_groups": {"group_0": {"format": form}}}
+    path = changed(models / "llama", tmp_path / "it", quantization_config=said)
     with pytest.raises(InvalidValue, match=f"quantization_config says {method}"):
         build(path)
     with pytest.raises(Refused, match=f"quantization_config says {method}"):
@@ -217,6 +298,14 @@ WRONG: dict[str, tuple[Callable[[Tensors], Any], dict[str, Any], str]] = {
     "no weights": (without(UP), {}, f"lack {UP}"),
     "no head": (without("lm_head.weight"), {}, "lack lm_head.weight"),
     "another width": (lambda ones: None, {"intermediate_size": 44}, "has shape"),
+    "zero points of another shape": (
+        lambda ones: (in_groups(ones, 8), ones.update({UP + "_zero_point": torch.zeros(3, dtype=torch.int8)})),
+        {"quantization_config": {"quant_method": "compressed-tensors"}}, UP + "_zero_point",
+    ),
+    "pairs without exponents": (
+        lambda ones: ones.update({UP + "_blocks": torch.zeros(1, 2, 1, 16, dtype=torch.uint8)}),
+        {"quantization_config": {"quant_method": "mxfp4"}}, f"{UP}_blocks and {UP}_scales",
+    ),
     "not a number": (with_number(float("nan")), {}, rf"{UP} holds NaN or infinity \(row 5\)"),
     "infinity": (with_number(float("-inf")), {}, rf"{UP} holds NaN or infinity \(row 5\)"),
     "a head for something else": (with_("score.weight", torch.ones(1, 32)), {}, "score.weight"),

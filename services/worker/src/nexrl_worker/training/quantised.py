@@ -11,15 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.weights import FLOAT_DTYPES, FolderReader, what_is_wrong
 
 NO_WEIGHTS = r"(^|\.)(input|activation|output|prob_output|[kvq]|kv)_scale(_ub|_inv)?$"
 """Scales of activations and of caches: an engine that computes in 8 bits needs them, the weights do not."""
-_METHODS = ("fp8", "mxfp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "bitsandbytes")
+_METHODS = ("fp8", "mxfp8", "mxfp4", "fbgemm_fp8", "compressed-tensors", "modelopt", "bitsandbytes")
+# Of compressed-tensors, those that pack no two numbers into one; where a folder mixes them, each of its groups has one.
+_FORMATS = ("dense", "naive-quantized", "int-quantized", "float-quantized", "mxfp8-quantized", "mixed-precision")
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
 _INT8_LIMIT = 127.0
+_PAIR = ("_blocks", "_scales")  # of mxfp4: two numbers in each byte, and exponents
 
 
 def quantisation(folder: Path) -> dict[str, Any] | None:
@@ -49,19 +53,33 @@ def method_of(said: Mapping[str, Any]) -> str:
         method = "bitsandbytes 4-bit"
     if said.get("transform_config"):
         method += " with transforms"
+    packed = [kind for kind in _formats(said) if kind not in _FORMATS]
+    if packed:
+        method += f" {packed[0]}"
     if method not in _METHODS:
         message = f"quantization_config says {method}: such weights are not de-quantised here; save them as bfloat16"
         raise InvalidValue(message, tensor="quantization_config", expected=", ".join(_METHODS), actual=method)
     return method
 
 
+def _formats(said: Mapping[str, Any]) -> list[str]:
+    """Those of compressed-tensors that a configuration names, of weights and of zeros that are left out."""
+    groups = said.get("config_groups")
+    parts = [said, *(groups.values() if isinstance(groups, dict) else ()), said.get("sparsity_config")]
+    return [str(part["format"]) for part in parts if isinstance(part, dict) and part.get("format")]
+
+
 @dataclass(frozen=True)
 class _Scale:
-    """`block`: the rows and columns that share one scale; the scale's numbers are divided by `over`."""
+    """`block`: the rows and columns that share one scale; the scale's numbers are divided by `over`.
+
+    `zero`: the tensor, of the scale's shape, of what is subtracted before.
+    """
 
     name: str
     block: tuple[int, int]
     over: float = 1.0
+    zero: str | None = None
 
 
 class Dequantised:
@@ -80,15 +98,18 @@ class Dequantised:
             found = self._scale_of(name, code)
             if found is not None:
                 self._scales[name] = found
-                dropped.add(found.name)
-        dropped |= self._formats() if self.method == "bitsandbytes" else set()
-        self.shapes = {name: shape for name, shape in folder.shapes.items() if name not in dropped}
-        self.dtypes = {name: "F32" if name in self._scales else folder.dtypes[name] for name in self.shapes}
+                dropped |= {found.name, found.zero or found.name}
+        dropped |= self._row_orders() if self.method == "bitsandbytes" else set()
+        self._pairs = self._packed_pairs() if self.method == "mxfp4" else {}
+        dropped |= {name + end for name in self._pairs for end in _PAIR}
+        self.shapes = {name: shape for name, shape in folder.shapes.items() if name not in dropped} | self._pairs
+        made = self._scales.keys() | self._pairs.keys()
+        self.dtypes = {name: "F32" if name in made else folder.dtypes[name] for name in self.shapes}
 
     @property
     def stored(self) -> dict[str, str]:
         """`dtypes` as the files have them, without the scales."""
-        return {name: self._folder.dtypes[name] for name in self.shapes}
+        return {name: self._folder.dtypes[name + _PAIR[0] * (name in self._pairs)] for name in self.shapes}
 
     def has(self, name: str) -> bool:
         """Whether the folder holds the tensor."""
@@ -99,9 +120,17 @@ class Dequantised:
 
     def read(self, name: str, offset: int, length: int) -> Tensor:
         """Rows `offset:offset + length` along dim 0 (all of a 0-dim tensor)."""
+        if name in self._pairs:
+            blocks, exponents = (self._folder.read(name + end, offset, length) for end in _PAIR)
+            return convert_moe_packed_tensors(blocks, exponents, dtype=torch.float32)
         rows = self._folder.read(name, offset, length)
         scale = self._scales.get(name)
-        return rows if scale is None else rows.float() * self._spread(scale, self.shapes[name], offset, length)
+        if scale is None:
+            return rows
+        shape, numbers = self.shapes[name], rows.float()
+        if scale.zero is not None:
+            numbers -= self._spread(scale.zero, scale.block, shape, offset, length)
+        return numbers * (self._spread(scale.name, scale.block, shape, offset, length) / scale.over)
 
     def close(self) -> None:
         """Unmap the files."""
@@ -119,7 +148,31 @@ class Dequantised:
             found = name.removesuffix("weight") + "SCB"
             if self._folder.has(found):
                 return _Scale(found, self._block(name, found), over=_INT8_LIMIT)
+        if code == "I8" and self.method == "compressed-tensors" and self._folder.has(name + "_scale"):
+            return _Scale(name + "_scale", self._block(name, name + "_scale"), zero=self._zero(name))
         return None
+
+    def _zero(self, name: str) -> str | None:
+        zero, scale = name + "_zero_point", name + "_scale"
+        if not self._folder.has(zero):
+            return None
+        if self._folder.shapes[zero] != self._folder.shapes[scale] or self._folder.dtypes[zero] != "I8":
+            raise InvalidValue(f"{zero} is not one 8-bit integer for each number of {scale}", tensor=zero)
+        return zero
+
+    def _packed_pairs(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the experts [E,H,O] that are stored as [E,O,H/32,16] bytes of two numbers and [E,O,H/32] exponents."""
+        shapes, dtypes = self._folder.shapes, self._folder.dtypes
+        found: dict[str, tuple[int, ...]] = {}
+        for blocks in (name for name in shapes if name.endswith(_PAIR[0])):
+            name = blocks.removesuffix(_PAIR[0])
+            scales, shape = name + _PAIR[1], shapes[blocks]
+            if len(shape) != 4 or shapes.get(scales) != shape[:-1] or {dtypes[blocks], dtypes[scales]} != {"U8"}:
+                raise InvalidValue(
+                    f"{blocks} and {scales} are no experts in mxfp4 as they are known here", tensor=blocks
+                )
+            found[name] = (shape[0], 2 * shape[2] * shape[3], shape[1])
+        return found
 
     def _block(self, name: str, scale: str) -> tuple[int, int]:
         shape, grid = self._folder.shapes[name], self._folder.shapes[scale]
@@ -139,7 +192,7 @@ class Dequantised:
         message = f"{scale} of shape {list(grid)} does not go with {name} of shape {list(shape)}"
         raise InvalidValue(message, tensor=scale)
 
-    def _formats(self) -> set[str]:
+    def _row_orders(self) -> set[str]:
         """How bitsandbytes laid out its rows: names that say so, all of them row after row."""
         names = {name.removesuffix("SCB") + "weight_format" for name in self._folder.shapes if name.endswith("SCB")}
         there = {name for name in names if self._folder.has(name)}
@@ -148,21 +201,22 @@ class Dequantised:
                 raise InvalidValue(f"{name} is not 0: rows in another order than their own", tensor=name)
         return there
 
-    def _spread(self, scale: _Scale, shape: tuple[int, ...], offset: int, length: int) -> Tensor:
-        """A scale for each number of those rows, or what spreads to it."""
-        grid = self._folder.shapes[scale.name]
-        stored = self._folder.read(scale.name, 0, grid[0] if grid else 1)
+    def _spread(
+        self, grid_name: str, block: tuple[int, int], shape: tuple[int, ...], offset: int, length: int
+    ) -> Tensor:
+        """A number of that grid for each of those rows' numbers, or what spreads to it."""
+        grid = self._folder.shapes[grid_name]
+        stored = self._folder.read(grid_name, 0, grid[0] if grid else 1)
         found = (stored.float() - _INT8_LIMIT).exp2() if stored.dtype == torch.uint8 else stored.float()
-        found = found / scale.over
         if found.numel() == 1:
             return found.reshape(())
         if len(shape) == 2:
             found = found.reshape(grid[0], -1)
-            rows = torch.arange(offset, offset + length) // scale.block[0]
+            rows = torch.arange(offset, offset + length) // block[0]
         else:
             found = found[offset : offset + length]
-            rows = torch.arange(shape[-2]) // scale.block[0]
-        columns = torch.arange(shape[-1]) // scale.block[1]
+            rows = torch.arange(shape[-2]) // block[0]
+        columns = torch.arange(shape[-1]) // block[1]
         return found.index_select(-2, rows).index_select(-1, columns)
 
 
