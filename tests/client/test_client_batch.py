@@ -39,13 +39,14 @@ def test_three_forms_are_one(batch: dict[str, Any]) -> None:
 
 
 def test_only_what_is_read_travels(batch: dict[str, Any]) -> None:
-    """Tensors that the operation does not read, values and metadata that are no JSON stay, and are named."""
+    """Tensors that the operation does not read, values and metadata that are no JSON stay, and are named: by dotted key."""
     batch["tensors"]["returns"] = np.zeros((4, 3))
     batch["tensors"]["uids"] = np.asarray(["a", "b", "c", "d"], object)
-    batch["metadata"] |= {"grpo_std": {"g1": torch.ones(2)}, "seen": {1, 2}}
+    batch["metadata"] |= {"std": {"groups": [0.5, torch.ones(2)], "step": 1}, "seen": {1, 2}}
     request, result = send(batch)
     assert set(request.frame().header.tensors) == {"input_ids", "attention_mask", "loss_mask", "responses"}
-    assert set(result["meta_info"]["ignored"]) == {"prompts", "returns", "uids", "uid", "grpo_std", "seen"}
+    assert set(result["meta_info"]["ignored"]) == {"prompts", "returns", "uids", "uid", "std.groups[1]", "seen"}
+    assert described(request)["metadata"] == {"temperature": 0.7}
 
 
 @pytest.mark.parametrize("operation", [name for name, kind in OPERATIONS.items() if kind.takes_batch])

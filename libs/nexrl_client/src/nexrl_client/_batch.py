@@ -52,12 +52,13 @@ def normalise(batch: object, operation: Operation | None) -> Content:
     sent: dict[str, Any] = {}
     for name, value in metadata.items():
         try:
-            sent[str(name)] = to_json(value, f"metadata.{name}")
+            sent[str(name)] = to_json(value, str(name))
         except NotJSON as error:
             if name in _SETTINGS:  # without it another loss is meant
                 kind = "str" if name == "loss_agg_mode" else "float"
-                raise InvalidBatch(f"{error}; give {kind}({name})", details={"key": error.path}) from None
-            ignored.append(str(name))
+                key = f"metadata.{error.path}"
+                raise InvalidBatch(f"metadata.{error}; give {kind}({name})", details={"key": key}) from None
+            ignored.append(error.path)
     return Content(kept, sent, tuple(dict.fromkeys(ignored)))
 
 
