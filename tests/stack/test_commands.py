@@ -14,6 +14,7 @@ from conftest import free_port
 from little_proxy import little_proxy
 from nexrl_contract.manifest import Manifest, describe, write_manifest
 from nexrl_contract.processes import rotate_logs
+from nexrl_stack import rank_logs
 from nexrl_stack.rank_logs import rank_lines
 
 pytestmark = pytest.mark.timeout(180)
@@ -89,8 +90,11 @@ def test_logs_carry_the_rank(tmp_path: Path, nexrl: Nexrl) -> None:
     assert answer.stdout.splitlines() == ["[0] first", "[0] second", "[2] two", "[10] unfinished"]
 
 
-def test_logs_are_bounded_and_none_of_their_lines_is_lost(tmp_path: Path, nexrl: Nexrl) -> None:
+def test_logs_are_bounded_and_none_of_their_lines_is_lost(
+    tmp_path: Path, nexrl: Nexrl, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A process that appends is not disturbed; whoever follows reads on, and who comes later sees what is kept."""
+    monkeypatch.setattr(rank_logs, "_POLL_S", 0.001)
     folder = tmp_path / ".nexrl" / "logs" / "groups" / "student"
     folder.mkdir(parents=True)
     followed, written = rank_lines(folder, follow=True), []

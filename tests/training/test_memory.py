@@ -120,6 +120,7 @@ def test_a_batch_is_cut_by_the_memory_that_is_there(packing: bool, path: str) ->
     assert_alike(weights(whole), weights(cut))
 
 
+@pytest.mark.slow
 def test_ranks_agree_on_the_room(path: str, tmp_path: Path) -> None:
     """The same number on both, and the same weights however little it is."""
     answer = run_ranks(2, "memory", tmp_path, path)

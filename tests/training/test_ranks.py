@@ -167,6 +167,7 @@ class TestFacts:
         assert norms == pytest.approx([result["actor/grad_norm"] for result in facts[1]["distillation"]], rel=1e-9)
 
 
+@pytest.mark.slow
 def test_fingerprint(folder: Path, facts: dict[int, dict[str, Any]]) -> None:
     """One fingerprint at world size 1 and 2, equal to the exported folder's, changed by a step."""
     first, second = facts[1]["fingerprints"]
@@ -178,6 +179,7 @@ def test_fingerprint(folder: Path, facts: dict[int, dict[str, Any]]) -> None:
     assert fingerprint_of((name, value.double()) for name, value in weights.items()) != int(first)
 
 
+@pytest.mark.slow
 def test_export_names(folder: Path, facts: dict[int, dict[str, Any]]) -> None:
     """full_weights yields the names and shapes that transformers saves: a tied head once."""
     exported = load_file(folder / "whole-2.safetensors")

@@ -58,6 +58,7 @@ def plain_gradients(path: str) -> dict[str, Tensor]:
     return {name: param.grad for name, param in model.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_gradients_kept_back_are_the_same(tmp_path: Path, world_size: int) -> None:
     """Synchronised at the last of three micro-batches, in two accumulations, packed or not: a plain loop's gradients."""
