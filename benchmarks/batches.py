@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import xxhash
-from nexrl_contract.names import FRAME_METADATA_KEY
+from nexrl_contract import envelope
 from torch import Tensor
 
 NAMES = ("input_ids", "attention_mask", "position_ids", "loss_mask", "advantages", "old_log_probs")
@@ -59,7 +59,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 def blank_frame(size: Size) -> tuple[int, Iterator[bytes]]:
     """Length and bytes of a frame of zeros, made while it is sent: a client of any batch needs no memory for it."""
-    entries: dict[str, object] = {"__metadata__": {FRAME_METADATA_KEY: json.dumps({"version": 1})}}
+    entries: dict[str, object] = {"__metadata__": envelope.written({})}
     start = 0
     for name in NAMES:
         wide = name not in ("advantages", "old_log_probs")

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import torch
 import torch.distributed as dist
 from nexrl_contract.sections import ActorConfig
 from nexrl_worker.training import Engine
-from torch import Tensor
+from nexrl_worker.training.batch import RowsInMemory
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
@@ -26,34 +24,13 @@ SHORTEST = 0.2  # rows of 20 to 100 % of the longest: 40 % of the rectangle is p
 _CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Rows:
-    """A batch in memory."""
-
-    tensors: dict[str, Tensor]
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def size(self) -> int:
-        return len(self.tensors["input_ids"])
-
-    def has(self, name: str) -> bool:
-        return name in self.tensors
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
-
-    def tensor(self, name: str, rows: Sequence[int] | slice) -> Tensor:
-        return self.tensors[name][rows]
-
-
-def make_rows(length: int, count: int, vocabulary: int) -> Rows:
+def make_rows(length: int, count: int, vocabulary: int) -> RowsInMemory:
     """Right-padded rows of lengths spread evenly; everything after a row's first quarter is scored."""
     random = torch.Generator().manual_seed(0)
     lengths = (torch.linspace(SHORTEST, 1.0, count) * length).long()
     places = torch.arange(length)
     attention = (places < lengths[:, None]).long()
-    return Rows(
+    return RowsInMemory(
         {
             "input_ids": torch.randint(0, vocabulary, (count, length), generator=random),
             "attention_mask": attention,

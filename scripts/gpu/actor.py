@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from nexrl_worker.training.batch import RowsInMemory
 from torch import Tensor
 
 from gpu.shapes import Shape
@@ -59,26 +58,12 @@ def _attributes(value: Any) -> Any:
     return SimpleNamespace(**{key: _attributes(item) for key, item in value.items()})
 
 
-@dataclass(frozen=True)
-class Rows:
-    """A batch in memory behind the interface that a rank sees; `lengths` are the rows' real tokens."""
+class Rows(RowsInMemory):
+    """A batch in memory; `lengths` are the rows' real tokens."""
 
-    tensors: dict[str, Tensor]
-    lengths: list[int]
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def size(self) -> int:
-        return len(self.lengths)
-
-    def has(self, name: str) -> bool:
-        return name in self.tensors
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
-
-    def tensor(self, name: str, rows: Sequence[int] | slice) -> Tensor:
-        return self.tensors[name][rows]
+    def __init__(self, tensors: dict[str, Tensor], lengths: list[int], metadata: dict[str, Any]) -> None:
+        super().__init__(tensors, metadata)
+        self.lengths = lengths
 
 
 def make_rows(shape: Shape, *, padded: bool) -> Rows:

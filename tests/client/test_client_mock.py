@@ -25,7 +25,7 @@ def test_a_trainers_loop(mock: MockTrainServiceClient, batch: dict[str, Any]) ->
     assert torch.equal(result["batch"]["old_log_probs"], torch.zeros(4, 3))
     assert result["meta_info"]["ignored"] == ["prompts", "uid"]
     assert mock.compute_ref_log_prob(batch)["batch"]["ref_log_prob"].dtype == torch.float32
-    batch["tensors"]["old_log_probs"] = result["batch"]["old_log_probs"]
+    batch["tensors"] |= {**result["batch"], "advantages": np.zeros(4, np.float32)}
     updated = mock.update_actor(batch)
     assert updated["metrics"]["actor/grad_norm"] == 0.0
     assert updated["meta_info"]["metrics"] is updated["metrics"]
@@ -116,8 +116,8 @@ def test_submitted_jobs_are_done(mock: MockTrainServiceClient, batch: dict[str, 
     [
         ({"input_ids": None}, "needs the tensor input_ids"),
         ({"input_ids": np.zeros(4, int)}, r"input_ids has shape \[4\]"),
-        ({"input_ids": np.zeros((4, 6))}, "must be integers"),
-        ({"attention_mask": np.ones((4, 5), int)}, "attention_mask.*that of input_ids"),
+        ({"input_ids": np.zeros((4, 6))}, "expected integers"),
+        ({"attention_mask": np.ones((4, 5), int)}, r"attention_mask.*expected \[4,6\]"),
         ({"responses": np.zeros((3, 3), int)}, "responses.*4 rows"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 from nexrl_contract.config import GroupConfig, completed, differing_keys, parse_config
 from nexrl_contract.effects import WITHOUT_EFFECT
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.operations import ROLES, required_tensors, unread_metadata, unread_tensors
+from nexrl_contract.operations import ROLES
 
 _BIAS_CORRECTED = {"use_kl_loss": True, "use_bias_correction_kl": True}
 
@@ -176,44 +176,6 @@ def test_a_share_that_another_key_replaces_is_named() -> None:
     assert config.ignored == ("actor.ppo_micro_batch_size",)
 
 
-@pytest.mark.parametrize(
-    ("kind", "corrects", "needed"),
-    [
-        ("policy_gradient", True, {"input_ids", "teacher_log_probs", "rollout_log_probs"}),
-        ("policy_gradient", False, {"input_ids", "teacher_log_probs"}),
-        ("forward_kl", True, {"input_ids", "teacher_topk_ids", "teacher_topk_log_probs"}),
-    ],
-)
-def test_distillation_that_corrects_needs_the_samplers_numbers(kind: str, corrects: bool, needed: set[str]) -> None:
-    """Only the policy gradient has a term that is corrected."""
-    settings = parse({"rollout_correction": {"mode": "token_mask"} if corrects else None}).settings()
-    params = {"distillation_loss": kind}
-    assert set(required_tensors("update_actor_with_distillation", params, settings)) == needed
-
-
-@pytest.mark.parametrize(
-    ("operation", "given", "needed"),
-    [
-        (
-            "update_actor",
-            {"rollout_correction": {"mode": "sequence_mask", "drop_rejected": True}},
-            {"advantages", "rollout_log_probs", "old_log_probs"},
-        ),
-        (
-            "update_actor",
-            {"rollout_correction": {"mode": "token_truncate", "drop_rejected": True}},
-            {"advantages", "rollout_log_probs"},
-        ),
-        ("update_actor_with_distillation", {"distillation_student": "old_log_probs"}, {"old_log_probs"}),
-        ("update_actor_with_distillation", {"distillation_student": "rollout_log_probs"}, {"rollout_log_probs"}),
-    ],
-)
-def test_an_option_says_which_tensors_it_needs(operation: str, given: dict[str, Any], needed: set[str]) -> None:
-    """So that a batch without them is refused before it is stored."""
-    every = needed | {"input_ids"} | ({"teacher_log_probs"} if "distillation" in operation else set())
-    assert set(required_tensors(operation, {}, parse(given).settings())) == every
-
-
 def test_a_value_that_nobody_knows_is_answered_with_the_nearest() -> None:
     for given, key, meant in (
         ({"optim": {"no_decay": "norms_and_biases"}}, "optim.no_decay", "norms and biases"),
@@ -233,58 +195,3 @@ def test_a_group_of_an_older_version_is_no_other_group() -> None:
     kept["rollout_correction"] = {"mode": "token_mask", "lower": 0.0, "upper": 2.0}
     assert differing_keys(completed(kept), now) == []
     assert differing_keys(completed(kept), {**now, "use_bias_correction_kl": True}) == ["use_bias_correction_kl"]
-
-
-def test_metadata_that_only_distillation_reads_is_known() -> None:
-    """It is named for every other operation."""
-    metadata = {"loss_agg_mode": "token-mean", "entropy_coeff": 0.1, "temperature": 1.0, "global_step": 3}
-    assert sorted(unread_metadata("update_actor", metadata)) == ["entropy_coeff", "loss_agg_mode"]
-    assert unread_metadata("update_actor_with_distillation", metadata) == []
-
-
-def test_metadata_close_to_a_name_that_is_read_is_named() -> None:
-    """A misspelt temperature scores at 1.0: its sender is told. What trainers send beside is not."""
-    others = {"batch_size": 4, "model_tag": "x", "global_step": 3, "global_token_num": [9], "grpo_std": {}, "eos": 1}
-    for name in ("temprature", "Temperature", "temp", "rollout_temperature", "entropy_coef", "loss_agg"):
-        assert unread_metadata("update_actor_with_distillation", {**others, name: 0.7}) == [name]
-        assert unread_metadata("compute_log_prob", {**others, "temperature": 1.0, name: 0.7}) == [name]
-
-
-@pytest.mark.parametrize(
-    ("operation", "params", "actor", "unread"),
-    [
-        ("update_actor", {}, {}, {"ref_log_prob", "loss_weights"}),
-        ("update_actor", {}, {"use_kl_loss": True}, {"loss_weights"}),
-        ("update_actor", {}, {"use_kl_loss": True, "kl_loss_coef": 0.0}, {"ref_log_prob", "loss_weights"}),
-        (
-            "update_actor",
-            {},
-            {"policy_loss": "cross_entropy"},
-            {"advantages", "old_log_probs", "ref_log_prob", "loss_weights"},
-        ),
-        ("forward_backward", {"loss": "cross_entropy"}, _BIAS_CORRECTED, {"advantages", "loss_weights"}),
-        ("forward_backward", {"loss": "linear"}, {}, {"advantages", "old_log_probs", "ref_log_prob"}),
-        ("forward_backward", {"loss": "reinforce"}, {}, {"old_log_probs", "ref_log_prob", "loss_weights"}),
-        (
-            "update_actor_with_distillation",
-            {},
-            {"distillation_loss": "forward_kl"},
-            {"advantages", "old_log_probs", "ref_log_prob", "teacher_log_probs"},
-        ),
-        ("update_actor_with_distillation", {}, {}, {"ref_log_prob", "teacher_topk_ids"}),
-        ("compute_log_prob", {}, {}, set()),
-    ],
-)
-def test_tensors_that_the_loss_does_not_read(
-    operation: str, params: dict[str, Any], actor: dict[str, Any], unread: set[str]
-) -> None:
-    """Of all that trainers send, what the configured loss never looks at; unknown names are another matter."""
-    sent = {"input_ids", "advantages", "old_log_probs", "ref_log_prob", "loss_weights"}
-    sent |= {"teacher_log_probs", "teacher_topk_ids"} if "distillation" in operation else set()
-    assert unread_tensors(operation, params, parse(actor).settings(), sent) == unread
-
-
-def test_what_a_rollout_correction_weighs_by_is_read() -> None:
-    """`reinforce` itself has no ratio; its mismatch metrics and correction have."""
-    sent = {"input_ids", "advantages", "old_log_probs", "rollout_log_probs"}
-    assert unread_tensors("update_actor", {}, parse({"policy_loss": "reinforce"}).settings(), sent) == set()

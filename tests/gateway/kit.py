@@ -18,7 +18,7 @@ import numpy as np
 import requests
 import xxhash
 from conftest import free_port, wait_until
-from nexrl_contract import names
+from nexrl_contract import envelope, names
 from nexrl_contract.config import parse_config
 from nexrl_contract.processes import die_with_parent
 from nexrl_contract.records import GroupRecord, JobRecord, PayloadRef
@@ -136,8 +136,7 @@ class PlayedGroup:
     ) -> None:
         """Finish a claimed job with a result, with tensors in a frame, or with an error."""
         if tensors is not None:
-            document = json.dumps({"version": 1, **(result or {})})
-            ref = self.store.put(f"{job.id}.result", encode(tensors, {names.FRAME_METADATA_KEY: document}))
+            ref = self.store.put(f"{job.id}.result", encode(tensors, envelope.written(result or {})))
             payload = PayloadRef(id=ref.id, nbytes=ref.nbytes, checksum=ref.checksum)
             self.ledger.finish(job, result_payload=payload, error=error, seq=seq, epoch=1)
         else:
@@ -183,11 +182,11 @@ def tensors(**changes: Any) -> Arrays:
     return {name: value for name, value in {**whole, **changes}.items() if value is not None}
 
 
-def frame(arrays: Arrays | None = None, **envelope: Any) -> bytes:
+def frame(arrays: Arrays | None = None, **said: Any) -> bytes:
     """The bytes of a request's frame."""
-    document = {"version": 1, "metadata": {}, "params": {}, **envelope}
+    document = {"version": 1, "metadata": {}, "params": {}, **said}
     text = json.dumps(document, sort_keys=True, separators=(",", ":"))
-    return encode(tensors() if arrays is None else arrays, {names.FRAME_METADATA_KEY: text}).tobytes()
+    return encode(tensors() if arrays is None else arrays, {envelope.FRAME_METADATA_KEY: text}).tobytes()
 
 
 def json_tensors(arrays: Arrays | None = None) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from gateway.kit import (
     tensors,
 )
 from nexrl_contract import names
+from nexrl_contract.envelope import FRAME_METADATA_KEY
 from nexrl_contract.records import JobRecord
 from nexrl_ledger import Ledger
 from tensor_codec import encode
@@ -91,7 +92,7 @@ def read_by_the_ranks(group: PlayedGroup, job: JobRecord) -> tuple[dict[str, Any
         for name, value in tensors().items():
             np.testing.assert_array_equal(payload.numpy(name), value)
         header = payload.header.metadata
-    return json.loads(header[names.FRAME_METADATA_KEY])["metadata"], header
+    return json.loads(header[FRAME_METADATA_KEY])["metadata"], header
 
 
 @pytest.mark.parametrize("spelling", ["metadata", "meta_info"])

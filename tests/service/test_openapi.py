@@ -22,7 +22,7 @@ def test_the_answers_shown_have_the_keys_of_real_ones(
     """Every request of the page, sent as it stands to a group of actors; then the service's own reports."""
     paths = requests.get(f"{stack.url}/openapi.json", timeout=30).json()["paths"]
     for name, operation in OPERATIONS.items():
-        if "actor" not in operation.roles or name == "destroy":
+        if "actor" not in operation.roles or not operation.by_ranks:
             continue
         content = paths[f"/{name}"]["post"]["requestBody"]["content"]["application/json"]["examples"]
         request = content["tensors" if operation.takes_batch else "typical"]["value"]

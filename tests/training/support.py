@@ -7,6 +7,8 @@ from types import SimpleNamespace as Space
 from typing import Any
 
 import torch
+from nexrl_worker.training.batch import RowsInMemory
+from tensor_codec import TensorInfo, encode, parse_header
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -65,22 +67,20 @@ def config(path: str, **changes: Any) -> Space:
     return Space(**{**keys, **changes})
 
 
-class MemoryRows:
-    """A batch in memory behind the interface that a rank sees."""
+class MemoryRows(RowsInMemory):
+    """A batch in memory whose tensors a test may change."""
 
     def __init__(self, tensors: dict[str, Tensor], **metadata: Any) -> None:
-        self.tensors = tensors
-        self.metadata = metadata
-        self.size = tensors["input_ids"].shape[0]
+        super().__init__(tensors, metadata)
 
-    def has(self, name: str) -> bool:
-        return name in self.tensors
+    @property
+    def header(self) -> dict[str, TensorInfo]:
+        frame = encode(self.tensors)
+        return parse_header(frame.header, frame.nbytes).tensors
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
-
-    def tensor(self, name: str, rows: Any) -> Tensor:
-        return self.tensors[name][rows]
+    @header.setter
+    def header(self, value: object) -> None:
+        """What it was made with says nothing of what it has become."""
 
     def pick(self, rows: list[int]) -> MemoryRows:
         return MemoryRows({name: value[rows] for name, value in self.tensors.items()}, **self.metadata)

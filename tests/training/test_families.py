@@ -285,8 +285,8 @@ def test_an_error_midway_drops_the_gradients(tmp_path: Path) -> None:
 
 
 def test_imports_stay_few() -> None:
-    """The mathematics runs on a machine without the service's other dependencies."""
-    heavy = "pydantic", "redis", "rq", "fastapi", "nexrl_contract"
+    """The mathematics knows the contract, and neither Redis nor HTTP."""
+    heavy = "redis", "rq", "fastapi", "nexrl_ledger", "nexrl_payloads"
     code = f"import sys, nexrl_worker.training; sys.stdout.write(str([m for m in {heavy} if m in sys.modules]))"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "[]"

@@ -15,7 +15,7 @@ from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOFunction
 from nexrl_worker.training.losses.aggregation import Aggregation
 from nexrl_worker.training.losses.correction import Correction
 from nexrl_worker.training.losses.divergence import kl_terms
-from nexrl_worker.training.losses.policy import LOSSES, Clip, select_tokens
+from nexrl_worker.training.losses.policy import FUNCTIONS, Clip, select_tokens
 from torch import Tensor
 
 ROWS, WIDTH = 6, 9
@@ -66,7 +66,7 @@ def ours(
     leaf = data["log_probs"].clone().requires_grad_()
     mask = data["mask"]
     tokens = select_tokens(leaf, mask, data["old"], data["advantages"][:, None].expand(-1, WIDTH))
-    made = LOSSES[name].function(tokens, clip)
+    made = FUNCTIONS[name](tokens, clip)
     weights = 1.0 if by is None else by.weights(tokens.old, data["rollout"], mask)
     aggregation = Aggregation(mode, WIDTH if mode.endswith("norm") else 1.0)
     terms = made.loss * weights + beta * kl_terms(tokens.log_probs, torch.where(mask, data["reference"], 0.0), "k3")

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from formulas import Loss, aggregate, correction, policy, weighted_divergence
+from nexrl_contract.losses import LOSSES
 from nexrl_worker.training.losses.aggregation import MODES, Aggregation
 from nexrl_worker.training.losses.correction import MODES as CORRECTIONS
 from nexrl_worker.training.losses.correction import Correction
 from nexrl_worker.training.losses.divergence import KINDS, kl_terms
-from nexrl_worker.training.losses.policy import LOSSES, Clip, select_tokens
+from nexrl_worker.training.losses.policy import FUNCTIONS, Clip, select_tokens
 from nexrl_worker.training.losses.value import ValueLoss
 from torch import Tensor
 
@@ -90,7 +91,7 @@ def agrees(made: Callable[[Tensor], Tensor], formula: Callable[[Tensor, Tensor],
 
 
 def ours(loss: Loss) -> Aggregation:
-    mode = LOSSES[loss.name].mode or loss.mode
+    mode = LOSSES[loss.name].aggregation or loss.mode
     return Aggregation(mode, loss.scale if mode.endswith("norm") else 1.0)
 
 
@@ -108,7 +109,7 @@ def test_policy_losses(variant: str, mode: str, old: bool) -> None:
 
     def made(log_probs: Tensor) -> Tensor:
         tokens = select_tokens(log_probs, MASK, given.get("old_log_probs"), BATCH["advantages"], BATCH["loss_weights"])
-        per_token = LOSSES[loss.name].function(tokens, Clip(loss.low, loss.high, loss.dual))
+        per_token = FUNCTIONS[loss.name](tokens, Clip(loss.low, loss.high, loss.dual))
         return over(ours(loss), per_token.loss)
 
     def formula(moving: Tensor, held: Tensor) -> float:
@@ -155,7 +156,7 @@ def test_rollout_correction(name: str, kind: str, mode: str) -> None:
         tokens = select_tokens(log_probs, MASK, BATCH["old_log_probs"], BATCH["advantages"])
         rollout = torch.where(MASK, BATCH["rollout_log_probs"], 0.0)
         by = Correction(kind, 0.8, 1.3).weights(tokens.old, rollout, MASK)
-        return over(ours(loss), LOSSES[name].function(tokens, Clip()).loss * by)
+        return over(ours(loss), FUNCTIONS[name](tokens, Clip()).loss * by)
 
     def formula(moving: Tensor, held: Tensor) -> float:
         lines = [

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nexrl_contract.losses import LOSSES
 from nexrl_worker.training import InvalidValue
 from nexrl_worker.training.losses.aggregation import Aggregation
 from nexrl_worker.training.losses.correction import Correction
 from nexrl_worker.training.losses.divergence import kl_terms
-from nexrl_worker.training.losses.policy import LOSSES, Clip, policy_loss, select_tokens
+from nexrl_worker.training.losses.policy import FUNCTIONS, Clip, select_tokens
 
 
 def tokens(log_probs: list[float], old: list[float] | None, gains: list[float]) -> Any:
@@ -29,19 +30,19 @@ def test_ppo_by_hand() -> None:
     ratios, gains = [1.1, 1.5, 0.5, 1.1, 1.5, 0.5], [2.0, 2.0, 2.0, -2.0, -2.0, -2.0]
     _, made = tokens([math.log(r) for r in ratios], [0.0] * 6, gains)
     wanted = [-2.2, -2.6, -1.0, 2.2, 3.0, 1.8]
-    assert LOSSES["ppo"].function(made, Clip(0.1, 0.3)).loss.tolist()[0] == pytest.approx(wanted)
+    assert FUNCTIONS["ppo"](made, Clip(0.1, 0.3)).loss.tolist()[0] == pytest.approx(wanted)
     wanted[4] = 2.8  # the dual clip bounds what a negative advantage can cost
-    assert LOSSES["ppo"].function(made, Clip(0.1, 0.3, dual=1.4)).loss.tolist()[0] == pytest.approx(wanted)
+    assert FUNCTIONS["ppo"](made, Clip(0.1, 0.3, dual=1.4)).loss.tolist()[0] == pytest.approx(wanted)
 
 
 def test_other_losses_by_hand() -> None:
     """importance_sampling -rA, reinforce -A lp, cross_entropy -lp."""
     _, made = tokens([-1.0, -2.0], [-1.5, -1.0], [3.0, -4.0])
-    assert LOSSES["importance_sampling"].function(made, Clip()).loss.tolist()[0] == pytest.approx(
+    assert FUNCTIONS["importance_sampling"](made, Clip()).loss.tolist()[0] == pytest.approx(
         [-3 * math.e**0.5, 4 / math.e]
     )
-    assert LOSSES["reinforce"].function(made, Clip()).loss.tolist()[0] == pytest.approx([3.0, -8.0])
-    assert LOSSES["cross_entropy"].function(made, Clip()).loss.tolist()[0] == pytest.approx([1.0, 2.0])
+    assert FUNCTIONS["reinforce"](made, Clip()).loss.tolist()[0] == pytest.approx([3.0, -8.0])
+    assert FUNCTIONS["cross_entropy"](made, Clip()).loss.tolist()[0] == pytest.approx([1.0, 2.0])
 
 
 def test_gspo_by_hand() -> None:
@@ -54,9 +55,9 @@ def test_gspo_by_hand() -> None:
     ):
         gaps = [0.5 + shift, -1.5 + shift, 1.0 + shift]
         lp, made = tokens([-1.0 + gap for gap in gaps], [-1.0] * 3, [gain] * 3)
-        bounds = policy_loss("gspo").clip
+        bounds = LOSSES["gspo"].clip
         assert bounds == (3e-4, 4e-4)
-        found = LOSSES["gspo"].function(made, Clip(*bounds))
+        found = FUNCTIONS["gspo"](made, Clip(*bounds))
         s = math.exp(shift)
         assert found.loss.tolist()[0] == pytest.approx([-gain * min(max(s, 1 - 3e-4), 1 + 4e-4)] * 3, rel=1e-14)
         found.loss.sum().backward()
@@ -68,7 +69,7 @@ def test_cispo_by_hand() -> None:
     ratios, gains = [0.5, 1.1, 1.5], [2.0, -1.0, 3.0]
     for low, least in ((None, 0.5), (0.2, 0.8)):
         lp, made = tokens([math.log(r) - 1 for r in ratios], [-1.0] * 3, gains)
-        found = LOSSES["cispo"].function(made, Clip(low, 0.2))
+        found = FUNCTIONS["cispo"](made, Clip(low, 0.2))
         weights = [least, 1.1, 1.2]
         logs = [math.log(r) - 1 for r in ratios]
         assert found.loss.tolist()[0] == pytest.approx(
@@ -109,7 +110,7 @@ def test_a_ratio_beyond_float32_costs_what_its_clipped_loss_says(
     """exp(200) is inf in float32: where the formula bounds the loss it stays finite, its gradient is 0, the ratio told."""
     lp = torch.tensor([[-1.0]], requires_grad=True)
     made = select_tokens(lp, torch.ones(1, 1).bool(), torch.tensor([[-201.0]]), torch.tensor([[gain]]))
-    found = LOSSES[name].function(made, clip)
+    found = FUNCTIONS[name](made, clip)
     found.loss.sum().backward()
     assert found.loss.item() == pytest.approx(loss) and lp.grad is not None and lp.grad.item() == 0.0
     assert found.ratio is not None and found.ratio.item() == math.inf
@@ -119,10 +120,10 @@ def test_a_ratio_beyond_float32_is_not_hidden_where_it_counts() -> None:
     """A < 0 without a dual clip: the formula's loss is beyond float32 too, and the step is refused for it."""
     _, made = tokens([-1.0], [-201.0], [-1.0])
     made = replace(made, **{f.name: getattr(made, f.name).float() for f in fields(made) if f.name != "mask"})
-    assert LOSSES["ppo"].function(made, Clip()).loss.item() == math.inf
+    assert FUNCTIONS["ppo"](made, Clip()).loss.item() == math.inf
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
+@pytest.mark.parametrize("name", sorted(FUNCTIONS))
 def test_masked_values_never_matter(name: str) -> None:
     """NaN and infinity under the mask change neither loss nor gradient, in every loss."""
     junk, infinite = float("nan"), float("inf")
@@ -132,7 +133,7 @@ def test_masked_values_never_matter(name: str) -> None:
         lp = torch.tensor([[-1.0, under[0], -2.0, under[1]]], dtype=torch.float64, requires_grad=True)
         more = [torch.tensor([[x, under[1], y, under[0]]]).double() for x, y in ((-1.5, -1.9), (2.0, -1.5), (0.5, 3.0))]
         made = select_tokens(lp, mask, *more)
-        loss = Aggregation("token-mean").numerator(LOSSES[name].function(made, Clip()).loss, mask)
+        loss = Aggregation("token-mean").numerator(FUNCTIONS[name](made, Clip()).loss, mask)
         loss.backward()
         assert lp.grad is not None
         found.append((loss.item(), lp.grad.tolist()))
@@ -140,10 +141,9 @@ def test_masked_values_never_matter(name: str) -> None:
 
 
 def test_unknown_names_are_refused() -> None:
-    """A loss, a mode and a KL type that nobody knows are refused with the known ones."""
+    """A mode and a KL type that nobody knows are refused with the known ones."""
     value = torch.zeros(1, 1)
     for call in (
-        lambda: policy_loss("dpo"),
         lambda: Aggregation("mean"),
         lambda: kl_terms(value, value, "k9"),
         lambda: Correction("mask", 0.0, 2.0),

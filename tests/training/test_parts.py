@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from nexrl_contract.errors import ServiceError
 from nexrl_worker.training import InvalidValue, Plan, fingerprint_of
 from nexrl_worker.training.batch import BatchReader, Layout
 from nexrl_worker.training.chunked import active_chunks, head_log_probs
@@ -181,7 +182,7 @@ def test_padding_columns_are_not_computed() -> None:
     whole = MemoryRows({"input_ids": rows.tensors["input_ids"]})
     assert Layout.of(whole).response == 13
     for bad in (torch.zeros(7, 14), torch.zeros(7)):
-        with pytest.raises(InvalidValue):
+        with pytest.raises(ServiceError, match="responses"):
             Layout.of(MemoryRows({**rows.tensors, "responses": bad}))
 
 

@@ -14,7 +14,7 @@ import torch
 from nexrl_worker.training.losses.aggregation import Aggregation
 from nexrl_worker.training.losses.correction import Correction
 from nexrl_worker.training.losses.divergence import kl_terms
-from nexrl_worker.training.losses.policy import LOSSES, Clip, select_tokens
+from nexrl_worker.training.losses.policy import FUNCTIONS, Clip, select_tokens
 from nexrl_worker.training.optim import Schedule, norms_and_biases
 from plain_loop import get_decayed
 from single_rank import build, compute, update
@@ -61,7 +61,7 @@ def ours(
     mask: Tensor = MASK,
 ) -> Tensor:  # fmt: skip
     aggregation = Aggregation("token-mean")
-    loss = LOSSES[name].function(select_tokens(lp, mask, old, gain), Clip()).loss * by
+    loss = FUNCTIONS[name](select_tokens(lp, mask, old, gain), Clip()).loss * by
     return aggregation.numerator(loss, mask) / aggregation.divisor(float(aggregation.count(mask)))
 
 

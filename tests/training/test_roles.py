@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from nexrl_contract.errors import ServiceError
 from nexrl_worker.checkpoint.huggingface import FolderWriter, Stamp, export
 from nexrl_worker.training import Engine, InvalidValue
 from plain_loop import Loss, outputs_at, policy_step, scored_columns, train
@@ -345,20 +346,19 @@ def test_bad_candidates_are_refused(tmp_path: Path, kind: str) -> None:
     for name, value in ((ids, 10_000), (logs, float("nan"))):
         engine.check(operation, plan, changed(name, (~mask).nonzero()[0].unbind(), value), {})
     short = MemoryRows({**good.tensors, ids: good.tensors[ids][:, :-1]}, **good.metadata)
-    with pytest.raises(InvalidValue, match=ids):
+    with pytest.raises(ServiceError, match=ids):
         engine.check(operation, plan, short, {})
 
 
 def test_settings_that_lack_something_are_refused(tmp_path: Path) -> None:
-    """A correction without rollout_log_probs, a norm without its factor, an unknown loss, `linear` without weights."""
+    """A correction without rollout_log_probs, a norm without its factor, `linear` without weights."""
     path = save_model(tmp_path)
     correction = SimpleNamespace(mode="token_mask", lower=0.5, upper=2.0, drop_rejected=False)
     for changes, message in (
         ({"rollout_correction": correction}, "rollout_log_probs"),
         ({"loss_agg_mode": "seq-mean-token-sum-norm"}, "loss_scale_factor"),
-        ({"policy_loss": "dpo"}, "dpo"),
         ({"policy_loss": "linear"}, "loss_weights"),
     ):
         engine = build(path, "actor", **changes)
-        with pytest.raises(InvalidValue, match=message):
+        with pytest.raises((InvalidValue, ServiceError), match=message):
             update(engine, batch())

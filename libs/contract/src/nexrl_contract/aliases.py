@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from nexrl_contract.errors import ServiceError
+from nexrl_contract.losses import LOSSES, AggregationMode
 from nexrl_contract.sections import ActorConfig
 
 _DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
@@ -27,11 +28,13 @@ def normalise(config: dict[str, Any], role: str) -> tuple[dict[str, Any], tuple[
     dated = actor.get("loss_func_type", actor.get("policy_loss")) in _SINGLE_CLIP
     dropped = ("actor.clip_ratio_c",) if dated and actor.get("clip_ratio_c") is not None else ()
     actor = _own_loss({name: value for name, value in actor.items() if not (dated and name == "clip_ratio_c")})
-    if actor.get("policy_loss") == "gspo" and role == "actor":
-        actor.setdefault("loss_agg_mode", "seq-mean-token-mean")
-        if actor.get("clip_ratio") not in (None, _CLIP_DEFAULT):  # recipes spell the default out: gspo keeps its own
-            bounds = [name for name in ("clip_ratio_low", "clip_ratio_high") if actor.get(name) is None]
-            actor |= dict.fromkeys(bounds, actor["clip_ratio"])
+    loss = LOSSES.get(str(actor.get("policy_loss"))) if role == "actor" else None
+    if loss is not None and loss.aggregation in get_args(AggregationMode):
+        actor.setdefault("loss_agg_mode", loss.aggregation)
+    changed = actor.get("clip_ratio") not in (None, _CLIP_DEFAULT)  # recipes spell the default out
+    if loss is not None and loss.clip is not None and changed:
+        bounds = [name for name in ("clip_ratio_low", "clip_ratio_high") if actor.get(name) is None]
+        actor |= dict.fromkeys(bounds, actor["clip_ratio"])
     optim = actor.get("optim")
     if isinstance(optim, dict) and optim.get("total_training_steps") == 0:  # how NexRL 1.x said: not known
         actor["optim"] = {**optim, "total_training_steps": None}

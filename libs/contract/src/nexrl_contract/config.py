@@ -8,14 +8,15 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from nexrl_contract.aliases import ALIASES, normalise
 from nexrl_contract.effects import keys_without_effect, takes_warmup_ratio
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.operations import POLICY_LOSSES, ROLES
+from nexrl_contract.losses import LOSSES, AggregationMode
+from nexrl_contract.operations import ROLES
 from nexrl_contract.sections import (
     ActorConfig,
     Section,
@@ -162,13 +163,13 @@ def _refuse_contradictions(actor: ActorConfig, role: str) -> None:
 
 def _refuse_other_losses_keys(actor: ActorConfig) -> None:
     """Keys that the group's loss has no use for, where that would go unnoticed."""
-    loss = actor.policy_loss
-    if loss == "gspo" and actor.loss_agg_mode != "seq-mean-token-mean":
-        raise _contradiction("loss_agg_mode", "policy_loss 'gspo' is always seq-mean-token-mean")
-    if loss == "linear" and actor.loss_agg_mode != "token-mean":
-        raise _contradiction("loss_agg_mode", "policy_loss 'linear' is a plain sum; leave loss_agg_mode out")
-    if loss not in POLICY_LOSSES and actor.rollout_correction is not None:
-        message = f"policy_loss {loss!r} has no ratio to correct; leave rollout_correction out"
+    loss, fixed = LOSSES[actor.policy_loss], LOSSES[actor.policy_loss].aggregation
+    left_out = fixed if fixed in get_args(AggregationMode) else ActorConfig.model_fields["loss_agg_mode"].default
+    if fixed is not None and actor.loss_agg_mode != left_out:
+        message = f"policy_loss {loss.name!r} is always {fixed}; leave loss_agg_mode out"
+        raise _contradiction("loss_agg_mode", message)
+    if not loss.advantages and actor.rollout_correction is not None:
+        message = f"policy_loss {loss.name!r} has no ratio to correct; leave rollout_correction out"
         raise _contradiction("rollout_correction", message)
 
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nexrl_contract.aliases import ALIASES
+from nexrl_contract.losses import LOSSES
 from nexrl_contract.operations import FORWARD_ROLES
 from nexrl_contract.sections import ActorConfig, OptimConfig, Section, ServiceEntry, is_inert, section_of
 
-_CLIPPED_TWICE = ("ppo", "grpo", "gspo")
 _ROUTING = ("identifier", "role", "backend", "url")
 
 _MICRO_ROWS = ("ppo_micro_batch_size_per_gpu", "ppo_micro_batch_size")  # the first one given counts
@@ -96,7 +96,7 @@ def _changed(config: Mapping[str, Any], section: Section, prefix: str) -> Iterat
 
 def _superseded(actor: ActorConfig, role: str) -> Iterator[str]:
     """Keys that another one has replaced, or has no use for."""
-    if role == "actor" and actor.clip_ratio_c is not None and actor.policy_loss not in _CLIPPED_TWICE:
+    if role == "actor" and actor.clip_ratio_c is not None and not LOSSES[actor.policy_loss].dual_clip:
         yield "actor.clip_ratio_c"
     if role == "actor" and actor.use_bias_correction_kl and not (actor.use_kl_loss and actor.kl_loss_coef):
         yield "actor.use_bias_correction_kl"

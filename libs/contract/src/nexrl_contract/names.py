@@ -14,7 +14,6 @@ JSON_TYPE = "application/json"
 CHECKSUM_HEADER = "X-Checksum-XXH3-128"
 REQUEST_ID_HEADER = "X-NexRL-Request-ID"
 """A request's own mark, which its answer repeats: so an answer is known to be of its request."""
-FRAME_METADATA_KEY = "nexrl"
 
 AGENT_QUEUE = "agents"
 CHECKPOINT_QUEUE = "checkpoints"

@@ -1,15 +1,13 @@
-"""The operations of a worker group: what each needs, who may run it, and what it takes."""
+"""The operations of a worker group, one row each. Routes, clients, mock and ranks are made from these rows."""
 
 from __future__ import annotations
 
-import difflib
-import itertools
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import Field
 
+from nexrl_contract.losses import DistillationLoss, LossName
 from nexrl_contract.sections import Given
 
 ROLES: tuple[str, ...] = ("actor", "ref", "teacher", "critic", "reward")
@@ -25,6 +23,20 @@ class NoParams(Params):
     """The operation takes nothing."""
 
 
+class InitializeParams(Params):
+    """``initialize_worker``. ``config_dict`` is a whole service entry, or just ``{"actor": ...}``.
+
+    A ``role`` here wins over the entry's; without either it is an actor.
+    """
+
+    config_dict: dict[str, Any] | None = None
+    role: str | None = None
+    world_size: int | None = Field(default=None, ge=1)
+    zmq_base_port: Any = None
+    dispatch_mode: Any = None
+    config_path: str | None = None
+
+
 class BatchParams(Params):
     """What every operation on a batch takes: ``explain`` answers with the plan and runs nothing."""
 
@@ -34,14 +46,14 @@ class BatchParams(Params):
 class LossParams(BatchParams):
     """``forward_backward``: which loss to accumulate; None takes the group's ``policy_loss``."""
 
-    loss: str | None = Field(default=None, examples=["cross_entropy"])
+    loss: LossName | None = Field(default=None, examples=["cross_entropy"])
 
 
 class DistillParams(BatchParams):
     """``update_actor_with_distillation``: None takes the batch's metadata (coefficient) and the group's configuration."""
 
     distillation_coeff: float | None = None
-    distillation_loss: Literal["policy_gradient", "forward_kl", "reverse_kl"] | None = None
+    distillation_loss: DistillationLoss | None = None
 
 
 class LogProbParams(BatchParams):
@@ -83,125 +95,171 @@ class ConvertParams(Params):
     local_path: str = Field(min_length=1, max_length=1024, examples=["ckpt/step_1"])
 
 
+Changes = Literal["nothing", "gradients", "weights", "files", "group"]
+_TEXT = ("input_ids", "attention_mask", "position_ids", "responses", "loss_mask", "scoring_attention_mask")
+SCORED = (*_TEXT, "temperature")
+"""What every operation on a batch of texts reads, whatever it computes of it."""
+_POLICY = (*SCORED, "advantages", "old_log_probs", "ref_log_prob", "rollout_log_probs")
+TOP_K = ("teacher_topk_ids", "teacher_topk_log_probs")
+"""A teacher's candidates: of one K."""
+_IDS = ("input_ids",)
+_SCORERS = ("actor", "ref", "teacher")
+
+
 @dataclass(frozen=True, slots=True)
 class Operation:
     """One row of :data:`OPERATIONS`."""
 
     name: str
+    summary: str
     params: type[Params] = NoParams
     roles: tuple[str, ...] = ROLES
+    changes: Changes = "nothing"
+    """What of the group is another afterwards."""
+    reads: tuple[str, ...] = ()
+    """Tensors of TENSORS that it knows; which of them its loss reads, :mod:`nexrl_contract.batch` says."""
+    required: tuple[str, ...] = ()
+    """Those that it needs whatever the loss."""
+    answers: tuple[str, ...] = ()
+    """Tensors of TENSORS in its answer, some of them only with certain arguments or losses."""
     needs_model: bool = True
     """The group must have run ``init_model``."""
-    reads: tuple[str, ...] = field(default=())
-    """Tensors it reads, besides ``input_ids`` and the masks."""
-    required: tuple[str, ...] = field(default=())
+    waits_for_saves: bool = False
+    """It runs once the group's earlier saves are published."""
+    by_ranks: bool = True
+    """The ranks run it; else the gateway and the agents do."""
+
+    @property
+    def path(self) -> str:
+        """Where it is posted."""
+        return "/initialize" if self.name == INITIALIZE else f"/{self.name}"
 
     @property
     def takes_batch(self) -> bool:
         """Whether a batch comes with the request."""
         return issubclass(self.params, BatchParams)
 
+    @property
+    def trains(self) -> bool:
+        """Whether it makes gradients of a batch."""
+        return self.takes_batch and self.changes != "nothing"
 
-_TEMPERATURE = "temperature"
-_TEXT = ("input_ids", "attention_mask", "position_ids", "responses", "loss_mask", "scoring_attention_mask")
-_SCORED = (*_TEXT, _TEMPERATURE)
-_POLICY = (*_SCORED, "advantages", "old_log_probs", "ref_log_prob", "rollout_log_probs", "loss_weights")
-_TOP_K = ("teacher_topk_ids", "teacher_topk_log_probs")
-_DISTILL = (*_POLICY[:-1], "teacher_log_probs", *_TOP_K)
-_IDS = ("input_ids",)
-_SCORERS = ("actor", "ref", "teacher")
+    @property
+    def steps(self) -> bool:
+        """Whether it makes gradients of a batch and takes optimizer steps with them."""
+        return self.takes_batch and self.changes == "weights"
+
+
+INITIALIZE, DESTROY = "initialize_worker", "destroy"
+DISTILLATION = "update_actor_with_distillation"
 
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
     for operation in (
-        Operation("init_model", needs_model=False),
-        Operation("update_actor", BatchParams, roles=("actor",), reads=_POLICY, required=_IDS),
-        Operation("update_actor_with_distillation", DistillParams, roles=("actor",), reads=_DISTILL, required=_IDS),
-        Operation("forward_backward", LossParams, roles=("actor",), reads=_POLICY, required=_IDS),
-        Operation("optim_step", OptimParams, roles=("actor",)),
-        Operation("compute_log_prob", LogProbParams, roles=_SCORERS, reads=_SCORED, required=_IDS),
-        Operation("compute_ref_log_prob", BatchParams, roles=_SCORERS, reads=_SCORED, required=_IDS),
-        Operation("compute_values", BatchParams, roles=("critic",), reads=_TEXT, required=_IDS),
         Operation(
-            "update_critic",
+            INITIALIZE, "Make a worker group", InitializeParams, changes="group", needs_model=False, by_ranks=False
+        ),
+        Operation("init_model", "Load the model; nothing happens if it is loaded", changes="group", needs_model=False),
+        Operation(
+            "update_actor",
+            "One policy update on a batch: forward, backward, optimizer steps",
+            BatchParams,
+            roles=("actor",),
+            changes="weights",
+            reads=(*_POLICY, "loss_weights"),
+            required=_IDS,
+            answers=("log_probs",),
+        ),
+        Operation(
+            DISTILLATION,
+            "One update towards a teacher's log-probabilities",
+            DistillParams,
+            roles=("actor",),
+            changes="weights",
+            reads=(*_POLICY, "teacher_log_probs", *TOP_K),
+            required=_IDS,
+        ),
+        Operation(
+            "forward_backward",
+            "Accumulate gradients of a batch",
+            LossParams,
+            roles=("actor",),
+            changes="gradients",
+            reads=(*_POLICY, "loss_weights"),
+            required=_IDS,
+            answers=("log_probs",),
+        ),
+        Operation(
+            "optim_step",
+            "Apply the accumulated gradients, or discard them",
+            OptimParams,
+            roles=("actor",),
+            changes="weights",
+        ),
+        Operation(
+            "compute_log_prob",
+            "Log-probabilities of the responses under the current weights",
+            LogProbParams,
+            roles=_SCORERS,
+            reads=SCORED,
+            required=_IDS,
+            answers=("old_log_probs", *TOP_K),
+        ),
+        Operation(
+            "compute_ref_log_prob",
+            "Log-probabilities of the responses under the reference weights",
+            BatchParams,
+            roles=_SCORERS,
+            reads=SCORED,
+            required=_IDS,
+            answers=("ref_log_prob",),
+        ),
+        Operation(
+            "compute_values",
+            "A critic's values of the response positions",
             BatchParams,
             roles=("critic",),
+            reads=_TEXT,
+            required=_IDS,
+            answers=("values",),
+        ),
+        Operation(
+            "update_critic",
+            "One update of a critic towards returns",
+            BatchParams,
+            roles=("critic",),
+            changes="weights",
             reads=(*_TEXT, "values", "returns"),
             required=(*_IDS, "returns"),
         ),
-        Operation("compute_rewards", BatchParams, roles=("reward",), reads=_TEXT, required=_IDS),
-        Operation("save_checkpoint", SaveParams),
-        Operation("load_checkpoint", LoadParams),
-        Operation("convert_checkpoint_to_huggingface", ConvertParams),
-        Operation("barrier", needs_model=False),
-        Operation("destroy", needs_model=False),
+        Operation(
+            "compute_rewards",
+            "A reward model's score of every row",
+            BatchParams,
+            roles=("reward",),
+            reads=_TEXT,
+            required=_IDS,
+            answers=("rewards",),
+        ),
+        Operation(
+            "save_checkpoint",
+            "Save a resumable checkpoint, or a Hugging Face folder for inference engines",
+            SaveParams,
+            changes="files",
+        ),
+        Operation(
+            "load_checkpoint", "Load a published checkpoint", LoadParams, changes="weights", waits_for_saves=True
+        ),
+        Operation(
+            "convert_checkpoint_to_huggingface",
+            "A Hugging Face folder from a checkpoint, or of the current weights",
+            ConvertParams,
+            changes="files",
+            waits_for_saves=True,
+        ),
+        Operation(
+            "barrier", "Wait until everything submitted before has ended", needs_model=False, waits_for_saves=True
+        ),
+        Operation(DESTROY, "End the group and free its slots", changes="group", needs_model=False, by_ranks=False),
     )
 }
-POLICY_LOSSES = ("ppo", "grpo", "gspo", "cispo", "importance_sampling", "reinforce")
-LOSSES = (*POLICY_LOSSES, "cross_entropy", "linear")
-
-_DISTILLATION = "update_actor_with_distillation"
-_LOOKED_AT = 100
-_DISTILLATION_METADATA = ("distillation_coeff", "entropy_coeff", "loss_agg_mode")
-
-
-def unread_metadata(operation: str, metadata: Mapping[str, Any]) -> list[str]:
-    """Keys of a batch's metadata that seem meant to change what is computed, and do nothing in this operation.
-
-    Those that distillation alone reads, and names close to one that is read. Trainers send many others.
-    """
-    read = {_TEMPERATURE, *(_DISTILLATION_METADATA if operation == _DISTILLATION else ())}
-    return [name for name in itertools.islice(metadata, _LOOKED_AT) if name not in read and _seems_meant(name)]
-
-
-def _seems_meant(name: str) -> bool:
-    known = (_TEMPERATURE, *_DISTILLATION_METADATA)
-    short = name[:60].lower()
-    within = any(word in short or (len(short) > 3 and word.startswith(short)) for word in known)
-    return within or bool(difflib.get_close_matches(short, known, n=1, cutoff=0.75))
-
-
-def required_tensors(operation: str, params: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a batch must hold for this operation with these arguments, in a group of this ``actor`` configuration."""
-    needed = OPERATIONS[operation].required
-    if operation in ("update_actor", "forward_backward"):
-        loss = params.get("loss") or config.get("policy_loss")
-        needed += ("advantages",) if loss in POLICY_LOSSES else ("loss_weights",) if loss == "linear" else ()
-        needed += _corrected_by(config) if loss in POLICY_LOSSES else ()
-    elif operation == _DISTILLATION:
-        kind = params.get("distillation_loss") or config.get("distillation_loss")
-        if kind in ("forward_kl", "reverse_kl"):
-            return needed + _TOP_K
-        student = config.get("distillation_student", "current")
-        needed += ("teacher_log_probs", *_corrected_by(config), *(() if student == "current" else (student,)))
-    return tuple(dict.fromkeys(needed))
-
-
-def _corrected_by(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a rollout correction needs; which tokens it drops must be known before any log-probability is."""
-    correction = config.get("rollout_correction")
-    if correction is None:
-        return ()
-    drops = correction.get("drop_rejected") and str(correction.get("mode")).endswith("_mask")
-    return ("rollout_log_probs", "old_log_probs") if drops else ("rollout_log_probs",)
-
-
-def unread_tensors(
-    operation: str, params: Mapping[str, Any], config: Mapping[str, Any], tensors: Collection[str]
-) -> set[str]:
-    """Those of a batch's ``tensors`` that the operation knows and that the loss of this ``actor`` does not look at."""
-    if operation not in ("update_actor", "forward_backward", _DISTILLATION):
-        return set()
-    read = set(_SCORED)
-    ratio = {"advantages", "old_log_probs", "rollout_log_probs"}
-    if operation == _DISTILLATION:
-        kind = params.get("distillation_loss") or config.get("distillation_loss")
-        read |= set(_TOP_K) if kind in ("forward_kl", "reverse_kl") else {"teacher_log_probs", *ratio}
-    else:
-        loss = params.get("loss") or config.get("policy_loss")
-        read |= ratio if loss in POLICY_LOSSES else {"loss_weights"} if loss == "linear" else set()
-        if loss == "reinforce" and "rollout_log_probs" not in tensors:
-            read.discard("old_log_probs")
-    if config.get("use_kl_loss") and config.get("kl_loss_coef"):
-        read |= {"ref_log_prob", "old_log_probs"} if config.get("use_bias_correction_kl") else {"ref_log_prob"}
-    return {name for name in OPERATIONS[operation].reads if name in tensors} - read

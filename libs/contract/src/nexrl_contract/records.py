@@ -7,6 +7,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
+from nexrl_contract.sections import ActorConfig
+
 JobState = Literal["queued", "running", "finished", "failed", "cancelled", "rolled_back"]
 GroupState = Literal["placing", "starting", "up", "ready", "down", "destroyed"]
 FINAL_STATES: frozenset[str] = frozenset({"finished", "failed", "cancelled", "rolled_back"})
@@ -109,6 +111,11 @@ class GroupRecord(Record):
     cause: str | None = None
     info: dict[str, Any] = {}
     created_at: float = 0.0
+
+    @property
+    def actor(self) -> ActorConfig:
+        """Its configuration; raises pydantic's ValidationError for that of a version that had other keys."""
+        return ActorConfig.model_validate(self.config)
 
 
 class AgentRecord(Record):

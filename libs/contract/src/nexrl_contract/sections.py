@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from nexrl_contract.losses import AggregationMode, DistillationLoss, LossName
+
 Dtype = Literal["float32", "bfloat16", "float64"]
 _INERT: Any = {"inert": True}
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -174,11 +176,9 @@ class ActorConfig(Section):
     fsdp_config: FsdpConfig = FsdpConfig()
     rollout: RolloutConfig = RolloutConfig()
     ref: RefConfig = RefConfig()
-    policy_loss: Literal[
-        "ppo", "grpo", "gspo", "cispo", "importance_sampling", "reinforce", "cross_entropy", "linear"
-    ] = Field(default="ppo", description="Also accepted as loss_func_type.")
-    loss_agg_mode: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = (
-        Field(default="token-mean", description="How tokens are summed; one denominator for the whole mini-batch.")
+    policy_loss: LossName = Field(default="ppo", description="Also accepted as loss_func_type.")
+    loss_agg_mode: AggregationMode = Field(
+        default="token-mean", description="How tokens are summed; one denominator for the whole mini-batch."
     )
     loss_scale_factor: float | None = Field(
         default=None, gt=0, description="Divides the loss in seq-mean-token-sum-norm, which needs it."
@@ -213,7 +213,7 @@ class ActorConfig(Section):
         default=False,
         description="Multiply the KL of a token by its ratio exp(lp - old_log_probs), which the gradient goes through.",
     )
-    distillation_loss: Literal["policy_gradient", "forward_kl", "reverse_kl"] = Field(
+    distillation_loss: DistillationLoss = Field(
         default="policy_gradient", description="From teacher_log_probs, or a KL over the teacher's top k tokens."
     )
     distillation_student: Literal["current", "old_log_probs", "rollout_log_probs"] = Field(

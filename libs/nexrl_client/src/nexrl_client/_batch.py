@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from nexrl_contract.batch import METADATA_SECTION, SETTINGS, TENSOR_SECTION, VALUE_SECTION
 from nexrl_contract.operations import Operation
 
 from ._arrays import taken
@@ -17,15 +18,10 @@ from ._tensors import is_tensor
 from ._trainer_batch import Batch
 from .errors import ClientError, InvalidBatch
 
-_TENSORS = ("tensors", "batch")
-_VALUES = ("values", "non_tensor_batch")
-_METADATA = ("metadata", "meta_info")
 _FORMS = (
     "a Batch, {'tensors', 'values', 'metadata'}, {'batch', 'non_tensor_batch', 'meta_info'}, or a flat dict of tensors"
 )
 _DEPTH = 60
-_SETTINGS = ("temperature", "distillation_coeff", "entropy_coeff", "loss_agg_mode")
-"""Metadata that changes what is computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +50,7 @@ def normalise(batch: object, operation: Operation | None) -> Content:
         try:
             sent[str(name)] = to_json(value, str(name))
         except NotJSON as error:
-            if name in _SETTINGS:  # without it another loss is meant
+            if name in SETTINGS:  # without it another loss is meant
                 kind = "str" if name == "loss_agg_mode" else "float"
                 key = f"metadata.{error.path}"
                 raise InvalidBatch(f"metadata.{error}; give {kind}({name})", details={"key": key}) from None
@@ -132,19 +128,19 @@ def _sections(batch: object) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapp
         return dict(batch), batch.extras, batch.metadata
     if _is_tensordict(batch):
         opened: dict[str, Any] = _opened(batch)
-        if not any(name in _TENSORS for name in opened):
+        if not any(name in TENSOR_SECTION for name in opened):
             return opened, {}, {}
         batch = opened
     if isinstance(batch, Mapping):
-        batch = {name: _opened(value) if name in _TENSORS else value for name, value in batch.items()}
+        batch = {name: _opened(value) if name in TENSOR_SECTION else value for name, value in batch.items()}
     else:
         raise InvalidBatch(f"the batch is {type(batch).__name__}; give {_FORMS}")
-    if not any(isinstance(batch.get(name), Mapping) for name in _TENSORS):
+    if not any(isinstance(batch.get(name), Mapping) for name in TENSOR_SECTION):
         return _flat(batch), {}, {}
-    unknown = [str(name) for name in batch if name not in _TENSORS + _VALUES + _METADATA]
+    unknown = [str(name) for name in batch if name not in TENSOR_SECTION + VALUE_SECTION + METADATA_SECTION]
     if unknown:
         raise InvalidBatch(f"the batch has the unknown keys {', '.join(unknown)} beside its tensors; give {_FORMS}")
-    tensors, values, metadata = (_section(batch, names) for names in (_TENSORS, _VALUES, _METADATA))
+    tensors, values, metadata = (_section(batch, names) for names in (TENSOR_SECTION, VALUE_SECTION, METADATA_SECTION))
     return tensors, values, metadata
 
 
@@ -192,7 +188,7 @@ def _section(batch: Mapping[str, Any], names: tuple[str, str]) -> Mapping[str, A
 
 
 def _flat(batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    nested = [str(name) for name, value in batch.items() if isinstance(value, Mapping) or name in _TENSORS]
+    nested = [str(name) for name, value in batch.items() if isinstance(value, Mapping) or name in TENSOR_SECTION]
     if nested or not batch:
         found = f"has {', '.join(nested)}, but no dict of tensors beside" if nested else "is empty"
         raise InvalidBatch(f"the batch {found}; give {_FORMS}")

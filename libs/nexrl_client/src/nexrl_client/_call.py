@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import json
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import tensor_codec
-from nexrl_contract.names import FRAME_METADATA_KEY
-from nexrl_contract.operations import OPERATIONS
+from nexrl_contract.envelope import Envelope
+from nexrl_contract.operations import INITIALIZE, OPERATIONS
 from tensor_codec import Encoded
 
 from ._batch import Content, json_object, normalise
@@ -21,7 +20,6 @@ from ._tensors import ready
 from .errors import ClientError, InvalidBatch, UnknownOperation
 
 MAX_REQUEST_BYTES = 100 * 1024 * 1024
-INITIALIZE = "initialize_worker"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +35,7 @@ class Call:
     @property
     def path(self) -> str:
         """Where the call is posted."""
-        return "/initialize" if self.operation == INITIALIZE else f"/{self.operation}"
+        return OPERATIONS[self.operation].path
 
     @property
     def ignored(self) -> tuple[str, ...]:
@@ -56,13 +54,11 @@ def prepare(
 
     Raises subclasses of ClientError.
     """
-    if operation == INITIALIZE:
-        _refuse_batch(operation, batch)
-        return Call(operation, json_object(setup_params(identifier, config, **params), "argument"))
     kind = OPERATIONS.get(operation)
     if kind is None:
         raise UnknownOperation(f"there is no operation {operation!r}{_did_you_mean(operation)}")
-    sent = json_object(params, "argument")
+    given = setup_params(identifier, config, **params) if operation == INITIALIZE else params
+    sent = json_object(given, "argument")
     if not kind.takes_batch:
         _refuse_batch(operation, batch)
         return Call(operation, sent)
@@ -75,9 +71,8 @@ def prepare(
 def encode(batch: Content, params: Mapping[str, Any]) -> Encoded:
     """The request frame: a header, and views of the tensors. Raises InvalidBatch."""
     ready()
-    text = json.dumps({"version": 1, "metadata": batch.metadata, "params": params}, separators=(",", ":"))
     try:
-        return tensor_codec.encode(batch.tensors, {FRAME_METADATA_KEY: text})
+        return tensor_codec.encode(batch.tensors, Envelope(batch.metadata, dict(params)).frame_metadata())
     except tensor_codec.CodecError as error:
         raise InvalidBatch(str(error)) from error
 
@@ -103,6 +98,5 @@ def _refuse_batch(operation: str, batch: object) -> None:
 
 
 def _did_you_mean(word: str) -> str:
-    known = [*OPERATIONS, INITIALIZE]
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"
+    close = difflib.get_close_matches(word, OPERATIONS, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(OPERATIONS))}"

@@ -7,26 +7,27 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from nexrl_contract.operations import required_tensors
+import tensor_codec
+from nexrl_contract.batch import answers_of, check_batch
+from nexrl_contract.config import parse_config
+from nexrl_contract.errors import ServiceError
+from nexrl_contract.operations import INITIALIZE, OPERATIONS, Operation
+from nexrl_contract.sections import ActorConfig
+from nexrl_contract.tensors import TENSORS, TensorSpec
 from numpy.typing import NDArray
 
 from ._api import BatchLike
 from ._arrays import to_numpy
 from ._call import Call, prepare
+from ._errors_status import status_error
 from ._exchange import Budget
 from ._handle import JobHandle
 from ._methods import OperationMethods
 from ._tensors import own_kind
-from .errors import InvalidTensor, JobFinal, JobNotFound
+from .errors import JobFinal, JobNotFound
 
-_BY_TOKEN = {"compute_log_prob": "old_log_probs", "compute_ref_log_prob": "ref_log_prob", "compute_values": "values"}
-_POLICY_UPDATES = ("update_actor", "forward_backward")
-_METRICS = {
-    **dict.fromkeys((*_POLICY_UPDATES, "update_actor_with_distillation"), ("actor", "pg_loss")),
-    "update_critic": ("critic", "vf_loss"),
-}
+_MAIN_LOSS = {"actor": "pg_loss", "critic": "vf_loss"}
 _COMPARED = ("input_ids", "attention_mask", "responses")
-_WHOLE = ("attention_mask", "position_ids", "loss_mask", "scoring_attention_mask")
 
 
 class MockTrainServiceClient(OperationMethods):
@@ -51,12 +52,13 @@ class MockTrainServiceClient(OperationMethods):
 
     def submit(self, operation: str, batch: BatchLike | None = None, **params: Any) -> JobHandle:
         call = prepare(operation, batch, params, self.identifier, self._config)
-        if call.batch is not None:
-            _check_shapes(call, self._actor)
-        if operation == "initialize_worker":
+        if operation == INITIALIZE:
             self._config = call.params["config_dict"]  # what says which tensors an update needs from now on
         job_id = uuid.uuid4().hex
-        self._results[job_id] = self._answer(call, job_id)
+        try:
+            self._results[job_id] = self._answer(call, job_id)
+        except ServiceError as error:
+            raise status_error(error.kind.status, error.body()) from None
         self._operations[job_id] = operation
         return JobHandle(job_id, operation, self)
 
@@ -100,9 +102,13 @@ class MockTrainServiceClient(OperationMethods):
         return str((self._config or {}).get("role") or "actor")
 
     @property
-    def _actor(self) -> Mapping[str, Any]:
+    def _actor(self) -> ActorConfig | None:
+        """The group's settings, None of a client without a configuration; raises ServiceError."""
         actor = (self._config or {}).get("actor")
-        return actor if isinstance(actor, Mapping) else {}
+        if not isinstance(actor, Mapping):
+            return None
+        config = {**(self._config or {}), "actor": {"model": {"path": "mock"}, **actor}}
+        return parse_config(config, self._role).entry.actor
 
     def _find(self, job_id: str) -> dict[str, Any]:
         if job_id not in self._results:
@@ -110,28 +116,35 @@ class MockTrainServiceClient(OperationMethods):
         return self._results[job_id]
 
     def _answer(self, call: Call, job_id: str) -> dict[str, Any]:
+        """Raises ServiceError, as the service would."""
         head = {"status": "success", "identifier": self._name, "job_id": job_id}
-        if call.batch is None:
+        actor = self._actor
+        if call.frame is None:
             return head | _other_fields(call)
+        operation = OPERATIONS[call.operation]
+        header = tensor_codec.parse_header(call.frame.header, call.frame.nbytes)
+        checked = check_batch(header.tensors, operation, call.params, actor)
+        _check_responses(call)
         explains = bool(call.params.get("explain"))
-        metrics = {} if explains else _metrics(call.operation)
-        batch = {} if explains else _result_batch(call, self._actor)
+        metrics = _metrics(operation) if operation.trains and not explains else {}
         meta = {
             "metrics": metrics,
             "job_id": job_id,
             "identifier": self._name,
             "operation": call.operation,
             "timing": {"queued_s": 0.0, "run_s": 0.0},
-            "ignored": list(call.ignored),
+            "ignored": list(dict.fromkeys([*call.ignored, *checked.ignored])),
         }
         if explains:
-            meta["plan"] = {"world_size": 1, "rows": _response_shape(call)[0]}
-        return {"batch": batch, "metrics": metrics, "meta_info": meta}
+            meta["plan"] = {"world_size": 1, "rows": checked.rows}
+        names = () if explains else answers_of(operation, call.params, actor)
+        sizes = {"B": checked.rows, "R": checked.response, "K": call.params.get("top_k")}
+        return {"batch": {name: _zeros(TENSORS[name], sizes) for name in names}, "metrics": metrics, "meta_info": meta}
 
 
 def _other_fields(call: Call) -> dict[str, Any]:
     params = call.params
-    if call.operation == "initialize_worker":
+    if call.operation == INITIALIZE:
         inert = [name for name in ("zmq_base_port", "dispatch_mode") if name in params]
         config = params["config_dict"]
         role, resource = params.get("role") or config.get("role") or "actor", config.get("resource")
@@ -146,69 +159,28 @@ def _other_fields(call: Call) -> dict[str, Any]:
     return {"step_applied": False, "metrics": {}} if call.operation == "optim_step" else {}
 
 
-def _metrics(operation: str) -> dict[str, Any]:
+def _metrics(operation: Operation) -> dict[str, Any]:
     """The metrics that every answer of an update has."""
-    if operation not in _METRICS:
-        return {}
-    role, loss = _METRICS[operation]
-    return {f"{role}/{name}": 0.0 for name in (loss, "grad_norm", "lr")}
+    role = operation.roles[0]
+    return {f"{role}/{name}": 0.0 for name in (_MAIN_LOSS[role], "grad_norm", "lr")}
 
 
-def _result_batch(call: Call, actor: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors that the service answers with, all of zeros."""
-    rows, columns = _response_shape(call)
-    shapes: dict[str, tuple[int, ...]] = {}
-    if call.operation in _BY_TOKEN:
-        shapes[_BY_TOKEN[call.operation]] = (rows, columns)
-    elif call.operation == "compute_rewards":
-        shapes["rewards"] = (rows,)
-    elif call.operation in _POLICY_UPDATES and (call.params.get("loss") or actor.get("policy_loss")) == "linear":
-        shapes["log_probs"] = (rows, columns)
-    batch = {name: own_kind(np.zeros(shape, np.float32)) for name, shape in shapes.items()}
-    if count := call.params.get("top_k"):
-        batch["teacher_topk_ids"] = own_kind(np.zeros((rows, columns, count), np.int64))
-        batch["teacher_topk_log_probs"] = own_kind(np.zeros((rows, columns, count), np.float32))
-    return batch
+def _zeros(spec: TensorSpec, sizes: Mapping[str, Any]) -> Any:
+    """A tensor of an answer."""
+    shape = tuple(sizes[letter] for letter in spec.answered[1:-1].split(","))
+    return own_kind(np.zeros(shape, np.int64 if spec.values == "integers" else np.float32))
 
 
-def _response_shape(call: Call) -> tuple[int, int]:
-    """B and R of the batch."""
+def _check_responses(call: Call) -> None:
+    """Responses are the last R columns of input_ids wherever a token is attended; raises INVALID_TENSOR."""
     tensors = call.batch.tensors if call.batch else {}
-    rows, length = (int(size) for size in tensors["input_ids"].shape)
-    return rows, int(tensors["responses"].shape[1]) if "responses" in tensors else length - 1
-
-
-def _check_shapes(call: Call, actor: Mapping[str, Any]) -> None:
-    """Required tensors, [B, S] of what is whole, and one B for all; raises InvalidTensor."""
-    tensors = call.batch.tensors if call.batch else {}
-    for name in required_tensors(call.operation, call.params, actor):
-        if name not in tensors:
-            given = ", ".join(tensors) or "none"
-            raise _refused(name, f"{call.operation} needs the tensor {name}; the batch has {given}")
-    shapes = {name: tuple(int(size) for size in tensor.shape) for name, tensor in tensors.items()}
-    whole = shapes["input_ids"]
-    if len(whole) != 2 or "int" not in str(tensors["input_ids"].dtype):
-        raise _refused("input_ids", f"input_ids has shape {list(whole)}; it must be integers of [B, S]")
-    for name, shape in shapes.items():
-        if shape[:1] != whole[:1]:
-            raise _refused(name, f"{name} has shape {list(shape)}; input_ids has {whole[0]} rows")
-        if name in _WHOLE and shape != whole:
-            raise _refused(name, f"{name} has shape {list(shape)}; it must be that of input_ids, {list(whole)}")
-    if "responses" in tensors:
-        _check_responses({name: to_numpy(tensors[name]) for name in _COMPARED if name in tensors})
-
-
-def _check_responses(arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Responses are the last R columns of input_ids wherever a token is attended; raises InvalidTensor."""
+    if "responses" not in tensors:
+        return
+    arrays: dict[str, NDArray[Any]] = {name: to_numpy(tensors[name]) for name in _COMPARED if name in tensors}
     given = arrays["responses"]
-    if given.ndim != 2 or not 1 <= given.shape[1] < arrays["input_ids"].shape[1]:
-        raise _refused("responses", f"responses has shape {list(given.shape)}; it must be [B, R] with R below S")
     meant = arrays["input_ids"][:, -given.shape[1] :]
     attended = arrays.get("attention_mask", np.ones_like(arrays["input_ids"]))[:, -given.shape[1] :] != 0
     for row, column in np.argwhere((given != meant) & attended)[:1]:
         found, expected = given[row, column], meant[row, column]
-        raise _refused("responses", f"responses holds {found} in row {row}, column {column}; input_ids has {expected}")
-
-
-def _refused(name: str, message: str) -> InvalidTensor:
-    return InvalidTensor(message, status=422, details={"tensor": name})
+        message = f"responses holds {found} in row {row}, column {column}; input_ids has {expected}"
+        raise ServiceError("INVALID_TENSOR", message, tensor="responses")

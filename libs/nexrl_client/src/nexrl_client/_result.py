@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import tensor_codec
-from nexrl_contract.names import FRAME_METADATA_KEY, FRAME_TYPE
+from nexrl_contract import envelope
+from nexrl_contract.errors import ServiceError
+from nexrl_contract.names import FRAME_TYPE
 
 from ._tensors import data_to_tensor, frame_tensor
 from ._transport import Response
@@ -61,10 +63,10 @@ def to_floats(value: Any) -> Any:
 def _read_frame(response: Response) -> tuple[dict[str, Any], Any, Any]:
     try:
         frame = tensor_codec.wrap(response.body)
-        described = json.loads(frame.header.metadata[FRAME_METADATA_KEY])
+        described = envelope.read(frame.header.metadata)
         batch = {name: frame_tensor(frame, name) for name in frame.header.tensors}
         return batch, described.get("metrics"), described.get("meta_info")
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, ServiceError) as error:
         raise InvalidAnswer(f"the answer is a broken frame: {error}") from error
 
 

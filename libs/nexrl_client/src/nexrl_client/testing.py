@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import tensor_codec
+from nexrl_contract import envelope
 from nexrl_contract.errors import RETRY_AFTER_S, ServiceError
-from nexrl_contract.names import FRAME_METADATA_KEY, FRAME_TYPE, JSON_TYPE
+from nexrl_contract.names import FRAME_TYPE, JSON_TYPE
 
 from ._transport import Request, Response
 
@@ -89,8 +90,8 @@ def result_response(
     meta_info: Mapping[str, Any] | None = None,
 ) -> Response:
     """The result of a batch operation, as a frame."""
-    described = {"version": 1, "metrics": dict(metrics or {}), "meta_info": dict(meta_info or {})}
-    frame = tensor_codec.encode(tensors or {}, {FRAME_METADATA_KEY: json.dumps(described)})
+    described = {"metrics": dict(metrics or {}), "meta_info": dict(meta_info or {})}
+    frame = tensor_codec.encode(tensors or {}, envelope.written(described))
     return Response(200, {"content-type": FRAME_TYPE}, memoryview(bytearray(frame.tobytes())))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from nexrl_contract import names
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.operations import Operation
+from nexrl_contract.operations import DESTROY, Operation
 from nexrl_contract.records import GroupRecord
 from nexrl_ledger import Ledger
 
@@ -49,7 +49,7 @@ def admit(group: GroupRecord | None, operation: Operation) -> None:
     name = group.identifier
     if group.state == "destroyed":
         raise _refusal(group, "GROUP_NOT_READY", f"group {name!r} was destroyed; initialize_worker makes it anew")
-    if operation.name == "destroy":
+    if operation.name == DESTROY:
         return
     if group.state == "down":
         raise is_down(group)

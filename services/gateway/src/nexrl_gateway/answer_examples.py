@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from nexrl_gateway.examples import PARTS, PATH, R, floats
+from nexrl_contract.batch import answers_of
+from nexrl_contract.operations import INITIALIZE, OPERATIONS
+
+from nexrl_gateway.examples import PARTS, PATH, TENSORS
 
 JOB_ID = "019a0c3f5d207c1f8e2a4b6d8f0a1c3e"
 _AT = 1767225600.0
@@ -53,13 +56,12 @@ _MODEL: dict[str, Any] = {
 }
 
 
-def _result(
-    operation: str, metrics: dict[str, Any], tensors: dict[str, Any] | None = None, **said: Any
-) -> dict[str, Any]:
+def _result(operation: str, metrics: dict[str, Any], **said: Any) -> dict[str, Any]:
+    """What an operation on a batch answers in a group of the default configuration."""
     about = {"job_id": JOB_ID, "identifier": _GROUP, "operation": operation, "ignored": []}
     timing = {"queued_s": 0.005, "run_s": 0.15, "ranks_s": 0.11}
     return {
-        "batch": tensors or {},
+        "batch": {name: TENSORS[name] for name in answers_of(OPERATIONS[operation], {}, None)},
         "metrics": metrics,
         "meta_info": {"metrics": metrics, **said, **about, "timing": timing},
     }
@@ -127,13 +129,11 @@ OPERATION_ANSWERS: dict[str, dict[str, Any]] = {
         "metrics": _STEPPED,
         "meta_info": {**_VERSION, "timing": {"ranks_s": 0.04}, "ignored": []},
     },
-    "compute_log_prob": _result("compute_log_prob", {}, {"old_log_probs": floats(-4.2, -3.8, -4.1, -3.9, width=R)}),
-    "compute_ref_log_prob": _result(
-        "compute_ref_log_prob", {}, {"ref_log_prob": floats(-4.2, -3.8, -4.1, -3.9, width=R)}
-    ),
-    "compute_values": _result("compute_values", {}, {"values": floats(0.1, 0.2, 0.1, 0.3, width=R)}),
+    "compute_log_prob": _result("compute_log_prob", {}),
+    "compute_ref_log_prob": _result("compute_ref_log_prob", {}),
+    "compute_values": _result("compute_values", {}),
     "update_critic": _result("update_critic", _CRITICISED, **_VERSION),
-    "compute_rewards": _result("compute_rewards", {}, {"rewards": floats(0.7, -0.2)}),
+    "compute_rewards": _result("compute_rewards", {}),
     "save_checkpoint": {
         **_DONE,
         "weight_version": 1,
@@ -152,12 +152,12 @@ OPERATION_ANSWERS: dict[str, dict[str, Any]] = {
         "rng": "restored",
     },
     "convert_checkpoint_to_huggingface": {**_DONE, "path": "/data/ckpt/step_1-hf", "kind": "huggingface"},
+    INITIALIZE: {**_DONE, "role": "actor", "world_size": 2, "already": False, "ignored": []},
     "barrier": _DONE,
     "destroy": _DONE,
 }
 """What each operation answers, by its name."""
 
-INITIALIZED: dict[str, Any] = {**_DONE, "role": "actor", "world_size": 2, "already": False, "ignored": []}
 JOB: dict[str, Any] = _JOB
 JOBS: dict[str, Any] = {"jobs": [_JOB]}
 PART: dict[str, Any] = {"payload": PARTS["payload"], "part": 0, "nbytes": 104857600}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
@@ -11,10 +10,10 @@ from typing import Any
 import redis
 from anyio.to_thread import run_sync
 from fastapi.responses import StreamingResponse
-from nexrl_contract import names
+from nexrl_contract import envelope, names
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.names import FRAME_METADATA_KEY, FRAME_TYPE
-from nexrl_contract.operations import OPERATIONS
+from nexrl_contract.names import FRAME_TYPE
+from nexrl_contract.operations import INITIALIZE, OPERATIONS
 from nexrl_contract.records import GroupRecord, JobRecord
 from nexrl_ledger import Ledger
 from starlette.background import BackgroundTask
@@ -164,8 +163,8 @@ class FrameResponse(StreamingResponse):
 def _response(services: Services, job: JobRecord, frame: bool, extra: dict[str, Any]) -> Response:
     stored = _stored(services, job)
     result = {**_document(stored), **(job.result or {})}
-    if not OPERATIONS.get(job.operation, OPERATIONS["barrier"]).takes_batch:
-        ignored = {"ignored": job.ignored} if job.ignored or job.operation == "initialize_worker" else {}
+    if not OPERATIONS[job.operation].takes_batch:
+        ignored = {"ignored": job.ignored} if job.ignored or job.operation == INITIALIZE else {}
         return json_response(
             {
                 "status": "success",
@@ -179,13 +178,13 @@ def _response(services: Services, job: JobRecord, frame: bool, extra: dict[str, 
         )
     metrics, meta_info = result.pop("metrics", {}), _meta_info(job, result)
     if frame and stored is not None and stored.header.tensors:
-        return _frame_response(stored, {"version": 1, "metrics": metrics, "meta_info": meta_info})
+        return _frame_response(stored, {"metrics": metrics, "meta_info": meta_info})
     batch = _json_tensors(stored) if stored else {}
     return json_response({"batch": batch, "metrics": metrics, "meta_info": {"metrics": metrics, **meta_info}})
 
 
 def _placed(job: JobRecord) -> dict[str, Any]:
-    if job.operation != "initialize_worker":
+    if job.operation != INITIALIZE:
         return {}
     return {"already": False, **job.params}
 
@@ -231,9 +230,7 @@ def _damaged(job: JobRecord) -> ServiceError:
 
 def _document(stored: StoredFrame | None) -> dict[str, Any]:
     """What was said beside a result's tensors."""
-    loaded: dict[str, Any] = json.loads(stored.header.metadata.get(FRAME_METADATA_KEY, "{}")) if stored else {}
-    loaded.pop("version", None)
-    return loaded
+    return envelope.read(stored.header.metadata) if stored else {}
 
 
 def _json_tensors(stored: StoredFrame) -> dict[str, Any]:
@@ -246,6 +243,5 @@ def _json_tensors(stored: StoredFrame) -> dict[str, Any]:
 
 def _frame_response(stored: StoredFrame, document: dict[str, Any]) -> Response:
     """The stored tensors under a header of our own, which says what only the ledger knows."""
-    text = json.dumps(finite(document), separators=(",", ":"))
-    head = header_bytes(stored.header, {FRAME_METADATA_KEY: text})
+    head = header_bytes(stored.header, envelope.written(finite(document)))
     return FrameResponse(chain([head], stored.body), len(head) + stored.nbytes)

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from nexrl_contract.batch import METADATA_SECTION, TENSOR_SECTION, VALUE_SECTION
 from nexrl_contract.errors import ServiceError
 
-_TENSORS = ("tensors", "batch")
-_VALUES = ("values", "non_tensor_batch")
-_METADATA = ("metadata", "meta_info")
 _FIELDS = frozenset({"data", "shape", "dtype", "encoding"})
-BATCH_KEYS = (*_TENSORS, *_VALUES, *_METADATA, "payload", "parts")
+BATCH_KEYS = (*TENSOR_SECTION, *VALUE_SECTION, *METADATA_SECTION, "payload", "parts")
 """What a body with a batch may hold besides the operation's arguments."""
 
 
@@ -39,9 +37,9 @@ class PartsDocument:
 def read_batch(document: dict[str, Any]) -> BatchDocument | PartsDocument:
     """Tell the forms apart; raises INVALID_ARGUMENT naming the key that does not fit."""
     rest = dict(document)
-    tensors = _take(rest, _TENSORS)
-    values = list(_take(rest, _VALUES) or {})
-    metadata = _take(rest, _METADATA) or {}
+    tensors = _take(rest, TENSOR_SECTION)
+    values = list(_take(rest, VALUE_SECTION) or {})
+    metadata = _take(rest, METADATA_SECTION) or {}
     if "payload" in rest:
         return _parts(rest, values, metadata, tensors)
     if tensors is None:

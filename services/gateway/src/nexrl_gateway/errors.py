@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import redis
@@ -74,6 +75,10 @@ def argument_error(errors: Any, known: Any = ()) -> ServiceError:
     """INVALID_ARGUMENT for the first of pydantic's errors, naming the argument and the nearest of ``known``."""
     first = errors[0]
     key = ".".join(map(str, first["loc"]))
+    if first["type"] == "literal_error":
+        values, given = re.findall("'([^']+)'", first["msg"]), str(first["input"])[:100]
+        message = f"{key} {given!a} is not one of {', '.join(values)}"
+        return ServiceError("INVALID_ARGUMENT", message, key=key, nearest=nearest(given, values))
     if first["type"] != "extra_forbidden":
         return ServiceError("INVALID_ARGUMENT", f"{key}: {first['msg']}", key=key)
     close = nearest(key, known)
@@ -83,4 +88,4 @@ def argument_error(errors: Any, known: Any = ()) -> ServiceError:
 
 def checked_argument_error(error: ValidationError, known: Any) -> ServiceError:
     """As :func:`argument_error`, from a model's ValidationError."""
-    return argument_error(error.errors(include_url=False, include_context=False, include_input=False), known)
+    return argument_error(error.errors(include_url=False, include_context=False), known)

@@ -12,7 +12,7 @@ from tensor_codec import RawTensor, to_json
 B, S, R = 2, 4, 2
 PATH = "/models/tiny"
 
-INITIALIZE: dict[str, Any] = {
+GROUP: dict[str, Any] = {
     "config_dict": {"actor": {"model": {"path": PATH}, "optim": {"lr": 1e-3}}},
     "role": "actor",
     "world_size": 2,
@@ -30,27 +30,26 @@ def floats(*values: float, width: int | None = None) -> Any:
     return to_json(RawTensor("F32", shape, struct.pack(f"<{len(values)}f", *values)))
 
 
-_TENSORS: dict[str, Any] = {
+TENSORS: dict[str, Any] = {
     "input_ids": _integers(5, 6, 7, 8, 5, 6, 9, 8, width=S),
     "attention_mask": _integers(*[1] * B * S, width=S),
     "responses": _integers(7, 8, 9, 8, width=R),
-}
-_LEARNED = {
     "advantages": floats(0.5, 0.5, -0.5, -0.5, width=R),
     "old_log_probs": floats(-1.0, -1.2, -0.9, -1.1, width=R),
+    "ref_log_prob": floats(-1.1, -1.2, -1.0, -1.1, width=R),
+    "teacher_log_probs": floats(-0.8, -1.0, -1.5, -1.0, width=R),
+    "values": floats(0.1, 0.2, 0.1, 0.3, width=R),
+    "returns": floats(1.0, 1.0, 0.0, 0.0, width=R),
+    "rewards": floats(0.7, -0.2),
 }
+"""Of two rows of four tokens, the last two being the response."""
+_WITHOUT_A_KL_TERM = ("ref_log_prob",)
 
 
 def batch_example(operation: Operation) -> dict[str, Any]:
-    """Two rows of four tokens, the last two being the response, with what the operation needs."""
-    tensors = dict(_TENSORS)
-    if "advantages" in operation.reads:
-        tensors |= _LEARNED
-    if "returns" in operation.reads:
-        tensors |= {"values": floats(0.1, 0.2, 0.1, 0.3, width=R), "returns": floats(1.0, 1.0, 0.0, 0.0, width=R)}
-    if "teacher_log_probs" in operation.reads:
-        tensors["teacher_log_probs"] = floats(-0.8, -1.0, -1.5, -1.0, width=R)
-    return {"tensors": tensors, "metadata": {"temperature": 1.0}}
+    """What the operation reads in a group of the default configuration."""
+    read = (name for name in operation.reads if name in TENSORS and name not in _WITHOUT_A_KL_TERM)
+    return {"tensors": {name: TENSORS[name] for name in read}, "metadata": {"temperature": 1.0}}
 
 
 def request_body(operation: Operation) -> dict[str, Any]:

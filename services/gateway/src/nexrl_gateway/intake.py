@@ -1,4 +1,4 @@
-"""A request's batch on its way into the store. A frame is judged by its header and streamed: memory stays flat."""
+"""A request's batch on its way into the store. A frame is checked by its header and streamed: memory stays flat."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import asyncio
 import json
 import struct
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import anyio
 from anyio.to_thread import run_sync
 from fastapi import Request
+from nexrl_contract.envelope import FRAME_METADATA_KEY, Envelope
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.names import FRAME_METADATA_KEY
 from nexrl_payloads import PartUpload, PayloadStore, StoredPayload, Upload
 from tensor_codec import (
     PREFIX_BYTES,
@@ -34,39 +33,22 @@ from nexrl_gateway.strict_json import parse_object
 
 JOIN_BYTES = 1024 * 1024
 _EXAMPLE = to_json(RawTensor("I64", (1, 2), struct.pack("<2q", 5, 7)))
-Verdict = TypeVar("Verdict")
-
-
-@dataclass(frozen=True, slots=True)
-class Envelope:
-    """What travels beside the tensors: the batch's metadata and the operation's arguments."""
-
-    metadata: dict[str, Any]
-    params: dict[str, Any]
-
-    def text(self) -> str:
-        """The JSON that a frame carries."""
-        return json.dumps(
-            {"version": 1, "metadata": self.metadata, "params": self.params}, sort_keys=True, separators=(",", ":")
-        )
+Checked = TypeVar("Checked")
 
 
 def envelope_of(header: Header) -> Envelope:
     """The envelope in a frame's header, empty for a plain safetensors file; raises MALFORMED."""
-    text = header.metadata.get(FRAME_METADATA_KEY, '{"version":1}')
-    document = parse_object(text.encode(), f"the frame's {FRAME_METADATA_KEY} metadata", constant=float)
-    if document.get("version") != 1:
-        raise ServiceError("MALFORMED", f"the frame's {FRAME_METADATA_KEY} metadata must be an object of version 1")
-    metadata, params = document.get("metadata") or {}, document.get("params") or {}
-    if not isinstance(metadata, dict) or not isinstance(params, dict):
-        raise ServiceError("MALFORMED", "the frame's metadata and params must be objects")
-    return Envelope(metadata, params)
+
+    def loads(text: str) -> dict[str, Any]:
+        return parse_object(text.encode(), f"the frame's {FRAME_METADATA_KEY} metadata", constant=float)
+
+    return Envelope.read(header.metadata, loads)
 
 
 async def store_frame(
-    request: Request, services: Services, payload_id: str, limit: int, judge: Callable[[Header], Verdict]
-) -> tuple[Verdict, StoredPayload]:
-    """Stream the body into the store; ``judge`` sees the header before anything is stored and may refuse by raising. It is
+    request: Request, services: Services, payload_id: str, limit: int, check: Callable[[Header], Checked]
+) -> tuple[Checked, StoredPayload]:
+    """Stream the body into the store; ``check`` sees the header before anything is stored and may refuse by raising. It is
     called in a thread, as a header may be large.
 
     Raises TOO_LARGE, MALFORMED, NO_SPACE; whatever is raised, nothing stays in the store.
@@ -75,11 +57,11 @@ async def store_frame(
     body = pieces(request, limit, advice)
     head = await _read_head(body)
 
-    def judged() -> tuple[Header, Verdict]:
+    def parsed() -> tuple[Header, Checked]:
         header = parse_header(head, declared_length(request))
-        return header, judge(header)
+        return header, check(header)
 
-    header, verdict = await run_sync(judged, limiter=services.room.parsing)
+    header, checked = await run_sync(parsed, limiter=services.room.parsing)
     if header.total_size > limit:
         raise ServiceError(
             "TOO_LARGE", f"the frame has {header.total_size} bytes and the limit is {limit}; {advice}", limit=limit
@@ -87,7 +69,7 @@ async def store_frame(
     upload = await run_sync(services.store.create, payload_id, header.total_size)
     try:
         await write_body(request, body, head, upload)
-        return verdict, await run_sync(upload.commit)
+        return checked, await run_sync(upload.commit)
     finally:
         with anyio.CancelScope(shield=True):
             await run_sync(upload.abort)
@@ -97,7 +79,7 @@ def store_tensors(
     store: PayloadStore, payload_id: str, tensors: Mapping[str, RawTensor], envelope: Envelope
 ) -> StoredPayload:
     """Store tensors that came as JSON as the frame that a client would have sent."""
-    return store.put(payload_id, encode(tensors, {FRAME_METADATA_KEY: envelope.text()}))
+    return store.put(payload_id, encode(tensors, envelope.frame_metadata()))
 
 
 def decode_tensors(entries: Mapping[str, Any]) -> dict[str, RawTensor]:

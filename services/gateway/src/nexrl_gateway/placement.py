@@ -10,10 +10,10 @@ from typing import Any
 from nexrl_contract import names
 from nexrl_contract.config import check_role, completed, differing_keys, parse_config
 from nexrl_contract.errors import ServiceError
+from nexrl_contract.operations import INITIALIZE, InitializeParams
 from nexrl_contract.records import GroupRecord, JobRecord
-from nexrl_contract.sections import Given
 from nexrl_ledger import Fenced, Ledger
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from nexrl_gateway.admission import is_down, without_agent
 from nexrl_gateway.errors import checked_argument_error
@@ -22,20 +22,6 @@ from nexrl_gateway.services import Services
 from nexrl_gateway.submit import fingerprint, log_accepted
 
 _RACES = 5
-
-
-class InitializeBody(Given):
-    """``POST /initialize``. ``config_dict`` is a whole service entry, or just ``{"actor": ...}``.
-
-    A ``role`` here wins over the entry's; without either it is an actor.
-    """
-
-    config_dict: dict[str, Any] | None = None
-    role: str | None = None
-    world_size: int | None = Field(default=None, ge=1)
-    zmq_base_port: Any = None
-    dispatch_mode: Any = None
-    config_path: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +57,9 @@ class _Appeared(Exception):
 def read_wanted(document: dict[str, Any], identifier: str | None, roots: Roots) -> Wanted:
     """Check ``initialize``'s body; raises INVALID_ARGUMENT, INVALID_CONFIG, PATH_REFUSED or IDENTIFIER_REQUIRED."""
     try:
-        body = InitializeBody.model_validate(document)
+        body = InitializeParams.model_validate(document)
     except ValidationError as error:
-        raise checked_argument_error(error, list(InitializeBody.model_fields)) from None
+        raise checked_argument_error(error, list(InitializeParams.model_fields)) from None
     if body.config_path is not None:
         raise ServiceError(
             "INVALID_ARGUMENT", "config_path is read by the client; send its content as config_dict", key="config_path"
@@ -109,9 +95,7 @@ def initialize(services: Services, wanted: Wanted, key: str | None) -> tuple[Gro
     Raises GROUP_EXISTS, GROUP_DOWN, NO_SUCH_SLOTS and what the ledger raises.
     """
     ledger = services.ledger
-    mark = fingerprint(
-        "initialize_worker", wanted.identifier, {"wanted": [wanted.role, wanted.world_size, wanted.settings]}, ""
-    )
+    mark = fingerprint(INITIALIZE, wanted.identifier, {"wanted": [wanted.role, wanted.world_size, wanted.settings]}, "")
     first = ledger.replay_of(key, mark)
     if first is not None:
         return _group_of(ledger, wanted, first.id), first, False
@@ -199,7 +183,7 @@ def _place(
 ) -> tuple[GroupRecord, JobRecord, bool]:
     job = JobRecord(
         id=names.new_job_id(),
-        operation="initialize_worker",
+        operation=INITIALIZE,
         identifier=wanted.identifier,
         queue=names.AGENT_QUEUE,
         params={"role": wanted.role, "world_size": wanted.world_size, **wanted.said},

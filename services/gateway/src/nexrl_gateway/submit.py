@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -16,9 +16,10 @@ import xxhash
 from anyio.to_thread import run_sync
 from fastapi import Request
 from nexrl_contract import names
-from nexrl_contract.config import nearest
+from nexrl_contract.batch import CheckedBatch, check_batch, shortened, unread_metadata
+from nexrl_contract.envelope import Envelope
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.operations import LOSSES, Operation, unread_metadata
+from nexrl_contract.operations import Operation
 from nexrl_contract.records import GroupRecord, JobRecord, PayloadRef
 from nexrl_ledger import Ledger
 from pydantic import ValidationError
@@ -26,7 +27,6 @@ from tensor_codec import Header
 
 from nexrl_gateway import intake
 from nexrl_gateway.admission import admit, named_identifier, resolve
-from nexrl_gateway.batches import Judged, judge
 from nexrl_gateway.bodies import content_kind, json_body
 from nexrl_gateway.documents import BATCH_KEYS, BatchDocument, PartsDocument, read_batch
 from nexrl_gateway.errors import checked_argument_error
@@ -130,19 +130,10 @@ def check_params(operation: Operation, given: dict[str, Any]) -> dict[str, Any]:
     """The operation's arguments with defaults; raises INVALID_ARGUMENT naming the argument and the nearest one."""
     given = dict(islice(given.items(), _MOST_PARAMS))
     try:
-        params = operation.params.model_validate(given).model_dump(mode="json")
+        return operation.params.model_validate(given).model_dump(mode="json")
     except ValidationError as error:
         beside = BATCH_KEYS if operation.takes_batch else ()
         raise checked_argument_error(error, [*operation.params.model_fields, *beside]) from None
-    loss = params.get("loss")
-    if loss is not None and loss not in LOSSES:
-        raise ServiceError(
-            "INVALID_ARGUMENT",
-            f"loss {loss[:100]!a} is not one of {', '.join(LOSSES)}",
-            key="loss",
-            nearest=nearest(loss, LOSSES),
-        )
-    return params
 
 
 def _entrance(ledger: Ledger, operation: Operation, key: str | None, identifier: str | None) -> GroupRecord:
@@ -156,30 +147,37 @@ def _entrance(ledger: Ledger, operation: Operation, key: str | None, identifier:
 async def _frame_draft(services: Services, operation: Operation, request: Request, group: GroupRecord) -> Draft:
     job_id = names.new_job_id()
 
-    def verdict(header: Header) -> tuple[dict[str, Any], Judged]:
+    def check(header: Header) -> tuple[Envelope, dict[str, Any], CheckedBatch]:
         envelope = intake.envelope_of(header)
         params = check_params(operation, envelope.params)
-        unread = unread_metadata(operation.name, envelope.metadata)
-        return params, judge(header.tensors, operation, params, group.config, unread)
+        return envelope, params, check_batch(header.tensors, operation, params, group.actor)
 
     limit = services.settings.max_body_bytes
-    (params, judged), ref = await intake.store_frame(request, services, job_id, limit, verdict)
+    (envelope, params, checked), ref = await intake.store_frame(request, services, job_id, limit, check)
     mark = fingerprint(operation.name, group.identifier, params, ref.checksum)
     payload = PayloadRef(id=ref.id, nbytes=ref.nbytes, checksum=ref.checksum)
-    return Draft(job_id, mark, params, payload, judged.rows, judged.ignored, stored_here=True)
+    ignored = _ignored(operation, checked, envelope.metadata)
+    return Draft(job_id, mark, params, payload, checked.rows, ignored, stored_here=True)
 
 
 def _json_draft(services: Services, operation: Operation, batch: BatchDocument, group: GroupRecord) -> Draft:
     params = check_params(operation, batch.params)
     read = {name: entry for name, entry in batch.tensors.items() if name in operation.reads}
     tensors = intake.decode_tensors(read)
-    unread = [name for name in batch.tensors if name not in read] + unread_metadata(operation.name, batch.metadata)
-    judged = judge(tensors, operation, params, group.config, [*unread, *batch.values])
+    checked = check_batch(tensors, operation, params, group.actor)
+    ignored = _ignored(operation, checked, batch.metadata, [*(batch.tensors.keys() - read.keys()), *batch.values])
     job_id = names.new_job_id()
-    ref = intake.store_tensors(services.store, job_id, tensors, intake.Envelope(batch.metadata, batch.params))
+    ref = intake.store_tensors(services.store, job_id, tensors, Envelope(batch.metadata, batch.params))
     mark = fingerprint(operation.name, group.identifier, params, ref.checksum)
     payload = PayloadRef(id=ref.id, nbytes=ref.nbytes, checksum=ref.checksum)
-    return Draft(job_id, mark, params, payload, judged.rows, judged.ignored, stored_here=True)
+    return Draft(job_id, mark, params, payload, checked.rows, ignored, stored_here=True)
+
+
+def _ignored(
+    operation: Operation, checked: CheckedBatch, metadata: Mapping[str, Any], dropped: Iterable[str] = ()
+) -> list[str]:
+    """What of a batch does nothing; ``dropped`` was in the request and is in no frame."""
+    return shortened([*checked.ignored, *unread_metadata(operation.name, metadata), *dropped])
 
 
 def _plain_draft(services: Services, operation: Operation, document: dict[str, Any], group: GroupRecord) -> Draft:
@@ -220,12 +218,11 @@ def _parts_draft(
     envelope = intake.envelope_of(header)
     params = check_params(operation, {**envelope.params, **batch.params})
     metadata = {**envelope.metadata, **batch.metadata}
-    unread = unread_metadata(operation.name, metadata)
-    judged = judge(header.tensors, operation, params, group.config, [*unread, *batch.values])
+    checked = check_batch(header.tensors, operation, params, group.actor)
+    ignored = _ignored(operation, checked, metadata, batch.values)
     job_id, copied = names.new_job_id(), metadata != envelope.metadata
     if copied:
-        text = intake.Envelope(metadata, envelope.params).text()
-        frame_metadata = {**header.metadata, names.FRAME_METADATA_KEY: text}
+        frame_metadata = {**header.metadata, **Envelope(metadata, envelope.params).frame_metadata()}
         ref = store_with_metadata(services.store, ref, job_id, frame_metadata)
     payload_ref = PayloadRef(id=ref.id, nbytes=ref.nbytes, checksum=ref.checksum)
-    return Draft(job_id, mark, params, payload_ref, judged.rows, judged.ignored, stored_here=copied)
+    return Draft(job_id, mark, params, payload_ref, checked.rows, ignored, stored_here=copied)

@@ -16,6 +16,7 @@ from typing import TypeVar
 import redis
 from nexrl_contract import names
 from nexrl_contract.errors import ServiceError
+from nexrl_contract.operations import DESTROY
 from nexrl_contract.processes import rotate_logs
 from nexrl_contract.records import AgentRecord, GroupRecord, JobRecord
 from nexrl_ledger import Fenced, Ledger, ResidentWorker, connect, until_redis
@@ -185,7 +186,7 @@ class Agent:
         identifier = group.identifier
         job = self._ledger.job(group.running_job) if group.running_job else None
         if job is not None and not job.final:
-            if job.operation == "destroy":
+            if job.operation == DESTROY:
                 self._ledger.group_destroyed(identifier, group.epoch)
                 return
             cause = "the agent stopped while this ran; whether it took effect is not known"

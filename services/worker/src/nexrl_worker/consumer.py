@@ -11,9 +11,10 @@ import time
 from typing import Any
 
 import redis
-from nexrl_contract import names
+from nexrl_contract import envelope, names
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.names import FRAME_METADATA_KEY, train_queue
+from nexrl_contract.names import train_queue
+from nexrl_contract.operations import DESTROY, OPERATIONS
 from nexrl_contract.records import JobRecord, PayloadRef
 from nexrl_ledger import Fenced, Ledger, ResidentWorker, connect, until_redis
 from nexrl_payloads import PayloadStore
@@ -28,7 +29,7 @@ HEARTBEAT_S = 5.0
 STORE_PATIENCE_S = 60.0
 INLINE_RESULT_BYTES = 1024
 SAVE_POLL_S = 0.1
-AFTER_SAVES = ("barrier", "load_checkpoint", "convert_checkpoint_to_huggingface")
+AFTER_SAVES = tuple(name for name, row in OPERATIONS.items() if row.waits_for_saves)
 _log = logging.getLogger(__name__)
 
 
@@ -109,7 +110,7 @@ class Consumer:
         return job
 
     def _run(self, job: JobRecord) -> None:
-        if job.operation == "destroy":
+        if job.operation == DESTROY:
             # First the file: the agent must not take a rank that goes for one that died.
             self._folders.destroyed.write_text(json.dumps({"job_id": job.id}))
             self._team.broadcast({"do": "destroy"})
@@ -166,7 +167,7 @@ class Consumer:
         text = json.dumps(outcome.result)
         if not outcome.tensors and len(text) <= INLINE_RESULT_BYTES:
             return outcome.result, None
-        frame = encode(outcome.tensors, {FRAME_METADATA_KEY: json.dumps({"version": 1, **outcome.result})})
+        frame = encode(outcome.tensors, envelope.written(outcome.result))
         deadline = time.monotonic() + STORE_PATIENCE_S
         while True:
             try:

@@ -53,31 +53,13 @@ class Operations:
         self._lost: tuple[str, ...] = ()
         """The jobs of gradients that went with a restart, until an optim_step has said so."""
         self._checkpoints = Checkpoints(settings, config, team)
-        self._table: dict[str, Callable[[Request], Outcome]] = {
-            "init_model": self._init_model,
-            "update_actor": self._update,
-            "update_actor_with_distillation": self._update,
-            "update_critic": self._update,
-            "forward_backward": self._forward_backward,
-            "optim_step": self._optim_step,
-            "compute_log_prob": self._compute,
-            "compute_ref_log_prob": self._compute,
-            "compute_values": self._compute,
-            "compute_rewards": self._compute,
-            "save_checkpoint": self._save,
-            "load_checkpoint": self._load,
-            "convert_checkpoint_to_huggingface": lambda request: self._checkpoints.convert(
-                self._model(), request.params
-            ),
-            "barrier": self._barrier,
-        }
 
     def run(self, request: Request) -> Outcome:
         """Run one operation; raises Refused on every rank alike when nothing changed."""
         role = self._settings.role
         if role not in OPERATIONS[request.operation].roles:
             raise Refused("ROLE_UNSUPPORTED", f"a {role} does not run {request.operation}")
-        return self._table[request.operation](request)
+        return IMPLEMENTED[request.operation](self, request)
 
     def restore(self) -> None:
         """Build the model and load the state of a clean stop, if there is one. Collective."""
@@ -147,6 +129,9 @@ class Operations:
         outcome = self._checkpoints.load(self._sound_engine("load"), request.params)
         self._lost = ()
         return outcome
+
+    def _convert(self, request: Request) -> Outcome:
+        return self._checkpoints.convert(self._model(), request.params)
 
     def _barrier(self, request: Request) -> Outcome:
         self._team.barrier()
@@ -277,6 +262,25 @@ class Operations:
 
         every = self._team.gather_lengths(self._team.agree(count))
         return None if every is None else [length for lengths in every for length in lengths]
+
+
+IMPLEMENTED: dict[str, Callable[[Operations, Request], Outcome]] = {
+    "init_model": Operations._init_model,
+    "update_actor": Operations._update,
+    "update_actor_with_distillation": Operations._update,
+    "update_critic": Operations._update,
+    "forward_backward": Operations._forward_backward,
+    "optim_step": Operations._optim_step,
+    "compute_log_prob": Operations._compute,
+    "compute_ref_log_prob": Operations._compute,
+    "compute_values": Operations._compute,
+    "compute_rewards": Operations._compute,
+    "save_checkpoint": Operations._save,
+    "load_checkpoint": Operations._load,
+    "convert_checkpoint_to_huggingface": Operations._convert,
+    "barrier": Operations._barrier,
+}
+"""What the ranks do for each row of OPERATIONS that is theirs."""
 
 
 def _gradients_lost(jobs: tuple[str, ...]) -> Refused:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
-from nexrl_contract.names import FRAME_METADATA_KEY
+from nexrl_contract.envelope import Envelope
 from nexrl_contract.operations import Operation
+from nexrl_contract.tensors import sizes_of
 from nexrl_payloads import PayloadStore
+
+from nexrl_worker.training.batch import Rows
 
 _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 
 
-class PayloadRows:
+class PayloadRows(Rows):
     """The tensors of a stored batch that one operation reads; what else was sent is invisible.
 
     With the payload's ``checksum``, whatever it gives are the bytes that were stored: raises PAYLOAD_DAMAGED.
@@ -26,19 +28,9 @@ class PayloadRows:
         self._remote = store.local_path(payload_id) is None
         self._kept = _Kept(())
         header = self._payload.header
-        self._names = [name for name in operation.reads if name in header.tensors]
-        self._shapes = {name: tuple(header.tensors[name].shape) for name in self._names}
-        document: dict[str, Any] = json.loads(header.metadata.get(FRAME_METADATA_KEY, "{}"))
-        self.metadata: Mapping[str, Any] = document.get("metadata") or {}
-        self.size = self._shapes["input_ids"][0]
-
-    def has(self, name: str) -> bool:
-        """Whether the batch holds ``name`` and the operation reads it."""
-        return name in self._shapes
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The whole batch's shape of one tensor."""
-        return self._shapes[name]
+        self.header = {name: header.tensors[name] for name in operation.reads if name in header.tensors}
+        self.metadata = Envelope.read(header.metadata).metadata
+        self.size = sizes_of(self.header)[0]
 
     def keep(self, rows: Sequence[int]) -> None:
         """Say which rows (ascending) this rank works on, and read them once: all damage shows here, before the vote.
@@ -46,7 +38,7 @@ class PayloadRows:
         A store without files is asked for them now, once for each tensor; a mapped one's stay where they are.
         """
         self._kept = _Kept(tuple(rows) if self._remote else ())
-        for name in self._names:
+        for name in self.header:
             if self._remote:
                 self.tensor(name, rows)
             else:

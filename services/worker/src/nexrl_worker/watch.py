@@ -12,6 +12,7 @@ from typing import Any
 
 from nexrl_contract import names
 from nexrl_contract.errors import ServiceError
+from nexrl_contract.operations import DESTROY
 from nexrl_contract.records import GroupRecord, JobRecord
 from nexrl_ledger import Fenced, Ledger, until_redis
 from nexrl_payloads import PayloadStore
@@ -104,7 +105,7 @@ class GroupWatch:
         self._end()
         doomed = until_redis(lambda: self._ledger.waiting(names.train_queue(identifier)))
         if destroy is None and failure is not None:
-            destroy = next((job.id for job in doomed if job.operation == "destroy"), None)
+            destroy = next((job.id for job in doomed if job.operation == DESTROY), None)
         cause = failure.cause if failure is not None else None
         if destroy is not None:
             self._process.forget_state()

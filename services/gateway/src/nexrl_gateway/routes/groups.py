@@ -6,16 +6,17 @@ from typing import Annotated
 
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, Request
+from nexrl_contract.operations import INITIALIZE, OPERATIONS
 from starlette.responses import Response
 
 from nexrl_gateway.admission import named_identifier, resolve
-from nexrl_gateway.answer_examples import INITIALIZED, MODELS, WORKER_INFO
+from nexrl_gateway.answer_examples import MODELS, OPERATION_ANSWERS, WORKER_INFO
 from nexrl_gateway.answers import answer, initialized
 from nexrl_gateway.bodies import content_kind, json_body
 from nexrl_gateway.docs import accepted, errors
 from nexrl_gateway.docs import answer as shown
-from nexrl_gateway.examples import INITIALIZE
-from nexrl_gateway.placement import InitializeBody, initialize, read_wanted
+from nexrl_gateway.examples import GROUP
+from nexrl_gateway.placement import initialize, read_wanted
 from nexrl_gateway.replies import json_response
 from nexrl_gateway.routes.operations import Identifier
 from nexrl_gateway.services import Services, services_of
@@ -24,13 +25,18 @@ from nexrl_gateway.wishes import Wishes, read_wishes
 
 Here = Annotated[Services, Depends(services_of)]
 router = APIRouter(tags=["groups"])
-_BODY = {"schema": InitializeBody.model_json_schema(), "examples": {"two ranks": {"value": INITIALIZE}}}
+_ROW = OPERATIONS[INITIALIZE]
+_BODY = {"schema": _ROW.params.model_json_schema(), "examples": {"two ranks": {"value": GROUP}}}
 
 
 @router.post(
-    "/initialize",
-    summary="Make a worker group",
-    responses={**shown(INITIALIZED), **accepted("initialize_worker"), **errors(400, 409, 413, 415, 422, 500, 504)},
+    _ROW.path,
+    summary=_ROW.summary,
+    responses={
+        **shown(OPERATION_ANSWERS[_ROW.name]),
+        **accepted(_ROW.name),
+        **errors(400, 409, 413, 415, 422, 500, 504),
+    },
     openapi_extra={"requestBody": {"required": True, "content": {"application/json": _BODY}}},
 )
 async def initialize_worker(

@@ -8,30 +8,49 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
+from nexrl_contract.tensors import Described, sizes_of
+from tensor_codec import encode, parse_header
 from torch import Tensor
 
-from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.losses.correction import Correction
 from nexrl_worker.training.packing import Segments, send
 
 
-class Rows(Protocol):
-    """What a rank sees of a batch of `size` rows; reads only the rows asked for."""
+class Rows:
+    """What a rank sees of a batch of `size` rows, by its header; reads only the rows asked for."""
 
-    @property
-    def size(self) -> int: ...
+    size: int
+    metadata: Mapping[str, Any]
+    header: Mapping[str, Described]
 
-    @property
-    def metadata(self) -> Mapping[str, Any]: ...
+    def has(self, name: str) -> bool:
+        """Whether the batch holds that tensor."""
+        return name in self.header
 
-    def has(self, name: str) -> bool: ...
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The whole batch's shape of one tensor."""
+        return tuple(self.header[name].shape)
 
-    def shape(self, name: str) -> tuple[int, ...]: ...
+    def tensor(self, name: str, rows: Sequence[int] | slice) -> Tensor:
+        """[len(rows), ...] on the CPU."""
+        raise NotImplementedError
 
-    def tensor(self, name: str, rows: Sequence[int] | slice) -> Tensor: ...
+
+class RowsInMemory(Rows):
+    """A batch of tensors at hand."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
+        self.tensors = tensors
+        self.metadata = metadata or {}
+        self.size = len(tensors["input_ids"])
+        frame = encode(dict(tensors))
+        self.header = parse_header(frame.header, frame.nbytes).tensors
+
+    def tensor(self, name: str, rows: Sequence[int] | slice) -> Tensor:
+        return self.tensors[name][rows]
 
 
 @dataclass(frozen=True)
@@ -43,54 +62,15 @@ class Layout:
 
     @classmethod
     def of(cls, rows: Rows) -> Layout:
-        """R is the width of `responses`, else S - 1; raises InvalidValue on shapes that do not fit."""
-        if not rows.has("input_ids"):
-            raise InvalidValue("the batch has no input_ids", tensor="input_ids", expected="[B,S] integers")
-        shape = rows.shape("input_ids")
-        if len(shape) != 2 or shape[1] < 2:
-            raise _shape_error("input_ids", "[B,S] with S at least 2", shape)
-        sequence = shape[1]
-        response = sequence - 1
-        if rows.has("responses"):
-            answer = rows.shape("responses")
-            if len(answer) != 2 or not 1 <= answer[1] < sequence:
-                raise _shape_error("responses", f"[B,R] with R from 1 to {sequence - 1}", answer)
-            response = answer[1]
-        layout = cls(sequence, response)
-        for name in ("attention_mask", "position_ids"):
-            if rows.has(name) and rows.shape(name) != shape:
-                raise _shape_error(name, str(list(shape)), rows.shape(name))
-        for name in ("loss_mask", "scoring_attention_mask"):
-            if rows.has(name):
-                layout.check_aligned(rows, name)
-        return layout
-
-    def check_aligned(self, rows: Rows, name: str, per_row: bool = False) -> None:
-        """Raise InvalidValue unless the tensor is [B,S] or [B,R] (or [B] where `per_row`)."""
-        shape = rows.shape(name)
-        fits = len(shape) == 2 and shape[1] in (self.sequence, self.response)
-        if not fits and not (per_row and len(shape) == 1):
-            expected = f"[B,{self.sequence}] or [B,{self.response}]" + (" or [B]" if per_row else "")
-            raise _shape_error(name, expected, shape)
-
-    def check_candidates(self, rows: Rows, name: str) -> None:
-        """Raise InvalidValue unless the tensor is [B,R,K]."""
-        shape = rows.shape(name)
-        if len(shape) != 3 or shape[1] != self.response or shape[2] < 1:
-            raise _shape_error(name, f"[B,{self.response},K] with K at least 1", shape)
+        """R is the width of `responses`, else S - 1; raises INVALID_TENSOR where they have none."""
+        _, sequence, response = sizes_of(rows.header)
+        return cls(sequence, response)
 
     def align(self, tensor: Tensor) -> Tensor:
         """[n,S], [n,R] or [n] as [n,R]; [n,R,K] as it is."""
         if tensor.ndim == 1:
             return tensor[:, None].expand(-1, self.response)
         return tensor[:, -self.response :]
-
-
-def _shape_error(name: str, expected: str, shape: tuple[int, ...]) -> InvalidValue:
-    actual = str(list(shape))
-    return InvalidValue(
-        f"{name} has shape {actual}, expected {expected}", tensor=name, expected=expected, actual=actual
-    )
 
 
 @dataclass(frozen=True)

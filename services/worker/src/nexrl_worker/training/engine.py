@@ -8,6 +8,9 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from nexrl_contract.batch import CheckedBatch, check_batch
+from nexrl_contract.operations import OPERATIONS
+from nexrl_contract.sections import ActorConfig
 
 from nexrl_worker.training.batch import BatchReader, Layout, Rows
 from nexrl_worker.training.errors import InvalidValue
@@ -26,28 +29,25 @@ from nexrl_worker.training.optim import Schedule
 from nexrl_worker.training.parallelize import release
 from nexrl_worker.training.plan import Cut, Plan, make_plan
 from nexrl_worker.training.probe import Probe, probed, strictest
-from nexrl_worker.training.queries import QUERIES, answered
+from nexrl_worker.training.queries import answered
 from nexrl_worker.training.reference import FrozenReference
 from nexrl_worker.training.roots import Root, longest_row
 from nexrl_worker.training.scorer import Scorer
 from nexrl_worker.training.sources import folder_tensors
-from nexrl_worker.training.spec import aggregation_of, loss_spec, needed_tensors, present, temperature_of
+from nexrl_worker.training.spec import aggregation_of, loss_spec, temperature_of
 from nexrl_worker.training.state import TrainingState
 from nexrl_worker.training.trainer import Parts, Result, Trainer
 from nexrl_worker.training.validate import Limits, check_rows, longest
 from nexrl_worker.training.weights import parameter_shards
 
 Agree = Callable[[Callable[[], Any]], Any]
-POLICY_UPDATES = ("update_actor", "update_actor_with_distillation")
-UPDATES = (*POLICY_UPDATES, "update_critic")
-TRAINING = (*UPDATES, "forward_backward")
 
 
 class Engine(TrainingState):
     """A sharded model, its optimizer (none where the role does not learn) and the gradients that await a step."""
 
     def __init__(
-        self, actor: Any, role: str, root: Root, outcome: Probe, source: Mapping[str, str], room: Room
+        self, actor: ActorConfig, role: str, root: Root, outcome: Probe, source: Mapping[str, str], room: Room
     ) -> None:
         kind, device = kind_of(role), room.device
         trainer = Trainer(root, actor, device) if kind.trains else None
@@ -60,7 +60,7 @@ class Engine(TrainingState):
         self._reference = FrozenReference(actor, root, outcome.packs, device)
 
     @classmethod
-    def build(cls, actor: Any, role: str, device: torch.device, agree: Agree = lambda act: act()) -> Engine:
+    def build(cls, actor: ActorConfig, role: str, device: torch.device, agree: Agree = lambda act: act()) -> Engine:
         """Load `actor.model.path` over all ranks of the default process group as `role` needs it. Collective.
 
         `agree` runs what is local, and may raise on all ranks what one of them raises.
@@ -110,11 +110,12 @@ class Engine(TrainingState):
         What only looks uses the first epoch of the next update's cut, so that the update starts at ratio 1.
         """
         actor = self._actor
-        steps = operation in UPDATES or operation in QUERIES
+        row = OPERATIONS[operation]
+        steps = row.steps or not row.trains
         mini = actor.ppo_mini_batch_size * actor.rollout.n if steps and actor.ppo_mini_batch_size else None
         cut = Cut(
             mini_rows=mini,
-            epochs=actor.ppo_epochs if operation in UPDATES else 1,
+            epochs=actor.ppo_epochs if row.steps else 1,
             micro_rows=actor.ppo_micro_batch_size_per_gpu,
             token_budget=actor.ppo_max_token_len_per_gpu if actor.use_dynamic_bsz else None,
             shuffle_seed=f"{actor.seed}:{self.optimizer_steps}" if steps and actor.shuffle else None,
@@ -131,22 +132,21 @@ class Engine(TrainingState):
 
     def check(self, operation: str, plan: Plan, rows: Rows, params: Mapping[str, Any]) -> None:
         """Raise InvalidValue if this rank's rows or the parameters cannot be used. Local: no collective."""
-        layout = Layout.of(rows)
-        names: tuple[str, ...] = ()
+        checked = self._checked(operation, rows, params)
+        layout = Layout(checked.sequence, checked.response)
         temperature_of(self._actor, rows)
-        if operation in QUERIES:
+        if not OPERATIONS[operation].trains:
             _check_top_k(params.get("top_k"), self._root.vocabulary)
         elif operation == "update_critic":
-            names = self._critic_tensors(rows, layout)
             self._training()
         else:
-            names = self._check_policy(operation, plan, rows, layout, params)
+            self._check_policy(operation, plan, rows, params)
         with_reference = self._uses_frozen(operation, rows, params)
         if with_reference:
             self._reference.check()
         mine = plan.rows_of(dist.get_rank())
-        check_rows(rows, layout, self._limits(with_reference), names, mine)
-        self.room.check_row(*longest(rows, layout, mine), operation in TRAINING)
+        check_rows(rows, layout, self._limits(with_reference), checked.names, mine)
+        self.room.check_row(*longest(rows, layout, mine), OPERATIONS[operation].trains)
 
     def lacks_reference(self, operation: str, rows: Rows, params: Mapping[str, Any]) -> bool:
         """Whether `load_reference` and `examine_reference` must come first; raises InvalidValue for bad parameters. Local."""
@@ -155,12 +155,12 @@ class Engine(TrainingState):
     def explain(self, plan: Plan, rows: Rows, lengths: Sequence[int], params: Mapping[str, Any]) -> dict[str, Any]:
         """What the plan means for rows of these lengths, with the peak memory of the largest rank. Collective."""
         packed, config = self._probe.packs, self._actor
-        trains = plan.operation in TRAINING
+        trains = OPERATIONS[plan.operation].trains
         mine = [micro for mini in plan.mini_batches for micro in mini.ranks[dist.get_rank()]]
         load = Load(
             micros=[computed_lengths(micro, lengths, packed) for micro in mine],
             trains=trains,
-            first_step=plan.operation in UPDATES and self.optimizer_steps == 0,
+            first_step=OPERATIONS[plan.operation].steps and self.optimizer_steps == 0,
             keeps_gradients=config.fsdp_config.gradient_sync == "mini_batch" and len(plan.mini_batches[0].ranks[0]) > 1,
             reference=self._uses_frozen(plan.operation, rows, params),
             compute_bytes=Precision.of(config.fsdp_config, self._device).param.itemsize,
@@ -250,26 +250,22 @@ class Engine(TrainingState):
             raise InvalidValue(f"a group of role {self._role} does not train")
         return self._trainer
 
-    def _check_policy(
-        self, operation: str, plan: Plan, rows: Rows, layout: Layout, params: Mapping[str, Any]
-    ) -> tuple[str, ...]:
+    def _checked(self, operation: str, rows: Rows, params: Mapping[str, Any]) -> CheckedBatch:
+        return check_batch(rows.header, OPERATIONS[operation], params, self._actor)
+
+    def _check_policy(self, operation: str, plan: Plan, rows: Rows, params: Mapping[str, Any]) -> None:
         spec = loss_spec(self._actor, operation, rows, params)
-        names = needed_tensors(spec, rows, layout)
-        self._training().check(spec.aggregation, accumulates=operation not in UPDATES)
+        self._training().check(spec.aggregation, accumulates=not OPERATIONS[operation].steps)
         steps = len(plan.mini_batches)
         if spec.reads_old and steps > 1 and not rows.has("old_log_probs"):
             message = f"{steps} optimizer steps on one batch need old_log_probs"
             raise InvalidValue(message, tensor="old_log_probs", expected="[B,S] or [B,R]", actual="missing")
-        return names
-
-    def _critic_tensors(self, rows: Rows, layout: Layout) -> tuple[str, ...]:
-        return present(rows, layout, ["returns"], ["values"])
 
     def _uses_frozen(self, operation: str, rows: Rows, params: Mapping[str, Any]) -> bool:
         """Whether a second model, the frozen reference, takes part."""
         if self._is_reference or operation == "update_critic":
             return False
-        if operation in QUERIES:
+        if not OPERATIONS[operation].trains:
             return operation == "compute_ref_log_prob"
         return loss_spec(self._actor, operation, rows, params).uses_kl and not rows.has("ref_log_prob")
 
@@ -279,16 +275,14 @@ class Engine(TrainingState):
         return not self._kind.trains and self.unchanged and self._reference.path == self._actor.model.path
 
     def _prepared(self, operation: str, rows: Rows, params: Mapping[str, Any]) -> tuple[Objective, BatchReader]:
-        layout = Layout.of(rows)
+        names = self._checked(operation, rows, params).names
         objective: Objective
         dropping = None
         if operation == "update_critic":
-            names = self._critic_tensors(rows, layout)
             loss = ValueLoss(self._actor.cliprange_value)
             objective = ValueObjective(cast(ValueModel, self._root), loss, aggregation_of(self._actor))
         else:
             spec = loss_spec(self._actor, operation, rows, params)
-            names = needed_tensors(spec, rows, layout)
             make = PolicyObjective if spec.top_k is None else TopKObjective
             objective = make(cast(Scorer, self._root), spec, names, self.reference)
             dropping = spec.correction if spec.correction is not None and spec.correction.drops else None

@@ -7,17 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nexrl_worker.training.batch import Layout, Rows
+from nexrl_contract.losses import LOSSES, Loss
+from nexrl_contract.operations import DISTILLATION
+from nexrl_contract.sections import ActorConfig, RolloutCorrectionConfig
+
+from nexrl_worker.training.batch import Rows
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.losses.aggregation import MODES, Aggregation
 from nexrl_worker.training.losses.correction import Correction
-from nexrl_worker.training.losses.policy import Clip, PolicyLoss, policy_loss
+from nexrl_worker.training.losses.policy import Clip
 
-DISTILLATION = "update_actor_with_distillation"
-DISTILLATION_LOSSES = ("policy_gradient", "forward_kl", "reverse_kl")
 CURRENT = "current"  # of distillation_student: what else it may be is the name of a tensor
-PER_ROW = ("advantages", "loss_weights")
-CANDIDATES = ("teacher_topk_ids", "teacher_topk_log_probs")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class LossSpec:
     those of `student` are then subtracted. `kl_times_ratio`: the KL term is weighed by exp(lp - old).
     """
 
-    loss: PolicyLoss
+    loss: Loss
     aggregation: Aggregation
     clip: Clip
     correction: Correction | None
@@ -50,10 +50,10 @@ class LossSpec:
         """Whether `old_log_probs` would matter: for a ratio, or for what a rollout correction weighs by."""
         if self.uses_kl and self.kl_times_ratio:
             return True
-        return self.top_k is None and (self.loss.needs_old or self.correction is not None)
+        return self.top_k is None and (self.loss.ratio or self.correction is not None)
 
 
-def temperature_of(actor: Any, rows: Rows) -> float:
+def temperature_of(actor: ActorConfig, rows: Rows) -> float:
     """The batch's metadata, else the configuration, else 1.0; raises InvalidValue unless positive and finite.
 
     It counts where the batch has no tensor `temperature` [B].
@@ -64,25 +64,23 @@ def temperature_of(actor: Any, rows: Rows) -> float:
     return 1.0 if value is None else _number("temperature", value, positive=True)
 
 
-def aggregation_of(actor: Any) -> Aggregation:
+def aggregation_of(actor: ActorConfig) -> Aggregation:
     """The configuration's way of summing; raises InvalidValue where a factor is missing."""
     return _aggregation(actor.loss_agg_mode, actor.loss_scale_factor)
 
 
-def loss_spec(actor: Any, operation: str, rows: Rows, params: Mapping[str, Any]) -> LossSpec:
+def loss_spec(actor: ActorConfig, operation: str, rows: Rows, params: Mapping[str, Any]) -> LossSpec:
     """The settings of this operation; `params` (`loss`, of distillation its settings) win over `actor`."""
     distils = operation == DISTILLATION
     settings: Mapping[str, Any] = rows.metadata if distils else {}
     kind = (params.get("distillation_loss") or actor.distillation_loss) if distils else None
-    if kind not in (None, *DISTILLATION_LOSSES):
-        raise InvalidValue(f"unknown distillation_loss {kind!r}", expected=", ".join(DISTILLATION_LOSSES))
     name = _distillation_loss(actor, rows, kind) if distils else params.get("loss") or actor.policy_loss
-    loss = policy_loss(name)
-    mode = loss.mode or settings.get("loss_agg_mode") or actor.loss_agg_mode
-    if loss.mode is None and mode not in MODES:
+    loss = LOSSES[name]
+    mode = loss.aggregation or settings.get("loss_agg_mode") or actor.loss_agg_mode
+    if loss.aggregation is None and mode not in MODES:
         raise InvalidValue(f"unknown loss_agg_mode {mode!r}", expected=", ".join(MODES), actual=str(mode))
     entropy_coeff = settings.get("entropy_coeff")
-    correction = actor.rollout_correction if loss.needs_advantages and kind in (None, "policy_gradient") else None
+    correction = actor.rollout_correction if loss.advantages and kind in (None, "policy_gradient") else None
     return LossSpec(
         loss=loss,
         aggregation=_aggregation(mode, actor.loss_scale_factor),
@@ -98,45 +96,6 @@ def loss_spec(actor: Any, operation: str, rows: Rows, params: Mapping[str, Any])
     )
 
 
-def needed_tensors(spec: LossSpec, rows: Rows, layout: Layout) -> tuple[str, ...]:
-    """The tensors that the loss reads; raises InvalidValue where one is missing or of another shape."""
-    required: list[str] = []
-    optional: list[str] = []
-    if spec.top_k is not None:
-        required += CANDIDATES
-    else:
-        if spec.distillation is not None:
-            required += ["teacher_log_probs", *([] if spec.student == CURRENT else [spec.student])]
-        if spec.loss.needs_advantages:
-            (required if spec.distillation is None else optional).append("advantages")
-            (required if spec.correction is not None else optional).append("rollout_log_probs")
-        if spec.loss.own_weights:
-            required.append("loss_weights")
-        if spec.correction is not None and spec.correction.drops:
-            required.append("old_log_probs")
-        elif spec.loss.needs_advantages and rows.has("rollout_log_probs"):
-            optional.append("old_log_probs")
-    if spec.reads_old:
-        optional.append("old_log_probs")
-    if spec.uses_kl:
-        optional.append("ref_log_prob")
-    return present(rows, layout, required, optional)
-
-
-def present(rows: Rows, layout: Layout, required: list[str], optional: list[str]) -> tuple[str, ...]:
-    """`required` and those of `optional` that the batch has; raises InvalidValue naming what is missing or misshapen."""
-    for name in required:
-        if not rows.has(name):
-            raise InvalidValue(f"the batch has no {name}", tensor=name, expected="[B,S] or [B,R]", actual="missing")
-    names = dict.fromkeys(required + [name for name in optional if rows.has(name)])
-    for name in names:
-        if name in CANDIDATES:
-            layout.check_candidates(rows, name)
-        else:
-            layout.check_aligned(rows, name, per_row=name in PER_ROW)
-    return tuple(names)
-
-
 def _aggregation(mode: str, scale: float | None) -> Aggregation:
     if mode != "seq-mean-token-sum-norm":
         return Aggregation(mode)
@@ -145,25 +104,25 @@ def _aggregation(mode: str, scale: float | None) -> Aggregation:
     return Aggregation(mode, _number("loss_scale_factor", scale, positive=True))
 
 
-def _correction(given: Any) -> Correction:
+def _correction(given: RolloutCorrectionConfig) -> Correction:
     return Correction(given.mode, given.lower, given.upper, given.drop_rejected)
 
 
-def _clip(actor: Any, loss: PolicyLoss) -> Clip:
-    low, high = loss.clip or (actor.clip_ratio, actor.clip_ratio)
-    if not loss.lower_bound:
-        low = None
-    if actor.clip_ratio_low is not None:
-        low = actor.clip_ratio_low
-    return Clip(low, high if actor.clip_ratio_high is None else actor.clip_ratio_high, actor.clip_ratio_c)
+def _clip(actor: ActorConfig, loss: Loss) -> Clip:
+    own_low, own_high = loss.clip or (actor.clip_ratio, actor.clip_ratio)
+    given_low, given_high = actor.clip_ratio_low, actor.clip_ratio_high
+    low = own_low if loss.lower_bound else None
+    return Clip(
+        low if given_low is None else given_low, own_high if given_high is None else given_high, actor.clip_ratio_c
+    )
 
 
-def _distillation_clip(actor: Any) -> Clip:
+def _distillation_clip(actor: ActorConfig) -> Clip:
     low, high, both = actor.distillation_cliprange_low, actor.distillation_cliprange_high, actor.distillation_cliprange
     return Clip(both if low is None else low, both if high is None else high)
 
 
-def _distillation_loss(actor: Any, rows: Rows, kind: str | None) -> str:
+def _distillation_loss(actor: ActorConfig, rows: Rows, kind: str | None) -> str:
     """Clipped where asked for; without old_log_probs the ratio is 1 and the gradient that of REINFORCE."""
     if kind == "policy_gradient" and actor.use_distillation_clipping:
         return "ppo"

@@ -35,9 +35,6 @@ def check_rows(rows: Rows, layout: Layout, limits: Limits, names: Sequence[str],
 
     Some rows at a time, so that checking takes little memory beside the batch.
     """
-    if rows.has("temperature") and len(rows.shape("temperature")) != 1:
-        shape = str(list(rows.shape("temperature")))
-        raise InvalidValue(f"temperature has shape {shape}, expected [B]", tensor="temperature", actual=shape)
     step = max(_CHECKED_TOKENS // layout.sequence, 1)
     for at in range(0, len(indices), step):
         _check_some(rows, layout, limits, names, list(indices[at : at + step]))

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nexrl_worker.training.errors import InvalidValue
-
 _FAR = 60.0  # e^60 lies beyond every clip bound; its product with an advantage is finite in float32
 
 
@@ -142,38 +140,14 @@ def linear(tokens: Tokens, clip: Clip) -> PerToken:
     return PerToken(tokens.weights * tokens.log_probs)
 
 
-@dataclass(frozen=True)
-class PolicyLoss:
-    """A loss and what it reads; `mode` is its aggregation where it has only one, `clip` its own default bounds.
-
-    `lower_bound`: the ratio is bounded below even where the configuration names no such bound.
-    `own_weights`: it is the client's, who also gets the log-probabilities back.
-    """
-
-    function: Callable[[Tokens, Clip], PerToken]
-    needs_advantages: bool = True
-    needs_old: bool = False
-    mode: str | None = None
-    clip: tuple[float, float] | None = None
-    lower_bound: bool = True
-    own_weights: bool = False
-
-
-# "grpo" differs from "ppo" in how the trainer makes the advantages (Shao et al., "DeepSeekMath", 2024), not here.
-LOSSES = {
-    "ppo": PolicyLoss(ppo, needs_old=True),
-    "grpo": PolicyLoss(ppo, needs_old=True),
-    "gspo": PolicyLoss(gspo, needs_old=True, mode="seq-mean-token-mean", clip=(3e-4, 4e-4)),
-    "cispo": PolicyLoss(cispo, needs_old=True, lower_bound=False),
-    "importance_sampling": PolicyLoss(importance_sampling, needs_old=True),
-    "reinforce": PolicyLoss(reinforce),
-    "cross_entropy": PolicyLoss(cross_entropy, needs_advantages=False),
-    "linear": PolicyLoss(linear, needs_advantages=False, mode="sum", own_weights=True),
+FUNCTIONS: dict[str, Callable[[Tokens, Clip], PerToken]] = {
+    "ppo": ppo,
+    "grpo": ppo,
+    "gspo": gspo,
+    "cispo": cispo,
+    "importance_sampling": importance_sampling,
+    "reinforce": reinforce,
+    "cross_entropy": cross_entropy,
+    "linear": linear,
 }
-
-
-def policy_loss(name: str) -> PolicyLoss:
-    """The registered loss; raises InvalidValue with the known names."""
-    if name not in LOSSES:
-        raise InvalidValue(f"unknown policy_loss {name!r}", expected=", ".join(LOSSES), actual=name)
-    return LOSSES[name]
+"""The formula of each loss of :data:`nexrl_contract.losses.LOSSES`."""

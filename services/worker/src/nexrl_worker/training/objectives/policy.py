@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nexrl_worker.training.batch import MicroBatch
-from nexrl_worker.training.losses.policy import PerToken, Tokens, select_tokens
+from nexrl_worker.training.losses.policy import FUNCTIONS, PerToken, Tokens, select_tokens
 from nexrl_worker.training.objectives.base import Evaluated, count_batch
 from nexrl_worker.training.objectives.tally import Tally, Totals
 from nexrl_worker.training.objectives.terms import Terms
@@ -34,10 +34,10 @@ class PolicyObjective:
 
     def evaluate(self, micro: MicroBatch, tally: Tally) -> Evaluated:
         """See Objective; answers with `log_probs` where the loss is the client's own (`linear`)."""
-        answers = self._spec.loss.own_weights
+        answers = self._spec.loss.weights
         log_probs, entropies = self._scorer.score(micro, entropy=True, all_labels=answers)
         tokens = self._tokens(log_probs, micro, tally)
-        per_token = self._spec.loss.function(tokens, self._spec.clip)
+        per_token = FUNCTIONS[self._spec.loss.name](tokens, self._spec.clip)
         weighted = per_token.loss * self._weights(tokens, micro, tally)
         main = self.aggregation.numerator(weighted, micro.mask)
         loss = self._terms.add(main, tokens, entropies, micro, tally)

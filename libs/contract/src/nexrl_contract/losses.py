@@ -1,0 +1,47 @@
+"""The policy losses: what each reads and fixes. Their formulas are in the worker, under the same names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+LossName = Literal["ppo", "grpo", "gspo", "cispo", "importance_sampling", "reinforce", "cross_entropy", "linear"]
+AggregationMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+DistillationLoss = Literal["policy_gradient", "forward_kl", "reverse_kl"]
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """One row of :data:`LOSSES`."""
+
+    name: str
+    advantages: bool = True
+    """It reads ``advantages``, and a rollout correction may weigh it."""
+    ratio: bool = False
+    """It reads ``old_log_probs``."""
+    weights: bool = False
+    """It reads ``loss_weights``, the client's own, who gets ``log_probs`` back."""
+    aggregation: str | None = None
+    """The one way of summing it has; None takes ``loss_agg_mode``."""
+    clip: tuple[float, float] | None = None
+    """Its own default bounds of the ratio, below and above 1; None takes ``clip_ratio``."""
+    lower_bound: bool = True
+    """The ratio is bounded below even where the configuration names no such bound."""
+    dual_clip: bool = False
+    """``clip_ratio_c`` bounds it."""
+
+
+# "grpo" differs from "ppo" in how the trainer makes the advantages (Shao et al., "DeepSeekMath", 2024), not here.
+LOSSES: dict[str, Loss] = {
+    loss.name: loss
+    for loss in (
+        Loss("ppo", ratio=True, dual_clip=True),
+        Loss("grpo", ratio=True, dual_clip=True),
+        Loss("gspo", ratio=True, dual_clip=True, aggregation="seq-mean-token-mean", clip=(3e-4, 4e-4)),
+        Loss("cispo", ratio=True, lower_bound=False),
+        Loss("importance_sampling", ratio=True),
+        Loss("reinforce"),
+        Loss("cross_entropy", advantages=False),
+        Loss("linear", advantages=False, weights=True, aggregation="sum"),
+    )
+}
