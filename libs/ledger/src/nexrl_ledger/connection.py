@@ -48,7 +48,10 @@ def redis_fault(client: redis.Redis) -> str | None:
     From INFO, which managed servers answer, too. Raises RedisError where it does not answer.
     """
     try:
-        told: Any = {**client.info("memory"), **client.info("persistence")}
+        with client.pipeline(transaction=False) as pipe:
+            pipe.info("memory")
+            pipe.info("persistence")
+            told: Any = {name: value for section in pipe.execute() for name, value in section.items()}
     except redis.exceptions.ResponseError:
         return None
     policy = told.get("maxmemory_policy", "noeviction")

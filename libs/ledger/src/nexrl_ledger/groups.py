@@ -27,7 +27,8 @@ class GroupRecords(LedgerPart):
 
     def groups(self) -> list[GroupRecord]:
         """All living groups, by name."""
-        return [group for name in self.identifiers() if (group := self.group(name)) is not None]
+        found = self.hashes(names.group_key(name) for name in self.identifiers())
+        return [GroupRecord.from_hash(fields) for fields in found if "identifier" in fields]
 
     def update_group(self, identifier: str, epoch: int | None = None, **fields: Any) -> None:
         """Set fields of a group (None deletes one); raises :class:`Fenced` when ``epoch`` is not the current one, or has ended."""

@@ -40,9 +40,8 @@ class Presence(LedgerPart):
 
     def _alive(self, index: str, key_of: Callable[[str], str]) -> list[AgentRecord]:
         found = []
-        members: set[str] = self.client.smembers(index)
-        for name in sorted(members):
-            fields = self.client.hgetall(key_of(name))
+        members: list[str] = sorted(self.client.smembers(index))
+        for name, fields in zip(members, self.hashes(map(key_of, members)), strict=True):
             if fields:
                 found.append(AgentRecord.from_hash(fields))
             else:

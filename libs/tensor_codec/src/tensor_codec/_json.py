@@ -12,7 +12,7 @@ from ._convert import AnyTensor, to_raw
 from ._errors import InvalidBase64, InvalidTensorEntry, ShapeMismatch, UnsupportedDtype
 from ._raw import RawTensor
 
-_STEP = 1024 * 1024
+_STEP = 256 * 1024
 """Characters that are decoded at a time, a multiple of four: the interpreter does nothing else meanwhile."""
 _FIELDS = {"data", "shape", "dtype", "encoding"}
 

@@ -24,8 +24,8 @@ _FILES_PER_CONNECTION = 4
 """Its socket; for an upload a second descriptor of that, and files of the store."""
 _M_MMAP_THRESHOLD = -3
 _MAPPED_BYTES = 4 * 1024**2
-_SWITCH_S = 0.002
-"""How long a thread keeps the interpreter while the event loop waits for it."""
+_SWITCH_S = 0.0005
+"""How long a thread keeps the interpreter while another waits for it, as /health has to a dozen times."""
 
 
 class _Server(uvicorn.Server):

@@ -16,6 +16,7 @@ from nexrl_contract.records import AgentRecord, GroupRecord
 from nexrl_ledger import redis_fault
 
 from nexrl_gateway.services import Services
+from nexrl_gateway.settings import Settings
 
 STALE_S = 20.0
 """A live group beats every few seconds; older than this it is not believed to be well."""
@@ -23,10 +24,10 @@ STALE_S = 20.0
 
 def health(services: Services) -> tuple[dict[str, Any], bool]:
     """What ``/health`` shows, and whether Redis and the payload store answer. ``reasons`` say why it is not healthy."""
-    report: dict[str, Any] = {"status": "degraded", "redis": "ok", "payload_store": _store_state(services)}
-    report["reasons"] = reasons = _lacks(services) + _full(services.settings.checkpoint_roots)
+    store = _store_state(services)
+    reasons = _lacks(services.settings, store) + _full(services.settings.checkpoint_roots)
+    report: dict[str, Any] = {"status": "degraded", "redis": "ok", "payload_store": store, "reasons": reasons}
     try:
-        services.ledger.client.ping()
         fault = redis_fault(services.ledger.client)
         groups = services.ledger.groups()
         agents, checkpointers = services.ledger.agents(), services.ledger.checkpointers()
@@ -52,7 +53,7 @@ def health(services: Services) -> tuple[dict[str, Any], bool]:
 def ready(services: Services) -> tuple[dict[str, Any], bool]:
     """What ``/ready`` shows, and whether what is asked for now would be done and kept: Redis and the disks are sound."""
     report, serving = health(services)
-    sound = serving and report["redis"] == "ok" and not _lacks(services)
+    sound = serving and report["redis"] == "ok" and not _lacks(services.settings, report["payload_store"])
     shown = {name: report[name] for name in ("redis", "payload_store", "reasons")}
     return {"ready": sound, **shown}, sound
 
@@ -125,9 +126,8 @@ def _store_state(services: Services) -> str:
     return "ok"
 
 
-def _lacks(services: Services) -> list[str]:
+def _lacks(settings: Settings, store: str) -> list[str]:
     """What keeps requests from being served: the payload store's fault, and a full disk of it or of the data folder."""
-    settings, store = services.settings, _store_state(services)
     folders = [settings.data]
     if settings.payloads.startswith("file://"):
         folders.append(Path(settings.payloads.removeprefix("file://")))
