@@ -72,9 +72,9 @@ def main(folder: Path, length: int, count: int) -> None:
     lengths = [int(n) for n in rows.tensors["attention_mask"].sum(dim=1)]
     _say({"padding": 1.0 - sum(lengths) / (length * count)})
     while (engine := engines.get(sys.stdin.readline().strip())) is not None:
-        plan = engine.plan("update_actor", rows.size, lengths)
         start = time.perf_counter()
-        result = engine.update(plan, rows, {})
+        prepared = engine.prepare("update_actor", rows, {})
+        result = engine.update(prepared, engine.plan(prepared, lengths))
         _say([time.perf_counter() - start, result[0].metrics["actor/grad_norm"]])
     _say("done")
     dist.destroy_process_group()

@@ -74,7 +74,7 @@ class Reader:
         return {"read_at": time.monotonic(), "digest": seen}
 
     def _update(self, rows: PayloadRows) -> dict[str, Any]:
-        plan = make_plan("update_actor", rows.size, self._team.size, Cut(micro_rows=_MICRO_ROWS))
+        plan = make_plan(rows.size, self._team.size, Cut(micro_rows=_MICRO_ROWS))
         layout, mine = Layout.of(rows), plan.rows_of(self._team.rank)
         names = ("advantages", "old_log_probs")
 

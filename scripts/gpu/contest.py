@@ -47,19 +47,21 @@ class EngineSide:
         if packing and not self._engine.info()["packing"]:
             raise RuntimeError(f"it does not pack: {self._engine.info()['packing_reason']}")
         self.model: nn.Module = self._engine._root
-        self._rows = rows
-        self._plan = self._engine.plan("update_actor", rows.size, rows.lengths)
+        self._prepared = self._engine.prepare("update_actor", rows, {})
+        self._plan = self._engine.plan(self._prepared, rows.lengths)
         found = self._engine._probe
         self.told = {key: value for key, value in self._engine.info().items() if "steps" not in key}
         self.told |= {"chunked_difference": found.difference, "packed_difference": found.packed_difference}
-        self.told["estimated_peak_mib"] = self._engine.explain(self._plan, rows, rows.lengths, {})["peak_memory_mib"]
+        self.told["estimated_peak_mib"] = self._engine.explain(self._prepared, self._plan, rows.lengths)[
+            "peak_memory_mib"
+        ]
         if whole_logits:
             self._engine._root.fallback = "whole logits were asked for"  # type: ignore[assignment]
             self.told |= {"chunked_log_probs": False, "chunked_log_probs_reason": "whole logits were asked for"}
             del self.told["estimated_peak_mib"]  # it is that of the chunks
 
     def step(self) -> tuple[float, Mapping[str, float]]:
-        [result] = self._engine.update(self._plan, self._rows, {})
+        [result] = self._engine.update(self._prepared, self._plan)
         parts = {key: value for key, value in result.metrics.items() if key.startswith("time/")}
         return float(result.metrics["actor/grad_norm"]), parts
 

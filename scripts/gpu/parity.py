@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nexrl_worker.training import Engine
+from nexrl_worker.training import Engine, Plan
+from nexrl_worker.training.spec import Prepared
 from torch import Tensor
 
 from gpu.actor import Rows, actor, free, make_rows
@@ -45,21 +46,26 @@ def parity(folder: Path, device: torch.device) -> dict[str, Any]:
     return answer
 
 
+def _planned(engine: Engine, operation: str, rows: Rows) -> tuple[Prepared, Plan]:
+    prepared = engine.prepare(operation, rows, {})
+    return prepared, engine.plan(prepared, rows.lengths)
+
+
 def _engine(path: Path, rows: Rows, micro: int, device: torch.device, dtype: str, packing: bool) -> dict[str, Any]:
     """What one engine makes of the batch, on the CPU in float64."""
     engine = Engine.build(
         actor(path, packing=packing, dtype=dtype, ppo_micro_batch_size_per_gpu=micro), "actor", device
     )
-    answers = engine.compute(engine.plan("compute_log_prob", rows.size, rows.lengths), rows, {})["old_log_probs"]
+    answers = engine.compute(*_planned(engine, "compute_log_prob", rows))["old_log_probs"]
     log_probs = torch.zeros(rows.size, rows.shape("input_ids")[1] - 1, dtype=torch.float64)
     for indices, values in answers:
         log_probs[indices] = values.double()
-    engine.accumulate(engine.plan("forward_backward", rows.size, rows.lengths), rows, {})
+    engine.accumulate(*_planned(engine, "forward_backward", rows))
     tokens = sum(rows.lengths) - rows.size  # a row's first token is not scored
     grads: dict[str, Any] = {name: param.grad for name, param in engine._root.hf.named_parameters()}
     whole = {name: grad.full_tensor().double().cpu() / tokens for name, grad in grads.items()}
     engine.step(discard=True)
-    [result] = engine.update(engine.plan("update_actor", rows.size, rows.lengths), rows, {})
+    [result] = engine.update(*_planned(engine, "update_actor", rows))
     reason = engine.info()["packing_reason"]
     del engine, grads
     free(device)

@@ -13,30 +13,32 @@ from nexrl_worker.checkpoint.load import inspect
 from nexrl_worker.checkpoint.shards import GroupState, write_shards
 from nexrl_worker.training import Engine
 from rank_processes import be_a_rank
-from support import batch, config
+from support import batch, config, planned
 
 
 def update(engine: Engine) -> None:
     rows = batch(size=6)
-    plan = engine.plan("update_actor", rows.size, rows.lengths())
-    engine.check("update_actor", plan, rows, {})
-    engine.update(plan, rows, {})
+    prepared, plan = planned(engine, "update_actor", rows)
+    engine.check(prepared, plan)
+    engine.update(prepared, plan)
 
 
 def save(engine: Engine, folder: Path) -> None:
     update(engine)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    group = GroupState({"scalars": engine.scalars()}, folder / "model") if rank == 0 else None
-    write_shards(folder / "staging", rank, world_size, engine.shards(), engine.rng_state(), group)
+    group = GroupState({"scalars": engine.state.scalars()}, folder / "model") if rank == 0 else None
+    write_shards(folder / "staging", rank, world_size, engine.state.shards(), engine.state.rng_state(), group)
 
 
 def load(engine: Engine, folder: Path) -> None:
     plan = inspect(folder / "ckpt")
     plan.verify(dist.get_rank(), dist.get_world_size())
     reader = plan.reader()
-    plan.check_fits(reader, {shard.name: shard.global_shape for shard in engine.shards()}, engine.architecture())
-    engine.load_shards(reader)
-    engine.load_scalars(plan.state()["scalars"])
+    plan.check_fits(
+        reader, {shard.name: shard.global_shape for shard in engine.state.shards()}, engine.state.architecture()
+    )
+    engine.state.load_shards(reader)
+    engine.state.load_scalars(plan.state()["scalars"])
     reader.close()
 
 
@@ -44,10 +46,12 @@ def check(phase: Callable[[Engine, Path], None], folder: Path) -> None:
     engine = Engine.build(config(str(folder / "model"), export_dtype="float64"), "actor", torch.device("cpu"))
     phase(engine, folder)
     update(engine)
-    stamp = Stamp("student", 0, engine.weight_version, f"{engine.fingerprint():016x}")
+    stamp = Stamp("student", 0, engine.state.weight_version, f"{engine.state.fingerprint():016x}")
     after = folder / f"after-{phase.__name__}"
-    writer = FolderWriter(after, folder / "model", stamp, layout=engine.layout()) if dist.get_rank() == 0 else None
-    assert export(engine.full_weights(), writer) is None
+    writer = (
+        FolderWriter(after, folder / "model", stamp, layout=engine.state.layout()) if dist.get_rank() == 0 else None
+    )
+    assert export(engine.state.full_weights(), writer) is None
     if writer is not None:
         writer.finish()
 

@@ -14,7 +14,7 @@ from nexrl_worker.checkpoints import Checkpoints
 from nexrl_worker.settings import RankSettings
 from nexrl_worker.team import Team
 from nexrl_worker.training import Engine
-from support import batch, config
+from support import batch, config, planned
 
 
 class Group:
@@ -31,8 +31,7 @@ class Group:
         rows = batch()
         rows.tensors["returns"] = rows.tensors["advantages"]
         operation = "update_critic" if self.engine.info()["role"] == "critic" else "update_actor"
-        plan = self.engine.plan(operation, rows.size)
-        self.engine.update(plan, rows, {})
+        self.engine.update(*planned(self.engine, operation, rows))
 
     def save(self, path: Path, *, sharded: bool, weight_only: bool = False) -> Path:
         params = {
@@ -43,24 +42,24 @@ class Group:
             "remove_previous_ckpt": False,
         }
         job_id = new_job_id()
-        outcome = self.checkpoints.save(self.engine, job_id, params, 1)
+        outcome = self.checkpoints.save(self.engine.state, job_id, params, 1)
         if outcome.publish is not None:
             request = {"identifier": "group", "seq": 1, **outcome.publish}
             publish(PublishRequest(job_id=job_id, attempt=1, **request), lambda: None)
         return path
 
     def load(self, path: Path, *, weight_only: bool = False) -> dict[str, Any]:
-        return self.checkpoints.load(self.engine, {"path": str(path), "load_weight_only": weight_only}).result
+        return self.checkpoints.load(self.engine.state, {"path": str(path), "load_weight_only": weight_only}).result
 
     def convert(self, path: Path) -> Path:
         """Of the current weights, where nothing is there; else of the checkpoint there."""
-        return Path(self.checkpoints.convert(self.engine, {"local_path": str(path)}).result["path"])
+        return Path(self.checkpoints.convert(self.engine.state, {"local_path": str(path)}).result["path"])
 
     def state(self) -> tuple[Any, ...]:
         """Weights, moments and schedule."""
-        return self.engine.fingerprint(), self.moments(), self.engine.scalars()
+        return self.engine.state.fingerprint(), self.moments(), self.engine.state.scalars()
 
     def moments(self) -> dict[str, float]:
         """A sum for each of AdamW's."""
-        parts = (part for part in self.engine.shards() if part.name.startswith(OPTIMIZER_PREFIX))
+        parts = (part for part in self.engine.state.shards() if part.name.startswith(OPTIMIZER_PREFIX))
         return {part.name: part.local_tensor.sum().item() for part in parts}

@@ -172,7 +172,7 @@ def test_quantised_weights_are_what_their_scales_make_of_them(models: Path, tmp_
     assert (plain(str(export)) - expected).abs().max() < 1e-5
     other = Group(tmp_path, "actor", str(models / "llama"))
     other.load(Path(path))
-    assert other.engine.fingerprint() == group.engine.fingerprint()
+    assert other.engine.state.fingerprint() == group.engine.state.fingerprint()
 
 
 def test_any_rows_of_a_quantised_tensor_have_their_own_scales(models: Path, tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_experts_in_mxfp4_are_those_that_transformers_makes(tmp_path: Path) -> N
     assert (scores(path, dtype="float32") - expected).abs().max() < 1e-4
     other = Group(tmp_path, "actor", str(plain_folder))
     other.load(Path(path))
-    assert other.engine.fingerprint() == group.engine.fingerprint()
+    assert other.engine.state.fingerprint() == group.engine.state.fingerprint()
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "hqq", "torchao", "compressed-tensors pack-quantized"])

@@ -162,7 +162,7 @@ def test_an_export_loads_into_a_group(exports: dict[str, Exported], sources: Pat
     group = Group(sources / "again", "actor", str(sources / family))
     found = group.load(exports[family].after[form])
     assert (found["kind"], found["dtype"]) == ("huggingface", "float32")
-    assert group.engine.fingerprint() == exports[family].group.engine.fingerprint()
+    assert group.engine.state.fingerprint() == exports[family].group.engine.state.fingerprint()
 
 
 def test_no_rank_holds_a_whole_mixture_of_experts(
@@ -173,7 +173,7 @@ def test_no_rank_holds_a_whole_mixture_of_experts(
     for family in ("mixtral", "deepseek_v3", "ernie4_5_moe"):
         fresh = Group(tmp_path, "actor", str(sources / family))
         record = read_export(exports[family].untrained)
-        assert record is not None and fingerprint_text(fresh.engine.fingerprint()) == record.master_fingerprint
+        assert record is not None and fingerprint_text(fresh.engine.state.fingerprint()) == record.master_fingerprint
 
 
 def half(folder: Path) -> str:
@@ -202,7 +202,7 @@ def test_an_export_has_the_dtypes_of_the_source(tmp_path: Path, form: str) -> No
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
     record = read_export(folder)
     assert record is not None and said(folder) == record.fingerprint == fingerprint(folder)
-    assert record.master_fingerprint == fingerprint_text(group.engine.fingerprint()) != record.fingerprint
+    assert record.master_fingerprint == fingerprint_text(group.engine.state.fingerprint()) != record.fingerprint
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.bfloat16
 
@@ -230,7 +230,7 @@ def test_export_dtype_overrides_the_source(tmp_path: Path, form: str) -> None:
         folder = group.convert(group.save(folder, sharded=True) if form == "checkpoint" else folder)
     assert {dtype for dtype, _ in layout(folder).values()} == {"F32"}
     assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
-    assert fingerprint(folder) == fingerprint_text(group.engine.fingerprint())
+    assert fingerprint(folder) == fingerprint_text(group.engine.state.fingerprint())
 
 
 @pytest.mark.usefixtures("sources")
@@ -260,10 +260,10 @@ def test_quantised_weights_are_not_loaded_as_if_they_were_none(tmp_path: Path, h
     else:
         weights[name] = weights[name].to(torch.float8_e4m3fn)
     save_file(weights, path / "model.safetensors", {"format": "pt"})
-    before = group.engine.fingerprint()
+    before = group.engine.state.fingerprint()
     with pytest.raises(Refused, match="quantised") as caught:
         group.load(path)
-    assert caught.value.code == "CHECKPOINT_INVALID" and group.engine.fingerprint() == before
+    assert caught.value.code == "CHECKPOINT_INVALID" and group.engine.state.fingerprint() == before
 
 
 @pytest.mark.usefixtures("sources")

@@ -82,14 +82,14 @@ def test_another_head_is_refused(
 def test_the_same_head_loads(folder: Path, saved: dict[str, Path], held: str, given: str, form: str) -> None:
     """Into a group of the same class, whatever its role, the weights come back; moments where there is an optimizer."""
     group = Group(folder, held, str(folder / "model"))
-    before = group.engine.fingerprint()
+    before = group.engine.state.fingerprint()
 
     found = group.load(saved[f"{given} {form}"])
 
     restored = form in ("sharded", "older") and held == given
     assert found["optimizer"] == ("restored" if restored else "kept")
-    assert group.engine.fingerprint() != before
-    assert group.engine.optimizer_steps == (1 if restored else 0)
+    assert group.engine.state.fingerprint() != before
+    assert group.engine.state.optimizer_steps == (1 if restored else 0)
 
 
 @pytest.mark.parametrize("role", ["ref", "teacher"])
@@ -104,8 +104,8 @@ def test_what_a_group_without_an_optimizer_saves_is_weights(folder: Path, role: 
     found = actor.load(path)
 
     assert found["optimizer"] == "kept" and not list(path.glob("optim*"))
-    assert actor.engine.fingerprint() == frozen.engine.fingerprint()
-    assert actor.moments() == before and actor.engine.optimizer_steps == 1
+    assert actor.engine.state.fingerprint() == frozen.engine.state.fingerprint()
+    assert actor.moments() == before and actor.engine.state.optimizer_steps == 1
 
 
 def test_a_head_written_twice_loads(folder: Path) -> None:

@@ -11,18 +11,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from nexrl_worker.training import Engine, Plan
+from nexrl_worker.training.spec import Prepared
 from rank_processes import be_a_rank
 from ranks import build, save, weights
 from safetensors.torch import load_file
-from support import MemoryRows
+from support import MemoryRows, planned
 from torch import Tensor
 
 
-def agreed_plan(engine: Engine, operation: str, rows: MemoryRows) -> Plan:
+def agreed_plan(engine: Engine, operation: str, rows: MemoryRows, **params: Any) -> tuple[Prepared, Plan]:
     """Made once, sent as JSON, as the runtime does."""
-    text = [json.dumps(engine.plan(operation, rows.size, rows.lengths()).to_dict()) if dist.get_rank() == 0 else ""]
+    prepared, plan = planned(engine, operation, rows, **params)
+    text = [json.dumps(plan.to_dict()) if dist.get_rank() == 0 else ""]
     dist.broadcast_object_list(text)
-    return Plan.from_dict(json.loads(text[0]))
+    return prepared, Plan.from_dict(json.loads(text[0]))
 
 
 def watch(engine: Engine, into: list[dict[str, Tensor]]) -> None:
@@ -48,9 +50,9 @@ def one(folder: Path, name: str, case: dict[str, Any]) -> dict[str, Any]:
     watch(engine, found)
     metrics, orders = [], []
     for _ in range(case["calls"]):
-        plan = agreed_plan(engine, case["operation"], rows)
-        engine.check(case["operation"], plan, rows, case["params"])
-        metrics += [result.metrics for result in engine.update(plan, rows, case["params"])]
+        prepared, plan = agreed_plan(engine, case["operation"], rows, **case["params"])
+        engine.check(prepared, plan)
+        metrics += [result.metrics for result in engine.update(prepared, plan)]
         orders += [sorted(mini.rows()) for mini in plan.mini_batches]
     tensors = {f"{step}/{key}": grad for step, grads in enumerate(found) for key, grad in grads.items()}
     save(folder, name, tensors | {f"end/{key}": value for key, value in weights(engine).items()})
@@ -68,10 +70,10 @@ def memory(folder: Path, path: str, role: str) -> dict[str, Any]:
     ids = torch.ones(2, 8).long()
     rows = MemoryRows({"input_ids": ids, "attention_mask": ids, "advantages": torch.ones(2)})
     operation = {"actor": "update_actor", "reward": "compute_rewards"}.get(role, "compute_log_prob")
-    plan = agreed_plan(engine, operation, rows)
-    engine.check(operation, plan, rows, {})
-    (engine.update if operation == "update_actor" else engine.compute)(plan, rows, {})
-    names = [part.name for part in engine.shards()]
+    prepared, plan = agreed_plan(engine, operation, rows)
+    engine.check(prepared, plan)
+    (engine.update if operation == "update_actor" else engine.compute)(prepared, plan)
+    names = [part.name for part in engine.state.shards()]
     return {
         "grown": resident() - before,
         "parameters": 4 * engine.info()["parameters"],

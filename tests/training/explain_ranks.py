@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from nexrl_worker.training import Engine
 from rank_processes import be_a_rank
-from support import MemoryRows, config
+from support import MemoryRows, config, planned
 
 
 def explain(_: Path, path: str, settings: str) -> dict[str, Any]:
@@ -23,11 +23,11 @@ def explain(_: Path, path: str, settings: str) -> dict[str, Any]:
     ids = torch.randint(0, 1000, (size, width), generator=random)
     tensors = {"input_ids": ids, "attention_mask": attention, "advantages": torch.ones(size, width - 1)}
     rows = MemoryRows(tensors, temperature=1.0)
-    before = engine.fingerprint()
-    plan = engine.plan("update_actor", size, rows.lengths())
-    explained = engine.explain(plan, rows, rows.lengths(), {})
-    unchanged = engine.fingerprint() == before and engine.optimizer_steps == 0 and not engine.pending
-    results = [result.metrics for result in engine.update(plan, rows, {})]
+    before = engine.state.fingerprint()
+    prepared, plan = planned(engine, "update_actor", rows)
+    explained = engine.explain(prepared, plan, rows.lengths())
+    unchanged = engine.state.fingerprint() == before and engine.state.optimizer_steps == 0 and not engine.state.pending
+    results = [result.metrics for result in engine.update(prepared, plan)]
     return {"explained": explained, "unchanged": unchanged, "results": results, "lengths": rows.lengths()}
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from nexrl_contract.errors import ServiceError
 from nexrl_worker.training import Engine, InvalidValue, Plan
 from rank_processes import be_a_rank
 from safetensors import safe_open
 from safetensors.torch import save_file
-from support import MemoryRows, batch, config
+from support import MemoryRows, batch, config, planned
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -26,16 +27,17 @@ def build(path: str, role: str = "actor", **changes: Any) -> Engine:
 
 def run(engine: Engine, operation: str, rows: MemoryRows, **params: Any) -> Any:
     """Plan, broadcast as JSON, check, run: what the runtime does."""
-    text = [json.dumps(engine.plan(operation, rows.size, rows.lengths()).to_dict()) if dist.get_rank() == 0 else ""]
+    prepared, plan = planned(engine, operation, rows, **params)
+    text = [json.dumps(plan.to_dict()) if dist.get_rank() == 0 else ""]
     dist.broadcast_object_list(text)
     plan = Plan.from_dict(json.loads(text[0]))
-    engine.check(operation, plan, rows, params)
+    engine.check(prepared, plan)
     if operation == "forward_backward":
-        return engine.accumulate(plan, rows, params).metrics
+        return engine.accumulate(prepared, plan).metrics
     if operation.startswith("update"):
-        steps = [result.metrics for result in engine.update(plan, rows, params)]
+        steps = [result.metrics for result in engine.update(prepared, plan)]
         return steps[0] if len(steps) == 1 else {name: [step.get(name) for step in steps] for name in steps[0]}
-    (parts,) = engine.compute(plan, rows, params).values()
+    (parts,) = engine.compute(prepared, plan).values()
     return parts
 
 
@@ -50,7 +52,7 @@ def collect(engine: Engine, operation: str, rows: MemoryRows, **params: Any) -> 
 
 
 def weights(engine: Engine) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in engine.full_weights() if tensor is not None}
+    return {name: tensor.clone() for name, tensor in engine.state.full_weights() if tensor is not None}
 
 
 def save(folder: Path, name: str, tensors: dict[str, Tensor]) -> None:
@@ -81,17 +83,17 @@ def behaviour(folder: Path, path: str) -> dict[str, Any]:
     }
     engine = build(path, **settings)
     answer["info"] = engine.info()
-    answer["fingerprints"].append(str(engine.fingerprint()))
+    answer["fingerprints"].append(str(engine.state.fingerprint()))
     rows = batch()
     answer["one_row"] = run(engine, "update_actor", rows.pick([1]))
-    answer["fingerprints"].append(str(engine.fingerprint()))
-    before = engine.fingerprint()
+    answer["fingerprints"].append(str(engine.state.fingerprint()))
+    before = engine.state.fingerprint()
     answer["all_masked"] = run(engine, "update_actor", rows.pick([3]))
-    answer["all_masked_unchanged"] = engine.fingerprint() == before
+    answer["all_masked_unchanged"] = engine.state.fingerprint() == before
     save(folder, f"masked-plain-{dist.get_world_size()}", gradients(engine, rows))
     save(folder, f"masked-poisoned-{dist.get_world_size()}", gradients(engine, poisoned(rows)))
     answer["halves"] = [run(engine, "forward_backward", rows.pick(part)) for part in ([0, 1, 2], [3, 4, 5, 6])]
-    answer["pending"] = engine.pending
+    answer["pending"] = engine.state.pending
     answer["optim_step"] = engine.step()
     save(folder, f"halves-{dist.get_world_size()}", weights(engine))
     answer["not_finite"] = not_finite(engine, rows)
@@ -111,9 +113,7 @@ def memory(_: Path, path: str) -> dict[str, Any]:
     rooms: list[Any] = [None, None]
     dist.all_gather_object(rooms, whole.room.mib)
     cut.room = replace(cut.room, mib=1e-3)
-    micros = [
-        len(engine.plan("update_actor", 7, batch().lengths()).mini_batches[0].ranks[0]) for engine in (whole, cut)
-    ]
+    micros = [len(planned(engine, "update_actor", batch())[1].mini_batches[0].ranks[0]) for engine in (whole, cut)]
     for engine in (whole, cut):
         run(engine, "update_actor", batch())
     ours, theirs = weights(whole), weights(cut)
@@ -145,10 +145,10 @@ def poisoned(rows: MemoryRows) -> MemoryRows:
 def state_of(engine: Engine) -> list[Any]:
     """Every rank's weights and moments, hashed, with the schedule's position, AdamW's count and the pending gradients."""
     digest = hashlib.sha256()
-    for part in engine.shards():
+    for part in engine.state.shards():
         digest.update(part.name.encode() + part.local_tensor.contiguous().numpy().tobytes())
     every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, [digest.hexdigest(), engine.scalars(), engine.pending])
+    dist.all_gather_object(every, [digest.hexdigest(), engine.state.scalars(), engine.state.pending])
     return every
 
 
@@ -183,9 +183,11 @@ def refused(engine: Engine, rows: MemoryRows) -> dict[str, Any]:
     for name, broken in bad.items():
         mine: Any = None
         try:
-            engine.check("update_actor", engine.plan("update_actor", 7, None), broken, {})
+            engine.check(*planned(engine, "update_actor", broken))
         except InvalidValue as error:
             mine = error.details() | {"message": error.message}
+        except ServiceError as error:
+            mine = error.details | {"message": error.message}
         every: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(every, mine)
         found[name] = every
@@ -232,7 +234,12 @@ def teacher(path: str, rows: MemoryRows) -> dict[str, Any]:
     except InvalidValue as error:
         message = error.message
     grads = any(param.requires_grad for param in engine._root.hf.parameters())
-    return {"scores": scores.tolist(), "update": message, "trainable": grads, "shards": sum(1 for _ in engine.shards())}
+    return {
+        "scores": scores.tolist(),
+        "update": message,
+        "trainable": grads,
+        "shards": sum(1 for _ in engine.state.shards()),
+    }
 
 
 class File:
@@ -254,7 +261,7 @@ def state(folder: Path, path: str, rows: MemoryRows, settings: dict[str, Any]) -
         run(engine, "update_actor", rows)
         parts: list[Any] = [None] * world
         dist.all_gather_object(
-            parts, [(s.name, s.local_tensor.clone(), s.global_shape, s.offset_dim0) for s in engine.shards()]
+            parts, [(s.name, s.local_tensor.clone(), s.global_shape, s.offset_dim0) for s in engine.state.shards()]
         )
         tensors: dict[str, Tensor] = {}
         for name, local, shape, offset in (piece for part in parts for piece in part):
@@ -263,19 +270,19 @@ def state(folder: Path, path: str, rows: MemoryRows, settings: dict[str, Any]) -
             ] = local
         save(folder, "state", tensors)
         if dist.get_rank() == 0:
-            (folder / "state.json").write_text(json.dumps(engine.scalars()))
+            (folder / "state.json").write_text(json.dumps(engine.state.scalars()))
         dist.barrier()
-        random = engine.rng_state()
+        random = engine.state.rng_state()
         drawn = torch.rand(3)
-        engine.set_rng_state(json.loads(json.dumps(random)))
+        engine.state.set_rng_state(json.loads(json.dumps(random)))
         assert torch.equal(drawn, torch.rand(3))
     else:
         engine = build(path, **settings)
-        engine.load_shards(File(saved))
-        engine.load_scalars(json.loads((folder / "state.json").read_text()))
+        engine.state.load_shards(File(saved))
+        engine.state.load_scalars(json.loads((folder / "state.json").read_text()))
     result = run(engine, "update_actor", rows)
     save(folder, f"resumed-{world}", weights(engine))
-    return {"scalars": engine.scalars(), "grad_norm": result["actor/grad_norm"]}
+    return {"scalars": engine.state.scalars(), "grad_norm": result["actor/grad_norm"]}
 
 
 def distillation(path: str, rows: MemoryRows) -> list[Any]:

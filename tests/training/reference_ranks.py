@@ -14,7 +14,7 @@ from support import MemoryRows, batch
 
 def ready(engine: Engine, operation: str, rows: MemoryRows) -> None:
     """Load what the operation lacks, then examine it, as the runtime does."""
-    if engine.lacks_reference(operation, rows, {}):
+    if engine.uses_reference(engine.prepare(operation, rows, {})) and not engine.reference_ready:
         engine.load_reference()
         engine.examine_reference()
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from nexrl_worker.training import Engine
 from nexrl_worker.training.trainer import Result
-from support import MemoryRows, config
+from support import MemoryRows, config, planned
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -18,17 +18,17 @@ def build(path: str, role: str = "actor", **changes: Any) -> Engine:
 
 
 def update(engine: Engine, rows: MemoryRows, operation: str = "update_actor", **params: Any) -> list[Result]:
-    plan = engine.plan(operation, rows.size, rows.lengths())
-    engine.check(operation, plan, rows, params)
-    return engine.update(plan, rows, params)
+    prepared, plan = planned(engine, operation, rows, **params)
+    engine.check(prepared, plan)
+    return engine.update(prepared, plan)
 
 
 def compute(engine: Engine, operation: str, rows: MemoryRows, **params: Any) -> dict[str, Tensor]:
     """Every tensor of the answer, in the batch's order."""
-    plan = engine.plan(operation, rows.size, rows.lengths())
-    engine.check(operation, plan, rows, params)
+    prepared, plan = planned(engine, operation, rows, **params)
+    engine.check(prepared, plan)
     found = {}
-    for name, parts in engine.compute(plan, rows, params).items():
+    for name, parts in engine.compute(prepared, plan).items():
         order = torch.tensor([row for indices, _ in parts for row in indices]).argsort()
         found[name] = torch.cat([values for _, values in parts])[order]
     return found

@@ -7,7 +7,9 @@ from types import SimpleNamespace as Space
 from typing import Any
 
 import torch
+from nexrl_worker.training import Engine, Plan
 from nexrl_worker.training.batch import RowsInMemory
+from nexrl_worker.training.spec import Prepared
 from tensor_codec import TensorInfo, encode, parse_header
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -117,6 +119,12 @@ def batch(size: int = 7, width: int = 14, response: int = 8, temperature: float 
         },
         temperature=temperature,
     )
+
+
+def planned(engine: Engine, operation: str, rows: MemoryRows, **params: Any) -> tuple[Prepared, Plan]:
+    """An operation prepared and its rows cut, for `Engine.check` and what runs it."""
+    prepared = engine.prepare(operation, rows, params)
+    return prepared, engine.plan(prepared, rows.lengths() if rows.has("attention_mask") else None)
 
 
 # -- a plain single-process loop, from the formulas alone ------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from nexrl_worker.training import InvalidValue
 from safetensors.torch import load_file, save_file
 from single_rank import build, update
-from support import SMALL, batch, save_model
+from support import SMALL, batch, planned, save_model
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForSequenceClassification
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -61,14 +61,13 @@ def test_a_step_without_anything_to_learn_still_says_its_norm_and_rate(path: str
 def test_seconds_are_those_of_the_operation(path: str) -> None:
     """Looking leaves nothing on the clock, and optim_step answers for its own time."""
     engine, rows = build(path), batch()
-    plan = engine.plan("forward_backward", rows.size, rows.lengths())
-    metrics = engine.accumulate(plan, rows, {}).metrics
+    metrics = engine.accumulate(*planned(engine, "forward_backward", rows)).metrics
     assert metrics["time/forward_s"] > 0 and metrics["time/step_s"] == 0
 
     step = engine.step()
     assert step["time/step_s"] > 0 and step["time/forward_s"] == 0 and step["memory/peak_mib"] > 0
 
-    engine.compute(engine.plan("compute_log_prob", rows.size), rows, {})
+    engine.compute(*planned(engine, "compute_log_prob", rows))
     assert set(engine._trainer._clock.seconds().values()) == {0.0}  # type: ignore[union-attr]
 
 
@@ -83,7 +82,7 @@ def test_a_row_without_tokens_has_reward_zero(tmp_path: Path, micro: int | None,
     rows.tensors["attention_mask"][2] = 0
     engine = build(str(tmp_path), "reward", ppo_micro_batch_size_per_gpu=micro, packing=packing)
 
-    parts = engine.compute(engine.plan("compute_rewards", rows.size), rows, {})["rewards"]
+    parts = engine.compute(*planned(engine, "compute_rewards", rows))["rewards"]
 
     found = {row: float(value) for indices, values in parts for row, value in zip(indices, values, strict=True)}
     assert found[2] == 0.0 and all(found[row] != 0.0 for row in found if row != 2)
@@ -95,7 +94,7 @@ def test_a_plan_of_a_model_with_few_positions(tmp_path: Path) -> None:
     rows = batch()
     engine = build(str(tmp_path), dtype="float32")
 
-    plan = engine.explain(engine.plan("update_actor", rows.size), rows, rows.lengths(), {})
+    plan = engine.explain(*planned(engine, "update_actor", rows), rows.lengths())
 
     assert plan["rows"] == rows.size and plan["peak_memory_mib"] > 0
 

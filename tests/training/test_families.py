@@ -17,7 +17,7 @@ from nexrl_worker.model_folder import check_models
 from nexrl_worker.training import Engine, InvalidValue
 from safetensors.torch import save_file
 from single_rank import build, compute, update
-from support import MemoryRows, batch, save_model
+from support import MemoryRows, batch, planned, save_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -78,17 +78,17 @@ def test_family(family: str, tmp_path: Path) -> None:
         {"input_ids": ids, "attention_mask": torch.ones_like(ids), "advantages": torch.ones(2)}, temperature=0.8
     )
     assert torch.allclose(scored(engine, rows), own_scores(model, ids), atol=1e-5)
-    before = engine.fingerprint()
+    before = engine.state.fingerprint()
     result = update(engine, rows)[0].metrics
-    assert result["step_applied"] and result["actor/grad_norm"] > 0 and engine.fingerprint() != before
+    assert result["step_applied"] and result["actor/grad_norm"] > 0 and engine.state.fingerprint() != before
 
     folder = tmp_path / "second"
     folder.mkdir()
     writer = FolderWriter(folder, tmp_path / "first", Stamp("family", 1, 1, "0" * 16))
-    assert export(engine.full_weights(), writer) is None
+    assert export(engine.state.full_weights(), writer) is None
     writer.finish()
     again = build(str(folder), **cut)
-    assert again.fingerprint() == engine.fingerprint()
+    assert again.state.fingerprint() == engine.state.fingerprint()
     trained = scored(engine, rows)
     assert torch.equal(scored(again, rows), trained)
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -144,7 +144,7 @@ def test_text_of_families_that_do_more_or_remember(family: str, tmp_path: Path) 
     folder = tmp_path / "second"
     folder.mkdir()
     writer = FolderWriter(folder, tmp_path / "first", Stamp("family", 1, 1, "0" * 16))
-    assert export(engine.full_weights(), writer) is None
+    assert export(engine.state.full_weights(), writer) is None
     writer.finish()
     loaded, said = auto.from_pretrained(folder, output_loading_info=True)
     assert not said["missing_keys"] and not said["unexpected_keys"]
@@ -267,7 +267,7 @@ def test_an_error_midway_drops_the_gradients(tmp_path: Path) -> None:
     rows, broken = batch(), batch()
     cut = {"ppo_micro_batch_size_per_gpu": 3}
     engines = [build(save_model(tmp_path), **cut) for _ in range(2)]
-    plan = engines[0].plan("forward_backward", rows.size, None)
+    prepared, plan = planned(engines[0], "forward_backward", broken)
     whole = broken.tensor
 
     def fail(name: str, wanted: Any) -> torch.Tensor:
@@ -277,11 +277,11 @@ def test_an_error_midway_drops_the_gradients(tmp_path: Path) -> None:
 
     broken.tensor = fail  # type: ignore[method-assign]
     with pytest.raises(OSError, match="gone"):
-        engines[0].accumulate(plan, broken, {})
-    assert not engines[0].pending
+        engines[0].accumulate(prepared, plan)
+    assert not engines[0].state.pending
     for engine in engines:
         update(engine, rows)
-    assert engines[0].fingerprint() == engines[1].fingerprint()
+    assert engines[0].state.fingerprint() == engines[1].state.fingerprint()
 
 
 def test_imports_stay_few() -> None:

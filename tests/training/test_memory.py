@@ -22,7 +22,7 @@ from nexrl_worker.training.memory import free_mib
 from nexrl_worker.training.plan import Cut, make_plan
 from rank_processes import run_ranks
 from single_rank import CPU, build, compute, update
-from support import batch, save_model
+from support import batch, planned, save_model
 from torch import Tensor
 
 TOO_MUCH = (
@@ -39,7 +39,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def weights(engine: Engine) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in engine.full_weights() if tensor is not None}
+    return {name: tensor.clone() for name, tensor in engine.state.full_weights() if tensor is not None}
 
 
 def assert_alike(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -88,7 +88,7 @@ def test_rows_are_cut_in_their_order_by_what_fits() -> None:
             def fits(some: Sequence[int], room: int = room) -> bool:
                 return len(some) * max(some) <= room
 
-            plan = make_plan("compute_log_prob", 11, 1, Cut(micro_rows=micro_rows, fits=fits), lengths)
+            plan = make_plan(11, 1, Cut(micro_rows=micro_rows, fits=fits), lengths)
             micros = plan.mini_batches[0].ranks[0]
             assert [row for micro in micros for row in micro] == list(range(11))
             for micro, after in zip(micros, (*micros[1:], ()), strict=True):
@@ -104,11 +104,12 @@ def test_rows_are_cut_in_their_order_by_what_fits() -> None:
 def test_a_batch_is_cut_by_the_memory_that_is_there(packing: bool, path: str) -> None:
     """Steps, scores and top k are those of one forward, to rounding; a small batch is not cut at all."""
     whole, cut = build(path, packing=packing), build(path, packing=packing)
-    assert len(whole.plan("update_actor", 7, batch().lengths()).mini_batches[0].ranks[0]) == 1
-    assert not whole.needs_lengths(7, 16)
+    prepared, plan = planned(whole, "update_actor", batch())
+    assert len(plan.mini_batches[0].ranks[0]) == 1
+    assert not whole.needs_lengths(prepared)
     tighten(cut, 2)
-    assert cut.needs_lengths(7, 16)
-    plans = [cut.plan(operation, 7, batch().lengths()) for operation in ("update_actor", "compute_log_prob")]
+    assert cut.needs_lengths(prepared)
+    plans = [planned(cut, operation, batch())[1] for operation in ("update_actor", "compute_log_prob")]
     assert len(plans[0].mini_batches[0].ranks[0]) >= 3
     assert plans[0].mini_batches == plans[1].mini_batches, "an update starts at ratio 1"
     for params in ({}, {"top_k": 3}):
@@ -134,12 +135,12 @@ def test_a_row_that_fits_no_cut_is_refused_with_the_numbers(path: str) -> None:
     engine = build(path)
     per_byte = replace(engine.room.activations, linear=engine.room.activations.linear * 1e9)
     engine.room = replace(engine.room, activations=per_byte)
-    before = engine.fingerprint()
+    before = engine.state.fingerprint()
     with pytest.raises(
         InvalidValue, match=r"row \d+ has \d+ attended tokens, which take about \d+ MiB, .* \d+ MiB, what is free"
     ):
         update(engine, batch())
-    assert engine.fingerprint() == before
+    assert engine.state.fingerprint() == before
     assert compute(engine, "compute_log_prob", batch())
 
 
@@ -150,8 +151,7 @@ def test_memory_that_runs_out_is_asked_for_less(backward: bool, error: Exception
     """Forward or backward: with half the rows at a time, and the same weights as where there was enough."""
     plain, short = build(path), build(path)
     for engine in (plain, short):
-        plan = engine.plan("forward_backward", 7, batch().lengths())
-        engine.accumulate(plan, batch(), {})  # pending sums survive what comes
+        engine.accumulate(*planned(engine, "forward_backward", batch()))  # pending sums survive what comes
     update_of = [build(path), build(path)]
     update(update_of[0], batch())
     with short_of_memory(update_of[1], error, 2, backward) as met:
@@ -160,8 +160,8 @@ def test_memory_that_runs_out_is_asked_for_less(backward: bool, error: Exception
     assert max(met) == 7 and min(met) <= 2
     assert_alike(weights(update_of[0]), weights(update_of[1]))
     with short_of_memory(short, error, 2, backward):
-        short.accumulate(short.plan("forward_backward", 7, batch().lengths()), batch(), {})
-    plain.accumulate(plain.plan("forward_backward", 7, batch().lengths()), batch(), {})
+        short.accumulate(*planned(short, "forward_backward", batch()))
+    plain.accumulate(*planned(plain, "forward_backward", batch()))
     steps = [engine.step() for engine in (plain, short)]
     assert steps[0]["actor/grad_norm"] == pytest.approx(steps[1]["actor/grad_norm"], rel=1e-9)
     assert_alike(weights(plain), weights(short))
@@ -182,10 +182,10 @@ def test_a_single_row_that_runs_out_fails_and_leaves_the_group_as_it_was(path: s
     """Weights and pending gradients; and the next batch runs."""
     engine, plain = build(path), build(path)
     for one in (engine, plain):
-        one.accumulate(one.plan("forward_backward", 7, batch().lengths()), batch(), {})
+        one.accumulate(*planned(one, "forward_backward", batch()))
     with short_of_memory(engine, TOO_MUCH[1], 0, backward=True), pytest.raises(DoesNotFit, match="under a single row"):
-        engine.accumulate(engine.plan("forward_backward", 7, batch().lengths()), batch(), {})
-    assert engine.pending
+        engine.accumulate(*planned(engine, "forward_backward", batch()))
+    assert engine.state.pending
     engine.step(), plain.step()
     update(engine, batch()), update(plain, batch())
     assert_alike(weights(engine), weights(plain))

@@ -32,10 +32,10 @@ CPU = torch.device("cpu")
 def test_every_row_once_and_equal_collectives(world_size: int, cut: Cut) -> None:
     """Each epoch holds each row once; all ranks have as many micro-batches; JSON brings the same plan back."""
     lengths = [3, 9, 30, 1, 0, 7, 8, 12, 5, 2, 6]
-    plan = make_plan("update_actor", 11, world_size, cut, lengths)
+    plan = make_plan(11, world_size, cut, lengths)
     assert Plan.from_dict(plan.to_dict()) == plan
     assert sorted(row for mini in plan.mini_batches for row in mini.rows()) == sorted(list(range(11)) * cut.epochs)
-    assert plan == make_plan("update_actor", 11, world_size, cut, lengths)
+    assert plan == make_plan(11, world_size, cut, lengths)
     if cut.token_budget:
         micros = [m for mini in plan.mini_batches for rank in mini.ranks for m in rank if m]
         assert all(len(m) == 1 or len(m) * max(lengths[row] for row in m) <= cut.token_budget for m in micros)
@@ -43,21 +43,21 @@ def test_every_row_once_and_equal_collectives(world_size: int, cut: Cut) -> None
 
 def test_plan_balances_and_refuses() -> None:
     """Token-budget cuts balance ranks by length; a plan with unequal ranks or a missing length is refused."""
-    plan = make_plan("update_actor", 8, 2, Cut(token_budget=100), [50, 1, 1, 1, 1, 20, 20, 10])
+    plan = make_plan(8, 2, Cut(token_budget=100), [50, 1, 1, 1, 1, 20, 20, 10])
     loads = [sum([50, 1, 1, 1, 1, 20, 20, 10][row] for m in rank for row in m) for rank in plan.mini_batches[0].ranks]
     assert abs(loads[0] - loads[1]) <= 2
-    assert plan == make_plan("update_actor", 8, 2, Cut(token_budget=100, micro_rows=1), [50, 1, 1, 1, 1, 20, 20, 10])
+    assert plan == make_plan(8, 2, Cut(token_budget=100, micro_rows=1), [50, 1, 1, 1, 1, 20, 20, 10])
     broken = plan.to_dict()
     broken["mini_batches"][0][0].append([])
-    for call in (lambda: Plan.from_dict(broken), lambda: make_plan("update_actor", 8, 2, Cut(token_budget=9))):
+    for call in (lambda: Plan.from_dict(broken), lambda: make_plan(8, 2, Cut(token_budget=9))):
         with pytest.raises(InvalidValue):
             call()
 
 
 def test_shuffle_changes_with_epoch_and_seed() -> None:
     """A seeded shuffle is another order in each epoch and for another seed."""
-    one = make_plan("update_actor", 20, 1, Cut(epochs=2, shuffle_seed="0:0"))
-    two = make_plan("update_actor", 20, 1, Cut(epochs=2, shuffle_seed="0:1"))
+    one = make_plan(20, 1, Cut(epochs=2, shuffle_seed="0:0"))
+    two = make_plan(20, 1, Cut(epochs=2, shuffle_seed="0:1"))
     orders = [mini.rows() for plan in (one, two) for mini in plan.mini_batches]
     assert len({tuple(order) for order in orders}) == 4
 

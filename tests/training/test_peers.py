@@ -161,19 +161,19 @@ def test_spared_parameters_stay_where_no_gradient_moves_them(tmp_path: Path) -> 
     first, second = (build(path, optim={**optim, "no_decay": rule}) for rule in (None, "norms and biases"))
     rows = batch()
     rows.tensors["advantages"] = torch.zeros_like(rows.tensors["advantages"])  # what moves a weight now is decay alone
-    before = {name: value.clone() for name, value in first.full_weights() if value is not None}
+    before = {name: value.clone() for name, value in first.state.full_weights() if value is not None}
     for engine in (first, second):
         assert update(engine, rows)[0].metrics["step_applied"]
     spared = norms_and_biases(second._root.hf)
-    for (name, decayed), (_, kept) in zip(first.full_weights(), second.full_weights(), strict=True):
+    for (name, decayed), (_, kept) in zip(first.state.full_weights(), second.state.full_weights(), strict=True):
         assert decayed is not None and kept is not None
         assert torch.allclose(decayed, before[name] * (1 - 1e-3), atol=1e-12)
         assert torch.allclose(kept, before[name] * (1 if name in spared else 1 - 1e-3), atol=1e-12)
-    saved = {part.name: part.local_tensor.clone() for part in first.shards()}
-    second.load_shards(Space(read=lambda name, offset, length: saved[name][offset : offset + length]))
-    second.load_scalars(first.scalars())
+    saved = {part.name: part.local_tensor.clone() for part in first.state.shards()}
+    second.state.load_shards(Space(read=lambda name, offset, length: saved[name][offset : offset + length]))
+    second.state.load_scalars(first.state.scalars())
     assert update(second, rows)[0].metrics["step_applied"]
-    for name, value in second.full_weights():
+    for name, value in second.state.full_weights():
         assert value is not None
         assert torch.allclose(value, saved[name] * (1 if name in spared else 1 - 1e-3), atol=1e-12)
     says("weight decay", f"{100 * (1 - (1 - 1e-3 * 0.1) ** 1000):.1f} %")

@@ -13,7 +13,7 @@ from nexrl_worker.training.weights import MemoryReader
 from rank_processes import run_ranks
 from reference_ranks import ready
 from single_rank import build, compute, update
-from support import SMALL, MemoryRows, batch, plain_scores, save_model
+from support import SMALL, MemoryRows, batch, plain_scores, planned, save_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
 
@@ -97,15 +97,15 @@ def test_one_that_cannot_be_packed_is_refused(tmp_path: Path) -> None:
     other = save_model(tmp_path / "other", "llama", attention_chunk_size=64)
     rows = batch()
     packed, padded = (engine_of(own, other, packing=packing) for packing in (True, False))
-    plan = packed.plan("compute_ref_log_prob", rows.size)
+    prepared, plan = planned(packed, "compute_ref_log_prob", rows)
 
     ready(packed, "compute_ref_log_prob", rows)
     for _ in range(2):
-        assert not packed.lacks_reference("compute_ref_log_prob", rows, {})
+        assert packed.reference_ready
         with pytest.raises(InvalidValue, match=r"in chunks.*use_remove_padding false"):
-            packed.check("compute_ref_log_prob", plan, rows, {})
+            packed.check(prepared, plan)
     with pytest.raises(InvalidValue, match="packed rows"):
-        packed.compute(plan, rows, {})
+        packed.compute(prepared, plan)
 
     wanted = attended(plain(own, rows), rows)  # both folders hold the same weights
     for found in (scored(packed, "compute_log_prob", rows), scored(padded, "compute_ref_log_prob", rows)):
@@ -122,12 +122,12 @@ def test_a_frozen_group_is_its_own_reference(tmp_path: Path, role: str) -> None:
     assert engine._reference.root is None
     torch.testing.assert_close(attended(shared, rows), wanted, atol=1e-5, rtol=0)
 
-    engine.load_shards(
-        MemoryReader({name: tensor * 0.5 for name, tensor in engine.full_weights() if tensor is not None})
+    engine.state.load_shards(
+        MemoryReader({name: tensor * 0.5 for name, tensor in engine.state.full_weights() if tensor is not None})
     )
-    engine.load_scalars({"optimizer_steps": 0, "adamw_steps": 0, "weight_version": 0})  # saved before any step
+    engine.state.load_scalars({"optimizer_steps": 0, "adamw_steps": 0, "weight_version": 0})  # saved before any step
 
-    assert engine.lacks_reference("compute_ref_log_prob", rows, {})
+    assert engine.uses_reference(engine.prepare("compute_ref_log_prob", rows, {}))
     assert torch.equal(scored(engine, "compute_ref_log_prob", rows), shared)
     assert (scored(engine, "compute_log_prob", rows) - shared).abs().max() > 1e-2
 

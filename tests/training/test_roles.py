@@ -13,7 +13,7 @@ from nexrl_worker.checkpoint.huggingface import FolderWriter, Stamp, export
 from nexrl_worker.training import Engine, InvalidValue
 from plain_loop import Loss, outputs_at, policy_step, scored_columns, train
 from single_rank import build, compute, update
-from support import SMALL, MemoryRows, batch, plain_scores, relative_gap, save_model
+from support import SMALL, MemoryRows, batch, plain_scores, planned, relative_gap, save_model
 from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
@@ -107,8 +107,10 @@ def test_values(tmp_path: Path, padding: str, packing: bool) -> None:
 
 def exported(engine: Engine, source: str, folder: Path) -> str:
     folder.mkdir()
-    writer = FolderWriter(folder, Path(source), Stamp("t", 1, 1, "0" * 16), config_changes=engine.config_changes())
-    assert export(engine.full_weights(), writer) is None
+    writer = FolderWriter(
+        folder, Path(source), Stamp("t", 1, 1, "0" * 16), config_changes=engine.state.config_changes()
+    )
+    assert export(engine.state.full_weights(), writer) is None
     writer.finish()
     return str(folder)
 
@@ -212,7 +214,7 @@ def test_a_temperature_of_each_row_divides_logits_that_are_the_familys_own(tmp_p
     assert made.metrics[0] is not None
     for name in ("grad_norm", "entropy_loss", "pg_loss"):
         assert metrics[f"actor/{name}"] == pytest.approx(made.metrics[0][name], rel=1e-5)
-    ours = {name: tensor for name, tensor in engine.full_weights() if tensor is not None}
+    ours = {name: tensor for name, tensor in engine.state.full_weights() if tensor is not None}
     assert relative_gap(ours, made.end, made.start) < 1e-4
 
 
@@ -321,8 +323,7 @@ def test_bad_candidates_are_refused(tmp_path: Path, kind: str) -> None:
     engine = build(save_model(tmp_path), "actor", distillation_loss=kind)
     good = candidates(batch())
     operation = "update_actor_with_distillation"
-    plan = engine.plan(operation, 7, None)
-    engine.check(operation, plan, good, {})
+    engine.check(*planned(engine, operation, good))
     mask = good.tensors["scoring_attention_mask"][:, 6:].bool()
     row, k = (int(n) for n in mask.nonzero()[-1])
 
@@ -341,13 +342,13 @@ def test_bad_candidates_are_refused(tmp_path: Path, kind: str) -> None:
     ]
     for rows in bad:
         with pytest.raises(InvalidValue) as caught:
-            engine.check(operation, plan, rows, {})
+            engine.check(*planned(engine, operation, rows))
         assert caught.value.details()["row"] == row and caught.value.details()["tensor"] in (ids, logs)
     for name, value in ((ids, 10_000), (logs, float("nan"))):
-        engine.check(operation, plan, changed(name, (~mask).nonzero()[0].unbind(), value), {})
+        engine.check(*planned(engine, operation, changed(name, (~mask).nonzero()[0].unbind(), value)))
     short = MemoryRows({**good.tensors, ids: good.tensors[ids][:, :-1]}, **good.metadata)
     with pytest.raises(ServiceError, match=ids):
-        engine.check(operation, plan, short, {})
+        planned(engine, operation, short)
 
 
 def test_settings_that_lack_something_are_refused(tmp_path: Path) -> None:

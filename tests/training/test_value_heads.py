@@ -216,8 +216,10 @@ class PlainCritic(nn.Module):
 def exported(engine: Engine, source: str, folder: Path) -> str:
     folder.mkdir()
     stamp = Stamp("t", 1, 1, "0" * 16)
-    writer = FolderWriter(folder, Path(source), stamp, config_changes=engine.config_changes(), layout=engine.layout())
-    assert export(engine.full_weights(), writer) is None
+    writer = FolderWriter(
+        folder, Path(source), stamp, config_changes=engine.state.config_changes(), layout=engine.state.layout()
+    )
+    assert export(engine.state.full_weights(), writer) is None
     writer.finish()
     return str(folder)
 
@@ -260,7 +262,7 @@ def test_a_critic_of_any_family(tmp_path: Path, family: str) -> None:
     assert made.metrics[0] is not None
     assert metrics["critic/grad_norm"] == pytest.approx(made.metrics[0]["grad_norm"], rel=1e-5)
     assert metrics["critic/loss"] == pytest.approx(made.metrics[0]["loss"], rel=1e-6)
-    ours = {own_name(name): tensor for name, tensor in again.full_weights() if tensor is not None}
+    ours = {own_name(name): tensor for name, tensor in again.state.full_weights() if tensor is not None}
     assert relative_gap({name: ours[name] for name in made.end}, made.end, made.start) < 1e-3
 
 
@@ -280,7 +282,7 @@ def test_a_critic_without_clipping_steps_on_the_gradient_as_it_is(tmp_path: Path
     made = train(plain, rows, loss, value_step(plain, rows, loss, 0.5), [list(range(rows.size))], optim)
     assert made.metrics[0] is not None and made.metrics[0]["grad_norm"] > 10
     assert metrics["critic/grad_norm"] == pytest.approx(made.metrics[0]["grad_norm"], rel=1e-5)
-    ours = {own_name(name): tensor for name, tensor in engine.full_weights() if tensor is not None}
+    ours = {own_name(name): tensor for name, tensor in engine.state.full_weights() if tensor is not None}
     assert relative_gap({name: ours[name] for name in made.end}, made.end, made.start) < 1e-3
 
 

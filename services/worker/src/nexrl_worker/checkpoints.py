@@ -32,9 +32,9 @@ from nexrl_worker.outcome import Outcome
 from nexrl_worker.settings import GroupFolders, RankSettings
 from nexrl_worker.suspended import SEQ_FILE, Suspended, suspended
 from nexrl_worker.team import Team
-from nexrl_worker.training.engine import Engine
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.rng import seed_all
+from nexrl_worker.training.state import TrainingState
 
 if TYPE_CHECKING:
     from nexrl_contract.sections import ActorConfig
@@ -51,7 +51,7 @@ class Checkpoints:
 
     # --- saving ---
 
-    def save(self, engine: Engine, job_id: str, params: dict[str, Any], seq: int) -> Outcome:
+    def save(self, model: TrainingState, job_id: str, params: dict[str, Any], seq: int) -> Outcome:
         """Sharded: into staging, the checkpointer publishes. Hugging Face: published here, complete on return."""
         step, path = int(params["global_step"]), Path(params["local_path"])
         if not params["saved_fully_shared_ckpt"]:
@@ -59,12 +59,12 @@ class Checkpoints:
                 {
                     "path": str(path),
                     "kind": "huggingface",
-                    **self._export(engine, VersionedPath(path, self._name), step),
+                    **self._export(model, VersionedPath(path, self._name), step),
                 }
             )
         staging = staging_folder(self._settings.data, job_id)
-        weight_only = bool(params["save_weight_only"]) or not engine.learns
-        self._write_sharded(engine, staging, step, seq, weight_only=weight_only)
+        weight_only = bool(params["save_weight_only"]) or not model.learns
+        self._write_sharded(model, staging, step, seq, weight_only=weight_only)
         return Outcome(
             publish={
                 "staging": str(staging),
@@ -75,42 +75,40 @@ class Checkpoints:
                 "remove_previous": bool(params["remove_previous_ckpt"]),
                 "world_size": self._team.size,
                 "config_hash": self._config_hash(),
-                "fingerprint": fingerprint_text(engine.fingerprint()),
-                "result": {"weight_version": engine.weight_version},
+                "fingerprint": fingerprint_text(model.fingerprint()),
+                "result": {"weight_version": model.weight_version},
             }
         )
 
-    def convert(self, engine: Engine, params: dict[str, Any]) -> Outcome:
+    def convert(self, model: TrainingState, params: dict[str, Any]) -> Outcome:
         """A published sharded checkpoint becomes its sibling ``-hf``; a path that does not exist yet gets the current weights."""
         path = Path(params["local_path"])
         if not self._from_rank_0({"there": os.path.lexists(path)})["there"]:
-            step = engine.optimizer_steps
+            step = model.optimizer_steps
             return Outcome(
-                {"path": str(path), "kind": "huggingface", **self._export(engine, PlainPath(path, self._name), step)}
+                {"path": str(path), "kind": "huggingface", **self._export(model, PlainPath(path, self._name), step)}
             )
         target = path.with_name(f"{path.name}-hf")
         self._team.agree(
-            lambda: self._convert_folder(engine, path, PlainPath(target, self._name)) if self._team.rank == 0 else None
+            lambda: self._convert_folder(model, path, PlainPath(target, self._name)) if self._team.rank == 0 else None
         )
         return Outcome({"path": str(target), "kind": "huggingface"})
 
-    def _export(self, engine: Engine, path: VersionedPath | PlainPath, step: int) -> dict[str, Any]:
+    def _export(self, model: TrainingState, path: VersionedPath | PlainPath, step: int) -> dict[str, Any]:
         """Gather every tensor to rank 0, which writes and publishes the folder."""
         first = self._team.rank == 0
         self._team.agree(path.check if first else _nothing)
-        fingerprint = fingerprint_text(engine.fingerprint())
-        stamp = Stamp(self._name, step, engine.weight_version, fingerprint)
+        fingerprint = fingerprint_text(model.fingerprint())
+        stamp = Stamp(self._name, step, model.weight_version, fingerprint)
 
         def begin() -> FolderWriter | None:
             if not first:
                 return None
-            layout = engine.layout()
-            return FolderWriter(
-                path.begin(), self._source, stamp, config_changes=engine.config_changes(), layout=layout
-            )
+            layout = model.layout()
+            return FolderWriter(path.begin(), self._source, stamp, config_changes=model.config_changes(), layout=layout)
 
         writer = self._team.agree(begin)
-        failure = export(engine.full_weights(), writer)
+        failure = export(model.full_weights(), writer)
 
         def publish() -> dict[str, Any]:
             if failure is not None:
@@ -127,9 +125,9 @@ class Checkpoints:
             if first:
                 path.discard()
             raise
-        return {"global_step": step, "weight_version": engine.weight_version, **marks}
+        return {"global_step": step, "weight_version": model.weight_version, **marks}
 
-    def _convert_folder(self, engine: Engine, path: Path, target: PlainPath) -> None:
+    def _convert_folder(self, model: TrainingState, path: Path, target: PlainPath) -> None:
         plan = inspect(path)
         if not isinstance(plan.record, Manifest):
             raise ServiceError(
@@ -140,7 +138,7 @@ class Checkpoints:
         stamp = Stamp(plan.record.identifier, plan.record.step, plan.record.seq, plan.record.fingerprint or "")
         try:
             with ShardReader(plan.folder, plan.record) as reader:
-                layout = engine.layout_of(plan.folder / MODEL_FILES, reader.shapes, plan.state())
+                layout = model.layout_of(plan.folder / MODEL_FILES, reader.shapes, plan.state())
                 writer = FolderWriter(target.begin(), plan.folder / MODEL_FILES, stamp, layout=layout)
                 for name, tensor in reader.weights():
                     writer.add(name, tensor)
@@ -150,19 +148,19 @@ class Checkpoints:
             target.discard()
             raise
 
-    def _write_sharded(self, engine: Engine, folder: Path, step: int, seq: int, *, weight_only: bool) -> None:
+    def _write_sharded(self, model: TrainingState, folder: Path, step: int, seq: int, *, weight_only: bool) -> None:
         rank, size = self._team.rank, self._team.size
         state = {
-            "architecture": engine.architecture(),
-            "source": engine.source,
-            "scalars": engine.scalars(),
+            "architecture": model.architecture(),
+            "source": model.source,
+            "scalars": model.scalars(),
             "step": step,
             "seq": seq,
             "seed": self._config.seed,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
-        group = GroupState(state, self._source, engine.config_changes()) if rank == 0 else None
+        group = GroupState(state, self._source, model.config_changes()) if rank == 0 else None
         self._team.agree(lambda: prepare_staging(folder) if rank == 0 else None)
         try:
             self._team.agree(
@@ -170,8 +168,8 @@ class Checkpoints:
                     folder,
                     rank,
                     size,
-                    engine.shards(optimizer=not weight_only),
-                    engine.rng_state(),
+                    model.shards(optimizer=not weight_only),
+                    model.rng_state(),
                     group,
                     weight_only=weight_only,
                 )
@@ -183,39 +181,39 @@ class Checkpoints:
 
     # --- loading ---
 
-    def load(self, engine: Engine, params: dict[str, Any]) -> Outcome:
+    def load(self, model: TrainingState, params: dict[str, Any]) -> Outcome:
         """Everything is verified on all ranks before the first weight changes; any world size loads."""
         first = self._team.rank == 0
         resolved = self._team.agree(lambda: str(Path(params["path"]).resolve()) if first else "")
         folder = Path(self._from_rank_0({"folder": resolved})["folder"])
         plan = self._team.agree(lambda: inspect(folder))
         self._team.agree(lambda: plan.verify(self._team.rank, self._team.size))
-        restored = self._load(engine, plan, weight_only=bool(params["load_weight_only"]) or not engine.learns)
+        restored = self._load(model, plan, weight_only=bool(params["load_weight_only"]) or not model.learns)
         step = {} if plan.step is None else {"global_step": plan.step}
         return Outcome({"path": params["path"], "kind": plan.kind, **step, **restored}, applied=True)
 
-    def _load(self, engine: Engine, plan: LoadPlan, *, weight_only: bool) -> dict[str, Any]:
+    def _load(self, model: TrainingState, plan: LoadPlan, *, weight_only: bool) -> dict[str, Any]:
         """``optimizer``: restored or kept as it was; ``rng``: restored, reseeded, or kept; ``dtype``: of an export's weights."""
         mark = self._from_rank_0({"mark": plan.mark})["mark"]
         opened = self._team.agree(plan.reader)
-        reader = self._team.agree(lambda: _accounted(engine, plan, opened))
+        reader = self._team.agree(lambda: _accounted(model, plan, opened))
         try:
             full = plan.has_optimizer and not weight_only
-            needed = {part.name: part.global_shape for part in engine.shards(optimizer=full)}
+            needed = {part.name: part.global_shape for part in model.shards(optimizer=full)}
             whole = self._team.rank == 0  # which alone has the saved buffers
-            self._team.agree(lambda: plan.check_fits(reader, needed, engine.architecture(), whole))
+            self._team.agree(lambda: plan.check_fits(reader, needed, model.architecture(), whole))
             self._team.agree(lambda: plan.check_unchanged(mark))
-            state = self._team.agree(lambda: _usable_state(engine, plan)) if full else {}
-            rng = self._team.agree(lambda: _usable_rng(engine, plan, self._team)) if full else None
-            engine.load_shards(reader, optimizer=full)
+            state = self._team.agree(lambda: _usable_state(model, plan)) if full else {}
+            rng = self._team.agree(lambda: _usable_rng(model, plan, self._team)) if full else None
+            model.load_shards(reader, optimizer=full)
         finally:
             reader.close()
         held = {"dtype": ", ".join(sorted(opened.weight_dtypes))} if isinstance(opened, HuggingFaceReader) else {}
         if not full:
             return {**held, "optimizer": "kept", "rng": "kept"}
-        engine.load_scalars(state["scalars"])
+        model.load_scalars(state["scalars"])
         if rng is not None:
-            engine.set_rng_state(rng)
+            model.set_rng_state(rng)
         else:
             seed_all(int(state["seed"]), self._team.rank)
         return {**held, "optimizer": "restored", "rng": "restored" if rng is not None else "reseeded"}
@@ -226,14 +224,14 @@ class Checkpoints:
 
     # --- clean stop and start ---
 
-    def suspend(self, engine: Engine, kept: Suspended) -> None:
+    def suspend(self, model: TrainingState, kept: Suspended) -> None:
         """Keep the state for the next start; nothing is written when it is there already."""
         state = self._folders.state
         before = self._team.agree(lambda: suspended(state))
         if not kept.dropped and (kept.seq, kept.lost) == (before.seq, before.lost):
             return
         folder = self._folders.new_state
-        self._write_sharded(engine, folder, engine.optimizer_steps, kept.seq, weight_only=False)
+        self._write_sharded(model, folder, model.optimizer_steps, kept.seq, weight_only=False)
 
         def publish() -> None:
             write_manifest(folder, self._suspended_manifest(folder, kept.seq))
@@ -242,12 +240,12 @@ class Checkpoints:
 
         self._team.agree(publish if self._team.rank == 0 else _nothing)
 
-    def resume(self, engine: Engine) -> Suspended:
+    def resume(self, model: TrainingState) -> Suspended:
         """Load what :meth:`suspend` kept, if anything, and say what that is."""
         kept = self._team.agree(lambda: suspended(self._folders.state))
         if kept.seq > 0:
             plan = self._team.agree(lambda: inspect(self._folders.state))
-            self._load(engine, plan, weight_only=False)
+            self._load(model, plan, weight_only=False)
         return kept
 
     def _suspended_manifest(self, folder: Path, seq: int) -> Manifest:
@@ -280,34 +278,34 @@ class Checkpoints:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _accounted(engine: Engine, plan: LoadPlan, opened: TensorReader) -> TensorReader:
+def _accounted(model: TrainingState, plan: LoadPlan, opened: TensorReader) -> TensorReader:
     """Of a Hugging Face folder every tensor's place in the model, and that none holds NaN."""
     if not isinstance(opened, HuggingFaceReader):
         return opened
     try:
-        return engine.account(opened)
+        return model.account(opened)
     except InvalidValue as error:
         raise ServiceError("CHECKPOINT_INVALID", f"{plan.folder}: {error.message}", **error.details()) from None
 
 
-def _usable_state(engine: Engine, plan: LoadPlan) -> dict[str, Any]:
+def _usable_state(model: TrainingState, plan: LoadPlan) -> dict[str, Any]:
     state = plan.state()
-    if missing := engine.scalars().keys() - state["scalars"].keys():
+    if missing := model.scalars().keys() - state["scalars"].keys():
         raise ServiceError("CHECKPOINT_INVALID", f"the state in {plan.folder} lacks {', '.join(sorted(missing))}")
     return state
 
 
-def _usable_rng(engine: Engine, plan: LoadPlan, team: Team) -> dict[str, Any] | None:
+def _usable_rng(model: TrainingState, plan: LoadPlan, team: Team) -> dict[str, Any] | None:
     """Tried before any weight changes."""
     rng = plan.rng(team.rank, team.size)
     if rng is not None:
-        before = engine.rng_state()
+        before = model.rng_state()
         try:
-            engine.set_rng_state(rng)
+            model.set_rng_state(rng)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ServiceError("CHECKPOINT_INVALID", f"{plan.folder} has no random state: {error}") from error
         finally:
-            engine.set_rng_state(before)
+            model.set_rng_state(before)
     return rng
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from nexrl_contract.manifest import fingerprint_text
 from nexrl_contract.operations import OPERATIONS
+from nexrl_contract.sections import ActorConfig
 from nexrl_payloads import PayloadStore
 
 from nexrl_worker.checkpoints import Checkpoints
@@ -26,6 +28,7 @@ from nexrl_worker.team import Refused, Team
 from nexrl_worker.training.engine import Engine
 from nexrl_worker.training.errors import DoesNotFit
 from nexrl_worker.training.plan import Plan
+from nexrl_worker.training.spec import Prepared
 from nexrl_worker.training.trainer import Parts
 
 _NO_SPACE_PAUSE_S = 1.0
@@ -34,11 +37,20 @@ Answer = TypeVar("Answer")
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A batch as one rank has opened it: its operation prepared, and the lengths of this rank's share if they are needed."""
+
+    rows: PayloadRows
+    prepared: Prepared
+    lengths: list[int] | None
+
+
 class Operations:
     """The group's model and what can be done with it; the same calls in the same order on every rank."""
 
     def __init__(
-        self, settings: RankSettings, config: Any, team: Team, store: PayloadStore, device: torch.device
+        self, settings: RankSettings, config: ActorConfig, team: Team, store: PayloadStore, device: torch.device
     ) -> None:
         self._settings = settings
         self._config = config
@@ -64,19 +76,19 @@ class Operations:
     def restore(self) -> None:
         """Build the model and load the state of a clean stop, if there is one. Collective."""
         self._build()
-        self._lost = self._checkpoints.resume(self._model()).lost
+        self._lost = self._checkpoints.resume(self._model().state).lost
 
     def suspend(self, seq: int) -> None:
         """Write the state for the next start, pending gradients left out; waits while the disk is full. Collective."""
         if self._engine is None:
             return
         kept = Suspended(seq, 0, self._settings.epoch, self._lost)
-        if self._engine.pending:
+        if self._engine.state.pending:
             first = self._unstepped_from
             kept = Suspended(first, seq - first, self._settings.epoch, (*self._lost, *self._unstepped))
         while True:
             try:
-                self._checkpoints.suspend(self._engine, kept)
+                self._checkpoints.suspend(self._engine.state, kept)
             except Refused as error:
                 if error.code != "NO_SPACE":
                     raise
@@ -96,7 +108,7 @@ class Operations:
 
     def _sound_engine(self, verb: str) -> Engine:
         engine = self._model()
-        if engine.pending:
+        if engine.state.pending:
             raise Refused(
                 "GRADIENTS_PENDING",
                 f"cannot {verb} while gradients of forward_backward are pending; call optim_step (or optim_step(discard=True)) first",
@@ -123,38 +135,38 @@ class Operations:
         return Outcome({"already": False, **self.info()})
 
     def _save(self, request: Request) -> Outcome:
-        return self._checkpoints.save(self._sound_engine("save"), request.job_id, request.params, request.seq)
+        return self._checkpoints.save(self._sound_engine("save").state, request.job_id, request.params, request.seq)
 
     def _load(self, request: Request) -> Outcome:
-        outcome = self._checkpoints.load(self._sound_engine("load"), request.params)
+        outcome = self._checkpoints.load(self._sound_engine("load").state, request.params)
         self._lost = ()
         return outcome
 
     def _convert(self, request: Request) -> Outcome:
-        return self._checkpoints.convert(self._model(), request.params)
+        return self._checkpoints.convert(self._model().state, request.params)
 
     def _barrier(self, request: Request) -> Outcome:
         self._team.barrier()
         return Outcome()
 
     def _update(self, request: Request) -> Outcome:
-        def run(engine: Engine, plan: Plan, rows: PayloadRows) -> Outcome:
-            results = engine.update(plan, rows, request.params)
+        def run(engine: Engine, prepared: Prepared, plan: Plan) -> Outcome:
+            results = engine.update(prepared, plan)
             self._lost = ()
             first_epoch = results[: len(results) // self._config.ppo_epochs]
-            outcome = self._answered(_together([result.answers for result in first_epoch]), rows.size)
+            outcome = self._answered(_together([result.answers for result in first_epoch]), plan.size)
             return _with_metrics(outcome, [result.metrics for result in results], self._weights(engine))
 
         self._sound_engine("update")
         return self._with_batch(request, run)
 
     def _forward_backward(self, request: Request) -> Outcome:
-        def run(engine: Engine, plan: Plan, rows: PayloadRows) -> Outcome:
-            if not engine.pending:
+        def run(engine: Engine, prepared: Prepared, plan: Plan) -> Outcome:
+            if not engine.state.pending:
                 self._unstepped_from, self._unstepped = request.seq, []
-            result = engine.accumulate(plan, rows, request.params)
+            result = engine.accumulate(prepared, plan)
             self._unstepped.append(request.job_id)
-            return _with_metrics(self._answered(result.answers, rows.size), [result.metrics], {})
+            return _with_metrics(self._answered(result.answers, plan.size), [result.metrics], {})
 
         return self._with_batch(request, run)
 
@@ -168,14 +180,17 @@ class Operations:
         )
 
     def _compute(self, request: Request) -> Outcome:
-        def run(engine: Engine, plan: Plan, rows: PayloadRows) -> Outcome:
-            return self._answered(engine.compute(plan, rows, request.params), rows.size)
+        def run(engine: Engine, prepared: Prepared, plan: Plan) -> Outcome:
+            return self._answered(engine.compute(prepared, plan), plan.size)
 
         return self._with_batch(request, run)
 
     def _weights(self, engine: Engine) -> dict[str, Any]:
         """Which weights an operation left behind. Collective."""
-        return {"weight_version": engine.weight_version, "fingerprint": fingerprint_text(engine.fingerprint())}
+        return {
+            "weight_version": engine.state.weight_version,
+            "fingerprint": fingerprint_text(engine.state.fingerprint()),
+        }
 
     def _answered(self, answers: dict[str, Parts], size: int) -> Outcome:
         """Rank 0 gets every tensor ``[B, ...]`` in the caller's row order. Collective."""
@@ -195,43 +210,56 @@ class Operations:
                 full[torch.tensor(rows)] = part
         return full
 
-    def _with_batch(self, request: Request, run: Callable[[Engine, Plan, PayloadRows], Outcome]) -> Outcome:
+    def _with_batch(self, request: Request, run: Callable[[Engine, Prepared, Plan], Outcome]) -> Outcome:
+        """Prepare, plan, check, run: two votes and what rank 0 decides, then nothing that one rank alone can refuse."""
         engine = self._model()
-        operation = OPERATIONS[request.operation]
-        assert request.payload is not None
-        with self._team.agree(
-            lambda: PayloadRows(self._store, str(request.payload), operation, request.checksum)
-        ) as rows:
-            if self._team.agree(lambda: self._load_reference(engine, request, rows)):
+        opened = self._team.agree(lambda: self._open(engine, request))
+        with opened.rows as rows:
+            prepared = opened.prepared
+            if engine.uses_reference(prepared) and not engine.reference_ready:
                 engine.examine_reference()
-            plan = self._plan(engine, request, rows)
+            lengths = None if opened.lengths is None else self._every_length(opened.lengths)
+            decided = self._team.decide(lambda: {"plan": engine.plan(prepared, lengths).to_dict(), "lengths": lengths})
 
-            def check() -> None:
+            def check() -> Plan:
+                plan = Plan.from_dict(decided["plan"])
                 rows.keep(plan.rows_of(self._team.rank))
-                engine.check(request.operation, plan, rows, request.params)
+                engine.check(prepared, plan)
+                return plan
 
-            self._team.agree(check)
+            plan = self._team.agree(check)
             if request.params.get("explain"):
-                return self._explained(engine, request, plan, rows)
+                meta = {"plan": engine.explain(prepared, plan, decided["lengths"]), "ignored": request.ignored}
+                return Outcome({"metrics": {}, "meta_info": meta})
             try:
-                return self._timed(request, lambda: run(engine, plan, rows))
+                return self._timed(request, lambda: run(engine, prepared, plan))
             except DoesNotFit as error:
                 raise Refused("INVALID_VALUE", error.message, rank=0, **error.details()) from None
 
-    def _explained(self, engine: Engine, request: Request, plan: Plan, rows: PayloadRows) -> Outcome:
-        lengths = self._team.broadcast({"lengths": self._lengths(rows)})["lengths"]
-        meta = {"plan": engine.explain(plan, rows, lengths, request.params), "ignored": request.ignored}
-        return Outcome({"metrics": {}, "meta_info": meta})
+    def _open(self, engine: Engine, request: Request) -> Opened:
+        """All that can be refused before the cut is known, and the frozen reference where it is needed. Local."""
+        rows = PayloadRows(self._store, str(request.payload), OPERATIONS[request.operation], request.checksum)
+        prepared = engine.prepare(request.operation, rows, request.params)
+        if engine.uses_reference(prepared) and not engine.reference_ready:
+            own = self._config.ref.model.path
+            path, key = own or self._config.model.path, "actor.ref.model.path" if own else "actor.model.path"
+            check_model_folder(path, "ref", key)
+            self._reading(path, key, engine.load_reference)
+        needed = request.params.get("explain") or engine.needs_lengths(prepared)
+        return Opened(rows, prepared, self._lengths(rows) if needed else None)
 
-    def _load_reference(self, engine: Engine, request: Request, rows: PayloadRows) -> bool:
-        """Whether it was read now; not where the operation needs none or it is there. Local."""
-        if not engine.lacks_reference(request.operation, rows, request.params):
-            return False
-        own = self._config.ref.model.path
-        path, key = own or self._config.model.path, "actor.ref.model.path" if own else "actor.model.path"
-        check_model_folder(path, "ref", key)
-        self._reading(path, key, engine.load_reference)
-        return True
+    def _lengths(self, rows: PayloadRows) -> list[int]:
+        """Tokens of this rank's share of the rows, of whose mask it reads no more. Local."""
+        size, rank, ranks = rows.size, self._team.rank, self._team.size
+        part = slice(size * rank // ranks, size * (rank + 1) // ranks)
+        if not rows.has("attention_mask"):
+            return [rows.shape("input_ids")[1]] * (part.stop - part.start)
+        return [int(length) for length in (rows.tensor("attention_mask", part) != 0).sum(dim=1).tolist()]
+
+    def _every_length(self, mine: list[int]) -> list[int] | None:
+        """All ranks' lengths in row order, on rank 0. Collective."""
+        every = self._team.gather_lengths(mine)
+        return None if every is None else [length for lengths in every for length in lengths]
 
     def _timed(self, request: Request, run: Callable[[], Outcome]) -> Outcome:
         started = time.perf_counter()
@@ -239,29 +267,6 @@ class Operations:
         meta = outcome.result.setdefault("meta_info", {})
         meta |= {"timing": {"ranks_s": time.perf_counter() - started}, "ignored": request.ignored}
         return outcome
-
-    def _plan(self, engine: Engine, request: Request, rows: PayloadRows) -> Plan:
-        """Rank 0 cuts the batch, every rank checks the cut it was sent."""
-        known = not rows.has("input_ids") or not engine.needs_lengths(rows.size, rows.shape("input_ids")[1])
-        lengths = None if known else self._lengths(rows)
-        cut = self._team.agree(
-            lambda: engine.plan(request.operation, rows.size, lengths).to_dict() if self._team.rank == 0 else {}
-        )
-        cut = self._team.broadcast(cut)
-        return self._team.agree(lambda: Plan.from_dict(cut))
-
-    def _lengths(self, rows: PayloadRows) -> list[int] | None:
-        """Tokens of every row on rank 0; each rank reads its part of the mask only."""
-        size, rank, ranks = rows.size, self._team.rank, self._team.size
-        part = slice(size * rank // ranks, size * (rank + 1) // ranks)
-
-        def count() -> list[int]:
-            if not rows.has("attention_mask"):
-                return [rows.shape("input_ids")[1]] * (part.stop - part.start)
-            return [int(length) for length in (rows.tensor("attention_mask", part) != 0).sum(dim=1).tolist()]
-
-        every = self._team.gather_lengths(self._team.agree(count))
-        return None if every is None else [length for lengths in every for length in lengths]
 
 
 IMPLEMENTED: dict[str, Callable[[Operations, Request], Outcome]] = {

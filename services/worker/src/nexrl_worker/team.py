@@ -72,6 +72,19 @@ class Team:
             raise self._first_error(error)
         return answer  # type: ignore[return-value] # act() returned it
 
+    def decide(self, act: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What rank 0 makes of ``act``, as JSON on every rank; or, on all of them, its error as :class:`Refused`."""
+        message: dict[str, Any] | None = None
+        if self.rank == 0:
+            try:
+                message = {"made": act()}
+            except Exception as caught:
+                message = {"error": _as_service_error(caught, self.rank).body()}
+        message = self.broadcast(message)
+        if "error" in message:
+            raise Refused.from_body(message["error"])
+        return dict(message["made"])
+
     def _first_error(self, mine: ServiceError | None) -> Refused:
         text = json.dumps(mine.body() if mine else None, default=str).encode()
         if self.size == 1:

@@ -22,7 +22,6 @@ def explain_plan(plan: Plan, lengths: Sequence[int], packed: bool) -> dict[str, 
     attended = sum(step["tokens"] for step in steps)
     computed = sum(step["computed_tokens"] for step in steps)
     return {
-        "operation": plan.operation,
         "rows": plan.size,
         "world_size": plan.world_size,
         "rows_per_rank": [len(plan.rows_of(rank)) for rank in range(plan.world_size)],

@@ -38,7 +38,6 @@ class MiniBatch:
 class Plan:
     """The cut of one operation over `world_size` ranks; `mini_batches` lists every epoch's, in order."""
 
-    operation: str
     size: int
     world_size: int
     mini_batches: tuple[MiniBatch, ...]
@@ -50,7 +49,6 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, for the broadcast."""
         return {
-            "operation": self.operation,
             "size": self.size,
             "world_size": self.world_size,
             "mini_batches": [[[list(micro) for micro in rank] for rank in mini.ranks] for mini in self.mini_batches],
@@ -62,7 +60,7 @@ class Plan:
         minis = tuple(
             MiniBatch(tuple(tuple(tuple(micro) for micro in rank) for rank in mini)) for mini in data["mini_batches"]
         )
-        plan = cls(data["operation"], data["size"], data["world_size"], minis)
+        plan = cls(data["size"], data["world_size"], minis)
         plan.verify()
         return plan
 
@@ -93,7 +91,7 @@ class Cut:
     fits: Callable[[Sequence[int]], bool] | None = None
 
 
-def make_plan(operation: str, size: int, world_size: int, cut: Cut, lengths: Sequence[int] | None = None) -> Plan:
+def make_plan(size: int, world_size: int, cut: Cut, lengths: Sequence[int] | None = None) -> Plan:
     """Cut `size` rows. With a token budget, `lengths` (tokens per row) balances ranks and fills micro-batches."""
     if size < 1:
         raise InvalidValue("the batch has no rows", expected="at least 1 row", actual="0 rows")
@@ -106,7 +104,7 @@ def make_plan(operation: str, size: int, world_size: int, cut: Cut, lengths: Seq
             random.Random(f"{cut.shuffle_seed}:{epoch}").shuffle(order)
         step = cut.mini_rows or size
         minis += [_mini_batch(order[at : at + step], world_size, cut, lengths) for at in range(0, size, step)]
-    return Plan(operation, size, world_size, tuple(minis))
+    return Plan(size, world_size, tuple(minis))
 
 
 def _mini_batch(rows: list[int], world_size: int, cut: Cut, lengths: Sequence[int] | None) -> MiniBatch:

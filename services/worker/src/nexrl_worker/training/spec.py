@@ -1,4 +1,4 @@
-"""What one operation computes: the loss settings of the configuration, the operation and its parameters together."""
+"""What one operation computes, prepared once: its settings from configuration, arguments and batch together."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nexrl_contract.batch import CheckedBatch, check_batch
 from nexrl_contract.losses import LOSSES, Loss
-from nexrl_contract.operations import DISTILLATION
+from nexrl_contract.operations import DISTILLATION, OPERATIONS, Operation
 from nexrl_contract.sections import ActorConfig, RolloutCorrectionConfig
 
-from nexrl_worker.training.batch import Rows
+from nexrl_worker.training.batch import Layout, Rows
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.losses.aggregation import MODES, Aggregation
 from nexrl_worker.training.losses.correction import Correction
@@ -53,20 +54,57 @@ class LossSpec:
         return self.top_k is None and (self.loss.ratio or self.correction is not None)
 
 
-def temperature_of(actor: ActorConfig, rows: Rows) -> float:
-    """The batch's metadata, else the configuration, else 1.0; raises InvalidValue unless positive and finite.
+@dataclass(frozen=True)
+class ValueSpec:
+    """Settings of a critic's update: new values are clipped to `clip` around the batch's."""
 
-    It counts where the batch has no tensor `temperature` [B].
+    clip: float
+    aggregation: Aggregation
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One operation on a batch, with all that is known before its rows are cut; made once, then planned, checked and run.
+
+    `loss` is None where nothing is trained. `temperature` counts where the batch has no tensor `temperature` [B].
     """
-    value = rows.metadata.get("temperature")
-    if value is None:
-        value = actor.rollout.temperature
-    return 1.0 if value is None else _number("temperature", value, positive=True)
+
+    operation: Operation
+    params: Mapping[str, Any]
+    rows: Rows
+    checked: CheckedBatch
+    temperature: float
+    loss: LossSpec | ValueSpec | None
+
+    @property
+    def layout(self) -> Layout:
+        """Widths of the batch."""
+        return Layout(self.checked.sequence, self.checked.response)
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether a second model, the frozen reference, would take part."""
+        if isinstance(self.loss, LossSpec):
+            return self.loss.uses_kl and "ref_log_prob" not in self.checked.names
+        return self.operation.name == "compute_ref_log_prob"
+
+    @property
+    def dropping(self) -> Correction | None:
+        """The rollout correction whose rejected tokens are not scored."""
+        correction = self.loss.correction if isinstance(self.loss, LossSpec) else None
+        return correction if correction is not None and correction.drops else None
 
 
-def aggregation_of(actor: ActorConfig) -> Aggregation:
-    """The configuration's way of summing; raises InvalidValue where a factor is missing."""
-    return _aggregation(actor.loss_agg_mode, actor.loss_scale_factor)
+def prepare(actor: ActorConfig, operation: str, rows: Rows, params: Mapping[str, Any]) -> Prepared:
+    """Raises InvalidValue, and INVALID_TENSOR as `check_batch` does. Local, and reads no tensor."""
+    row = OPERATIONS[operation]
+    checked = check_batch(rows.header, row, params, actor)
+    loss: LossSpec | ValueSpec | None = None
+    if operation == "update_critic":
+        loss = ValueSpec(actor.cliprange_value, _aggregation(actor.loss_agg_mode, actor.loss_scale_factor))
+    elif row.trains:
+        loss = loss_spec(actor, operation, rows, params)
+    return Prepared(row, params, rows, checked, _temperature(actor, rows), loss)
 
 
 def loss_spec(actor: ActorConfig, operation: str, rows: Rows, params: Mapping[str, Any]) -> LossSpec:
@@ -94,6 +132,14 @@ def loss_spec(actor: ActorConfig, operation: str, rows: Rows, params: Mapping[st
         top_k=kind if kind in ("forward_kl", "reverse_kl") else None,
         student=actor.distillation_student,
     )
+
+
+def _temperature(actor: ActorConfig, rows: Rows) -> float:
+    """The batch's metadata, else the configuration, else 1.0."""
+    value = rows.metadata.get("temperature")
+    if value is None:
+        value = actor.rollout.temperature
+    return 1.0 if value is None else _number("temperature", value, positive=True)
 
 
 def _aggregation(mode: str, scale: float | None) -> Aggregation:

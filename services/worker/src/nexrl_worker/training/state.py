@@ -55,6 +55,7 @@ class TrainingState:
         self._trainer = trainer
         self._device = device
         self.weight_version = 0
+        """Loads and optimizer steps so far."""
         self._loaded = False
 
     @property
