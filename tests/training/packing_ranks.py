@@ -57,7 +57,7 @@ def synchronisation(folder: Path, path: str) -> dict[str, Any]:
     """Gradients of two accumulations: synchronised at every micro-batch, at the last one, and after an error."""
     root, rows = build(path), batch()
     clock = Clock(CPU)
-    clock.watch(root)
+    clock.watch(root.collectives)
     scatters: dict[str, float] = {}
 
     def accumulate(kept_back: bool, packed: bool) -> None:
@@ -92,7 +92,7 @@ def waiting(folder: Path, path: str) -> dict[str, Any]:
     """One rank comes late to a forward: the other's clock says so, under communication."""
     root, rows = build(path), batch()
     clock = Clock(CPU)
-    clock.watch(root)
+    clock.watch(root.collectives)
     backward(root, rows, [0], False)
     clock.start()
     dist.barrier()

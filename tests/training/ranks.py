@@ -37,7 +37,7 @@ def run(engine: Engine, operation: str, rows: MemoryRows, **params: Any) -> Any:
     if operation.startswith("update"):
         steps = [result.metrics for result in engine.update(prepared, plan)]
         return steps[0] if len(steps) == 1 else {name: [step.get(name) for step in steps] for name in steps[0]}
-    (parts,) = engine.compute(prepared, plan).values()
+    (parts,) = engine.compute(prepared, plan).answers.values()
     return parts
 
 

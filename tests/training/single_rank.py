@@ -28,7 +28,7 @@ def compute(engine: Engine, operation: str, rows: MemoryRows, **params: Any) -> 
     prepared, plan = planned(engine, operation, rows, **params)
     engine.check(prepared, plan)
     found = {}
-    for name, parts in engine.compute(prepared, plan).items():
+    for name, parts in engine.compute(prepared, plan).answers.items():
         order = torch.tensor([row for indices, _ in parts for row in indices]).argsort()
         found[name] = torch.cat([values for _, values in parts])[order]
     return found

@@ -82,7 +82,7 @@ def test_a_row_without_tokens_has_reward_zero(tmp_path: Path, micro: int | None,
     rows.tensors["attention_mask"][2] = 0
     engine = build(str(tmp_path), "reward", ppo_micro_batch_size_per_gpu=micro, packing=packing)
 
-    parts = engine.compute(*planned(engine, "compute_rewards", rows))["rewards"]
+    parts = engine.compute(*planned(engine, "compute_rewards", rows)).answers["rewards"]
 
     found = {row: float(value) for indices, values in parts for row, value in zip(indices, values, strict=True)}
     assert found[2] == 0.0 and all(found[row] != 0.0 for row in found if row != 2)

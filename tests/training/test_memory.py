@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from nexrl_worker.group_process import how_it_ended, wait_status
+from nexrl_worker.group_process import how_it_ended, oom_kills, wait_status
 from nexrl_worker.training import Engine
 from nexrl_worker.training.errors import DoesNotFit, InvalidValue
 from nexrl_worker.training.memory import free_mib
@@ -167,6 +167,32 @@ def test_memory_that_runs_out_is_asked_for_less(backward: bool, error: Exception
     assert_alike(weights(plain), weights(short))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kept back", "reduced at once", "recompute", "packed", "frozen reference"])
+def test_one_rank_of_two_may_run_out_at_every_place(name: str, path: str, tmp_path: Path) -> None:
+    """Forward, backward and recomputation, the head, FSDP's own work, with and without gradients kept back."""
+    answer = run_ranks(2, "positions", tmp_path, path, "40", name, script="short_ranks.py")[name]
+    assert answer["calls"] > 1000 and answer["worst"] < 1e-9
+
+
+def test_one_rank_of_two_may_run_out(path: str, tmp_path: Path) -> None:
+    """The other goes with it: gradients on top of pending ones, weights and scores are those of enough memory.
+
+    A row that fits nowhere is named on all ranks, and leaves them as they were.
+    """
+    answer = run_ranks(2, "operations", tmp_path, path, script="short_ranks.py")
+    assert answer["everything"]["calls"] > 1000 and answer["everything"]["worst"] < 1e-9
+    for operation in ("update_actor", "update_critic"):
+        assert answer[operation]["worst"] < 1e-9
+        assert all(sum(retries) == 1 for retries in answer[operation]["retries"])
+    for operation in ("compute_log_prob", "compute_ref_log_prob"):
+        assert answer[operation]["calls"] > 100 and answer[operation]["worst"] < 1e-6
+    assert answer["retries"] == {"memory/retries": 1}
+    said = [["DoesNotFit", 6], ["DoesNotFit", 6], ["MemoryError", None]]  # the last one after a step was taken
+    assert [one[:3] for one in answer["refused"]] == [said, said]
+    assert answer["refused"][0][3] < 1e-9
+
+
 @pytest.mark.usefixtures("one_rank")
 def test_scores_ask_for_less_too(path: str) -> None:
     engine = build(path)
@@ -199,7 +225,7 @@ def test_what_is_free_is_within_the_host() -> None:
 
 
 @pytest.mark.parametrize(
-    ("end", "oom_kills", "said"),
+    ("end", "kills", "said"),
     [
         ("os.kill(os.getpid(), 9)", 0, "was killed by SIGKILL"),
         ("os.kill(os.getpid(), 9)", 2, "out of memory (the kernel has killed 2"),
@@ -207,17 +233,39 @@ def test_what_is_free_is_within_the_host() -> None:
         ("os._exit(3)", 0, "ended with exit code 3"),
     ],
 )
-def test_a_death_is_told_by_its_signal(end: str, oom_kills: int, said: str) -> None:
+def test_a_death_is_told_by_its_signal(end: str, kills: int, said: str) -> None:
     """As the launcher's parent sees it, before the launcher has waited for it and afterwards."""
     child = subprocess.Popen([sys.executable, "-c", f"import os; {end}"])
     descriptor = os.pidfd_open(child.pid)
     try:
         select.select([descriptor], [], [], 20)
-        assert said in how_it_ended(wait_status(descriptor), oom_kills)
+        assert said in how_it_ended(wait_status(descriptor), kills)
         child.wait()
-        assert said in how_it_ended(wait_status(descriptor), oom_kills) or platform.release() < "6.15"
+        assert said in how_it_ended(wait_status(descriptor), kills) or platform.release() < "6.15"
     finally:
         os.close(descriptor)
+
+
+@pytest.mark.parametrize(
+    ("said", "kills"),
+    [
+        (
+            {"sys/fs/cgroup/a/b/memory.events": "oom 3\noom_kill 2\n", "sys/fs/cgroup/a/memory.events": "oom_kill 5\n"},
+            2,
+        ),
+        ({"sys/fs/cgroup/a/memory.events": "oom_kill 5\n"}, 5),  # the own one does not count memory
+        ({"sys/fs/cgroup/memory/c/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 4\n"}, 4),
+        ({"sys/fs/cgroup/memory/memory.oom_control": "oom_kill 0\n"}, 0),  # a container, which sees the host's path
+        ({}, 9),
+    ],
+)
+def test_only_kills_in_the_own_control_group_are_told(said: dict[str, str], kills: int, tmp_path: Path) -> None:
+    """Those of other people on the same host are no reason for a death here; only where nothing else counts, they may be."""
+    files = {"proc/self/cgroup": "4:memory:/c\n2:cpu:/\n0::/a/b\n", "proc/vmstat": "nr_free 1\noom_kill 9\n", **said}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert oom_kills(tmp_path) == kills
 
 
 def test_memory_that_a_process_may_not_take_is_named_as_such() -> None:

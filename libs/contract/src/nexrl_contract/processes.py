@@ -1,4 +1,4 @@
-"""Children that die with their parent, on Linux (elsewhere the supervisor's own clean-up has to do), and their logs."""
+"""Children that die with their parent, on Linux (elsewhere the supervisor's own clean-up has to do), their logs and memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,6 +27,23 @@ def die_with_parent(parent: int | None = None) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:
         os._exit(1)
+
+
+def memory_groups(root: Path = Path("/")) -> Iterator[tuple[int, Path]]:
+    """The folders of the control groups around this process that count memory, its own first, each with its version (2 or 1).
+
+    In a container some may not be there: it may see the paths of its host.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, kinds, path = line.split(":", 2)
+        if kinds in ("", "memory"):
+            top, inner = root / "sys/fs/cgroup" / kinds, Path(path.lstrip("/"))
+            for one in (inner, *inner.parents):
+                yield 1 if kinds else 2, top / one
 
 
 def log_limit() -> int:

@@ -13,11 +13,12 @@ import struct
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nexrl_contract.durable import remove_folder
-from nexrl_contract.processes import die_with_parent
+from nexrl_contract.processes import die_with_parent, memory_groups
 from nexrl_contract.records import GroupRecord
 
 from nexrl_worker.settings import AgentSettings, GroupFolders
@@ -186,7 +187,7 @@ class GroupProcess:
 
 
 def how_it_ended(status: int | None, oom_kills: int) -> str:
-    """In words, by the wait status and what the kernel killed for want of memory on this host meanwhile."""
+    """In words, by the wait status and what the kernel killed meanwhile for want of memory, see `oom_kills`."""
     if status is None:
         return "was killed or crashed"
     if not os.WIFSIGNALED(status):
@@ -206,13 +207,19 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def oom_kills() -> int:
-    """How many processes the kernel has killed for want of memory, control groups' limits included; 0 where it does not say."""
-    try:
-        lines = Path("/proc/vmstat").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+def oom_kills(root: Path = Path("/")) -> int:
+    """How many processes the kernel has killed for want of memory, in this process's control group: its ranks are in it, too.
+
+    Where no control group counts, on the host, others' included; 0 where that does not say either.
+    """
+    names = {2: "memory.events", 1: "memory.oom_control"}
+    counters = [folder / names[version] for version, folder in memory_groups(root)]
+    for counter in (*counters, root / "proc/vmstat"):
+        with suppress(OSError):
+            for line in counter.read_text().splitlines():
+                if line.startswith("oom_kill "):
+                    return int(line.split()[1])
+    return 0
 
 
 def wait_status(descriptor: int) -> int | None:

@@ -181,7 +181,10 @@ class Operations:
 
     def _compute(self, request: Request) -> Outcome:
         def run(engine: Engine, prepared: Prepared, plan: Plan) -> Outcome:
-            return self._answered(engine.compute(prepared, plan), plan.size)
+            result = engine.compute(prepared, plan)
+            outcome = self._answered(result.answers, plan.size)
+            outcome.result["metrics"] = result.metrics
+            return outcome
 
         return self._with_batch(request, run)
 
@@ -234,7 +237,7 @@ class Operations:
             try:
                 return self._timed(request, lambda: run(engine, prepared, plan))
             except DoesNotFit as error:
-                raise Refused("INVALID_VALUE", error.message, rank=0, **error.details()) from None
+                raise Refused("INVALID_VALUE", error.message, **error.details()) from None
 
     def _open(self, engine: Engine, request: Request) -> Opened:
         """All that can be refused before the cut is known, and the frozen reference where it is needed. Local."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor
+
+from nexrl_worker.training.memory import is_out_of_memory
 
 PARTS = ("forward", "backward", "step")
 COMMUNICATION = "communication"
@@ -33,12 +35,10 @@ class Clock:
         """Begin anew; until then, and after `seconds`, nothing is measured."""
         self._open, self._sums, self._runs = [], {}, True
 
-    def watch(self, root: nn.Module) -> None:
-        """Measure the collectives of a model sharded with FSDP2; replaces its all-gather and reduce-scatter."""
-        for module in root.modules():
-            if isinstance(module, FSDPModule):
-                module.set_custom_all_gather(_AllGather(self))  # type: ignore[arg-type]  # a protocol in all but name
-                module.set_custom_reduce_scatter(_ReduceScatter(self))  # type: ignore[arg-type]
+    def watch(self, collectives: Iterable[Collective]) -> None:
+        """Measure those of a sharded model."""
+        for one in collectives:
+            one.measure = partial(self.measure, COMMUNICATION)
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
@@ -74,30 +74,67 @@ class Clock:
         return event
 
 
-class _Collective:
-    """What FSDP2 asks of a custom collective beside the call: memory for its buffers."""
+class Collective:
+    """The all-gathers or the reduce-scatters of one sharded module, in the place of FSDP2's own.
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
+    It counts them, so that a rank that has left a micro-batch on the way can go through it again, to issue those that
+    the other ranks wait for and no other. `done` says whether a micro-batch finds one done before.
+    """
+
+    def __init__(self, done: Callable[[], bool] = lambda: False) -> None:
+        self._done = done
+        self.measure: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._issued = 0
+        self._skips = 0
+
+    def begin(self) -> None:
+        """A micro-batch begins."""
+        self._issued, self._skips = int(self._done()), 0
+
+    def again(self) -> None:
+        """The same micro-batch begins once more: as many as were issued until now only fill their outputs with 0."""
+        self._skips = self._issued
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for a buffer."""
         return torch.empty(*size, dtype=dtype, device=device)
 
+    def _issue(self, output: Tensor, issue: Callable[[], Any]) -> Any:
+        if self._skips:
+            self._skips -= 1
+            output.zero_()
+            return None
+        with self.measure():
+            try:
+                work = issue()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise dist.DistError(f"out of memory in a collective that may have begun: {error}") from error
+        self._issued += 1
+        return work
 
-class _AllGather(_Collective):
+
+class AllGather(Collective):
+    """As FSDP2 asks of a custom one."""
+
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> Any:
+        """`input_tensor` of every rank in `output_tensor`."""
         # torch 2.13 renamed it.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        with self._clock.measure(COMMUNICATION):
-            return gather(output_tensor, input_tensor, group=group, async_op=async_op)
+        return self._issue(output_tensor, lambda: gather(output_tensor, input_tensor, group=group, async_op=async_op))
 
 
-class _ReduceScatter(_Collective):
+class ReduceScatter(Collective):
+    """As FSDP2 asks of a custom one."""
+
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> Any:
+        """This rank's part of the sum over ranks in `output_tensor`."""
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        with self._clock.measure(COMMUNICATION):
-            return scatter(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
+        return self._issue(
+            output_tensor, lambda: scatter(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
+        )

@@ -29,7 +29,7 @@ from nexrl_worker.training.scorer import Scorer
 from nexrl_worker.training.sources import folder_tensors
 from nexrl_worker.training.spec import LossSpec, Prepared, prepare
 from nexrl_worker.training.state import TrainingState
-from nexrl_worker.training.trainer import Parts, Result, Trainer
+from nexrl_worker.training.trainer import Result, Trainer
 from nexrl_worker.training.validate import Limits, check_rows, longest
 from nexrl_worker.training.weights import parameter_shards
 
@@ -211,25 +211,18 @@ class Engine:
 
     # -- looking ----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def compute(self, prepared: Prepared, plan: Plan) -> dict[str, Parts]:
+    def compute(self, prepared: Prepared, plan: Plan) -> Result:
         """An operation of queries.py: by result name this rank's (row indices, values on the CPU). Collective.
 
         compute_ref_log_prob scores with the frozen weights of `ref.model.path` (else `model.path`), read at first use.
         """
         root = self.reference() if prepared.reads_reference else self._root
-        reader = self._reader(prepared)
-        answers: dict[str, Parts] = {}
+        micros = [micro for mini in plan.mini_batches for micro in mini.ranks[dist.get_rank()]]
+        name, k = prepared.operation.name, prepared.params.get("top_k")
         try:
-            for mini in plan.mini_batches:
-                for indices in mini.ranks[dist.get_rank()]:
-                    found = answered(prepared.operation.name, root, reader, indices, prepared.params.get("top_k"))
-                    for name, values in found.items():
-                        parts = answers.setdefault(name, [])  # for a dummy too: all ranks answer with the same names
-                        parts += [(list(indices), values)] if indices else []
+            return answered(name, root, self._reader(prepared), micros, k)
         finally:
             release(root)
-        return answers
 
     # -- the frozen reference ---------------------------------------------------------------------------------------
 

@@ -35,4 +35,4 @@ class InvalidValue(ValueError):
 
 
 class DoesNotFit(InvalidValue):
-    """Memory ran out under a single row, on the only rank, before anything was changed: the group is as it was."""
+    """Memory ran out on some rank, under a `row` alone where that is known; said on all, and nothing was changed."""

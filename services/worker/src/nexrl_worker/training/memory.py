@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import math
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from nexrl_contract.processes import memory_groups
 
 _LIBC = ctypes.CDLL(None)
 _MIB = 1024.0 * 1024.0
@@ -77,6 +79,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _CANNOT_ALLOCATE)
 
 
+def lone_row(failed: Sequence[int] | None, device: torch.device) -> int | None:
+    """The row that is alone in a micro-batch that `failed` on some rank, None where none is. Collective."""
+    row = torch.tensor(failed[0] if failed is not None and len(failed) == 1 else -1, device=device)
+    dist.all_reduce(row, op=dist.ReduceOp.MAX)
+    return int(row) if row >= 0 else None
+
+
 def give_back(device: torch.device) -> None:
     """Return what is free inside the process, after memory ran out."""
     if device.type == "cuda":
@@ -87,17 +96,12 @@ def give_back(device: torch.device) -> None:
 
 def _left_in_control_groups() -> Iterator[float]:
     """MiB that every control group of this process still has, version 2 and 1; page cache counts as free."""
-    for line in _lines(Path("/proc/self/cgroup")):
-        _, kinds, path = line.split(":", 2)
-        if kinds not in ("", "memory"):
-            continue
-        top = Path("/sys/fs/cgroup") / kinds
-        most, used = ("memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else ("memory.max", "memory.current")
-        for folder in (top / path.lstrip("/"), *(top / parent for parent in Path(path.lstrip("/")).parents)):
-            limit, now = ("".join(_lines(folder / name)) for name in (most, used))
-            if limit.isdigit() and now.isdigit():
-                cached = _numbers(folder / "memory.stat").get("inactive_file", 0.0)
-                yield (int(limit) - int(now) + cached) / _MIB
+    for version, folder in memory_groups():
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
+        limit, now = ("".join(_lines(folder / name)) for name in names)
+        if limit.isdigit() and now.isdigit():
+            cached = _numbers(folder / "memory.stat").get("inactive_file", 0.0)
+            yield (int(limit) - int(now) + cached) / _MIB
 
 
 def _numbers(path: Path) -> dict[str, float]:

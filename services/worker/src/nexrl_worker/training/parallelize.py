@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
+from nexrl_worker.training.clock import AllGather, Collective, ReduceScatter
 from nexrl_worker.training.errors import InvalidValue
+from nexrl_worker.training.memory import give_back, is_out_of_memory
 from nexrl_worker.training.roots import Root
+
+Answer = TypeVar("Answer")
+_log = logging.getLogger(__name__)
 
 
 def decoder_layers(hf: nn.Module) -> list[nn.Module]:
@@ -77,6 +84,11 @@ def shard(root: Root, mesh: DeviceMesh, param_dtype: torch.dtype | None, reduce_
     for layer in decoder_layers(root.hf):
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in _sharded(root):
+        gather, scatter = AllGather(partial(_is_gathered, module)), ReduceScatter()
+        module.set_custom_all_gather(gather)  # type: ignore[arg-type]  # a protocol in all but name
+        module.set_custom_reduce_scatter(scatter)  # type: ignore[arg-type]
+        root.collectives += [gather, scatter]
 
 
 def release(root: Root) -> None:
@@ -103,14 +115,50 @@ def synchronise(root: Root, on: bool) -> None:
     root.set_requires_gradient_sync(on)  # type: ignore[operator]  # FSDP has made the root an FSDPModule
 
 
+def attempt(
+    roots: Sequence[Root], device: torch.device, act: Callable[[Sequence[int]], Answer], rows: Sequence[int]
+) -> tuple[Answer | None, bool]:
+    """`act` on the rows of a micro-batch, and False; True where memory ran out on this rank, and the answer is of no rows.
+
+    `act` runs forwards, and a backward, of `roots`. The other ranks learn of a failure at the next vote alone: until
+    then this rank must go on with micro-batches of no rows, as its gathered weights and gradients are worthless. What
+    the failed one has not issued of its collectives it issues here, in `act` without rows (None: there are no others).
+    Raises what `act` raises besides, and what the torch before 2.13 cannot put right. After the vote, call `drop`.
+    """
+    for collective in _collectives(roots):
+        collective.begin()
+    try:
+        return act(rows), False
+    except Exception as error:
+        alone = dist.get_world_size() == 1
+        if not is_out_of_memory(error) or isinstance(error, dist.DistError) or not (alone or _can_reset(roots)):
+            raise
+        # Not the error itself: a record that is kept would keep the tensors of the failed micro-batch alive.
+        _log.warning("memory.short rows=%d %s", len(rows), str(error))
+    # Out of the block, for the same reason.
+    for root in roots:
+        _reset(root)
+    give_back(device)
+    if alone:
+        return None, True
+    for collective in _collectives(roots):
+        collective.again()
+    return act(()), True
+
+
+def drop(roots: Sequence[Root]) -> None:
+    """Leave nothing of the micro-batches since the last step gathered or kept back; sharded gradients are the caller's."""
+    for root in roots:
+        forget_kept_back(root)
+        release(root)
+
+
 def forget_kept_back(root: Root) -> None:
     """Drop gradients that `synchronise(root, False)` kept back, and what an error in a forward or backward left gathered.
 
     Call after such an error, and wherever sharded gradients are dropped too; those are the caller's own.
     """
-    reset = getattr(root, "reset_iter_state", None)  # torch has it since 2.13; before, a left root stays gathered
-    if reset is not None:
-        reset()
+    _reset(root)
     for module in _sharded(root):
         for group in _groups(module):
             for param in group.fsdp_params:
@@ -118,6 +166,25 @@ def forget_kept_back(root: Root) -> None:
                 if hasattr(param, "_unsharded_param"):
                     param._unsharded_param.grad = None
     synchronise(root, True)
+
+
+def _collectives(roots: Sequence[Root]) -> Iterator[Collective]:
+    return (collective for root in roots for collective in root.collectives)
+
+
+def _can_reset(roots: Sequence[Root]) -> bool:
+    return all(hasattr(root, "reset_iter_state") for root in roots)
+
+
+def _reset(root: Root) -> None:
+    """Put FSDP back to before a forward, after an error in one or in a backward; keeps gradients that were kept back."""
+    reset = getattr(root, "reset_iter_state", None)  # torch has it since 2.13; before, a left root stays gathered
+    if reset is not None:
+        reset()
+
+
+def _is_gathered(module: FSDPModule) -> bool:
+    return any(group.is_unsharded for group in _groups(module))
 
 
 def _sharded(root: Root) -> Iterator[FSDPModule]:

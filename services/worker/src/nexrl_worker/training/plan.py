@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,17 @@ class MiniBatch:
 
     ranks: tuple[tuple[Micro, ...], ...]
 
+    @classmethod
+    def of(cls, ranks: Sequence[Sequence[Micro]]) -> MiniBatch:
+        """Those of every rank, with dummies behind where a rank has fewer than another."""
+        most = max(len(rank) for rank in ranks)
+        return cls(tuple((*rank, *[()] * (most - len(rank))) for rank in ranks))
+
     def halved(self) -> MiniBatch | None:
-        """With every micro-batch of several rows in two, None where there is none. For one rank alone."""
-        cuts = [(micro[: len(micro) // 2], micro[len(micro) // 2 :]) for micro in self.ranks[0]]
-        finer = tuple(part for cut in cuts for part in cut if part)
-        return None if len(finer) <= len(self.ranks[0]) or len(self.ranks) > 1 else MiniBatch((finer,))
+        """With every micro-batch of several rows in two, None where there is none."""
+        if all(len(micro) < 2 for rank in self.ranks for micro in rank):
+            return None
+        return MiniBatch.of([halves(rank) for rank in self.ranks])
 
     def rows(self) -> list[int]:
         """All rows of this optimizer step, over all ranks."""
@@ -117,8 +123,13 @@ def _mini_batch(rows: list[int], world_size: int, cut: Cut, lengths: Sequence[in
         ranks = [_by_rows(rows[bounds[r] : bounds[r + 1]], cut.micro_rows) for r in range(world_size)]
     if cut.fits is not None and lengths is not None:
         ranks = [[part for micro in rank for part in _fitting(micro, lengths, cut.fits)] for rank in ranks]
-    most = max(len(rank) for rank in ranks)
-    return MiniBatch(tuple(tuple(rank) + ((),) * (most - len(rank)) for rank in ranks))
+    return MiniBatch.of(ranks)
+
+
+def halves(micros: Iterable[Micro]) -> list[Micro]:
+    """Every micro-batch in two, in order; one row stays, and a dummy goes."""
+    cuts = [(micro[: len(micro) // 2], micro[len(micro) // 2 :]) for micro in micros]
+    return [part for cut in cuts for part in cut if part]
 
 
 def _by_rows(rows: list[int], micro_rows: int | None) -> list[Micro]:

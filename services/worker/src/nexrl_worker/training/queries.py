@@ -13,10 +13,12 @@ from nexrl_worker.training.batch import BatchReader, MicroBatch
 from nexrl_worker.training.candidates import top_k
 from nexrl_worker.training.errors import DoesNotFit
 from nexrl_worker.training.heads import RewardModel, ValueModel
-from nexrl_worker.training.memory import NO_ROOM, give_back, is_out_of_memory
-from nexrl_worker.training.parallelize import forget_kept_back, release
+from nexrl_worker.training.memory import NO_ROOM, lone_row
+from nexrl_worker.training.parallelize import attempt, drop
+from nexrl_worker.training.plan import Micro, halves
 from nexrl_worker.training.roots import Root
 from nexrl_worker.training.scorer import Scorer
+from nexrl_worker.training.trainer import Parts, Result
 
 Query = Callable[[Root, MicroBatch, int | None], dict[str, Tensor]]
 
@@ -50,22 +52,40 @@ QUERIES: dict[str, Query] = {
 }
 
 
-def answered(operation: str, root: Root, reader: BatchReader, rows: Sequence[int], k: int | None) -> dict[str, Tensor]:
-    """The operation's results for these rows, on the CPU. Where memory runs out the only rank takes half at a time.
+@torch.no_grad()
+def answered(operation: str, root: Root, reader: BatchReader, micros: Sequence[Micro], k: int | None) -> Result:
+    """The operation's answers for the rows of this rank's micro-batches, as many as any rank has. Collective.
 
-    Raises DoesNotFit where it runs out under a single row.
+    Where memory runs out on a rank, it takes its rows from there on once more, half as many at a time, and the others
+    go with it; `memory/retries` says how often. Raises DoesNotFit on all ranks where it runs out under a single row.
     """
-    try:
+    answers: dict[str, Parts] = {}
+
+    def act(rows: Sequence[int]) -> dict[str, Tensor]:
         return {name: values.cpu() for name, values in QUERIES[operation](root, reader.read(rows), k).items()}
-    except Exception as error:
-        if not is_out_of_memory(error) or dist.get_world_size() > 1:
-            raise
-        forget_kept_back(root)
-    # Out of the block, whose error keeps the tensors of the failed forward alive.
-    release(root)
-    give_back(reader.device)
-    if len(rows) < 2:
-        raise DoesNotFit(NO_ROOM, tensor="input_ids", row=next(iter(rows), None))
-    middle = len(rows) // 2
-    first, second = (answered(operation, root, reader, part, k) for part in (rows[:middle], rows[middle:]))
-    return {name: torch.cat([first[name], second[name]]) for name in first}
+
+    retries = 0
+    while micros:
+        left: list[Micro] = []
+        failed: Micro | None = None
+        for number, indices in enumerate(micros):
+            rows = indices if failed is None else ()
+            found, short = attempt([root], reader.device, act, rows)
+            if short and failed is None:
+                failed, left = rows, halves(micros[number:])
+            if found is None:
+                break
+            for name, values in found.items():
+                parts = answers.setdefault(name, [])  # for a dummy too: all ranks answer with the same names
+                parts += [(list(rows), values)] if rows and not short else []
+        most = torch.tensor([len(left), failed is not None], device=reader.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        length, again = most.tolist()
+        if again:
+            row = lone_row(failed, reader.device)
+            drop([root])
+            if row is not None:
+                raise DoesNotFit(NO_ROOM, tensor="input_ids", row=row)
+            retries += 1
+        micros = [*left, *[()] * (length - len(left))]
+    return Result({"memory/retries": retries} if retries else {}, answers)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nexrl_worker.training.batch import MicroBatch
+from nexrl_worker.training.clock import Collective
 from nexrl_worker.training.packing import Segments, attention_of, use_attention, use_segments
 
 
@@ -24,6 +25,7 @@ class Root(nn.Module):
         super().__init__()
         self.hf = hf
         self.rows = Rotations(hf)
+        self.collectives: list[Collective] = []
         self.own_attention = attention_of(hf)
 
     @property

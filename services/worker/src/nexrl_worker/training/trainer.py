@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,20 +12,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nexrl_worker.training.batch import BatchReader
+from nexrl_worker.training.batch import BatchReader, MicroBatch
 from nexrl_worker.training.clock import Clock
 from nexrl_worker.training.errors import DoesNotFit, InvalidValue
 from nexrl_worker.training.losses.aggregation import Aggregation
-from nexrl_worker.training.memory import NO_ROOM, give_back, is_out_of_memory, peak_memory
+from nexrl_worker.training.memory import NO_ROOM, lone_row, peak_memory
 from nexrl_worker.training.objectives.base import Objective, common_metrics
 from nexrl_worker.training.objectives.tally import Tally
 from nexrl_worker.training.optim import Optimizer, Schedule
-from nexrl_worker.training.parallelize import forget_kept_back, release, synchronise
+from nexrl_worker.training.parallelize import attempt, drop, synchronise
 from nexrl_worker.training.plan import MiniBatch, Plan
 from nexrl_worker.training.roots import Root
 
 Parts = list[tuple[list[int], Tensor]]
-_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -44,7 +42,7 @@ class Trainer:
         self._root = root
         self._device = device
         self._clock = Clock(device)
-        self._clock.watch(root)
+        self._clock.watch(root.collectives)
         self._sync_always = actor.fsdp_config.gradient_sync == "micro_batch"
         self._grad_clip = actor.grad_clip
         self._schedule = Schedule(actor.optim)
@@ -157,48 +155,68 @@ class Trainer:
         """Run every micro-batch backward on its loss sum over `divisor`; the result and the count reached.
 
         An error on the way drops all gradients: half a batch must never reach a later step. But where memory runs out
-        the only rank begins again with half the rows at a time, and pending gradients are kept.
+        on any rank, all begin again with half the rows at a time, and pending gradients are kept.
         """
         kept = self.optimizer.set_aside() if self.pending else {}
-        finer: MiniBatch | None = mini
-        retries = 0
-        while finer is not None:
+        finer, retries = mini, 0
+        while True:
             try:
                 result, count = self._run(finer, reader, objective, divisor)
+            except DoesNotFit as error:
+                self._drop(objective)
+                halved = finer.halved() if error.row is None else None
+                if halved is None:
+                    self.optimizer.put_back(kept)
+                    raise
+                finer = halved
+                retries += 1
+            except BaseException:
+                self._drop(objective)
+                self._pending = None
+                raise
+            else:
                 self.optimizer.put_back(kept)
                 if retries:
                     result.metrics["memory/retries"] = retries
                 return result, count
-            except BaseException as error:
-                self.optimizer.discard()
-                forget_kept_back(self._root)
-                if not is_out_of_memory(error) or dist.get_world_size() > 1:
-                    self._pending = None
-                    raise
-                _log.warning("memory.short %s", error)
-            # Out of the block, whose error keeps the tensors of the failed micro-batch alive.
-            release(self._root)
-            give_back(self._device)
-            finer = finer.halved()
-            retries += 1
-        self.optimizer.put_back(kept)
-        raise DoesNotFit(NO_ROOM, tensor="input_ids")
+
+    def _drop(self, objective: Objective) -> None:
+        self.optimizer.discard()
+        drop(objective.roots)
 
     def _run(self, mini: MiniBatch, reader: BatchReader, objective: Objective, divisor: float) -> tuple[Result, float]:
+        """Metrics and answers, and the count reached; raises DoesNotFit on all ranks where memory ran out on any."""
         tally = Tally(self._device)
         answers: dict[str, Parts] = {}
         micros = mini.ranks[dist.get_rank()]
+        failed: Sequence[int] | None = None
+
+        def act(rows: Sequence[int]) -> dict[str, Tensor]:
+            return self._run_micro(reader.read(rows), objective, divisor, tally)
+
         for number, indices in enumerate(micros, 1):
             synchronise(self._root, self._sync_always or number == len(micros))
-            micro = reader.read(indices)
-            with self._clock.measure("forward"):
-                evaluated = objective.evaluate(micro, tally)
-            with self._clock.measure("backward"):
-                # FSDP averages over ranks, and the numerators are a sum.
-                (evaluated.loss * dist.get_world_size() / divisor).backward()  # type: ignore[no-untyped-call]
-            for name, values in evaluated.answers.items():
+            rows = indices if failed is None else ()
+            found, short = attempt(objective.roots, self._device, act, rows)
+            failed = rows if short and failed is None else failed
+            if found is None:
+                break
+            for name, values in found.items():
                 parts = answers.setdefault(name, [])
-                parts += [(list(indices), values.float().cpu())] if indices else []
+                parts += [(list(rows), values)] if rows else []
+        # With the rest: a vote of its own would be one more collective of every micro-batch.
+        tally.add("failed", failed is not None)
         totals = tally.reduce()
+        if totals.sums["failed"]:
+            raise DoesNotFit(NO_ROOM, tensor="input_ids", row=lone_row(failed, self._device))
         metrics = {**common_metrics(objective, totals), **objective.metrics(totals)}
         return Result(metrics, answers), totals.sums["denominator"]
+
+    def _run_micro(self, micro: MicroBatch, objective: Objective, divisor: float, tally: Tally) -> dict[str, Tensor]:
+        """Forward and backward; what the objective answers, on the CPU."""
+        with self._clock.measure("forward"):
+            evaluated = objective.evaluate(micro, tally)
+        with self._clock.measure("backward"):
+            # FSDP averages over ranks, and the numerators are a sum.
+            (evaluated.loss * dist.get_world_size() / divisor).backward()  # type: ignore[no-untyped-call]
+        return {name: values.float().cpu() for name, values in evaluated.answers.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from nexrl_worker.training.batch import MicroBatch
 from nexrl_worker.training.losses.aggregation import Aggregation
 from nexrl_worker.training.objectives.tally import Tally, Totals
+from nexrl_worker.training.roots import Root
 
 
 @dataclass(frozen=True)
@@ -21,10 +23,14 @@ class Evaluated:
 
 
 class Objective(Protocol):
-    """A loss whose numerators add up over micro-batches and ranks; `prefix` names its metrics (actor, critic)."""
+    """A loss whose numerators add up over micro-batches and ranks; `prefix` names its metrics (actor, critic).
+
+    `roots`: the models whose forwards `evaluate` runs, the trained one first.
+    """
 
     prefix: str
     aggregation: Aggregation
+    roots: Sequence[Root]
 
     def evaluate(self, micro: MicroBatch, tally: Tally) -> Evaluated:
         """The loss of one micro-batch; adds its parts to `tally`. Collective: all ranks evaluate equally often."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from nexrl_worker.training.losses.policy import FUNCTIONS, PerToken, Tokens, sel
 from nexrl_worker.training.objectives.base import Evaluated, count_batch
 from nexrl_worker.training.objectives.tally import Tally, Totals
 from nexrl_worker.training.objectives.terms import Terms
+from nexrl_worker.training.roots import Root
 from nexrl_worker.training.scorer import Scorer
 from nexrl_worker.training.spec import CURRENT, LossSpec
 
@@ -30,6 +31,7 @@ class PolicyObjective:
         self._spec = spec
         self._names = names
         self._terms = Terms(spec, names, frozen)
+        self.roots: Sequence[Root] = [scorer, *self._terms.roots]
         self.aggregation = spec.aggregation
 
     def evaluate(self, micro: MicroBatch, tally: Tally) -> Evaluated:

@@ -13,6 +13,7 @@ from nexrl_worker.training.losses.divergence import kl_terms
 from nexrl_worker.training.losses.policy import Tokens
 from nexrl_worker.training.objectives.tally import Tally, Totals
 from nexrl_worker.training.parallelize import release
+from nexrl_worker.training.roots import Root
 from nexrl_worker.training.scorer import Scorer
 from nexrl_worker.training.spec import LossSpec
 
@@ -26,6 +27,11 @@ class Terms:
     def __init__(self, spec: LossSpec, names: tuple[str, ...], frozen: Callable[[], Scorer]) -> None:
         self._spec = spec
         self._reference = frozen() if spec.uses_kl and "ref_log_prob" not in names else None
+
+    @property
+    def roots(self) -> list[Root]:
+        """The models that a term runs."""
+        return [] if self._reference is None else [self._reference]
 
     @property
     def _aggregation(self) -> Aggregation:

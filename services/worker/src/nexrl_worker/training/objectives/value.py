@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from nexrl_worker.training.losses.aggregation import Aggregation
 from nexrl_worker.training.losses.value import ValueLoss
 from nexrl_worker.training.objectives.base import Evaluated, count_batch
 from nexrl_worker.training.objectives.tally import Tally, Totals
+from nexrl_worker.training.roots import Root
 
 # Of a difference of two float64 means: what is smaller is no variance.
 _ROUNDING = 1e-12
@@ -24,6 +26,7 @@ class ValueObjective:
 
     def __init__(self, model: ValueModel, loss: ValueLoss, aggregation: Aggregation) -> None:
         self._model = model
+        self.roots: Sequence[Root] = [model]
         self._loss = loss
         self.aggregation = aggregation
 
