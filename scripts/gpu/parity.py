@@ -56,7 +56,7 @@ def _engine(path: Path, rows: Rows, micro: int, device: torch.device, dtype: str
     engine = Engine.build(
         actor(path, packing=packing, dtype=dtype, ppo_micro_batch_size_per_gpu=micro), "actor", device
     )
-    answers = engine.compute(*_planned(engine, "compute_log_prob", rows))["old_log_probs"]
+    answers = engine.compute(*_planned(engine, "compute_log_prob", rows)).answers["old_log_probs"]
     log_probs = torch.zeros(rows.size, rows.shape("input_ids")[1] - 1, dtype=torch.float64)
     for indices, values in answers:
         log_probs[indices] = values.double()

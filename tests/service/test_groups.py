@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -74,3 +75,22 @@ def test_health_is_true(student: HTTPTrainServiceClient, stack: Stack) -> None:
     assert health["groups"]["student"]["state"] == "ready"
     assert time.time() - health["groups"]["student"]["last_heartbeat"] < 10
     assert requests.get(f"{stack.url}/ready", timeout=5).status_code == 200
+
+
+def test_a_rank_that_gets_no_more_memory_takes_less_and_the_group_lives(start_group: StartGroup, stack: Stack) -> None:
+    """Allocations that fail for real, on one rank of two: the step is that of a group with enough, and says so."""
+    batch = make_batch(rows=400, length=128, responses=64)
+    groups = [start_group(name, world_size=2) for name in ("plenty", "short")]
+    pid = int((stack.data / ".nexrl" / "groups" / "short" / "run" / "rank1.pid").read_text())
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    held = next(int(line.split()[1]) for line in lines if line.startswith("VmSize:")) * 1024
+    resource.prlimit(pid, resource.RLIMIT_AS, (held + 40 * 2**20, resource.RLIM_INFINITY))
+
+    enough, short = (group.update_actor(batch)["metrics"] for group in groups)
+
+    assert "memory/retries" not in enough and short["memory/retries"] >= 1
+    assert short["actor/grad_norm"] == pytest.approx(enough["actor/grad_norm"], rel=1e-4)
+    scores, others = (group.compute_log_prob(batch)["batch"]["old_log_probs"] for group in groups)
+    assert (scores - others).abs().max() < 5e-3
+    for group in groups:
+        group.destroy()
