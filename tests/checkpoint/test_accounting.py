@@ -374,7 +374,7 @@ def test_a_head_that_is_the_embedding_stays_tied(models: Path, tmp_path: Path, o
 
     path = changed(models / "qwen2", tmp_path / "it", change)
     assert (scores(path) - plain(path)).abs().max() < 1e-5
-    assert build(path).fingerprint() == build(str(models / "qwen2")).fingerprint()
+    assert build(path).state.fingerprint() == build(str(models / "qwen2")).state.fingerprint()
     group = Group(tmp_path, "actor", path)
     export = group.save(tmp_path / "export", sharded=False)
     assert json.loads((export / "config.json").read_bytes())["tie_word_embeddings"] is True
