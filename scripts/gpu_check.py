@@ -1,7 +1,7 @@
 """Checks the worker's mathematics on one GPU: parity with the CPU, speed and memory against a plain loop.
 
-``python scripts/gpu_check.py [--out FOLDER] [--small]``: needs torch, transformers, numpy and safetensors, and nothing
-of the service. docs/gpu.md says more.
+``python scripts/gpu_check.py [--out FOLDER] [--small]``: needs torch, transformers, numpy, safetensors and
+pydantic, and of the service only this checkout. docs/gpu.md says more.
 """
 
 from __future__ import annotations

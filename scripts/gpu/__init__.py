@@ -3,4 +3,6 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "services" / "worker" / "src"))
+_ROOT = Path(__file__).resolve().parents[2]
+for _part in ("services/worker", "libs/contract", "libs/tensor_codec"):
+    sys.path.insert(0, str(_ROOT / _part / "src"))

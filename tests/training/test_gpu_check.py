@@ -16,10 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-ABSENT = (
-    "pydantic", "fastapi", "uvicorn", "requests", "redis", "rq", "xxhash",
-    "nexrl_contract", "nexrl_client", "nexrl_ledger", "nexrl_payloads", "tensor_codec",
-)  # fmt: skip
+ABSENT = ("fastapi", "uvicorn", "requests", "redis", "rq", "xxhash", "nexrl_client", "nexrl_ledger", "nexrl_payloads")
 
 
 @pytest.fixture(autouse=True)

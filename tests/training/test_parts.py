@@ -84,9 +84,6 @@ def test_schedules_by_formula() -> None:
     assert linear == pytest.approx([1.0, 2.0, 2.0, 1.75, 1.5, 1.25, 1.0, 1.0, 1.0])
     cosine = rates(lr_scheduler="cosine", total_training_steps=8, min_lr_ratio=0.1)
     assert cosine == pytest.approx([2 * (0.1 + 0.45 * (1 + math.cos(math.pi * t / 8))) for t in range(9)])
-    for wrong in ({"lr_scheduler": "step"}, {"lr_scheduler": "cosine"}):
-        with pytest.raises(InvalidValue):
-            rates(**wrong)
 
 
 # -- chunked head ----------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from nexrl_worker.training.heads import RewardModel
 from nexrl_worker.training.kinds import kind_of
 from nexrl_worker.training.model import Precision, export_dtype, load_root
 from nexrl_worker.training.objectives import objective_of
-from nexrl_worker.training.optim import Schedule
 from nexrl_worker.training.parallelize import release
 from nexrl_worker.training.plan import Cut, Plan, make_plan
 from nexrl_worker.training.probe import Probe, probed, strictest
@@ -64,8 +63,6 @@ class Engine:
         `agree` runs what is local, and may raise on all ranks what one of them raises.
         """
         kind = kind_of(role)
-        if kind.trains:
-            agree(lambda: Schedule(actor.optim))  # refuses a bad schedule before anything is loaded
         precision = Precision.of(actor.fsdp_config, device)
         root: Root = agree(lambda: load_root(actor, actor.model.path, device, kind, kind.trains))
         outcome = strictest(probed(root, device, precision.param, actor.model.use_remove_padding), device)

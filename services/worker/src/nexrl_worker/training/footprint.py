@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from nexrl_contract.sections import ActorConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -79,7 +79,9 @@ class Room:
             raise InvalidValue(message, tensor="input_ids", row=row, expected=expected, actual=f"{need:.0f} MiB")
 
 
-def make_room(root: Root, actor: Any, trains: bool, packed: bool, device: torch.device, wide: torch.dtype) -> Room:
+def make_room(
+    root: Root, actor: ActorConfig, trains: bool, packed: bool, device: torch.device, wide: torch.dtype
+) -> Room:
     """The room of the rank that has least, and the largest estimate of any, on every rank. Collective.
 
     What the gradients, the optimizer, gathered weights and a frozen reference will take is left out of what is free.

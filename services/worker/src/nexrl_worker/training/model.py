@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
+from nexrl_contract.sections import ActorConfig, FsdpConfig, ModelConfig
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import CONFIG_MAPPING, AutoConfig
@@ -26,13 +27,9 @@ from nexrl_worker.training.weights import check_finite, load_parameters
 
 _DTYPES = {
     "float32": torch.float32,
-    "fp32": torch.float32,
     "float64": torch.float64,
-    "fp64": torch.float64,
     "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
     "float16": torch.float16,
-    "fp16": torch.float16,
 }
 
 
@@ -45,27 +42,18 @@ class Precision:
     reduce: torch.dtype
 
     @classmethod
-    def of(cls, fsdp_config: Any, device: torch.device) -> Precision:
+    def of(cls, fsdp_config: FsdpConfig, device: torch.device) -> Precision:
         """Defaults: float32 everywhere on CPU, bfloat16 computation on CUDA; float64 means everything float64."""
-        if _dtype("fsdp_config.model_dtype", fsdp_config.model_dtype or "float32") == torch.float64:
+        if fsdp_config.model_dtype == "float64":
             return cls(torch.float64, torch.float64, torch.float64)
         mixed = fsdp_config.mixed_precision
         usual = "bfloat16" if device.type == "cuda" else "float32"
-        param = _dtype("mixed_precision.param_dtype", (mixed and mixed.param_dtype) or usual)
-        reduce = _dtype("mixed_precision.reduce_dtype", (mixed and mixed.reduce_dtype) or "float32")
-        return cls(torch.float32, param, reduce)
+        return cls(torch.float32, _DTYPES[mixed.param_dtype or usual], _DTYPES[mixed.reduce_dtype or "float32"])
 
 
-def _dtype(key: str, value: str) -> torch.dtype:
-    name = str(value).removeprefix("torch.")
-    if name not in _DTYPES:
-        raise InvalidValue(f"{key} is {value!r}", expected=", ".join(_DTYPES), actual=str(value))
-    return _DTYPES[name]
-
-
-def export_dtype(model: Any) -> torch.dtype | None:
+def export_dtype(model: ModelConfig) -> torch.dtype | None:
     """That of `actor.model`; None exports in the dtypes of the folder that the model was made of."""
-    return None if model.export_dtype is None else _dtype("model.export_dtype", model.export_dtype)
+    return None if model.export_dtype is None else _DTYPES[model.export_dtype]
 
 
 @dataclass(frozen=True)
@@ -77,13 +65,13 @@ class Options:
     head_dtype: torch.dtype | None = None
 
     @classmethod
-    def of(cls, model: Any) -> Options:
+    def of(cls, model: ModelConfig) -> Options:
         """From `actor.model`."""
-        head = None if model.lm_head_dtype is None else _dtype("model.lm_head_dtype", model.lm_head_dtype)
+        head = None if model.lm_head_dtype is None else _DTYPES[model.lm_head_dtype]
         return cls(model.enable_gradient_checkpointing, model.use_torch_compile, head)
 
 
-def load_root(actor: Any, path: str, device: torch.device, kind: Kind, trainable: bool) -> Root:
+def load_root(actor: ActorConfig, path: str, device: torch.device, kind: Kind, trainable: bool) -> Root:
     """The model of folder `path` over all ranks, computed as `actor` says; raises InvalidValue on a bad folder."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     precision = Precision.of(actor.fsdp_config, device)

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from nexrl_contract.sections import OptimConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.weights import Shard, parameter_shards
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -31,16 +31,12 @@ class Schedule:
     min_lr_ratio * lr, which is reached at total_training_steps.
     """
 
-    def __init__(self, optim: Any) -> None:
-        self._lr = float(optim.lr)
-        self._warmup = max(int(optim.lr_warmup_steps or 0), 0)
+    def __init__(self, optim: OptimConfig) -> None:
+        self._lr = optim.lr
+        self._warmup = optim.lr_warmup_steps
         self._kind = optim.lr_scheduler
-        self._total = optim.total_training_steps
-        self._floor = float(optim.min_lr_ratio)
-        if self._kind not in ("constant", "linear", "cosine"):
-            raise InvalidValue(f"unknown optim.lr_scheduler {self._kind!r}", expected="constant, linear, cosine")
-        if self._kind != "constant" and (self._total is None or self._total <= self._warmup):
-            raise InvalidValue(f"optim.lr_scheduler {self._kind} needs total_training_steps above lr_warmup_steps")
+        self._total = optim.total_training_steps or 0  # above the warm-up where there is a decay
+        self._floor = optim.min_lr_ratio
 
     def lr(self, step: int) -> float:
         """The learning rate of optimizer step `step`, counted from 0."""
@@ -56,7 +52,7 @@ class Schedule:
 class Optimizer:
     """AdamW and gradient clipping for a sharded model; `hf` keeps its parameters and gradients."""
 
-    def __init__(self, hf: nn.Module, optim: Any) -> None:
+    def __init__(self, hf: nn.Module, optim: OptimConfig) -> None:
         self._params = dict(hf.named_parameters())
         self._shards = {part.name: part for part in parameter_shards(hf)}
         self._local = {name: part.local_tensor for name, part in self._shards.items()}

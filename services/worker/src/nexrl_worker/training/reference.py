@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
+from nexrl_contract.sections import ActorConfig
 
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.kinds import KINDS
@@ -21,7 +22,7 @@ class FrozenReference:
     is what a probe finds out about it. `packs`: the group's rows are packed, so the reference must bear it too.
     """
 
-    def __init__(self, actor: Any, own: Root, packs: bool, device: torch.device) -> None:
+    def __init__(self, actor: ActorConfig, own: Root, packs: bool, device: torch.device) -> None:
         self.path: str = (actor.ref.model.path if actor.ref else None) or actor.model.path
         self.root: Scorer | None = None
         self._actor = actor

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from nexrl_contract.sections import ActorConfig
 from torch import Tensor
 
 from nexrl_worker.training.batch import BatchReader, MicroBatch
@@ -38,7 +39,7 @@ class Result:
 class Trainer:
     """The optimizer of a sharded model and the gradients that await a step."""
 
-    def __init__(self, root: Root, actor: Any, device: torch.device) -> None:
+    def __init__(self, root: Root, actor: ActorConfig, device: torch.device) -> None:
         self._root = root
         self._device = device
         self._clock = Clock(device)
