@@ -12,9 +12,8 @@ from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from ._errors_status import status_error
 from ._transport import CONNECT_TIMEOUT_S, Request, Response, Transport
-from .errors import InvalidAnswer, ServiceFault, ServiceTimeout, StatusError, Unreachable
+from .errors import InvalidAnswer, ServiceFault, ServiceTimeout, StatusError, Unreachable, status_error
 
 MAX_WAIT_S = 25.0
 MIN_CONNECT_S = 0.5

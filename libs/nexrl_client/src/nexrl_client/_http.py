@@ -9,11 +9,10 @@ from typing import Any, Self
 
 from nexrl_contract.names import FRAME_TYPE, JSON_TYPE
 
-from ._api import BatchLike
+from ._api import BatchLike, TrainServiceClient
 from ._call import MAX_REQUEST_BYTES, Call, prepare
 from ._exchange import Budget, Exchange, checked
 from ._handle import JobHandle
-from ._methods import OperationMethods
 from ._result import read_json, read_result
 from ._transport import HTTPTransport, Request, Response, Transport, normalise_url
 from ._upload import post
@@ -25,7 +24,7 @@ _JSON = {"Accept": JSON_TYPE}
 _ANY = {"Accept": f"{FRAME_TYPE}, {JSON_TYPE}"}
 
 
-class HTTPTrainServiceClient(OperationMethods):
+class HTTPTrainServiceClient(TrainServiceClient):
     """A client of one worker group. Threads may share it; pickled, it connects anew. Close it, or use it in a with.
 
     Lost connections, 429, 502 and 503 are retried until request_timeout is spent, under one idempotency key per call,

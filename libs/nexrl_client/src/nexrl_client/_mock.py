@@ -16,21 +16,19 @@ from nexrl_contract.sections import ActorConfig
 from nexrl_contract.tensors import TENSORS, TensorSpec
 from numpy.typing import NDArray
 
-from ._api import BatchLike
+from ._api import BatchLike, TrainServiceClient
 from ._arrays import to_numpy
 from ._call import Call, prepare
-from ._errors_status import status_error
 from ._exchange import Budget
 from ._handle import JobHandle
-from ._methods import OperationMethods
 from ._tensors import own_kind
-from .errors import JobFinal, JobNotFound
+from .errors import JobFinal, JobNotFound, status_error
 
 _MAIN_LOSS = {"actor": "pg_loss", "critic": "vf_loss"}
 _COMPARED = ("input_ids", "attention_mask", "responses")
 
 
-class MockTrainServiceClient(OperationMethods):
+class MockTrainServiceClient(TrainServiceClient):
     """Answers at once, in the service's shapes: tensors and metrics are 0, nothing is trained or written.
 
     Batches are checked for required tensors and fitting shapes, and refused as the service would. config is the

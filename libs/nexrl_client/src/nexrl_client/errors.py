@@ -30,130 +30,339 @@ NexRLError
             └── WaitLimit, NoSpace, ChecksumMismatch
 """
 
-from ._errors_base import (
-    ClientClosed,
-    ClientError,
-    Failed,
-    InvalidAnswer,
-    InvalidBatch,
-    InvalidSetup,
-    InvalidURL,
-    NexRLError,
-    Rejected,
-    ServiceFault,
-    ServiceTimeout,
-    StatusError,
-    Unavailable,
-    UnknownBackend,
-    UnknownOperation,
-    UnknownOption,
-    Unreachable,
-)
-from ._errors_status import (
-    CheckpointInvalid,
-    ChecksumMismatch,
-    Expired,
-    ForeignOrigin,
-    GatewayBusy,
-    GradientsLost,
-    GradientsPending,
-    GroupDown,
-    GroupExists,
-    GroupNotFound,
-    GroupNotReady,
-    HDFSNotConfigured,
-    HeadersTooLarge,
-    HostRefused,
-    IdempotencyMismatch,
-    IdentifierRequired,
-    InternalError,
-    InvalidArgument,
-    InvalidConfig,
-    InvalidTensor,
-    InvalidValue,
-    JobCancelled,
-    JobFinal,
-    JobNotFound,
-    JobRolledBack,
-    JobRunning,
-    Malformed,
-    MethodNotAllowed,
-    NoSpace,
-    NoSuchSlots,
-    NotFound,
-    OperationFailed,
-    PathRefused,
-    PayloadDamaged,
-    PayloadNotFound,
-    RedisUnavailable,
-    RoleUnsupported,
-    SlowRequest,
-    StoreUnavailable,
-    TooLarge,
-    TooManyQueued,
-    UnsupportedType,
-    WaitLimit,
-)
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import requests.exceptions
+from nexrl_contract.errors import ERRORS
+
+if TYPE_CHECKING:
+    from ._handle import JobHandle
 
 __all__ = [
-    "CheckpointInvalid",
-    "ChecksumMismatch",
-    "ClientClosed",
-    "ClientError",
-    "Expired",
-    "Failed",
-    "ForeignOrigin",
-    "GatewayBusy",
-    "GradientsLost",
-    "GradientsPending",
-    "GroupDown",
-    "GroupExists",
-    "GroupNotFound",
-    "GroupNotReady",
-    "HDFSNotConfigured",
-    "HeadersTooLarge",
-    "HostRefused",
-    "IdempotencyMismatch",
-    "IdentifierRequired",
-    "InternalError",
-    "InvalidAnswer",
-    "InvalidArgument",
-    "InvalidBatch",
-    "InvalidConfig",
-    "InvalidSetup",
-    "InvalidTensor",
-    "InvalidURL",
-    "InvalidValue",
-    "JobCancelled",
-    "JobFinal",
-    "JobNotFound",
-    "JobRolledBack",
-    "JobRunning",
-    "Malformed",
-    "MethodNotAllowed",
-    "NexRLError",
-    "NoSpace",
-    "NoSuchSlots",
-    "NotFound",
-    "OperationFailed",
-    "PathRefused",
-    "PayloadDamaged",
-    "PayloadNotFound",
-    "RedisUnavailable",
-    "Rejected",
-    "RoleUnsupported",
-    "ServiceFault",
-    "ServiceTimeout",
-    "SlowRequest",
-    "StatusError",
-    "StoreUnavailable",
-    "TooLarge",
-    "TooManyQueued",
-    "Unavailable",
-    "UnknownBackend",
-    "UnknownOperation",
-    "UnknownOption",
-    "Unreachable",
-    "UnsupportedType",
-    "WaitLimit",
-]
+    "CheckpointInvalid", "ChecksumMismatch", "ClientClosed", "ClientError", "Expired", "Failed",
+    "ForeignOrigin", "GatewayBusy", "GradientsLost", "GradientsPending", "GroupDown", "GroupExists",
+    "GroupNotFound", "GroupNotReady", "HDFSNotConfigured", "HeadersTooLarge", "HostRefused",
+    "IdempotencyMismatch", "IdentifierRequired", "InternalError", "InvalidAnswer", "InvalidArgument",
+    "InvalidBatch", "InvalidConfig", "InvalidSetup", "InvalidTensor", "InvalidURL", "InvalidValue",
+    "JobCancelled", "JobFinal", "JobNotFound", "JobRolledBack", "JobRunning", "Malformed",
+    "MethodNotAllowed", "NexRLError", "NoSpace", "NoSuchSlots", "NotFound", "OperationFailed",
+    "PathRefused", "PayloadDamaged", "PayloadNotFound", "RedisUnavailable", "Rejected",
+    "RoleUnsupported", "ServiceFault", "ServiceTimeout", "SlowRequest", "StatusError",
+    "StoreUnavailable", "TooLarge", "TooManyQueued", "Unavailable", "UnknownBackend",
+    "UnknownOperation", "UnknownOption", "Unreachable", "UnsupportedType", "WaitLimit",
+]  # fmt: skip
+
+CONTEXT = ("identifier", "job_id", "rank")
+
+
+class NexRLError(Exception):
+    """Base of all. code is a key of nexrl_contract.errors.ERRORS or None; details are the error's other JSON fields.
+
+    status is the HTTP status, None where no answer came; all of them survive pickling.
+    """
+
+    default_code: ClassVar[str | None] = None
+
+    def __init_subclass__(cls, *, code: str | None = None) -> None:
+        """``code`` is a code of the service that means this class."""
+        cls.default_code = code or cls.default_code
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str | None = None,
+        status: int | None = None,
+        identifier: str | None = None,
+        job_id: str | None = None,
+        rank: int | None = None,
+        details: Mapping[str, Any] | None = None,
+        job: JobHandle | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code or self.default_code
+        self.status = status
+        self.identifier = identifier
+        self.job_id = job_id
+        self.rank = rank
+        self.details = dict(details or {})
+        self.job = job
+
+    def __str__(self) -> str:
+        context = " ".join(f"{name}={getattr(self, name)}" for name in CONTEXT if getattr(self, name) is not None)
+        prefix = f"{self.code}: " if self.code else ""
+        return f"{prefix}{self.message}" + (f" [{context}]" if context else "")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        names = ("code", "status", *CONTEXT, "details", "job")
+        return _rebuild, (type(self), self.message, {name: getattr(self, name) for name in names})
+
+
+def _rebuild(kind: type[NexRLError], message: str, fields: dict[str, Any]) -> NexRLError:
+    return kind(message, **fields)
+
+
+class ClientError(NexRLError, ValueError):
+    """The caller's mistake, found before anything was sent."""
+
+
+class InvalidURL(ClientError):
+    """The base URL is empty, or not of http or https."""
+
+
+class UnknownBackend(ClientError):
+    """create_train_service_client knows no such backend."""
+
+
+class UnknownOption(ClientError):
+    """create_train_service_client knows no such option for this backend."""
+
+
+class UnknownOperation(ClientError):
+    """submit knows no such operation."""
+
+
+class InvalidBatch(ClientError, code="INVALID_TENSOR"):
+    """The batch has an unknown form, or holds what cannot be sent as a tensor."""
+
+
+class InvalidSetup(ClientError, code="INVALID_CONFIG"):
+    """The configuration is missing, unreadable, ambiguous, or names no worker group."""
+
+
+class ClientClosed(ClientError):
+    """The client is closed: make a new one."""
+
+
+class ServiceFault(NexRLError, requests.exceptions.RequestException):
+    """Not the caller's mistake alone: the network, the service, or its refusal."""
+
+
+class Unreachable(ServiceFault, requests.exceptions.ConnectionError):
+    """No connection could be made, or it broke, and retries did not help."""
+
+
+class InvalidAnswer(ServiceFault):
+    """Something answered that does not speak as the service does; check the URL."""
+
+
+class ServiceTimeout(ServiceFault, requests.exceptions.Timeout):
+    """The time is spent. .job is the job's handle; it goes on. None where no answer told which job it is."""
+
+
+class StatusError(ServiceFault, requests.exceptions.HTTPError):
+    """An answer that is not 2xx. Codes that this version does not know are of the class of their status."""
+
+
+class Rejected(StatusError):
+    """The request cannot succeed as it is; nothing changed."""
+
+
+class Failed(StatusError):
+    """The operation, or the service, failed."""
+
+
+class Unavailable(StatusError):
+    """The same request may succeed later; raised when retries have spent the time."""
+
+
+class Malformed(Rejected, code="MALFORMED"):
+    """Base64, frame, header or JSON that cannot be read."""
+
+
+class IdentifierRequired(Rejected, code="IDENTIFIER_REQUIRED"):
+    """There are several worker groups: give the client an identifier."""
+
+
+class ForeignOrigin(Rejected, code="FOREIGN_ORIGIN"):
+    """A browser's page of another origin sent the request."""
+
+
+class GroupNotFound(Rejected, code="GROUP_NOT_FOUND"):
+    """No worker group has this identifier."""
+
+
+class JobNotFound(Rejected, code="JOB_NOT_FOUND"):
+    """No job has this id."""
+
+
+class PayloadNotFound(Rejected, code="PAYLOAD_NOT_FOUND"):
+    """The uploaded parts are not there, or not all of them."""
+
+
+class NotFound(Rejected, code="NOT_FOUND"):
+    """No such path; the service may be older than the client."""
+
+
+class MethodNotAllowed(Rejected, code="METHOD_NOT_ALLOWED"):
+    """The path exists, with another HTTP method."""
+
+
+class GroupNotReady(Rejected, code="GROUP_NOT_READY"):
+    """The group is starting, destroyed, or has not run init_model."""
+
+
+class GroupExists(Rejected, code="GROUP_EXISTS"):
+    """The group lives with other settings; details name the differing keys."""
+
+
+class RoleUnsupported(Rejected, code="ROLE_UNSUPPORTED"):
+    """The group's role has no such operation."""
+
+
+class IdempotencyMismatch(Rejected, code="IDEMPOTENCY_MISMATCH"):
+    """The idempotency key was used with other content."""
+
+
+class JobRunning(Rejected, code="JOB_RUNNING"):
+    """The job runs: it cannot be cancelled, and has no result yet."""
+
+
+class JobFinal(Rejected, code="JOB_FINAL"):
+    """The job has ended already."""
+
+
+class JobCancelled(Rejected, code="JOB_CANCELLED"):
+    """The job was cancelled before it ran."""
+
+
+class JobRolledBack(Rejected, code="JOB_ROLLED_BACK"):
+    """The job's effect was undone by a restart that could not replay it."""
+
+
+class GradientsPending(Rejected, code="GRADIENTS_PENDING"):
+    """forward_backward left gradients: run optim_step first, with discard=True to drop them."""
+
+
+class GradientsLost(Rejected, code="GRADIENTS_LOST"):
+    """The gradients that optim_step was to apply went with a restart; details name their jobs."""
+
+
+class Expired(Rejected, code="EXPIRED"):
+    """The job's result, or the key, is older than the service keeps it."""
+
+
+class TooLarge(Rejected, code="TOO_LARGE"):
+    """The body is over the service's limit."""
+
+
+class UnsupportedType(Rejected, code="UNSUPPORTED_TYPE"):
+    """The service does not read this content type or encoding."""
+
+
+class HostRefused(Rejected, code="HOST_REFUSED"):
+    """The service does not answer under this name; NEXRL_ALLOWED_HOSTS lists further ones."""
+
+
+class InvalidArgument(Rejected, code="INVALID_ARGUMENT"):
+    """An argument is unknown or has a wrong value."""
+
+
+class InvalidTensor(Rejected, code="INVALID_TENSOR"):
+    """A tensor is missing, or has a wrong shape or dtype; details name it."""
+
+
+class InvalidValue(Rejected, code="INVALID_VALUE"):
+    """A tensor holds a value it must not; details name tensor and row."""
+
+
+class InvalidConfig(Rejected, code="INVALID_CONFIG"):
+    """A configuration key is unknown or has a wrong value; details name it and the nearest known one."""
+
+
+class PathRefused(Rejected, code="PATH_REFUSED"):
+    """The path lies outside the service's roots."""
+
+
+class CheckpointInvalid(Rejected, code="CHECKPOINT_INVALID"):
+    """The checkpoint is not published, is damaged, or does not fit the group."""
+
+
+class NoSuchSlots(Rejected, code="NO_SUCH_SLOTS"):
+    """No agent could ever host this world size."""
+
+
+class HDFSNotConfigured(Rejected, code="HDFS_NOT_CONFIGURED"):
+    """The service was started without HDFS."""
+
+
+class HeadersTooLarge(Rejected, code="HEADERS_TOO_LARGE"):
+    """The request's headers are over the service's limit."""
+
+
+class OperationFailed(Failed, code="OPERATION_FAILED"):
+    """The operation failed inside the group; rank and message say where and why."""
+
+
+class PayloadDamaged(Failed, code="PAYLOAD_DAMAGED"):
+    """The batch, or a result, changed while it was stored; the message says where. Nothing was applied of a batch."""
+
+
+class InternalError(Failed, code="INTERNAL"):
+    """The service has a fault; its logs know more."""
+
+
+class TooManyQueued(Unavailable, code="TOO_MANY_QUEUED"):
+    """Too many jobs wait for this group."""
+
+
+class GroupDown(Unavailable, code="GROUP_DOWN"):
+    """The group is down (raised at once), restarting (waited for), or has no agent to start on; the message says why."""
+
+
+class RedisUnavailable(Unavailable, code="REDIS_UNAVAILABLE"):
+    """The service cannot reach its records."""
+
+
+class StoreUnavailable(Unavailable, code="STORE_UNAVAILABLE"):
+    """The service cannot reach its payload store."""
+
+
+class GatewayBusy(Unavailable, code="GATEWAY_BUSY"):
+    """The gateway has as many connections or JSON bodies as it takes at a time."""
+
+
+class SlowRequest(Unavailable, code="SLOW_REQUEST"):
+    """The request's bytes stopped coming."""
+
+
+class WaitLimit(Unavailable, code="WAIT_LIMIT"):
+    """The service waits no longer for this one answer; the job goes on under job_id."""
+
+
+class NoSpace(Unavailable, code="NO_SPACE"):
+    """The service's disk is full."""
+
+
+class ChecksumMismatch(Unavailable, code="CHECKSUM_MISMATCH"):
+    """A part arrived damaged."""
+
+
+def _by_code(kind: type[StatusError]) -> dict[str, type[StatusError]]:
+    own = {kind.default_code: kind} if kind.default_code else {}
+    return own | {code: leaf for child in kind.__subclasses__() for code, leaf in _by_code(child).items()}
+
+
+BY_CODE: dict[str, type[StatusError]] = _by_code(StatusError)
+"""The class of each code of the service."""
+
+
+def status_error(status: int, body: Mapping[str, Any]) -> StatusError:
+    """The error of an answer; body is the inner object of {"error": ...}, or empty where a proxy answered."""
+    fields = dict(body)
+    code = fields.pop("code", None)
+    kind = BY_CODE.get(code) or _class_of_status(status)
+    message = str(fields.pop("message", "") or f"HTTP status {status} without an explanation")
+    retryable = fields.pop("retryable", ERRORS[code].retryable if code in ERRORS else status in (429, 502, 503, 504))
+    context = {name: fields.pop(name, None) for name in CONTEXT}
+    return kind(message, code=code, status=status, details={**fields, "retryable": bool(retryable)}, **context)
+
+
+def _class_of_status(status: int) -> type[StatusError]:
+    if status in (429, 502, 503, 504, 507):
+        return Unavailable
+    return Failed if status >= 500 else Rejected
