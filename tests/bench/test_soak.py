@@ -15,7 +15,7 @@ def test_files_and_keys_stop_growing(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(f"NEXRL_{name}", "2")
     monkeypatch.setenv("NEXRL_JOBS_KEPT", "10")
 
-    first, *_, last = soak(0.5, every_s=8)
+    first, *_, last = soak(0.3, every_s=5)
 
     assert last.steps > first.steps + 20
     assert last.files < last.steps

@@ -22,8 +22,14 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForTokenClassification
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+Ran = tuple[dict[str, Case], dict[str, Any]]
 WORLDS = (1, 2, 4)
 DRAWS = 2
+DRAWN = {
+    "float64": (list(LOSSES), DRAWS),
+    "float32": (["ppo", "gspo", "distillation-forward", "critic", "cispo", "linear"], len(WORLDS)),
+}
+"""By dtype: the variants, and how many draws of each."""
 
 
 def save_critic(folder: Path) -> str:
@@ -41,9 +47,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def cases_of(folder: Path, world: int, dtype: str, variants: list[str], count: int) -> dict[str, Case]:
-    """`count` draws of each variant that fall to this world size; over the draws a variant meets several."""
+def cases_of(folder: Path, world: int, dtype: str) -> dict[str, Case]:
+    """Some draws of each variant that fall to this world size; over the draws a variant meets several."""
     found = {}
+    variants, count = DRAWN[dtype]
     draws = iter(drawn(len(variants) * count, first=11 if dtype == "float64" else 12))
     for number in range(count):
         for position, variant in enumerate(variants):
@@ -56,10 +63,14 @@ def cases_of(folder: Path, world: int, dtype: str, variants: list[str], count: i
     return found
 
 
-def ran(folder: Path, world: int, cases: dict[str, Case]) -> dict[str, Any]:
+@pytest.fixture(scope="module", params=WORLDS)
+def ran(folder: Path, request: pytest.FixtureRequest) -> Ran:
+    """The cases of a world size, of both dtypes, and what its ranks answer: they start once."""
+    world: int = request.param
+    cases = {name: case for dtype in DRAWN for name, case in cases_of(folder, world, dtype).items()}
     file = folder / f"orders-{world}.json"
     file.write_text(json.dumps({key: case.order for key, case in cases.items()}))
-    return run_ranks(world, "cases", folder, str(file), script="cut_ranks.py")
+    return cases, run_ranks(world, "cases", folder, str(file), script="cut_ranks.py")
 
 
 def distance(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
@@ -93,18 +104,17 @@ def compare(case: Case, answer: dict[str, Any], tensors: dict[str, Tensor], want
     return worst
 
 
-def all_compared(folder: Path, world: int, dtype: str, variants: list[str], count: int) -> dict[str, dict[str, float]]:
-    cases = cases_of(folder, world, dtype, variants, count)
-    place = folder / dtype  # a meeting file serves one run
-    place.mkdir(exist_ok=True)
-    answers = ran(place, world, cases)
+def all_compared(folder: Path, ran: Ran, dtype: str) -> dict[str, dict[str, float]]:
+    cases, answers = ran
     found = {}
     for name, case in cases.items():
+        if not name.startswith(dtype):
+            continue
         answer = answers[name]
         assert len(answer["orders"]) >= 3 and (answer["packing"] or not case.order["config"]["packing"])
         check_order(case, answer["orders"])
         wanted = plain(case, answer["orders"])
-        found[name] = compare(case, answer, load_file(place / f"{name}.safetensors"), wanted)
+        found[name] = compare(case, answer, load_file(folder / f"{name}.safetensors"), wanted)
     return found
 
 
@@ -120,20 +130,17 @@ def check_order(case: Case, orders: list[list[int]]) -> None:
         assert list(map(len, epoch)) == list(map(len, usual)) and (settings["shuffle"] or epoch == usual)
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_float64(folder: Path, world: int) -> None:
+def test_float64(folder: Path, ran: Ran) -> None:
     """Any loss, any cut: the plain loop's gradients, norms, metrics and weights to 1e-9."""
-    found = all_compared(folder, world, "float64", list(LOSSES), DRAWS)
+    found = all_compared(folder, ran, "float64")
     assert len(found) >= len(LOSSES) * DRAWS // len(WORLDS)
     assert not {name: worst for name, worst in found.items() if max(worst.values()) > 1e-9}
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_float32(folder: Path, world: int) -> None:
+def test_float32(folder: Path, ran: Ran) -> None:
     """The same in float32: the first step's gradients and norm to 1e-5 of the float64 loop, weights to 1e-3."""
-    found = all_compared(
-        folder, world, "float32", ["ppo", "gspo", "distillation-forward", "critic", "cispo", "linear"], len(WORLDS)
-    )
+    found = all_compared(folder, ran, "float32")
+    assert len(found) == len(DRAWN["float32"][0])
     for name, worst in found.items():
         assert max(worst["first_gradient"], worst["first_norm"]) <= 1e-5, (name, worst)
         assert worst["weights"] <= 1e-3, (name, worst)
