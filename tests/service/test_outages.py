@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,9 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import redis
 import requests
 from conftest import wait_until
 from nexrl_client import HTTPTrainServiceClient
+from nexrl_ledger import connect
 from running_stack import Stack
 from service_kit import fingerprint, make_batch
 
@@ -107,7 +110,7 @@ def test_a_full_disk_is_waited_out(start: Start, data: Path, tiny_model: Path) -
     epoch = client.get_models()["models"]["student"]["epoch"]
     filler = Path(f"/proc/{stack.process.pid}/root{data}/filler")
 
-    _fill(filler)
+    _fill(stack, filler)
     wait_until(lambda: "is full" in stack.err, 30, "a word about the disk")
     ready = requests.get(f"{stack.url}/ready", timeout=10)
     assert ready.status_code == 503
@@ -125,7 +128,7 @@ def test_a_full_disk_is_waited_out(start: Start, data: Path, tiny_model: Path) -
     assert (group["state"], group["epoch"]) == ("ready", epoch)
 
     # Ctrl-C while it is full keeps the state as soon as it can be written.
-    _fill(filler)
+    _fill(stack, filler)
     wait_until(lambda: stack.err.count("is full: free ") == 2, 30)
     stack.process.send_signal(signal.SIGINT)
     wait_until(lambda: "still waiting for agent: the disk of" in stack.err, 30)
@@ -134,10 +137,10 @@ def test_a_full_disk_is_waited_out(start: Start, data: Path, tiny_model: Path) -
     assert "killed" not in stack.err
 
 
-def _fill(filler: Path) -> None:
-    with filler.open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(4096))
-        except OSError:
-            return
+def _fill(stack: Stack, filler: Path) -> None:
+    """No page of the disk is left, and none in the append-only file: what Redis writes next is too much."""
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    with connect(stack.redis_url) as client, contextlib.suppress(redis.exceptions.RedisError):
+        client.set("filler", bytes(8192))
