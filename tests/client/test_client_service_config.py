@@ -72,6 +72,23 @@ def test_one_entry(tmp_path: Path, text: str, name: str) -> None:
     assert config[name]["actor"]["model"]["path"] == "/m"
 
 
+def test_a_yaml_key_stands_once(tmp_path: Path) -> None:
+    """The first of two sections would be lost without a word; what a merge brings may be said again."""
+    with pytest.raises(InvalidSetup, match=r'duplicate key "optim"(?s:.)*line 4, column 3'):
+        load(tmp_path, "actor:\n  optim: {lr: 1}\n  grad_clip: 1\n  optim: {eps: 2}\n")
+    merged = load(tmp_path, "a: {actor: &a {<<: {x: 1, y: 2}, x: 3}}\nb:\n  actor: {<<: *a, y: 5}\n")
+    assert merged == {"a": {"actor": {"x": 3, "y": 2}}, "b": {"actor": {"x": 3, "y": 5}}}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("2e-6", 2e-6), ("1E3", 1000.0), (".5", 0.5), ("10", 10), ("-1.5e+2", -150.0), ("1e", "1e")]
+)
+def test_numbers_are_those_of_yaml_1_2(tmp_path: Path, text: str, value: object) -> None:
+    loaded = load(tmp_path, f"actor: {{x: {text}}}")["default"]["actor"]["x"]
+    assert loaded == value
+    assert type(loaded) is type(value)
+
+
 @pytest.mark.parametrize(
     ("text", "path"),
     [

@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import yaml
 from nexrl_contract.config import GroupConfig, completed, differing_keys, effective, parse_config
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.sections import ActorConfig
-from nexrl_contract.yaml12 import load
 
 _MIXED = "actor.fsdp_config.mixed_precision"
 
@@ -241,21 +239,3 @@ def test_two_configurations_are_compared_by_their_effective_keys() -> None:
     one, other = parse({"optim": {"lr": 1e-6}}).settings(), parse({"optim": {"lr": 2e-6}, "debug": {"x": 1}}).settings()
 
     assert differing_keys(one, other) == ["optim.lr"]
-
-
-def test_a_yaml_key_stands_once() -> None:
-    """The first of two sections would be lost without a word; what a merge brings may be said again."""
-    with pytest.raises(yaml.YAMLError, match="the key 'optim' stands twice"):
-        load("actor:\n  optim: {lr: 1}\n  grad_clip: 1\n  optim: {eps: 2}\n")
-    merged = load("a: &a {<<: {x: 1, y: 2}, x: 3}\nb:\n  <<: *a\n  y: 5\n")
-    assert merged == {"a": {"x": 3, "y": 2}, "b": {"x": 3, "y": 5}}
-
-
-@pytest.mark.parametrize(
-    ("text", "value"), [("2e-6", 2e-6), ("1E3", 1000.0), (".5", 0.5), ("10", 10), ("-1.5e+2", -150.0), ("1e", "1e")]
-)
-def test_yaml_numbers_are_those_of_yaml_1_2(text: str, value: object) -> None:
-    loaded = load(f"x: {text}")["x"]
-
-    assert loaded == value
-    assert type(loaded) is type(value)

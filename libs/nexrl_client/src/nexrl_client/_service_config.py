@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import yaml
-from nexrl_contract import yaml12
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from ._batch import json_object
 from .errors import InvalidSetup
@@ -21,12 +21,14 @@ _ALONE = "default"
 def load_service_config(path: str | Path) -> dict[str, Entry]:
     """The entries of a YAML file by name: those under service.train_service, or the one that the file itself is.
 
-    Numbers are those of YAML 1.2 (2e-6 is one). The one entry of a file has its identifier for a name, else "default".
+    It is YAML 1.2: 2e-6 is a number, and a key stands once. The one entry of a file has its identifier for a name, else "default".
     Raises InvalidSetup for a file that cannot be read or holds no entry, and for any ${...} in an entry, with its path.
     """
     try:
-        document = yaml12.load_file(Path(path).expanduser())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        document = YAML(typ="safe", pure=True).load(Path(path).expanduser())
+    except MarkedYAMLError as error:
+        raise InvalidSetup(f"config_path {path} cannot be read: {error.problem}\n{error.problem_mark}") from error
+    except (OSError, ValueError, YAMLError) as error:
         raise InvalidSetup(f"config_path {path} cannot be read: {error}") from error
     return read_entries(document, f"config_path {path}")
 

@@ -191,8 +191,8 @@ WORKER_INFO: dict[str, Any] = {
 }
 METRICS = """# HELP nexrl_jobs Jobs that have not ended.
 # TYPE nexrl_jobs gauge
-nexrl_jobs{queue="student",state="queued"} 1
+nexrl_jobs{queue="student",state="queued"} 1.0
 # HELP nexrl_slots_free Slots without a rank.
 # TYPE nexrl_slots_free gauge
-nexrl_slots_free 2
+nexrl_slots_free 2.0
 """

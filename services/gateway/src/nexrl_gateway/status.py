@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from nexrl_contract.errors import ServiceError
 from nexrl_contract.machine import lack_of_room
 from nexrl_contract.records import AgentRecord, GroupRecord
 from nexrl_ledger import redis_fault
+from prometheus_client import Metric, generate_latest
+from prometheus_client.core import GaugeMetricFamily
 
 from nexrl_gateway.services import Services
 from nexrl_gateway.settings import Settings
@@ -85,37 +87,37 @@ def worker_info(group: GroupRecord) -> dict[str, Any]:
     }
 
 
-def metrics(services: Services) -> str:
-    """Prometheus' text format. Times are seconds."""
-    ledger = services.ledger
-    groups, agents = ledger.groups(), ledger.agents()
-    queues = {group.identifier: names.train_queue(group.identifier) for group in groups}
-    queues |= {"agents": names.AGENT_QUEUE, "checkpoints": names.CHECKPOINT_QUEUE}
-    jobs = Counter((name, job.state) for name, queue in queues.items() for job in ledger.waiting(queue))
-    lines = _gauge(
-        "nexrl_gateway_uptime_seconds", "Since this gateway started.", [("", time.time() - services.started_at)]
-    )
-    lines += _gauge(
-        "nexrl_jobs",
-        "Jobs that have not ended.",
-        [(f'{{queue="{q}",state="{s}"}}', n) for (q, s), n in sorted(jobs.items())],
-    )
-    lines += _gauge(
-        "nexrl_group_state",
-        "1 for the state of a group.",
-        [(f'{{identifier="{g.identifier}",state="{g.state}"}}', 1) for g in groups],
-    )
-    lines += _gauge("nexrl_slots_total", "Slots of all agents.", [("", sum(agent.slots for agent in agents))])
-    lines += _gauge("nexrl_slots_free", "Slots without a rank.", [("", sum(agent.free for agent in agents))])
-    return "\n".join(lines) + "\n"
+class _Gauges:
+    """What Prometheus collects, looked up when it asks. Times are seconds."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    def collect(self) -> Iterator[Metric]:
+        """Every gauge."""
+        ledger = self._services.ledger
+        groups, agents = ledger.groups(), ledger.agents()
+        queues = {group.identifier: names.train_queue(group.identifier) for group in groups}
+        queues |= {"agents": names.AGENT_QUEUE, "checkpoints": names.CHECKPOINT_QUEUE}
+        up = time.time() - self._services.started_at
+        yield GaugeMetricFamily("nexrl_gateway_uptime_seconds", "Since this gateway started.", value=up)
+        jobs = GaugeMetricFamily("nexrl_jobs", "Jobs that have not ended.", labels=["queue", "state"])
+        counted = Counter((name, job.state) for name, queue in queues.items() for job in ledger.waiting(queue))
+        for labels, number in sorted(counted.items()):
+            jobs.add_metric(labels, number)
+        yield jobs
+        states = GaugeMetricFamily("nexrl_group_state", "1 for the state of a group.", labels=["identifier", "state"])
+        for group in groups:
+            states.add_metric([group.identifier, group.state], 1)
+        yield states
+        total, free = sum(agent.slots for agent in agents), sum(agent.free for agent in agents)
+        yield GaugeMetricFamily("nexrl_slots_total", "Slots of all agents.", value=total)
+        yield GaugeMetricFamily("nexrl_slots_free", "Slots without a rank.", value=free)
 
 
-def _gauge(name: str, meaning: str, values: Iterable[tuple[str, float]]) -> list[str]:
-    return [
-        f"# HELP {name} {meaning}",
-        f"# TYPE {name} gauge",
-        *(f"{name}{labels} {value:g}" for labels, value in values),
-    ]
+def metrics(services: Services) -> bytes:
+    """Prometheus' text format."""
+    return generate_latest(_Gauges(services))
 
 
 def _store_state(services: Services) -> str:

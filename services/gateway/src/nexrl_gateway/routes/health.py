@@ -6,6 +6,7 @@ from typing import Annotated
 
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import PlainTextResponse, Response
 
 from nexrl_gateway.answer_examples import HEALTH, METRICS, NOT_READY, READY, UNHEALTHY
@@ -44,4 +45,4 @@ async def show_ready(services: Here) -> Response:
 )
 async def show_metrics(services: Here) -> Response:
     """Prometheus' text format."""
-    return PlainTextResponse(await run_sync(metrics, services), media_type="text/plain; version=0.0.4")
+    return PlainTextResponse(await run_sync(metrics, services), media_type=CONTENT_TYPE_LATEST)
