@@ -121,3 +121,10 @@ def test_modules_and_classes_stay_small() -> None:
                 if isinstance(node, ast.ClassDef) and (size := node.end_lineno - node.lineno + 1) > CLASS_LINES:
                     too_large.append(f"{path.relative_to(ROOT)}: class {node.name} has {size} lines")
     assert too_large == []
+
+
+@pytest.mark.parametrize("part", sorted(SERVICES))
+def test_nobody_but_the_ledger_talks_to_its_redis(part: str) -> None:
+    """What a service wants of the records is a method with a name."""
+    for path in modules(part):
+        assert "ledger.client" not in path.read_text(), path

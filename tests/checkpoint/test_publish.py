@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import redis
-from nexrl_checkpointer.previous import forget_destroyed, replace_previous
+from nexrl_checkpointer.previous import replace_previous
 from nexrl_checkpointer.publish import publish
 from nexrl_checkpointer.request import PublishRequest
 from nexrl_contract import durable
@@ -370,7 +370,7 @@ def test_a_destroyed_group_leaves_no_record_of_its_checkpoints(saves: Saves) -> 
     saves("theirs", identifier="teacher")
     ledger = Ledger(saves.client)
     ledger.group_destroyed("student", None)
-    forget_destroyed(ledger)
+    ledger.forget_destroyed_checkpoints()
     assert list(saves.client.hgetall(CHECKPOINTS_KEY)) == ["teacher:sharded"]
     late = make_request(saves.data, saves.data / "late")
     replace_previous(ledger, late, time.time())

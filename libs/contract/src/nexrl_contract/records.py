@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
@@ -116,6 +117,19 @@ class GroupRecord(Record):
     def actor(self) -> ActorConfig:
         """Its configuration; raises pydantic's ValidationError for that of a version that had other keys."""
         return ActorConfig.model_validate(self.config)
+
+
+class LatestCheckpoint(BaseModel):
+    """The newest published checkpoint of one group and kind.
+
+    ``life`` is the time at which the group was made: a later group of that name has another one. ``order`` is the save's.
+    """
+
+    path: Path
+    step: int
+    job_id: str
+    life: float
+    order: int = 0
 
 
 class AgentRecord(Record):

@@ -135,6 +135,14 @@ class JobRecords(LedgerPart):
         jobs = (self.job(job_id) for job_id in self.client.zrange(names.waiting_key(queue), 0, -1))
         return [job for job in jobs if job is not None]
 
+    def ahead_of(self, job: JobRecord) -> int:
+        """How many jobs of its queue are before it."""
+        return int(self.client.zrank(names.waiting_key(job.queue), job.id) or 0)
+
+    def knows_key(self, key: str) -> bool:
+        """Whether a job has this idempotency key."""
+        return bool(self.client.exists(names.idempotency_key(key)))
+
     def queue_length(self, queue: str) -> int:
         """How many jobs of a queue have not ended."""
         return int(self.client.zcard(names.waiting_key(queue)))

@@ -17,6 +17,10 @@ _AT_ONCE = 500
 class Retention(LedgerPart):
     """See :class:`nexrl_ledger.Ledger`. A result that was delivered is *due* once it has not been read for a while."""
 
+    def may_sweep(self, period_s: float) -> bool:
+        """Whether this caller is the one of all replicas that sweeps in this period."""
+        return bool(self.client.set(names.JANITOR_KEY, "1", nx=True, px=int(period_s * 900)))
+
     def delivered(self, job_id: str) -> None:
         """The whole result of a job has been sent: from now on it need not be kept for long."""
         self.client.zadd(names.DELIVERED_KEY, {job_id: time.time()})

@@ -10,9 +10,9 @@ from pathlib import Path
 from nexrl_contract.durable import remove_listed, sync_folder
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.manifest import MANIFEST, Manifest, read_manifest
-from nexrl_contract.names import CHECKPOINTS_KEY
+from nexrl_contract.records import LatestCheckpoint
 from nexrl_ledger import Ledger
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from nexrl_checkpointer.publish import file_names, foreign_entries
 from nexrl_checkpointer.request import PublishRequest
@@ -20,22 +20,9 @@ from nexrl_checkpointer.request import PublishRequest
 _log = logging.getLogger(__name__)
 
 
-class Latest(BaseModel):
-    """A value of the Redis hash ``CHECKPOINTS_KEY``: the newest published checkpoint of one group and kind.
-
-    ``life`` is the time at which the group was made: a later group of that name has another one. ``order`` is the save's.
-    """
-
-    path: Path
-    step: int
-    job_id: str
-    life: float
-    order: int = 0
-
-
-def slot(request: PublishRequest) -> str:
-    """The field of the hash: full and weight-only checkpoints do not replace one another."""
-    return f"{request.identifier}:{request.kind}" + (":weight_only" if request.weight_only else "")
+def _kind(request: PublishRequest) -> str:
+    """Full and weight-only checkpoints do not replace one another."""
+    return request.kind + (":weight_only" if request.weight_only else "")
 
 
 def replace_previous(ledger: Ledger, request: PublishRequest, submitted: float) -> None:
@@ -48,37 +35,18 @@ def replace_previous(ledger: Ledger, request: PublishRequest, submitted: float) 
     group = ledger.group(request.identifier)
     if group is None or group.state == "destroyed" or submitted < group.created_at:
         return
-    previous = _latest(ledger, request)
+    previous = ledger.latest_checkpoint(request.identifier, _kind(request))
     if previous is not None and previous.life == group.created_at and previous.order > request.order:
         return
     if request.remove_previous and previous is not None and previous.life == group.created_at:
         _remove(previous, request)
-    new = Latest(
+    new = LatestCheckpoint(
         path=request.path, step=request.step, job_id=request.job_id, life=group.created_at, order=request.order
     )
-    ledger.client.hset(CHECKPOINTS_KEY, slot(request), new.model_dump_json())
+    ledger.record_checkpoint(request.identifier, _kind(request), new)
 
 
-def forget_destroyed(ledger: Ledger) -> None:
-    """Drop what is recorded of groups that are no more."""
-    fields = ledger.client.hkeys(CHECKPOINTS_KEY)
-    if fields:
-        living = set(ledger.identifiers())
-        gone = [field for field in fields if field.partition(":")[0] not in living]
-        if gone:
-            ledger.client.hdel(CHECKPOINTS_KEY, *gone)
-
-
-def _latest(ledger: Ledger, request: PublishRequest) -> Latest | None:
-    text = ledger.client.hget(CHECKPOINTS_KEY, slot(request))
-    try:
-        return Latest.model_validate_json(str(text)) if text else None
-    except ValidationError:
-        _log.warning("previous.unreadable field=%s", slot(request))
-        return None
-
-
-def _remove(previous: Latest, request: PublishRequest) -> None:
+def _remove(previous: LatestCheckpoint, request: PublishRequest) -> None:
     """A rename hides it first, so that no half of it is ever seen.
 
     That of its folder; of its manifest alone where others put something into the folder, which stays. So does what
@@ -112,7 +80,7 @@ def _remove_files(folder: Path, record: Path) -> None:
     remove_listed(folder, file_names(manifest), record.name)
 
 
-def _removable(previous: Latest, request: PublishRequest) -> Manifest | None:
+def _removable(previous: LatestCheckpoint, request: PublishRequest) -> Manifest | None:
     """Only what this service published there for this group, and nothing that holds the new one."""
     if previous.path.is_symlink() or request.path.is_relative_to(previous.path):
         return None

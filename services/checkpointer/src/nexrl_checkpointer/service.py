@@ -16,7 +16,7 @@ from nexrl_contract.names import CHECKPOINT_QUEUE
 from nexrl_contract.records import JobRecord
 from nexrl_ledger import Fenced, Ledger, ResidentWorker, connect, until_redis
 
-from nexrl_checkpointer.previous import forget_destroyed, replace_previous
+from nexrl_checkpointer.previous import replace_previous
 from nexrl_checkpointer.publish import discard, publish
 from nexrl_checkpointer.pulse import LEASE_S, Pulse
 from nexrl_checkpointer.request import PublishRequest
@@ -76,7 +76,7 @@ class Checkpointer:
     def _drain(self) -> None:
         """Groups side by side, the saves of one group in their order: "previous" means the one before."""
         taken: set[str] = set()
-        forget_destroyed(self._ledger)
+        self._ledger.forget_destroyed_checkpoints()
         for waiting in self._ledger.waiting(CHECKPOINT_QUEUE):
             if self._stopping:
                 return

@@ -126,7 +126,7 @@ def _waits_for(ledger: Ledger, job: JobRecord) -> str | None:
     group = ledger.group(job.identifier)
     if group is not None and group.agent and group.agent not in {agent.name for agent in ledger.agents()}:
         return f"agent {group.agent}, which is not heard; the group goes down where it stays away"
-    ahead: Any = ledger.client.zrank(names.waiting_key(job.queue), job.id)
+    ahead = ledger.ahead_of(job)
     if not ahead:
         return f"the consumer of {job.queue}"
     return f"{ahead} operation{'s' if ahead > 1 else ''} ahead of it in {job.queue}"

@@ -8,7 +8,7 @@ import logging
 import redis
 from anyio.to_thread import run_sync
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.names import JANITOR_KEY, RESULT_TTL_S
+from nexrl_contract.names import RESULT_TTL_S
 from nexrl_payloads import RESULT_SUFFIX
 
 from nexrl_gateway.lost_groups import LostGroups
@@ -34,7 +34,7 @@ async def keep_clean(services: Services) -> None:
 def sweep(services: Services) -> list[str]:
     """One sweep, unless another replica has just made one; the ids of what was removed."""
     ledger, settings = services.ledger, services.settings
-    if not ledger.client.set(JANITOR_KEY, "1", nx=True, px=int(_period_s(services) * 900)):
+    if not ledger.may_sweep(_period_s(services)):
         return []
     in_use = ledger.payloads_in_use()
     removed = services.store.sweep(in_use, result_age_s=RESULT_TTL_S, upload_age_s=settings.upload_kept_s)

@@ -58,7 +58,7 @@ class Services:
     async def close(self) -> None:
         """End the waits and the connections."""
         await self.endings.close()
-        self.ledger.client.close()
+        self.ledger.close()
 
 
 def services_of(request: Request) -> Services:

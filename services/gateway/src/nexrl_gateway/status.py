@@ -13,7 +13,6 @@ from nexrl_contract import names
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.machine import lack_of_room
 from nexrl_contract.records import AgentRecord, GroupRecord
-from nexrl_ledger import redis_fault
 from prometheus_client import Metric, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 
@@ -30,7 +29,7 @@ def health(services: Services) -> tuple[dict[str, Any], bool]:
     reasons = _lacks(services.settings, store) + _full(services.settings.checkpoint_roots)
     report: dict[str, Any] = {"status": "degraded", "redis": "ok", "payload_store": store, "reasons": reasons}
     try:
-        fault = redis_fault(services.ledger.client)
+        fault = services.ledger.fault()
         groups = services.ledger.groups()
         agents, checkpointers = services.ledger.agents(), services.ledger.checkpointers()
         saves = services.ledger.queue_length(names.CHECKPOINT_QUEUE)

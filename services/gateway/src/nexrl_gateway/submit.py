@@ -139,7 +139,7 @@ def check_params(operation: Operation, given: dict[str, Any]) -> dict[str, Any]:
 def _entrance(ledger: Ledger, operation: Operation, key: str | None, identifier: str | None) -> GroupRecord:
     """The group, if it can take the operation now; a repeated key is answered whatever has become of the group."""
     group = resolve(ledger, identifier)
-    if key is None or not ledger.client.exists(names.idempotency_key(key)):
+    if key is None or not ledger.knows_key(key):
         admit(group, operation)
     return group
 

@@ -99,13 +99,13 @@ class Watch:
         return {"emptied": reason}
 
     def _read(self) -> dict[str, Any] | None:
-        text = self._ledger.client.get(names.LEDGER_KEY)
+        text = self._ledger.mark()
         mark: dict[str, Any] | None = json.loads(text) if text else None
         return mark
 
     def _write(self, mark: dict[str, Any], *, only_new: bool) -> None:
         with contextlib.suppress(redis.exceptions.ResponseError):  # it takes no writes now
-            self._ledger.client.set(names.LEDGER_KEY, json.dumps(mark), nx=only_new)
+            self._ledger.set_mark(json.dumps(mark), only_new=only_new)
 
     def _idle(self) -> Iterator[tuple[tuple[str, str], str]]:
         """The oldest job of each queue whose consumer is there and does nothing, and what to say of it."""
