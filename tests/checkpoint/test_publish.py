@@ -75,7 +75,11 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> BaseContext:
 
 @pytest.mark.parametrize(
     ("same_path", "foreign"),
-    [(True, False), (False, False), (False, True)],
+    [
+        (True, False),
+        pytest.param(False, False, marks=pytest.mark.slow),
+        pytest.param(False, True, marks=pytest.mark.slow),
+    ],
     ids=["replacing", "removing-previous", "removing-previous-around-other-things"],
 )
 def test_killed_anywhere_a_checkpoint_loads_and_the_next_attempt_completes(

@@ -175,6 +175,7 @@ def test_one_rank_of_two_may_run_out_at_every_place(name: str, path: str, tmp_pa
     assert answer["calls"] > 1000 and answer["worst"] < 1e-9
 
 
+@pytest.mark.slow
 def test_one_rank_of_two_may_run_out(path: str, tmp_path: Path) -> None:
     """The other goes with it: gradients on top of pending ones, weights and scores are those of enough memory.
 
