@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from conftest import wait_until
 from gateway.kit import ASYNC, Gateway, PlayedGroup, refusal
-from nexrl_gateway.lost_groups import LostGroups
+from nexrl_gateway.janitor import LostGroups
 from nexrl_ledger import Ledger
 
 LONG_AGO = time.time() - 3600

@@ -21,24 +21,26 @@ from starlette.responses import Response
 from tensor_codec import RawTensor, to_json
 
 from nexrl_gateway.admission import without_agent
-from nexrl_gateway.frames import StoredFrame, header_bytes, read_frame
+from nexrl_gateway.intake import StoredFrame, header_bytes, read_frame
+from nexrl_gateway.preferences import Preferences
 from nexrl_gateway.replies import finite, json_response
 from nexrl_gateway.services import Services
-from nexrl_gateway.wishes import Wishes
 
 
-async def answer(services: Services, job: JobRecord, wishes: Wishes, extra: dict[str, Any] | None = None) -> Response:
-    """Wait for the job as long as ``wishes`` and the gateway's limit allow, and say what has become of it.
+async def answer(
+    services: Services, job: JobRecord, preferences: Preferences, extra: dict[str, Any] | None = None
+) -> Response:
+    """Wait for the job as long as ``preferences`` and the gateway's limit allow, and say what has become of it.
 
     ``extra`` is added to the JSON of operations without a batch. Raises the job's own error, or WAIT_LIMIT with its id.
     """
     limit = services.settings.wait_limit_s
-    wait_s = min(wishes.wait_s, limit) if wishes.respond_async else limit
+    wait_s = min(preferences.wait_s, limit) if preferences.respond_async else limit
     if wait_s > 0 and not job.final:
         job = await services.endings.final(services.ledger, job.id, wait_s)
     if job.final:
-        return await result_response(services, job, wishes, extra)
-    if wishes.respond_async:
+        return await result_response(services, job, preferences, extra)
+    if preferences.respond_async:
         view = await run_sync(job_view, services.ledger, job)
         return json_response(view, 202, {"Location": f"/jobs/{job.id}", "Preference-Applied": "respond-async"})
     raise ServiceError(
@@ -50,13 +52,13 @@ async def answer(services: Services, job: JobRecord, wishes: Wishes, extra: dict
 
 
 async def result_response(
-    services: Services, job: JobRecord, wishes: Wishes, extra: dict[str, Any] | None = None
+    services: Services, job: JobRecord, preferences: Preferences, extra: dict[str, Any] | None = None
 ) -> Response:
     """The answer of an ended job; raises its error, or what :func:`_unfinished` says of one that has not ended."""
     if not job.final:
         raise await run_sync(_unfinished, services, job)
     _raise_unless_finished(job)
-    response = await run_sync(_response, services, job, wishes.frame, extra or {})
+    response = await run_sync(_response, services, job, preferences.frame, extra or {})
     if job.result_payload is not None:
         response.background = BackgroundTask(_after_delivery, services.ledger, job.id, response)
     return response

@@ -10,8 +10,7 @@ from nexrl_contract.names import FRAME_TYPE, JSON_TYPE
 from nexrl_contract.operations import Operation
 from pydantic import BaseModel
 
-from nexrl_gateway.answer_examples import OPERATION_ANSWERS, QUEUED
-from nexrl_gateway.error_examples import ERROR_EXAMPLES
+from nexrl_gateway.examples import ERROR_EXAMPLES, OPERATION_ANSWERS, QUEUED
 
 _NULL = "\0null"
 Responses = dict[int | str, dict[str, Any]]

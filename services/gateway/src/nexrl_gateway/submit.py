@@ -27,10 +27,9 @@ from tensor_codec import Header
 
 from nexrl_gateway import intake
 from nexrl_gateway.admission import admit, named_identifier, resolve
-from nexrl_gateway.bodies import content_kind, json_body
-from nexrl_gateway.documents import BATCH_KEYS, BatchDocument, PartsDocument, read_batch
+from nexrl_gateway.bodies import BATCH_KEYS, BatchDocument, PartsDocument, content_kind, json_body, read_batch
 from nexrl_gateway.errors import checked_argument_error
-from nexrl_gateway.frames import store_with_metadata
+from nexrl_gateway.intake import store_with_metadata
 from nexrl_gateway.paths import settle
 from nexrl_gateway.services import Services
 

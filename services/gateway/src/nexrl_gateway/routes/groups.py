@@ -10,18 +10,17 @@ from nexrl_contract.operations import INITIALIZE, OPERATIONS
 from starlette.responses import Response
 
 from nexrl_gateway.admission import named_identifier, resolve
-from nexrl_gateway.answer_examples import MODELS, OPERATION_ANSWERS, WORKER_INFO
 from nexrl_gateway.answers import answer, initialized
 from nexrl_gateway.bodies import content_kind, json_body
 from nexrl_gateway.docs import accepted, errors
 from nexrl_gateway.docs import answer as shown
-from nexrl_gateway.examples import GROUP
-from nexrl_gateway.placement import initialize, read_wanted
+from nexrl_gateway.examples import GROUP, MODELS, OPERATION_ANSWERS, WORKER_INFO
+from nexrl_gateway.groups import initialize, read_wanted
+from nexrl_gateway.preferences import Preferences, read_preferences
 from nexrl_gateway.replies import json_response
 from nexrl_gateway.routes.operations import Identifier
 from nexrl_gateway.services import Services, services_of
 from nexrl_gateway.status import models, worker_info
-from nexrl_gateway.wishes import Wishes, read_wishes
 
 Here = Annotated[Services, Depends(services_of)]
 router = APIRouter(tags=["groups"])
@@ -40,16 +39,19 @@ _BODY = {"schema": _ROW.params.model_json_schema(), "examples": {"two ranks": {"
     openapi_extra={"requestBody": {"required": True, "content": {"application/json": _BODY}}},
 )
 async def initialize_worker(
-    request: Request, services: Here, wishes: Annotated[Wishes, Depends(read_wishes)], identifier: Identifier = None
+    request: Request,
+    services: Here,
+    preferences: Annotated[Preferences, Depends(read_preferences)],
+    identifier: Identifier = None,
 ) -> Response:
     """Waits for free slots and starts the ranks; a living group with equal settings answers ``already: true``."""
     content_kind(request, frames=False)
     async with json_body(request, tensors=False) as document:
         wanted = await run_sync(read_wanted, document, named_identifier(identifier, document), services.roots)
-    group, job, already = await run_sync(initialize, services, wanted, wishes.key)
+    group, job, already = await run_sync(initialize, services, wanted, preferences.key)
     if job is None or (already and job.final):
         return initialized(group, wanted.ignored, wanted.said)
-    return await answer(services, job, wishes, {"already": True} if already else None)
+    return await answer(services, job, preferences, {"already": True} if already else None)
 
 
 @router.get("/get_models", summary="The living groups", responses={**shown(MODELS), **errors()})

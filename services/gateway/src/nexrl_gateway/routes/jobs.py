@@ -9,13 +9,13 @@ from fastapi import APIRouter, Depends, Query
 from nexrl_contract.records import JobRecord
 from starlette.responses import Response
 
-from nexrl_gateway.answer_examples import CANCELLED, JOB, JOBS
 from nexrl_gateway.answers import job_view, result_response
 from nexrl_gateway.docs import answer, errors, operation_results
-from nexrl_gateway.placement import cancel
+from nexrl_gateway.examples import CANCELLED, JOB, JOBS
+from nexrl_gateway.groups import cancel
+from nexrl_gateway.preferences import Preferences, read_preferences
 from nexrl_gateway.replies import json_response
 from nexrl_gateway.services import Services, services_of
-from nexrl_gateway.wishes import Wishes, read_wishes
 
 Wait = Annotated[float, Query(ge=0, le=30, description="Seconds to wait for the job to end.")]
 Here = Annotated[Services, Depends(services_of)]
@@ -47,10 +47,10 @@ async def show_job(services: Here, job_id: str, wait: Wait = 0.0) -> Response:
     responses={**operation_results(), **errors(404, 409, 410, 422, 500, 507)},
 )
 async def show_result(
-    services: Here, job_id: str, wishes: Annotated[Wishes, Depends(read_wishes)], wait: Wait = 0.0
+    services: Here, job_id: str, preferences: Annotated[Preferences, Depends(read_preferences)], wait: Wait = 0.0
 ) -> Response:
     """Exactly the answer of the synchronous call, or its error with its own status; 409 while the job has not ended."""
-    return await result_response(services, await _job(services, job_id, wait), wishes)
+    return await result_response(services, await _job(services, job_id, wait), preferences)
 
 
 @router.delete(

@@ -13,10 +13,10 @@ from starlette.responses import Response
 from nexrl_gateway.answers import answer
 from nexrl_gateway.docs import errors, operation_answers
 from nexrl_gateway.examples import request_body
-from nexrl_gateway.placement import destroy_idle
+from nexrl_gateway.groups import destroy_idle
+from nexrl_gateway.preferences import Preferences, read_preferences
 from nexrl_gateway.services import services_of
 from nexrl_gateway.submit import submit_operation
-from nexrl_gateway.wishes import Wishes, read_wishes
 
 Identifier = Annotated[str | None, Query(description="The worker group; may be left out while there is only one.")]
 router = APIRouter(tags=["operations"])
@@ -24,13 +24,13 @@ router = APIRouter(tags=["operations"])
 
 def _endpoint(operation: Operation) -> Callable[..., Awaitable[Response]]:
     async def handle(
-        request: Request, wishes: Annotated[Wishes, Depends(read_wishes)], identifier: Identifier = None
+        request: Request, preferences: Annotated[Preferences, Depends(read_preferences)], identifier: Identifier = None
     ) -> Response:
         services = services_of(request)
-        job = await submit_operation(services, operation, request, identifier, wishes.key)
+        job = await submit_operation(services, operation, request, identifier, preferences.key)
         if operation.name == DESTROY:
             await run_sync(destroy_idle, services, job)
-        return await answer(services, job, wishes)
+        return await answer(services, job, preferences)
 
     return handle
 

@@ -11,7 +11,7 @@ from nexrl_contract.names import FRAME_TYPE, KEY_PATTERN, valid_idempotency_key
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
+class Preferences:
     """``respond_async`` answers 202 unless the job ends within ``wait_s``; ``frame`` prefers tensors in a frame."""
 
     key: str | None = None
@@ -20,7 +20,7 @@ class Wishes:
     frame: bool = False
 
 
-def read_wishes(
+def read_preferences(
     idempotency_key: Annotated[
         str | None,
         Header(
@@ -33,12 +33,12 @@ def read_wishes(
         Header(description="`respond-async` answers 202 at once; `respond-async, wait=S` after at most S seconds."),
     ] = None,
     accept: Annotated[str | None, Header(description=f"`{FRAME_TYPE}` gets result tensors as a binary frame.")] = None,
-) -> Wishes:
+) -> Preferences:
     """A FastAPI dependency; raises INVALID_ARGUMENT for a bad key. Unknown preferences are ignored (RFC 7240)."""
     if idempotency_key is not None and not valid_idempotency_key(idempotency_key):
         raise ServiceError("INVALID_ARGUMENT", f"Idempotency-Key must match {KEY_PATTERN}", key="Idempotency-Key")
     preferences = dict(_preference(part) for part in (prefer or "").split(","))
-    return Wishes(
+    return Preferences(
         key=idempotency_key,
         respond_async="respond-async" in preferences,
         wait_s=_seconds(preferences.get("wait", "")),
