@@ -14,8 +14,7 @@ from . import errors
 from ._api import TrainServiceClient
 from ._body import Part
 from ._call import split_for_requests
-from ._clients import TrainServiceClients, create_train_service_clients
-from ._factory import create_train_service_client
+from ._factory import TrainServiceClients, create_train_service_client, create_train_service_clients
 from ._handle import JobHandle
 from ._http import HTTPTrainServiceClient
 from ._mock import MockTrainServiceClient

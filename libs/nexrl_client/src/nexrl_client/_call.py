@@ -15,7 +15,7 @@ from tensor_codec import Encoded
 
 from ._batch import Content, json_object, normalise
 from ._body import Part, cut
-from ._setup import setup_params
+from ._service_config import setup_params
 from ._tensors import ready
 from .errors import ClientError, InvalidBatch, UnknownOperation
 

@@ -1,15 +1,20 @@
-"""create_train_service_client: a client by the name of its backend."""
+"""Clients by backend name: one, or all of a service's configuration."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from typing import Any
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from nexrl_contract.operations import ROLES
 
 from ._api import TrainServiceClient
 from ._http import HTTPTrainServiceClient
 from ._mock import MockTrainServiceClient
-from .errors import UnknownBackend, UnknownOption
+from ._service_config import Entry, read_entries
+from .errors import ClientError, InvalidSetup, UnknownBackend, UnknownOption
 
 _BACKENDS: dict[str, type[HTTPTrainServiceClient] | type[MockTrainServiceClient]] = {
     "self-hosted": HTTPTrainServiceClient,
@@ -38,3 +43,92 @@ def create_train_service_client(
             hint = f"did you mean {close[0]}? Known" if close else "known"
             raise UnknownOption(f"backend {backend!r} has no option {name!r}; {hint} are {', '.join(known)}")
     return kind(url, identifier, **options)
+
+
+_BACKEND = "http"
+_URL = "http://localhost:8000"
+
+
+class TrainServiceClients(Mapping[str, TrainServiceClient]):
+    """Clients by the names of their services, clients["main_actor"], or roles, clients.by_role("teacher").
+
+    Close them, or use this in a with.
+    """
+
+    def __init__(self, clients: Mapping[str, TrainServiceClient], roles: Mapping[str, str]) -> None:
+        self._clients = dict(clients)
+        self.roles = dict(roles)
+        """Each name's role."""
+
+    def by_role(self, role: str) -> TrainServiceClient:
+        """The client of the one service with this role; raises InvalidSetup where none has it, or several have."""
+        names = [name for name, given in self.roles.items() if given == role]
+        if len(names) == 1:
+            return self._clients[names[0]]
+        if names:
+            raise InvalidSetup(f"the services {', '.join(names)} all have the role {role!r}; choose one by its name")
+        others = ", ".join(f"{name} ({given})" for name, given in self.roles.items())
+        raise InvalidSetup(f"no service has the role {role!r}; there are {others}")
+
+    def close(self) -> None:
+        """Close the connections of all of them; jobs go on."""
+        for client in self._clients.values():
+            if isinstance(client, HTTPTrainServiceClient):
+                client.close()
+
+    def __getitem__(self, name: str) -> TrainServiceClient:
+        return self._clients[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._clients)
+
+    def __len__(self) -> int:
+        return len(self._clients)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"TrainServiceClients({self._clients})"
+
+
+def create_train_service_clients(config: Mapping[str, Any], **options: Any) -> TrainServiceClients:
+    """A client for each entry of a configuration: of load_service_config, of a whole service, or of one group.
+
+    An entry's backend ("http"), url ("http://localhost:8000"), identifier (its name) and role ("actor") make the
+    client, and its initialize_worker() needs no arguments. options go to every client, such as request_timeout. Raises
+    InvalidSetup with the entry's name, and what create_train_service_client raises.
+    """
+    if not isinstance(config, Mapping):
+        raise InvalidSetup(f"the configuration is {type(config).__name__}; give what load_service_config(path) returns")
+    entries = read_entries(config, "the configuration")
+    roles = {name: _role(name, entry) for name, entry in entries.items()}
+    clients: dict[str, TrainServiceClient] = {}
+    groups: dict[tuple[str, str], str] = {}
+    for name, entry in entries.items():
+        url, identifier = str(entry.get("url") or _URL), str(entry.get("identifier") or name)
+        other = groups.setdefault((url, identifier), name)
+        if other != name:
+            raise InvalidSetup(f"{other} and {name} are one group, {identifier!r} at {url}; give each an identifier")
+        clients[name] = _create(name, entry, url, identifier, options)
+    return TrainServiceClients(clients, roles)
+
+
+def _role(name: str, entry: Entry) -> str:
+    role = entry.get("role") or "actor"
+    if role not in ROLES:
+        raise InvalidSetup(f"{name}.role is {role!r}; known are {', '.join(ROLES)}", details={"key": f"{name}.role"})
+    return str(role)
+
+
+def _create(name: str, entry: Entry, url: str, identifier: str, options: Mapping[str, Any]) -> TrainServiceClient:
+    backend = str(entry.get("backend") or _BACKEND)
+    try:
+        return create_train_service_client(backend, url, identifier, config=entry, **options)
+    except ClientError as error:
+        raise type(error)(f"{name}: {error.message}") from error

@@ -17,11 +17,10 @@ from nexrl_contract.tensors import TENSORS, TensorSpec
 from numpy.typing import NDArray
 
 from ._api import BatchLike, TrainServiceClient
-from ._arrays import to_numpy
 from ._call import Call, prepare
 from ._exchange import Budget
 from ._handle import JobHandle
-from ._tensors import own_kind
+from ._tensors import own_kind, to_numpy
 from .errors import JobFinal, JobNotFound, status_error
 
 _MAIN_LOSS = {"actor": "pg_loss", "critic": "vf_loss"}

@@ -1,4 +1,4 @@
-"""Tensors of the caller's kind: torch where it is installed, NumPy else. Torch is imported when the first is made."""
+"""Tensors of torch and NumPy: the kind that the caller has, dense data of either, arithmetic in NumPy. Torch is imported late."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import concurrent.futures.thread  # noqa: F401 - torch imports it: too late for 
 import os
 import sys
 import threading
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ import tensor_codec
 import tensor_codec._numpy  # now, and not by the first call, which a fork may interrupt
 from numpy.typing import NDArray
 from tensor_codec import Frame, JSONTensor
+
+from .errors import InvalidBatch
 
 
 def tensor_to_data(tensor: Any) -> JSONTensor:
@@ -74,3 +77,111 @@ def ready() -> None:
 _importing = threading.RLock()
 # A fork waits for an import that another thread is in: its child would wait for the end of that for ever.
 os.register_at_fork(before=_importing.acquire, after_in_parent=_importing.release, after_in_child=_importing.release)
+
+
+def to_numpy(value: Any) -> NDArray[Any]:
+    """A torch tensor (from any device), an array or nested lists as an array; floats become float64.
+
+    Raises InvalidBatch for a masked array that hides values and for a nested tensor.
+    """
+    if isinstance(value, list | tuple):
+        value = [to_numpy(item) if is_tensor(item) else item for item in value]
+    if np.ma.is_masked(value):
+        raise InvalidBatch("an array is masked and hides some of its values; fill them, and send a mask")
+    if is_torch(value):
+        if value.is_nested:
+            raise InvalidBatch("a tensor is nested; pad its rows to one length (to_padded_tensor)")
+        value = value.detach().cpu()
+        value = (value.double() if value.is_floating_point() else value).numpy()
+    array = np.asarray(value)
+    return array.astype(np.float64) if array.dtype.kind == "f" else array
+
+
+def taken(name: str, value: Any) -> Any:
+    """The value as a dense tensor with data: lists of equal lengths become an array.
+
+    Raises InvalidBatch naming the tensor.
+    """
+    if isinstance(value, list | tuple):
+        return _from_rows(name, value)
+    if not is_tensor(value):
+        raise _refused(name, f"is {type(value).__name__}; give a torch tensor, a NumPy array or lists of numbers")
+    if isinstance(value, np.ndarray):
+        if value.dtype == object:
+            raise _refused(name, "is a NumPy array of objects; pad its rows to one length, and give numbers")
+        if np.ma.is_masked(value):
+            raise _refused(name, "is a masked array that hides some of its values; fill them, and send a mask")
+        return value
+    if value.is_nested:
+        raise _refused(name, "is a nested tensor; pad its rows to one length (to_padded_tensor), and send masks")
+    if value.layout is not sys.modules["torch"].strided or value.is_meta:
+        kind = f"layout {value.layout}, device {value.device}"
+        raise _refused(name, f"is no dense tensor with data ({kind}): use full_tensor() or to_dense()")
+    return value
+
+
+def _from_rows(name: str, rows: Sequence[Any]) -> NDArray[Any]:
+    lengths = [_length(name, row) for row in rows]
+    for number, length in enumerate(lengths):
+        if length != lengths[0]:
+            found = "is a number" if length is None else f"has {length} values"
+            raise _refused(name, f"has rows of several lengths: row {number} {found}, row 0 {lengths[0]}; pad them")
+    try:
+        array = np.asarray([_inner(name, row) for row in rows])
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
+        raise _refused(name, f"cannot be made of these lists: {str(error).splitlines()[0]}") from None
+    if array.dtype.kind not in "biuf":
+        raise _refused(name, f"holds what is no number ({array.dtype}); give lists of numbers")
+    return array
+
+
+def _length(name: str, row: Any) -> int | None:
+    if is_tensor(row):
+        checked = taken(name, row)
+        return len(checked) if checked.ndim else None
+    return len(row) if hasattr(row, "__len__") else None
+
+
+def _inner(name: str, row: Any) -> Any:
+    if is_tensor(row):
+        return to_numpy(taken(name, row))
+    return [_inner(name, item) for item in row] if isinstance(row, list | tuple) else row
+
+
+def _refused(name: str, reason: str) -> InvalidBatch:
+    return InvalidBatch(f"tensor {name!r} {reason}", details={"tensor": name})
+
+
+def restore(array: NDArray[Any], *given: Any) -> Any:
+    """The array in the kind of what was given: torch, on its device, where any of that is torch, else NumPy.
+
+    Floats take the dtype of the first floating tensor of that kind, else float32; integers and bools stay as they are.
+    """
+    torch_tensors = [value for value in given if is_torch(value)]
+    if not torch_tensors:
+        if array.dtype.kind != "f":
+            return array
+        floats = [value.dtype for value in given if isinstance(value, np.ndarray) and value.dtype.kind == "f"]
+        return array.astype(floats[0] if floats else np.float32)
+    torch: Any = sys.modules["torch"]
+    tensor = torch.from_numpy(array).to(torch_tensors[0].device)
+    if array.dtype.kind != "f":
+        return tensor
+    floats = [value.dtype for value in torch_tensors if value.is_floating_point()]
+    return tensor.to(floats[0] if floats else torch.float32)
+
+
+def append_zero_rows(tensor: Any, count: int) -> Any:
+    """A copy of the tensor with count rows of zeros after its own."""
+    if is_torch(tensor):
+        torch: Any = sys.modules["torch"]
+        return torch.cat([tensor, tensor.new_zeros((count, *tensor.shape[1:]))])
+    return np.concatenate([tensor, np.zeros((count, *tensor.shape[1:]), tensor.dtype)])
+
+
+def check_shapes(arrays: Mapping[str, NDArray[Any]], dimensions: int) -> None:
+    """Refuse arrays that are not all of one shape with so many dimensions; raises InvalidBatch with their names."""
+    if len({array.shape for array in arrays.values()}) != 1 or next(iter(arrays.values())).ndim != dimensions:
+        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
+        expected = ("[B]", "[B, R]")[dimensions - 1]
+        raise InvalidBatch(f"the shapes are {shapes}; {'all' if len(arrays) > 1 else 'it'} must be {expected}")

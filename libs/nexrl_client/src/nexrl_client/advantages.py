@@ -12,8 +12,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ._arrays import check_shapes, restore, to_numpy
-from ._tensors import is_tensor
+from ._tensors import check_shapes, is_tensor, restore, to_numpy
 from .errors import ClientError, InvalidBatch
 
 __all__ = ["Estimator", "gae", "group_relative_advantages", "whiten"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ._arrays import check_shapes, restore, to_numpy
+from ._tensors import check_shapes, restore, to_numpy
 from .errors import InvalidBatch
 
 __all__ = ["left_pad", "loss_mask_after_prompts", "position_ids", "response_mask", "right_pad", "scoring_mask"]
