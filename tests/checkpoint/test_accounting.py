@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from nexrl_contract.errors import ServiceError
 from nexrl_worker.model_folder import check_model_folder
+from nexrl_worker.suspended import Suspended
 from nexrl_worker.team import Refused
 from nexrl_worker.training import InvalidValue
 from nexrl_worker.training.quantised import Dequantised
@@ -361,6 +362,32 @@ def test_a_checkpoint_of_more_layers_is_refused(models: Path, tmp_path: Path) ->
     with pytest.raises(Refused, match=r"holds model\.layers\.1\..*no place"):
         group.load(saved)
     assert group.state() == before
+
+
+@pytest.mark.parametrize("spoiled", [UP, f"optim.exp_avg.{UP}"])
+def test_a_sharded_checkpoint_that_holds_nan_is_refused_by_the_tensor(
+    models: Path, tmp_path: Path, spoiled: str
+) -> None:
+    """A weight, or a moment, which would be in the weights a step later; without the moments it loads. Kept state comes back."""
+    group = Group(tmp_path, "actor", str(models / "llama"))
+    group.learn()
+    shards = {part.name: part.local_tensor for part in group.engine.state.shards()}
+    shards[spoiled][5, 3] = float("nan")
+    saved = group.save(tmp_path / "saved", sharded=True)
+    group.checkpoints.suspend(group.engine.state, Suspended(seq=1))
+
+    other = Group(tmp_path, "actor", str(models / "llama"))
+    before = other.state()
+    with pytest.raises(Refused, match=f"{spoiled} holds NaN") as caught:
+        other.load(saved)
+    assert (caught.value.code, caught.value.details["tensor"], caught.value.details["rank"]) == (
+        "CHECKPOINT_INVALID", spoiled, 0,
+    )  # fmt: skip
+    assert other.state() == before
+    if spoiled != UP:
+        other.load(saved, weight_only=True)
+    assert other.checkpoints.resume(other.engine.state).seq == 1
+    assert other.engine.state.fingerprint() == group.engine.state.fingerprint()
 
 
 @pytest.mark.parametrize("only", ["head", "both"])

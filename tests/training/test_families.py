@@ -18,11 +18,14 @@ from nexrl_worker.training import Engine, InvalidValue
 from safetensors.torch import save_file
 from single_rank import build, compute, update
 from support import MemoryRows, batch, planned, save_model
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     BertConfig,
+    BlipConfig,
     CohereConfig,
+    ElectraConfig,
     FunnelConfig,
     Gemma2Config,
     Gemma3Config,
@@ -33,10 +36,13 @@ from transformers import (
     Mistral3Config,
     MistralConfig,
     PretrainedConfig,
+    Qwen2AudioConfig,
     Qwen2Config,
     Qwen3Config,
+    ReformerConfig,
     T5Config,
     XLNetConfig,
+    Zamba2Config,
 )
 
 COMMON = dict(
@@ -116,6 +122,19 @@ WIDER: dict[str, PretrainedConfig] = {
     ),
     "mamba": MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, state_size=8, pad_token_id=0),
     "bert as a decoder": BertConfig(**{**COMMON, "is_decoder": True}),
+    "electra as a decoder": ElectraConfig(**{**COMMON, "is_decoder": True, "embedding_size": 16}),  # as wide as its head
+    "zamba2": Zamba2Config(  # two of its layers are one
+        **{**COMMON, "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "num_mem_blocks": 1},
+        mamba_d_state=8, mamba_ngroups=1, n_mamba_heads=4, mamba_headdim=12, chunk_size=8, adapter_rank=4,
+        use_mamba_kernels=False,
+    ),
+    "qwen2_audio": Qwen2AudioConfig(
+        text_config={**COMMON, "model_type": "qwen2"}, audio_token_index=60,
+        audio_config=dict(
+            model_type="qwen2_audio_encoder", d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=24,
+            num_mel_bins=16, max_source_positions=20,
+        ),
+    ),
 }  # fmt: skip
 
 
@@ -123,7 +142,7 @@ WIDER: dict[str, PretrainedConfig] = {
 def test_text_of_families_that_do_more_or_remember(family: str, tmp_path: Path) -> None:
     """Rows of two lengths score as transformers scores each alone; a step later the export holds every part, changed or not."""
     made = WIDER[family]
-    auto = AutoModelForImageTextToText if made.get_text_config() is not made else AutoModelForCausalLM
+    auto = AutoModelForMultimodalLM if made.get_text_config() is not made else AutoModelForCausalLM
     torch.manual_seed(0)
     model = auto.from_config(made)
     model.save_pretrained(tmp_path / "first")
@@ -149,7 +168,7 @@ def test_text_of_families_that_do_more_or_remember(family: str, tmp_path: Path) 
     loaded, said = auto.from_pretrained(folder, output_loading_info=True)
     assert not said["missing_keys"] and not said["unexpected_keys"]
     assert same(scored(engine, rows), loaded) and not same(scored(engine, rows), model)
-    parts = [name for name in model.state_dict() if "vision" in name]
+    parts = [name for name in model.state_dict() if "vision" in name or "audio" in name]
     assert all(torch.equal(loaded.state_dict()[name], model.state_dict()[name]) for name in parts)
 
 
@@ -167,6 +186,7 @@ UNFIT: dict[str, tuple[str, Any, str]] = {
         {"model_type": "llama", "auto_map": {"AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}},
         "code of their own are not run by this service.* no class MineForCausalLM",
     ),
+    "nothing for text alone": ("blip", BlipConfig(), "does not answer to text alone: it needs pixel_values"),
     "unknown": ("", {"hidden_size": 3}, "no model_type"),
     "cannot be built": ("llama", LlamaConfig(**{**COMMON, "hidden_act": "none"}), "KeyError"),
 }
@@ -205,6 +225,33 @@ def test_a_model_that_reads_ahead_is_refused_where_its_configuration_does_not_sa
     AutoModelForCausalLM.from_config(made).save_pretrained(tmp_path)
     with pytest.raises(InvalidValue, match="both directions"):
         build(str(tmp_path), dtype="float32")
+
+
+def test_a_family_that_cannot_go_backward_is_refused_where_it_would_train(tmp_path: Path) -> None:
+    """Reformer's backward wants training mode, in which it would drop out; where nothing learns it scores as it is."""
+    made = ReformerConfig(
+        vocab_size=61, hidden_size=32, attention_head_size=8, num_attention_heads=4, attn_layers=["local", "local"],
+        feed_forward_size=32, axial_pos_embds=False, is_decoder=True, max_position_embeddings=64, pad_token_id=0,
+        local_attn_chunk_length=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(made)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InvalidValue, match="ReformerModelWithLMHead cannot be trained: AssertionError") as caught:
+        build(str(tmp_path), dtype="float32")
+    assert "\n" not in str(caught.value)
+    ids = torch.randint(3, 57, (2, 9), generator=torch.Generator().manual_seed(1))
+    rows = MemoryRows({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, temperature=0.8)
+    assert torch.allclose(
+        scored(build(str(tmp_path), "teacher", dtype="float32"), rows), own_scores(model, ids), atol=1e-5
+    )
+
+
+def test_trying_the_backward_leaves_nothing_behind(tmp_path: Path) -> None:
+    """No gradient, nothing gathered: weights and gradients of a new group are its shards."""
+    for role in ("actor", "critic"):
+        root = build(save_model(tmp_path / role), role)._root
+        assert all(param.grad is None and isinstance(param, DTensor) for param in root.parameters())
 
 
 def test_padding_side_does_not_matter(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from nexrl_worker.training.batch import BatchReader, Layout, MicroBatch
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.kinds import kind_of
 from nexrl_worker.training.model import Options, Precision, build_root
-from nexrl_worker.training.packing import Segments, attend
+from nexrl_worker.training.packing import Segments, attend, use_segments
 from nexrl_worker.training.probe import Probe, probe
 from nexrl_worker.training.scorer import Scorer
 from single_rank import build, compute
@@ -24,9 +24,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     BloomConfig,
     CohereConfig,
     Gemma2Config,
+    GotOcr2Config,
     GPT2Config,
     GptOssConfig,
     LlamaConfig,
@@ -221,6 +223,29 @@ def test_families_that_cannot_pack_say_why() -> None:
     assert "2 layers have a sliding window and 0" in (probed(windowed).packing_reason or "")
     outcome = probed(llama(), packing=False)
     assert not outcome.packs and outcome.packing_reason is None
+
+
+def test_a_language_model_is_packed_though_the_part_that_reads_images_keeps_its_attention() -> None:
+    """Where its own cannot be exchanged either, everything is put back: padded rows are computed as before."""
+    eyes = dict(
+        hidden_size=16, output_channels=8, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16,
+        mlp_dim=16, global_attn_indexes=[0],
+    )  # fmt: skip
+    made = GotOcr2Config(text_config={**COMMON, "model_type": "qwen2"}, vision_config=eyes, image_token_index=60)
+    torch.manual_seed(0)
+    scorer, rows = Scorer(AutoModelForMultimodalLM.from_config(made).eval()), hard_rows()
+    wanted = alone(scorer.hf, rows)[0]
+    outcome = probed(scorer)
+    assert (outcome.reason, outcome.packing_reason, outcome.packs) == (None, None, True)
+    for packed in (True, False):
+        found = scorer.score(reader(rows, packed).read(list(range(7))), entropy=False, all_labels=True)[0].double()
+        assert torch.allclose(found, wanted, atol=2e-5), packed
+
+    text = scorer.hf.config.get_text_config()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InvalidValue, match="exchanged"):
+        patch.setattr("nexrl_worker.training.packing.attention_of", lambda hf: scorer.own_attention)
+        use_segments(scorer.hf)
+    assert text._attn_implementation == scorer.own_attention
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

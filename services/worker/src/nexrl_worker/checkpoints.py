@@ -192,8 +192,11 @@ class Checkpoints:
         step = {} if plan.step is None else {"global_step": plan.step}
         return Outcome({"path": params["path"], "kind": plan.kind, **step, **restored}, applied=True)
 
-    def _load(self, model: TrainingState, plan: LoadPlan, *, weight_only: bool) -> dict[str, Any]:
-        """``optimizer``: restored or kept as it was; ``rng``: restored, reseeded, or kept; ``dtype``: of an export's weights."""
+    def _load(self, model: TrainingState, plan: LoadPlan, *, weight_only: bool, kept: bool = False) -> dict[str, Any]:
+        """``optimizer``: restored or kept as it was; ``rng``: restored, reseeded, or kept; ``dtype``: of an export's weights.
+
+        ``kept``: it is the group's own state, which comes back whatever its numbers are.
+        """
         mark = self._from_rank_0({"mark": plan.mark})["mark"]
         opened = self._team.agree(plan.reader)
         reader = self._team.agree(lambda: _accounted(model, plan, opened))
@@ -202,6 +205,8 @@ class Checkpoints:
             needed = {part.name: part.global_shape for part in model.shards(optimizer=full)}
             whole = self._team.rank == 0  # which alone has the saved buffers
             self._team.agree(lambda: plan.check_fits(reader, needed, model.architecture(), whole))
+            if not kept:
+                self._team.agree(lambda: _check_numbers(model, plan, reader, full))
             self._team.agree(lambda: plan.check_unchanged(mark))
             state = self._team.agree(lambda: _usable_state(model, plan)) if full else {}
             rng = self._team.agree(lambda: _usable_rng(model, plan, self._team)) if full else None
@@ -245,7 +250,7 @@ class Checkpoints:
         kept = self._team.agree(lambda: suspended(self._folders.state))
         if kept.seq > 0:
             plan = self._team.agree(lambda: inspect(self._folders.state))
-            self._load(model, plan, weight_only=False)
+            self._load(model, plan, weight_only=False, kept=True)
         return kept
 
     def _suspended_manifest(self, folder: Path, seq: int) -> Manifest:
@@ -284,6 +289,16 @@ def _accounted(model: TrainingState, plan: LoadPlan, opened: TensorReader) -> Te
         return opened
     try:
         return model.account(opened)
+    except InvalidValue as error:
+        raise ServiceError("CHECKPOINT_INVALID", f"{plan.folder}: {error.message}", **error.details()) from None
+
+
+def _check_numbers(model: TrainingState, plan: LoadPlan, reader: TensorReader, full: bool) -> None:
+    """Of a sharded checkpoint; a Hugging Face folder's are part of its account. Its files were hashed a moment ago."""
+    if plan.kind != "sharded":
+        return
+    try:
+        model.check_finite(reader, full)
     except InvalidValue as error:
         raise ServiceError("CHECKPOINT_INVALID", f"{plan.folder}: {error.message}", **error.details()) from None
 

@@ -18,7 +18,7 @@ from nexrl_worker.training.chunked import head_bytes
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.memory import free_mib, held_mib
 from nexrl_worker.training.model import Precision
-from nexrl_worker.training.parallelize import decoder_layers, release
+from nexrl_worker.training.parallelize import decoder_layers, release, sharded_layers
 from nexrl_worker.training.roots import Root
 from nexrl_worker.training.scorer import Scorer
 from nexrl_worker.training.tiny import TinyRows
@@ -112,7 +112,7 @@ class Sizes:
     def of(cls, root: Root) -> Sizes:
         """What this rank holds of them, what there is, and what a forward gathers: two layers and the rest."""
         size = next(root.hf.parameters()).element_size()
-        layers = [sum(param.numel() for param in layer.parameters()) for layer in decoder_layers(root.hf)]
+        layers = [sum(param.numel() for param in layer.parameters()) for layer in sharded_layers(root.hf)]
         whole = sum(param.numel() for param in root.hf.parameters())
         own = sum(part.local_tensor.numel() for part in parameter_shards(root.hf)) * size
         return cls(own, whole * size, whole - sum(layers) + 2 * max(layers, default=0))

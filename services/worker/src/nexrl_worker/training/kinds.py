@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +10,8 @@ import transformers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
+    AutoModelForMultimodalLM,
     AutoModelForSequenceClassification,
 )
 
@@ -23,7 +24,7 @@ _NO_LANGUAGE_MODEL = f"transformers {transformers.__version__} has no language m
 
 
 class AutoModelForText:
-    """A language model of any family; one that also reads images, whole, since it answers to text alone as well."""
+    """A language model of any family; one that also reads images or sound, whole, since it answers to text alone as well."""
 
     @staticmethod
     def from_config(config: Any, **more: Any) -> nn.Module:
@@ -38,13 +39,21 @@ class AutoModelForText:
 def _text_class(config: Any) -> Any:
     """None where transformers has no class."""
     causal: Any = AutoModelForCausalLM._model_mapping
-    reading: Any = AutoModelForImageTextToText._model_mapping
+    reading: Any = AutoModelForMultimodalLM._model_mapping
     # Not the family's class for the language model inside: its export would lack what the folder's config.json names.
     inner = config.get_text_config() is not config
     for known in (reading, causal) if inner else (causal, reading):
         if type(config) in known:
             return known[type(config)]
     return None
+
+
+def _needed_beside_text(family: Any) -> str:
+    """Names of what the family's forward cannot do without, apart from `input_ids`."""
+    known = list(inspect.signature(family.forward).parameters.values())[1:]
+    free = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    needed = [part.name for part in known if part.default is part.empty and part.kind not in free]
+    return ", ".join(name for name in needed if name != "input_ids")
 
 
 @dataclass(frozen=True)
@@ -74,8 +83,12 @@ class Kind:
             return "it has an encoder and a decoder, and rows here are one text"
         if known is not None and type(config) not in known:
             return f"transformers {transformers.__version__} has no {self.auto.__name__[9:]} class for it"
-        if self.auto is AutoModelForText and _text_class(config) is None:
-            return _NO_LANGUAGE_MODEL
+        if self.auto is AutoModelForText:
+            family = _text_class(config)
+            if family is None:
+                return _NO_LANGUAGE_MODEL
+            if needed := _needed_beside_text(family):
+                return f"it does not answer to text alone: it needs {needed}"
         masked: Any = AutoModelForMaskedLM._model_mapping  # gpt_neox has the key, and is causal all the same
         encodes = any(getattr(config, name, None) is False for name in ("is_decoder", "causal"))
         if self.root is Scorer and encodes and type(config) in masked:

@@ -83,16 +83,18 @@ def use_segments(hf: nn.Module) -> None:
 
 def use_attention(hf: nn.Module, name: str) -> None:
     """Switch the model's attention to the implementation `name` of transformers, unless it is there already."""
-    if attention_of(hf) == name:
+    before = attention_of(hf)
+    if before == name:
         return
     hf.set_attn_implementation(name)  # type: ignore[operator]
     if attention_of(hf) != name:
+        hf.set_attn_implementation(before)  # type: ignore[operator]  # parts of it may have switched
         raise InvalidValue("the family's attention cannot be exchanged")
 
 
 def attention_of(hf: nn.Module) -> str:
-    """Name of the attention implementation that the model uses."""
-    return str(hf.config._attn_implementation)  # type: ignore[union-attr]
+    """Name of the attention implementation that the model's language model uses: other parts may know but one."""
+    return str(hf.config.get_text_config()._attn_implementation)  # type: ignore[union-attr, operator]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # lengths change with every micro-batch

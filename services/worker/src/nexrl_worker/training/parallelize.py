@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -34,6 +35,15 @@ def decoder_layers(hf: nn.Module) -> list[nn.Module]:
         return list(lists[0]) if lists else []
     inner = {part for layer in layers for part in layer.modules() if part is not layer}
     return [layer for layer in layers if layer not in inner]
+
+
+def sharded_layers(hf: nn.Module) -> list[nn.Module]:
+    """The decoder layers that FSDP gathers one by one: those that share no weight with another part (Zamba's blocks do)."""
+    layers = decoder_layers(hf)
+    inner = {part for layer in layers for part in layer.modules()}
+    holders = Counter(param for layer in layers for param in set(layer.parameters()))
+    holders.update(param for part in hf.modules() if part not in inner for param in part.parameters(recurse=False))
+    return [layer for layer in layers if all(holders[param] == 1 for param in layer.parameters())]
 
 
 def checkpoint_activations(hf: nn.Module) -> None:
@@ -75,13 +85,13 @@ def missing_compiler(device: torch.device) -> str | None:
 
 
 def shard(root: Root, mesh: DeviceMesh, param_dtype: torch.dtype | None, reduce_dtype: torch.dtype | None) -> None:
-    """Shard each decoder layer, then the rest with the root, where embedding and head (maybe tied) stay together.
+    """Shard each decoder layer, then the rest with the root, where all that is tied stays together.
 
     `None` computes or reduces in the parameters' own dtype. The root is gathered once per forward and kept until its
     backward is over; after a forward without a backward, call `release`.
     """
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
-    for layer in decoder_layers(root.hf):
+    for layer in sharded_layers(root.hf):
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in _sharded(root):

@@ -7,17 +7,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexrl_worker.training.batch import MicroBatch
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.heads import RewardModel, ValueModel, padding_id
 from nexrl_worker.training.packing import narrowed_windows, unlike_configured, use_attention
-from nexrl_worker.training.parallelize import release
+from nexrl_worker.training.parallelize import forget_kept_back, release
 from nexrl_worker.training.roots import Root, taken
 from nexrl_worker.training.scorer import Scorer
 from nexrl_worker.training.tiny import TinyRows
@@ -60,14 +61,41 @@ _WINDOW = 3  # the tiny rows are shorter than any window: packed and padded ones
 
 
 def probed(root: Root, device: torch.device, dtype: torch.dtype, packing: bool = False) -> Probe:
-    """As `probe`, whose errors are the family's and a refusal like another: all ranks meet them in step."""
+    """As `probe`, then a tiny backward where the root trains.
+
+    Errors are the family's and a refusal like another: all ranks meet them in step.
+    """
+    failing = "be tried out"
     try:
-        return probe(root, device, dtype, packing)
+        outcome = probe(root, device, dtype, packing)
+        if outcome.refusal is None and any(param.requires_grad for param in root.parameters()):
+            failing = "be trained"
+            _go_backward(root, outcome, device)
+        return outcome
     except (MemoryError, torch.OutOfMemoryError, dist.DistError):  # this rank's alone
         raise
     except Exception as error:
         name = type(root.hf).__name__
-        return Probe(float("nan"), None, refusal=f"{name} cannot be tried out: {type(error).__name__}: {error}"[:300])
+        return Probe(float("nan"), None, refusal=f"{name} cannot {failing}: {type(error).__name__}: {error}"[:300])
+
+
+def _go_backward(root: Root, outcome: Probe, device: torch.device) -> None:
+    """One forward and backward as training runs them; no gradient stays. Collective."""
+    micro = _tiny(root.vocabulary, device, packed=outcome.packs)
+    try:
+        if isinstance(root, Scorer):
+            root.fallback, known = outcome.reason, root.fallback
+            try:
+                answers = torch.stack(root.score(micro, entropy=True, all_labels=True))
+            finally:
+                root.fallback = known
+        else:
+            answers = cast(ValueModel, root).values(micro)
+        answers.sum().backward()  # type: ignore[no-untyped-call]
+    finally:
+        root.zero_grad()
+        forget_kept_back(root)
+        release(root)
 
 
 @torch.no_grad()
@@ -112,8 +140,8 @@ def _probe_scorer(scorer: Scorer, device: torch.device, dtype: torch.dtype, pack
             if known is None:
                 failures: list[str] = []
                 found = _caught(scorer, lambda: scorer.hidden(micro, micro.index), failures)
-                if failures or found.dim() != 2:
-                    why = failures[0] if failures else "they are no vectors"
+                if failures or found.shape[1:] != scorer.head_inputs:
+                    why = failures[0] if failures else "they are not what its head takes"
                     outcome = Probe(float("nan"), f"the family does not give its hidden states: {why}"[:300])
                 else:
                     outcome = _compare_chunked(float((own - _scores(scorer, micro)).abs().max()), dtype)
@@ -308,12 +336,16 @@ def _with_packing(
 
 
 def _attempt(root: Root, micro: MicroBatch, failures: list[str]) -> Tensor:
-    """Log-probabilities by the model's own head, or hidden states; what a family raises goes to `failures`."""
+    """Log-probabilities in the way that `fallback` says, or hidden states; what a family raises goes to `failures`."""
 
     def read() -> Tensor:
         if not isinstance(root, Scorer):
             return root.hidden(micro, micro.index)
-        logits = root.outputs(micro, whole=True).logits.flatten(0, 1)[micro.index]
+        if root.fallback is None:
+            weight, bias = root.head()
+            logits = F.linear(root.hidden(micro, micro.index).to(weight.dtype), weight, bias)
+        else:
+            logits = root.outputs(micro, whole=True).logits.flatten(0, 1)[micro.index]
         return torch.log_softmax(logits, dim=-1).gather(1, micro.labels[:, None]).sum(dim=1)
 
     return _caught(root, read, failures)

@@ -38,6 +38,12 @@ class Scorer(Root):
         self._head_dtype = dtype
         head.forward = partial(_wide_linear, head, dtype)  # type: ignore[method-assign]  # for the model's own logits
 
+    @property
+    def head_inputs(self) -> tuple[int, ...]:
+        """Shape of what the head's linear layer takes for one token; none where it is another kind of layer."""
+        head = self.hf.get_output_embeddings()  # type: ignore[operator]
+        return (head.in_features,) if isinstance(head, nn.Linear) else ()
+
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Weight [V,H] and bias of the output head, in the dtype of its product; only inside `forward`."""
         head = self.hf.get_output_embeddings()  # type: ignore[operator]

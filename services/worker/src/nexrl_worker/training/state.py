@@ -91,6 +91,17 @@ class TrainingState:
         if optimizer and self._trainer is not None:
             yield from self._trainer.optimizer.shards()
 
+    def check_finite(self, reader: Reader, optimizer: bool) -> None:
+        """Raise InvalidValue naming the first tensor in which this rank's rows of `reader` hold NaN. Local.
+
+        Infinity is refused in a weight, too; a second moment may have reached it.
+        """
+        check_finite(self._root.hf, reader)
+        if optimizer and self._trainer is not None:
+            for part in self._trainer.optimizer.shards():
+                if bool(reader.read(part.name, part.offset_dim0, len(part.local_tensor)).isnan().any()):
+                    raise InvalidValue(f"{part.name} holds NaN", tensor=part.name)
+
     def load_shards(self, reader: Reader, optimizer: bool = True) -> None:
         """Overwrite weights, and moments unless `optimizer` is False, with this rank's rows from `reader`."""
         self._loaded = True
