@@ -1,7 +1,7 @@
 """What runs with transformers 4.57, in a process of its own: makes model folders, and scores with folders of others.
 
 `make FOLDER` reads {name: configuration} from standard input and saves a random model of each under FOLDER/name;
-`score IDS FOLDER...` prints, as JSON, the log-probabilities of a row of ids by each folder's causal model. What a folder
+`score IDS FOLDER...` prints, as JSON, the log-probabilities of a row of ids by each folder's model. What a folder
 lacks or has too much of ends it.
 """
 
@@ -27,25 +27,33 @@ def run(*arguments: str, given: str = "") -> Any:
     return json.loads(ended.stdout)
 
 
+def auto_class(config: Any) -> Any:
+    """That of language models, or of those that read images too."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+
+
 def _make(folder: str) -> list[str]:
     import torch
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING
 
     made = json.load(sys.stdin)
     for name, keys in made.items():
         torch.manual_seed(0)
         config = CONFIG_MAPPING[keys.pop("model_type")](**keys)
-        AutoModelForCausalLM.from_config(config).save_pretrained(Path(folder) / name)
+        auto_class(config).from_config(config).save_pretrained(Path(folder) / name)
     return sorted(made)
 
 
 def _score(ids: str, *folders: str) -> dict[str, list[float]]:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     row, found = torch.tensor([json.loads(ids)]), {}
     for folder in folders:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        auto = auto_class(AutoConfig.from_pretrained(folder))
+        loaded: Any = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         model, report = loaded
         assert not any(report.values()), (folder, report)
         with torch.no_grad():

@@ -23,14 +23,14 @@ from nexrl_contract.manifest import (
 from nexrl_worker.checkpoint.model_files import MOST_BYTES
 from nexrl_worker.team import Refused
 from nexrl_worker.training import fingerprint_of
-from older_transformers import run
+from older_transformers import auto_class, run
 from one_group import Group
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from single_rank import compute
 from support import MemoryRows, save_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 SMALL: dict[str, Any] = dict(
     vocab_size=61, hidden_size=32, intermediate_size=28, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
@@ -45,6 +45,9 @@ EXPERTS: dict[str, Any] = dict(
 LATENT: dict[str, Any] = dict(
     num_key_value_heads=4, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8
 )
+EYES: dict[str, Any] = dict(
+    hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+)
 FAMILIES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "minimax", "granitemoe"), EXPERTS),
     **dict.fromkeys(("glm4_moe", "dots1", "ernie4_5_moe", "hunyuan_v1_moe", "flex_olmo"), EXPERTS),
@@ -52,6 +55,40 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {**EXPERTS, **LATENT},
     "gpt_neox": {},
     "llama": {},
+    # Of these the text is trained; what reads images travels along.
+    "llava": {
+        "text_config": {**SMALL, "model_type": "llama"},
+        "vision_config": {**EYES, "model_type": "clip_vision_model"},
+        "image_token_index": 60,
+    },
+    "qwen2_vl": {
+        "text_config": {**SMALL, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
+        "vision_config": {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 14},
+    },
+    "llama4": {
+        "text_config": {
+            **SMALL,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "intermediate_size_mlp": 28,
+            "layer_types": ["full_attention"] * 2,
+            "no_rope_layers": [1, 1],
+            "interleave_moe_layer_step": 2,
+        },
+        "vision_config": {**EYES, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16},
+    },
+    "mllama": {
+        "text_config": {**SMALL, "cross_attention_layers": [1], "rope_scaling": {"rope_type": "default"}},
+        "vision_config": {
+            **EYES,
+            "num_global_layers": 1,
+            "attention_heads": 2,
+            "intermediate_layers_indices": [0],
+            "vision_output_dim": 32,
+            "supported_aspect_ratios": [[1, 1]],
+            "max_num_tiles": 1,
+        },
+    },
 }
 IDS = [3, 17, 44, 8, 21, 60, 5, 33]
 FORMS = ("sync", "current", "checkpoint")
@@ -137,7 +174,7 @@ def test_an_export_is_what_save_pretrained_writes(
     sources: Path, exports: dict[str, Exported], tmp_path: Path, family: str
 ) -> None:
     """Of the model that `from_pretrained` makes of the same folder: the same names, shapes, dtypes and bits."""
-    AutoModelForCausalLM.from_pretrained(sources / family).save_pretrained(tmp_path)
+    auto_class(AutoConfig.from_pretrained(sources / family)).from_pretrained(sources / family).save_pretrained(tmp_path)
     wanted, found = (load_file(folder / "model.safetensors") for folder in (tmp_path, exports[family].untrained))
     assert layout(exports[family].untrained) == layout(tmp_path)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
