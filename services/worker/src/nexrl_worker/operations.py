@@ -222,7 +222,13 @@ class Operations:
             if engine.uses_reference(prepared) and not engine.reference_ready:
                 engine.examine_reference()
             lengths = None if opened.lengths is None else self._every_length(opened.lengths)
-            decided = self._team.decide(lambda: {"plan": engine.plan(prepared, lengths).to_dict(), "lengths": lengths})
+            explains = bool(request.params.get("explain"))
+            decided = self._team.decide(
+                lambda: {
+                    "plan": engine.plan(prepared, lengths).to_dict(),
+                    "lengths": lengths if explains else None,
+                }
+            )
 
             def check() -> Plan:
                 plan = Plan.from_dict(decided["plan"])
@@ -231,7 +237,7 @@ class Operations:
                 return plan
 
             plan = self._team.agree(check)
-            if request.params.get("explain"):
+            if explains:
                 meta = {"plan": engine.explain(prepared, plan, decided["lengths"]), "ignored": request.ignored}
                 return Outcome({"metrics": {}, "meta_info": meta})
             try:
