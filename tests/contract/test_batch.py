@@ -150,6 +150,7 @@ def test_a_batch_without_what_the_loss_needs_is_refused(
         (DISTILLATION, {"distillation_loss": "forward_kl"}, {}, {"advantages", "old_log_probs", "ref_log_prob"}),
         (DISTILLATION, {}, {}, {"ref_log_prob", "teacher_topk_ids", "teacher_topk_log_probs"}),
         ("compute_log_prob", {}, {}, {"advantages", "old_log_probs", "ref_log_prob"}),
+        ("compute_values", {}, {}, {"advantages", "old_log_probs", "ref_log_prob", "temperature"}),
     ],
 )
 def test_what_the_loss_does_not_look_at_is_named(

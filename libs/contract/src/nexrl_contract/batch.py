@@ -69,7 +69,7 @@ def check_batch(
         TENSORS[name].check_shape(tensor.shape, rows, sequence, response)
     _check_one_k(known)
     names = tuple(name for name in dict.fromkeys((*reads.required, *reads.optional)) if name in known)
-    looked_at = known.keys() if actor is None else {*SCORED, *names}
+    looked_at = known.keys() if actor is None else {*(known.keys() & {*SCORED}), *names}
     return CheckedBatch(rows, sequence, response, names, tuple(name for name in tensors if name not in looked_at))
 
 
