@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nexrl_client import InvalidTensor, JobFinal, JobNotFound, MockTrainServiceClient, UnknownOperation
+from nexrl_client import (
+    InvalidArgument,
+    InvalidConfig,
+    InvalidTensor,
+    JobFinal,
+    JobNotFound,
+    MockTrainServiceClient,
+    UnknownOperation,
+)
 
 
 @pytest.fixture
@@ -72,6 +80,24 @@ def test_what_an_update_needs_is_what_the_group_was_configured_to(actor: dict[st
     tensors = {"input_ids": np.ones((2, 4), np.int64), "advantages": np.ones(2), "rollout_log_probs": np.ones((2, 3))}
     with pytest.raises(InvalidTensor, match=missing):
         mock.update_actor({"tensors": {name: value for name, value in tensors.items() if name != missing}})
+
+
+@pytest.mark.parametrize("loss", ["nope", 5, ["a"]])
+def test_a_loss_that_nobody_knows(mock: MockTrainServiceClient, batch: dict[str, Any], loss: Any) -> None:
+    """Refused as the service does."""
+    with pytest.raises(InvalidArgument, match="loss"):
+        mock.forward_backward(batch, loss=loss)
+
+
+def test_a_refused_configuration_changes_nothing(mock: MockTrainServiceClient) -> None:
+    """And one is read for the role that it is given for."""
+    with pytest.raises(InvalidConfig, match="zz"):
+        mock.initialize_worker(config_dict={"actor": {"zz": 1}})
+    assert mock.barrier()["status"] == "success"
+    other_loss = {"actor": {"policy_loss": "gspo", "loss_agg_mode": "token-mean"}}
+    with pytest.raises(InvalidConfig, match="gspo"):
+        mock.initialize_worker(config_dict=other_loss)
+    assert mock.initialize_worker(config_dict=other_loss, role="critic")["role"] == "critic"
 
 
 def test_plans(mock: MockTrainServiceClient, batch: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from nexrl_contract.sections import ActorConfig
 
@@ -114,9 +114,12 @@ class GroupRecord(Record):
     created_at: float = 0.0
 
     @property
-    def actor(self) -> ActorConfig:
-        """Its configuration; raises pydantic's ValidationError for that of a version that had other keys."""
-        return ActorConfig.model_validate(self.config)
+    def actor(self) -> ActorConfig | None:
+        """Its configuration; None for that of a version that had other keys."""
+        try:
+            return ActorConfig.model_validate(self.config)
+        except ValidationError:
+            return None
 
 
 class LatestCheckpoint(BaseModel):

@@ -15,6 +15,7 @@ from nexrl_contract.operations import INITIALIZE, OPERATIONS, Operation
 from nexrl_contract.sections import ActorConfig
 from nexrl_contract.tensors import TENSORS, TensorSpec
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from ._api import BatchLike, TrainServiceClient
 from ._call import Call, prepare
@@ -49,12 +50,14 @@ class MockTrainServiceClient(TrainServiceClient):
 
     def submit(self, operation: str, batch: BatchLike | None = None, **params: Any) -> JobHandle:
         call = prepare(operation, batch, params, self.identifier, self._config)
-        if operation == INITIALIZE:
-            self._config = call.params["config_dict"]  # what says which tensors an update needs from now on
-        job_id = uuid.uuid4().hex
+        job_id, before = uuid.uuid4().hex, self._config
+        if operation == INITIALIZE:  # what says which tensors an update needs from now on
+            role = {"role": call.params["role"]} if "role" in call.params else {}
+            self._config = {**call.params["config_dict"], **role}
         try:
             self._results[job_id] = self._answer(call, job_id)
         except ServiceError as error:
+            self._config = before
             raise status_error(error.kind.status, error.body()) from None
         self._operations[job_id] = operation
         return JobHandle(job_id, operation, self)
@@ -115,10 +118,11 @@ class MockTrainServiceClient(TrainServiceClient):
     def _answer(self, call: Call, job_id: str) -> dict[str, Any]:
         """Raises ServiceError, as the service would."""
         head = {"status": "success", "identifier": self._name, "job_id": job_id}
-        actor = self._actor
+        operation = OPERATIONS[call.operation]
+        actor = self._actor if operation.takes_batch or call.operation == INITIALIZE else None
         if call.frame is None:
             return head | _other_fields(call)
-        operation = OPERATIONS[call.operation]
+        _check_params(call, operation)
         header = tensor_codec.parse_header(call.frame.header, call.frame.nbytes)
         checked = check_batch(header.tensors, operation, call.params, actor)
         _check_responses(call)
@@ -154,6 +158,16 @@ def _other_fields(call: Call) -> dict[str, Any]:
     if call.operation == "convert_checkpoint_to_huggingface":
         return {"path": f"{params['local_path']}-hf"}
     return {"step_applied": False, "metrics": {}} if call.operation == "optim_step" else {}
+
+
+def _check_params(call: Call, operation: Operation) -> None:
+    """Raises INVALID_ARGUMENT."""
+    try:
+        operation.params.model_validate(call.params)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ServiceError("INVALID_ARGUMENT", f"{key}: {first['msg']}", key=key) from None
 
 
 def _metrics(operation: Operation) -> dict[str, Any]:

@@ -63,6 +63,8 @@ def to_floats(value: Any) -> Any:
 def _read_frame(response: Response) -> tuple[dict[str, Any], Any, Any]:
     try:
         frame = tensor_codec.wrap(response.body)
+        if envelope.FRAME_METADATA_KEY not in frame.header.metadata:
+            raise InvalidAnswer(f"{response.source} answered tensors alone; is this the service's address?")
         described = envelope.read(frame.header.metadata)
         batch = {name: frame_tensor(frame, name) for name in frame.header.tensors}
         return batch, described.get("metrics"), described.get("meta_info")

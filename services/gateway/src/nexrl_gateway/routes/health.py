@@ -6,7 +6,7 @@ from typing import Annotated
 
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends
-from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.responses import PlainTextResponse, Response
 
 from nexrl_gateway.docs import answer, errors, unavailable
@@ -45,4 +45,4 @@ async def show_ready(services: Here) -> Response:
 )
 async def show_metrics(services: Here) -> Response:
     """Prometheus' text format."""
-    return PlainTextResponse(await run_sync(metrics, services), media_type=CONTENT_TYPE_LATEST)
+    return PlainTextResponse(await run_sync(metrics, services), media_type=CONTENT_TYPE_PLAIN_0_0_4)
