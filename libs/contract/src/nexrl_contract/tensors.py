@@ -31,7 +31,7 @@ class Described(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One row of :data:`TENSORS`: any of ``shapes`` may be sent, and an answer has the last one of two dimensions."""
+    """One row of :data:`TENSORS`: any of ``shapes`` may be sent."""
 
     name: str
     meaning: str

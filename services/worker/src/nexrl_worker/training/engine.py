@@ -105,8 +105,8 @@ class Engine:
         k, vocabulary = params.get("top_k"), self._root.vocabulary
         if k is not None and k > vocabulary:
             raise InvalidValue(f"top_k is {k}, the model's vocabulary has {vocabulary} tokens")
-        if prepared.operation.trains and self._trainer is None:
-            raise InvalidValue(f"a group of role {self._role} does not train")
+        if prepared.operation.trains:
+            self._training()
         return prepared
 
     def plan(self, prepared: Prepared, lengths: Sequence[int] | None = None) -> Plan:
