@@ -5,10 +5,11 @@ from __future__ import annotations
 import struct
 from typing import Any
 
-from nexrl_contract.batch import answers_of
+from nexrl_contract.batch import answers_of, reads_of
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.names import FRAME_TYPE, JSON_TYPE
-from nexrl_contract.operations import INITIALIZE, OPERATIONS, Operation
+from nexrl_contract.operations import INITIALIZE, OPERATIONS, SCORED, Operation
+from nexrl_contract.sections import ActorConfig
 from tensor_codec import RawTensor, to_json
 
 B, S, R = 2, 4, 2
@@ -45,13 +46,15 @@ TENSORS: dict[str, Any] = {
     "rewards": floats(0.7, -0.2),
 }
 """Of two rows of four tokens, the last two being the response."""
-_WITHOUT_A_KL_TERM = ("ref_log_prob",)
+_DEFAULT = ActorConfig.model_validate({"model": {"path": PATH}})
 
 
 def batch_example(operation: Operation) -> dict[str, Any]:
     """What the operation reads in a group of the default configuration."""
-    read = (name for name in operation.reads if name in TENSORS and name not in _WITHOUT_A_KL_TERM)
-    return {"tensors": {name: TENSORS[name] for name in read}, "metadata": {"temperature": 1.0}}
+    loss = reads_of(operation, {}, _DEFAULT, TENSORS)
+    read = {*SCORED, *loss.required, *loss.optional}
+    tensors = {name: TENSORS[name] for name in operation.reads if name in TENSORS and name in read}
+    return {"tensors": tensors, "metadata": {"temperature": 1.0}}
 
 
 def request_body(operation: Operation) -> dict[str, Any]:
