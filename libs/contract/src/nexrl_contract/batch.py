@@ -8,6 +8,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
+from nexrl_contract.config import checked_argument_error
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.losses import LOSSES
 from nexrl_contract.operations import DISTILLATION, SCORED, TOP_K, Operation
@@ -46,6 +49,17 @@ class Reads:
 
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+
+
+def check_params(operation: Operation, given: Mapping[str, Any], beside: Sequence[str] = ()) -> dict[str, Any]:
+    """The operation's arguments with defaults; ``beside`` names what a request may hold besides.
+
+    Raises INVALID_ARGUMENT naming the argument and the nearest known one.
+    """
+    try:
+        return operation.params.model_validate(given).model_dump(mode="json")
+    except ValidationError as error:
+        raise checked_argument_error(error, [*operation.params.model_fields, *beside]) from None
 
 
 def check_batch(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -72,10 +72,34 @@ def parse_config(config: dict[str, Any], role: str = "actor") -> GroupConfig:
 def _refused_value(error: ValidationError) -> ServiceError:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
-    known = re.findall("'([^']+)'", first["ctx"]["expected"]) if first["type"] == "literal_error" else []
-    close = nearest(str(first["input"])[:100], known)
+    close = nearest(str(first["input"])[:100], _known_values(first))
     hint = f"; did you mean {close}?" if close else ""
     return ServiceError("INVALID_CONFIG", f"config key {key}: {first['msg']}{hint}", key=key, nearest=close)
+
+
+def argument_error(errors: Any, known: Any = ()) -> ServiceError:
+    """INVALID_ARGUMENT for the first of pydantic's errors, naming the argument and the nearest of ``known``."""
+    first = errors[0]
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] == "literal_error":
+        values, given = _known_values(first), str(first["input"])[:100]
+        message = f"{key} {given!a} is not one of {', '.join(values)}"
+        return ServiceError("INVALID_ARGUMENT", message, key=key, nearest=nearest(given, values))
+    if first["type"] != "extra_forbidden":
+        return ServiceError("INVALID_ARGUMENT", f"{key}: {first['msg']}", key=key)
+    close = nearest(key, known)
+    hint = f"did you mean {close}?" if close else f"known are {', '.join(known) or 'none'}"
+    return ServiceError("INVALID_ARGUMENT", f"unknown argument {key[:100]!a}; {hint}", key=key[:100], nearest=close)
+
+
+def checked_argument_error(error: ValidationError, known: Any) -> ServiceError:
+    """As :func:`argument_error`, from a model's ValidationError."""
+    return argument_error(error.errors(include_url=False, include_context=False), known)
+
+
+def _known_values(error: Mapping[str, Any]) -> list[str]:
+    """The values that one of pydantic's errors names, where it is about a value that is none of them."""
+    return re.findall("'([^']+)'", error["msg"]) if error["type"] == "literal_error" else []
 
 
 def check_role(role: Any) -> str:

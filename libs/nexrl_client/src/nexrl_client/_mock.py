@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import tensor_codec
-from nexrl_contract.batch import answers_of, check_batch
+from nexrl_contract.batch import answers_of, check_batch, check_params
 from nexrl_contract.config import parse_config
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.operations import INITIALIZE, OPERATIONS, Operation
 from nexrl_contract.sections import ActorConfig
 from nexrl_contract.tensors import TENSORS, TensorSpec
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from ._api import BatchLike, TrainServiceClient
 from ._call import Call, prepare
@@ -122,7 +121,7 @@ class MockTrainServiceClient(TrainServiceClient):
         actor = self._actor if operation.takes_batch or call.operation == INITIALIZE else None
         if call.frame is None:
             return head | _other_fields(call)
-        _check_params(call, operation)
+        check_params(operation, call.params)
         header = tensor_codec.parse_header(call.frame.header, call.frame.nbytes)
         checked = check_batch(header.tensors, operation, call.params, actor)
         _check_responses(call)
@@ -158,16 +157,6 @@ def _other_fields(call: Call) -> dict[str, Any]:
     if call.operation == "convert_checkpoint_to_huggingface":
         return {"path": f"{params['local_path']}-hf"}
     return {"step_applied": False, "metrics": {}} if call.operation == "optim_step" else {}
-
-
-def _check_params(call: Call, operation: Operation) -> None:
-    """Raises INVALID_ARGUMENT."""
-    try:
-        operation.params.model_validate(call.params)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise ServiceError("INVALID_ARGUMENT", f"{key}: {first['msg']}", key=key) from None
 
 
 def _metrics(operation: Operation) -> dict[str, Any]:

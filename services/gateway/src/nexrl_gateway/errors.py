@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from typing import Any
-
 import redis
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from nexrl_contract.config import nearest
+from nexrl_contract.config import argument_error
 from nexrl_contract.errors import ServiceError
 from nexrl_ledger import is_away
-from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -69,23 +65,3 @@ def as_service_error(error: Exception, request: Request) -> ServiceError:
     if is_away(error):
         return ServiceError("REDIS_UNAVAILABLE", "Redis does not answer; try again shortly")
     return ServiceError("INTERNAL", "something unexpected went wrong in the gateway; its log has the details")
-
-
-def argument_error(errors: Any, known: Any = ()) -> ServiceError:
-    """INVALID_ARGUMENT for the first of pydantic's errors, naming the argument and the nearest of ``known``."""
-    first = errors[0]
-    key = ".".join(map(str, first["loc"]))
-    if first["type"] == "literal_error":
-        values, given = re.findall("'([^']+)'", first["msg"]), str(first["input"])[:100]
-        message = f"{key} {given!a} is not one of {', '.join(values)}"
-        return ServiceError("INVALID_ARGUMENT", message, key=key, nearest=nearest(given, values))
-    if first["type"] != "extra_forbidden":
-        return ServiceError("INVALID_ARGUMENT", f"{key}: {first['msg']}", key=key)
-    close = nearest(key, known)
-    hint = f"did you mean {close}?" if close else f"known are {', '.join(known) or 'none'}"
-    return ServiceError("INVALID_ARGUMENT", f"unknown argument {key[:100]!a}; {hint}", key=key[:100], nearest=close)
-
-
-def checked_argument_error(error: ValidationError, known: Any) -> ServiceError:
-    """As :func:`argument_error`, from a model's ValidationError."""
-    return argument_error(error.errors(include_url=False, include_context=False), known)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nexrl_contract import names
-from nexrl_contract.config import check_role, completed, differing_keys, parse_config
+from nexrl_contract.config import check_role, checked_argument_error, completed, differing_keys, parse_config
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.operations import INITIALIZE, InitializeParams
 from nexrl_contract.records import GroupRecord, JobRecord
@@ -16,7 +16,6 @@ from nexrl_ledger import Fenced, Ledger
 from pydantic import ValidationError
 
 from nexrl_gateway.admission import is_down, without_agent
-from nexrl_gateway.errors import checked_argument_error
 from nexrl_gateway.paths import Roots
 from nexrl_gateway.services import Services
 from nexrl_gateway.submit import fingerprint, log_accepted

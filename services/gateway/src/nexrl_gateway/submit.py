@@ -16,20 +16,17 @@ import xxhash
 from anyio.to_thread import run_sync
 from fastapi import Request
 from nexrl_contract import names
-from nexrl_contract.batch import CheckedBatch, check_batch, shortened, unread_metadata
+from nexrl_contract.batch import CheckedBatch, check_batch, check_params, shortened, unread_metadata
 from nexrl_contract.envelope import Envelope
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.operations import Operation
 from nexrl_contract.records import GroupRecord, JobRecord, PayloadRef
 from nexrl_ledger import Ledger
-from pydantic import ValidationError
 from tensor_codec import Header
 
 from nexrl_gateway import intake
 from nexrl_gateway.admission import admit, named_identifier, resolve
 from nexrl_gateway.bodies import BATCH_KEYS, BatchDocument, PartsDocument, content_kind, json_body, read_batch
-from nexrl_gateway.errors import checked_argument_error
-from nexrl_gateway.intake import store_with_metadata
 from nexrl_gateway.paths import settle
 from nexrl_gateway.services import Services
 
@@ -125,14 +122,11 @@ def fingerprint(operation: str, identifier: str, params: Mapping[str, Any], cont
     return str(xxhash.xxh3_128_hexdigest(text.encode()))
 
 
-def check_params(operation: Operation, given: dict[str, Any]) -> dict[str, Any]:
-    """The operation's arguments with defaults; raises INVALID_ARGUMENT naming the argument and the nearest one."""
-    given = dict(islice(given.items(), _MOST_PARAMS))
-    try:
-        return operation.params.model_validate(given).model_dump(mode="json")
-    except ValidationError as error:
-        beside = BATCH_KEYS if operation.takes_batch else ()
-        raise checked_argument_error(error, [*operation.params.model_fields, *beside]) from None
+def _params(operation: Operation, given: dict[str, Any]) -> dict[str, Any]:
+    """The operation's arguments with defaults; raises INVALID_ARGUMENT."""
+    return check_params(
+        operation, dict(islice(given.items(), _MOST_PARAMS)), BATCH_KEYS if operation.takes_batch else ()
+    )
 
 
 def _entrance(ledger: Ledger, operation: Operation, key: str | None, identifier: str | None) -> GroupRecord:
@@ -148,7 +142,7 @@ async def _frame_draft(services: Services, operation: Operation, request: Reques
 
     def check(header: Header) -> tuple[Envelope, dict[str, Any], CheckedBatch]:
         envelope = intake.envelope_of(header)
-        params = check_params(operation, envelope.params)
+        params = _params(operation, envelope.params)
         return envelope, params, check_batch(header.tensors, operation, params, group.actor)
 
     limit = services.settings.max_body_bytes
@@ -160,7 +154,7 @@ async def _frame_draft(services: Services, operation: Operation, request: Reques
 
 
 def _json_draft(services: Services, operation: Operation, batch: BatchDocument, group: GroupRecord) -> Draft:
-    params = check_params(operation, batch.params)
+    params = _params(operation, batch.params)
     read = {name: entry for name, entry in batch.tensors.items() if name in operation.reads}
     tensors = intake.decode_tensors(read)
     checked = check_batch(tensors, operation, params, group.actor)
@@ -180,7 +174,7 @@ def _ignored(
 
 
 def _plain_draft(services: Services, operation: Operation, document: dict[str, Any], group: GroupRecord) -> Draft:
-    params = settle(check_params(operation, document), services.roots)
+    params = settle(_params(operation, document), services.roots)
     return Draft(names.new_job_id(), fingerprint(operation.name, group.identifier, params, ""), params)
 
 
@@ -215,13 +209,13 @@ def _parts_draft(
     with services.store.open(batch.payload, ref.checksum) as payload:
         header = payload.header
     envelope = intake.envelope_of(header)
-    params = check_params(operation, {**envelope.params, **batch.params})
+    params = _params(operation, {**envelope.params, **batch.params})
     metadata = {**envelope.metadata, **batch.metadata}
     checked = check_batch(header.tensors, operation, params, group.actor)
     ignored = _ignored(operation, checked, metadata, batch.values)
     job_id, copied = names.new_job_id(), metadata != envelope.metadata
     if copied:
         frame_metadata = {**header.metadata, **Envelope(metadata, envelope.params).frame_metadata()}
-        ref = store_with_metadata(services.store, ref, job_id, frame_metadata)
+        ref = intake.store_with_metadata(services.store, ref, job_id, frame_metadata)
     payload_ref = PayloadRef(id=ref.id, nbytes=ref.nbytes, checksum=ref.checksum)
     return Draft(job_id, mark, params, payload_ref, checked.rows, ignored, stored_here=copied)
