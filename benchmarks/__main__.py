@@ -1,4 +1,5 @@
-"""``python -m benchmarks``: measure, print, keep, and say by the exit status whether the targets hold."""
+"""``python -m benchmarks``: measure, print, keep, and say by the exit status whether the targets
+hold."""
 
 from __future__ import annotations
 
@@ -24,8 +25,12 @@ PARTS: dict[str, Callable[..., Findings]] = {
 def main() -> int:
     """Exit status 1 where a measurement misses its target by more than a third."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--only", action="append", choices=PARTS, help="measure this part alone; may be repeated")
-    parser.add_argument("--quick", action="store_true", help="fewer repetitions and smaller batches, to try it out")
+    parser.add_argument(
+        "--only", action="append", choices=PARTS, help="measure this part alone; may be repeated"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer repetitions and smaller batches, to try it out"
+    )
     options = parser.parse_args()
     chosen = options.only or list(PARTS)
     with tempfile.TemporaryDirectory(prefix="nexrl-bench-") as name:
@@ -35,7 +40,9 @@ def main() -> int:
         for part in chosen:
             report.announce(part)
             (folder / part).mkdir()
-            found = PARTS[part](folder / part, 2 if options.quick else REPETITIONS, quick=options.quick)
+            found = PARTS[part](
+                folder / part, 2 if options.quick else REPETITIONS, quick=options.quick
+            )
             report.show(found)
             findings.append(found)
     if not options.quick and options.only is None:

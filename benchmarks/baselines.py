@@ -1,9 +1,10 @@
 """The two ways that a batch travelled before, written from their published behaviour.
 
-"1.2 HTTP": every tensor is pickled and written as base64 into one JSON body; a FastAPI server checks it with a pydantic
-model, decodes it in the handler, and sends the tensors to its worker process by ZMQ ``send_pyobj``. "1.4 ZMQ":
-``send_pyobj`` of the dict of tensors straight to the worker, without server, store or ledger. Here the worker reads
-every byte once and answers with the moment at which it had, as the service's rank does in this run.
+"1.2 HTTP": every tensor is pickled and written as base64 into one JSON body; a FastAPI server
+checks it with a pydantic model, decodes it in the handler, and sends the tensors to its worker
+process by ZMQ ``send_pyobj``. "1.4 ZMQ": ``send_pyobj`` of the dict of tensors straight to the
+worker, without server, store or ledger. Here the worker reads every byte once and answers with the
+moment at which it had, as the service's rank does in this run.
 """
 
 from __future__ import annotations
@@ -43,8 +44,13 @@ class HttpBaseline:
 
     def send(self, tensors: Mapping[str, Tensor]) -> tuple[float, str]:
         """When the worker had read all values, and their digest."""
-        batch = {name: base64.b64encode(pickle.dumps(tensor)).decode() for name, tensor in tensors.items()}
-        answer = self._session.post(self._url, json={"batch": batch, "meta_info": {"temperature": 1.0}}, timeout=120)
+        batch = {
+            name: base64.b64encode(pickle.dumps(tensor)).decode()
+            for name, tensor in tensors.items()
+        }
+        answer = self._session.post(
+            self._url, json={"batch": batch, "meta_info": {"temperature": 1.0}}, timeout=120
+        )
         answer.raise_for_status()
         read_at, seen = answer.json()
         return float(read_at), str(seen)
@@ -82,7 +88,9 @@ def serve_http(port: int, worker_port: int) -> None:
         worker.send_pyobj({"batch": tensors, "meta_info": body.meta_info})
         return worker.recv_json()
 
-    uvicorn.run(app, host="127.0.0.1", port=port, loop="uvloop", http="httptools", log_level="warning")
+    uvicorn.run(
+        app, host="127.0.0.1", port=port, loop="uvloop", http="httptools", log_level="warning"
+    )
 
 
 def work(port: int) -> None:

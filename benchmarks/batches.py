@@ -50,7 +50,8 @@ def make_batch(size: Size) -> dict[str, Tensor]:
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Reads every byte once, at about the speed of memory: proof that all of them arrived, whichever way they came."""
+    """Reads every byte once, at about the speed of memory: proof that all of them arrived,
+    whichever way they came."""
     total = xxhash.xxh3_64()
     for name in NAMES:
         total.update(tensors[name].numpy().data.cast("B"))
@@ -58,14 +59,19 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def blank_frame(size: Size) -> tuple[int, Iterator[bytes]]:
-    """Length and bytes of a frame of zeros, made while it is sent: a client of any batch needs no memory for it."""
+    """Length and bytes of a frame of zeros, made while it is sent: a client of any batch needs no
+    memory for it."""
     entries: dict[str, object] = {"__metadata__": envelope.written({})}
     start = 0
     for name in NAMES:
         wide = name not in ("advantages", "old_log_probs")
         end = start + size.rows * size.length * (8 if wide else 4)
         shape = [size.rows, size.length]
-        entries[name] = {"dtype": "I64" if wide else "F32", "shape": shape, "data_offsets": [start, end]}
+        entries[name] = {
+            "dtype": "I64" if wide else "F32",
+            "shape": shape,
+            "data_offsets": [start, end],
+        }
         start = end
     text = json.dumps(entries).encode()
     text += b" " * (-(8 + len(text)) % 64)

@@ -1,4 +1,5 @@
-"""The data path: from the client's call to tensors in the worker, against the two ways of before."""
+"""The data path: from the client's call to tensors in the worker, against the two ways of
+before."""
 
 from __future__ import annotations
 
@@ -26,13 +27,20 @@ SIZES = (Size(256, 4096), Size(512, 8192))
 HTTP, ZMQ, FILE, REDIS = "1.2 HTTP", "1.4 ZMQ", "file://", "redis://"
 TARGETS = ((FILE, HTTP, 15.0), (FILE, ZMQ, 2.5), (REDIS, HTTP, 8.0), (REDIS, ZMQ, 1.3))
 METHOD = (
-    "Seconds from the client's call with the tensors in memory until one worker process has read every byte of all six "
-    "tensors (an xxh3 over them, compared with the client's; the same for all). What follows, the job's end and the "
-    "answer, is waited for but not timed, for all alike. Each repetition runs every way once, in turning order. "
-    "file:// and redis:// are nexrl_client, the gateway's process, the store, the ledger (append-only file, fsync "
-    "always) and a rank's consumer and rows; redis:// keeps payloads in a second server without an append-only file. "
-    "Checksums: what the file:// way spends on the checksums of blocks, which the store makes as bytes come in and a "
-    "rank compares with what it reads; measured in one process by storing and reading the batch with and without."
+    "Seconds from the client's call with the tensors in memory until one worker process has read "
+    "every byte of all six "
+    "tensors (an xxh3 over them, compared with the client's; the same for all). What follows, the "
+    "job's end and the "
+    "answer, is waited for but not timed, for all alike. Each repetition runs every way once, in "
+    "turning order. "
+    "file:// and redis:// are nexrl_client, the gateway's process, the store, the ledger "
+    "(append-only file, fsync "
+    "always) and a rank's consumer and rows; redis:// keeps payloads in a second server without "
+    "an append-only file. "
+    "Checksums: what the file:// way spends on the checksums of blocks, which the store makes as "
+    "bytes come in and a "
+    "rank compares with what it reads; measured in one process by storing and reading the batch "
+    "with and without."
 )
 _CHECKS = 7
 Send = Callable[[Mapping[str, Tensor]], tuple[float, str]]
@@ -52,7 +60,9 @@ def _start(children: Children) -> dict[str, Send]:
     http_port, http_worker, zmq_worker = free_port(), free_port(), free_port()
     for name, port in (("http-worker", http_worker), ("zmq-worker", zmq_worker)):
         children.start(name, module("benchmarks.baselines", "worker", str(port)))
-    server = children.start("http-server", module("benchmarks.baselines", "http", str(http_port), str(http_worker)))
+    server = children.start(
+        "http-server", module("benchmarks.baselines", "http", str(http_port), str(http_worker))
+    )
     server.until(lambda: listens(http_port), "the server of 1.2")
     http, zmq = HttpBaseline(http_port), ZmqBaseline(zmq_worker)
     children.callback(http.close)
@@ -67,7 +77,9 @@ def _service(path: ServicePath) -> Send:
     client = path.client()
 
     def send(tensors: Mapping[str, Tensor]) -> tuple[float, str]:
-        metrics: dict[str, Any] = client.update_actor({"tensors": tensors, "metadata": {"temperature": 1.0}})["metrics"]
+        metrics: dict[str, Any] = client.update_actor(
+            {"tensors": tensors, "metadata": {"temperature": 1.0}}
+        )["metrics"]
         return float(metrics["read_at"]), str(metrics["digest"])
 
     return send
@@ -89,14 +101,22 @@ def _measure(found: Findings, size: Size, ways: dict[str, Send], repetitions: in
         order = [*order[1:], order[0]]
     for ours, theirs, target in TARGETS:
         name = f"{size.label}: {ours} faster than {theirs}"
-        found.measures.append(Measure.of(name, ratios(taken[theirs], taken[ours]), target, at_least=True))
+        found.measures.append(
+            Measure.of(name, ratios(taken[theirs], taken[ours]), target, at_least=True)
+        )
     found.measures.append(_checksums(found, size, batch, statistics.median(taken[FILE])))
-    rows = [(name, *spread(times, 1000.0), f"{size.nbytes / 1e6 / min(times):.0f}") for name, times in taken.items()]
-    found.tables.append(Table(f"{size.label}: milliseconds", ("way", "median", "spread", "best MB/s"), rows))
+    rows = [
+        (name, *spread(times, 1000.0), f"{size.nbytes / 1e6 / min(times):.0f}")
+        for name, times in taken.items()
+    ]
+    found.tables.append(
+        Table(f"{size.label}: milliseconds", ("way", "median", "spread", "best MB/s"), rows)
+    )
 
 
 def _checksums(found: Findings, size: Size, batch: Mapping[str, Tensor], path_s: float) -> Measure:
-    """The share of the path that checksums take: reading with and without them in turns, and hashing by itself."""
+    """The share of the path that checksums take: reading with and without them in turns, and
+    hashing by itself."""
     taken: defaultdict[str, list[float]] = defaultdict(list)
     frame = encode(batch)
     with tempfile.TemporaryDirectory(prefix="nexrl-bench-") as folder:
@@ -116,8 +136,12 @@ def _checksums(found: Findings, size: Size, batch: Mapping[str, Tensor], path_s:
                     _read(payload, batch)
                     taken[way].append(time.monotonic() - start)
     rows = [(way, *spread(times, 1000.0)) for way, times in taken.items()]
-    found.tables.append(Table(f"{size.label}: checksums, milliseconds", ("what", "median", "spread"), rows))
-    made, without, compared = (min(times) for times in taken.values())  # what neighbours did is not ours
+    found.tables.append(
+        Table(f"{size.label}: checksums, milliseconds", ("what", "median", "spread"), rows)
+    )
+    made, without, compared = (
+        min(times) for times in taken.values()
+    )  # what neighbours did is not ours
     share = (made + compared - without) / path_s
     return Measure(f"{size.label}: checksums' share of file://", share, 0.3, at_least=False)
 

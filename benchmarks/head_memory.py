@@ -1,4 +1,5 @@
-"""``python -m benchmarks.head_memory chunked|plain TOKENS VOCABULARY WIDTH``: MiB that the head's peak adds."""
+"""``python -m benchmarks.head_memory chunked|plain TOKENS VOCABULARY WIDTH``: MiB that the head's
+peak adds."""
 
 from __future__ import annotations
 

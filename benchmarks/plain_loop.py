@@ -1,7 +1,8 @@
-"""The training loop that one writes without a service: torchrun, FSDP2, full logits, PPO. One step for each line read.
+"""The training loop that one writes without a service: torchrun, FSDP2, full logits, PPO. One step
+for each line read.
 
-``torchrun -m benchmarks.plain_loop MODEL BATCH``: a line says how many rows of the batch to train on; the answer is
-JSON with the step's seconds and the gradient's norm.
+``torchrun -m benchmarks.plain_loop MODEL BATCH``: a line says how many rows of the batch to train
+on; the answer is JSON with the step's seconds and the gradient's norm.
 """
 
 from __future__ import annotations
@@ -34,9 +35,13 @@ class Loop:
     batch: dict[str, Tensor]
 
     def step(self, rows: int) -> float:
-        """One PPO step on the batch's first ``rows``, each rank on its share; the gradient's norm."""
+        """One PPO step on the batch's first ``rows``, each rank on its share; the gradient's
+        norm."""
         rank, world = dist.get_rank(), dist.get_world_size()
-        mine = {name: tensor[rows * rank // world : rows * (rank + 1) // world] for name, tensor in self.batch.items()}
+        mine = {
+            name: tensor[rows * rank // world : rows * (rank + 1) // world]
+            for name, tensor in self.batch.items()
+        }
         inputs = {name: mine[name] for name in ("input_ids", "attention_mask", "position_ids")}
         logits = self.model(**inputs, use_cache=False).logits[:, :-1].float()
         log_probs = torch.log_softmax(logits, dim=-1)
@@ -64,7 +69,9 @@ def main(model_folder: str, batch_file: str) -> None:
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, fused=True
+    )
     loop = Loop(model, optimizer, load_file(Path(batch_file)))
     if dist.get_rank() == 0:
         _say("ready")

@@ -1,4 +1,5 @@
-"""Child processes of a run: started with a log of their own, stopped by their ids, dead when the run dies."""
+"""Child processes of a run: started with a log of their own, stopped by their ids, dead when the
+run dies."""
 
 from __future__ import annotations
 
@@ -19,10 +20,16 @@ START_S = 90.0
 
 
 class Child:
-    """A process whose output goes to ``log``; with ``talks`` its input and output are pipes of text lines."""
+    """A process whose output goes to ``log``; with ``talks`` its input and output are pipes of text
+    lines."""
 
     def __init__(
-        self, argv: Sequence[str], log: Path, env: Mapping[str, str] | None = None, *, talks: bool = False
+        self,
+        argv: Sequence[str],
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        *,
+        talks: bool = False,
     ) -> None:
         self._log = log
         with log.open("ab") as file:
@@ -53,7 +60,9 @@ class Child:
         line = self.process.stdout.readline()
         if not line:
             self.process.wait(10)
-            raise RuntimeError(f"{self._log.name} ended with {self.process.returncode}: {self.tail()}")
+            raise RuntimeError(
+                f"{self._log.name} ended with {self.process.returncode}: {self.tail()}"
+            )
         return line.strip()
 
     def tail(self) -> str:
@@ -61,7 +70,8 @@ class Child:
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-20:])
 
     def until(self, look: Callable[[], Any], what: str) -> None:
-        """Wait for ``look``; raises RuntimeError with the log when the process ends or takes too long."""
+        """Wait for ``look``; raises RuntimeError with the log when the process ends or takes too
+        long."""
         deadline = time.monotonic() + START_S
         while not look():
             if self.process.poll() is not None or time.monotonic() > deadline:

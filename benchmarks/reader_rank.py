@@ -1,8 +1,10 @@
-"""A rank without mathematics: the real consumer, ledger and rows, and a reader where the model would be.
+"""A rank without mathematics: the real consumer, ledger and rows, and a reader where the model
+would be.
 
-``digest``: reads every byte of the batch once and says when it had. ``update``: reads what one update reads, in the
-same order and pieces (the checks of all values, the masks, then each micro-batch), and says what memory that took.
-Started like a real rank, with ``NEXRL_GROUP`` and torchrun's variables.
+``digest``: reads every byte of the batch once and says when it had. ``update``: reads what one
+update reads, in the same order and pieces (the checks of all values, the masks, then each
+micro-batch), and says what memory that took. Started like a real rank, with ``NEXRL_GROUP`` and
+torchrun's variables.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ from benchmarks.batches import NAMES, digest
 
 _LIMITS = Limits(vocabulary=1000, positions=None)
 _MICRO_ROWS = 2
-# The kernel's own ageing of pages may mark the neighbours of a touched one, so of some looks the lowest counts.
+# The kernel's own ageing of pages may mark the neighbours of a touched one, so of some looks the
+# lowest counts.
 _LOOKS = 3
 
 
@@ -52,14 +55,17 @@ class Reader:
         operation = OPERATIONS[request.operation]
         assert request.payload is not None
         payload = request.payload
-        with self._team.agree(lambda: PayloadRows(self._store, payload, operation, request.checksum)) as rows:
+        with self._team.agree(
+            lambda: PayloadRows(self._store, payload, operation, request.checksum)
+        ) as rows:
             found = self._digest(rows) if self._kind == "digest" else self._update(rows)
             grown = machine.peak(os.getpid()) - before
             touched = self._touched(rows, payload)
         return Outcome({"metrics": {**found, "ranks": self._team.gather_lengths([grown, touched])}})
 
     def _touched(self, rows: PayloadRows, payload: str) -> int:
-        """Bytes of the store's files, if it has any, that an update touches, found by doing it again."""
+        """Bytes of the store's files, if it has any, that an update touches, found by doing it
+        again."""
         if self._kind != "update" or self._store.local_path(payload) is None:
             return 0
         found = []

@@ -41,7 +41,10 @@ def keep(described: Sequence[tuple[str, str]], findings: Sequence[Findings]) -> 
     lines = [
         f"# Benchmarks of {time.strftime('%Y-%m-%d')}, {machine.kind()}",
         "",
-        "Made by `make bench`. A target is *missed* where the median falls short of it and *failed*, which fails the",
+        (
+            "Made by `make bench`. A target is *missed* where the median falls short of it and "
+            "*failed*, which fails the"
+        ),
         "run, where it does so by more than a third.",
         "",
         *_rows(("machine", ""), described),
@@ -54,7 +57,9 @@ def keep(described: Sequence[tuple[str, str]], findings: Sequence[Findings]) -> 
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / f"{time.strftime('%Y-%m-%d')}-{machine.kind()}.md"
     path.write_text("\n".join(lines) + "\n")
-    rich.print(f"kept in {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    rich.print(
+        f"kept in {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}"
+    )
 
 
 def _table(title: str, headings: Iterable[str]) -> RichTable:

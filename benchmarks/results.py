@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Self
 
 SLACK = 1 / 3
-"""How far a measurement may miss its target before the run fails: neighbours on the machine are noise."""
+"""How far a measurement may miss its target before the run fails: neighbours on the machine are
+noise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +25,13 @@ class Measure:
     high: float | None = None
 
     @classmethod
-    def of(cls, name: str, values: Sequence[float], target: float, *, at_least: bool, unit: str = "x") -> Self:
+    def of(
+        cls, name: str, values: Sequence[float], target: float, *, at_least: bool, unit: str = "x"
+    ) -> Self:
         """The median of repetitions."""
-        return cls(name, statistics.median(values), target, at_least, unit, min(values), max(values))
+        return cls(
+            name, statistics.median(values), target, at_least, unit, min(values), max(values)
+        )
 
     @property
     def met(self) -> bool:
@@ -46,9 +51,16 @@ class Measure:
 
     def cells(self) -> tuple[str, ...]:
         """Name, measured, spread, target, verdict."""
-        spread = "" if self.low is None or self.high is None else f"{number(self.low)} to {number(self.high)}"
+        spread = (
+            ""
+            if self.low is None or self.high is None
+            else f"{number(self.low)} to {number(self.high)}"
+        )
         sign = "≥" if self.at_least else "≤"
-        shown, wanted = f"{number(self.value)} {self.unit}", f"{sign} {number(self.target)} {self.unit}"
+        shown, wanted = (
+            f"{number(self.value)} {self.unit}",
+            f"{sign} {number(self.target)} {self.unit}",
+        )
         return self.name, shown, spread, wanted, self.verdict
 
 

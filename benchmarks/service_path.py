@@ -1,4 +1,5 @@
-"""The service's data path with real parts: Redis, the gateway's process, a payload store, and reading ranks."""
+"""The service's data path with real parts: Redis, the gateway's process, a payload store, and
+reading ranks."""
 
 from __future__ import annotations
 
@@ -102,9 +103,15 @@ class ServicePath:
             "OMP_NUM_THREADS": "1",
         }
         argv = module("benchmarks.reader_rank", kind)
-        ranks = [self._children.start(f"{self._name}-rank{n}", argv, env | {"RANK": str(n)}) for n in range(count)]
+        ranks = [
+            self._children.start(f"{self._name}-rank{n}", argv, env | {"RANK": str(n)})
+            for n in range(count)
+        ]
         ledger = Ledger(connect(self.redis))
-        ranks[0].until(lambda: (group := ledger.group(IDENTIFIER)) is not None and group.info, "the reading ranks")
+        ranks[0].until(
+            lambda: (group := ledger.group(IDENTIFIER)) is not None and group.info,
+            "the reading ranks",
+        )
         return ranks
 
 

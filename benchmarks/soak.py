@@ -1,6 +1,8 @@
-"""``python -m benchmarks.soak MINUTES``: a group at full speed, and what it leaves behind minute by minute.
+"""``python -m benchmarks.soak MINUTES``: a group at full speed, and what it leaves behind minute by
+minute.
 
-Bounds may be lowered by the environment of the stack (docs/client.md), so that a short run shows what a long one would.
+Bounds may be lowered by the environment of the stack (docs/client.md), so that a short run shows
+what a long one would.
 """
 
 from __future__ import annotations
@@ -36,8 +38,12 @@ class Left(NamedTuple):
 
 
 def soak(minutes: float, *, every_s: float = 60.0) -> list[Left]:
-    """Steps of ``compute_log_prob`` and ``update_actor``, one after another; what is left after each ``every_s``."""
-    with tempfile.TemporaryDirectory(prefix="nexrl-soak-") as name, Children(Path(name)) as children:
+    """Steps of ``compute_log_prob`` and ``update_actor``, one after another; what is left after
+    each ``every_s``."""
+    with (
+        tempfile.TemporaryDirectory(prefix="nexrl-soak-") as name,
+        Children(Path(name)) as children,
+    ):
         stack = Stack(children)
         model = make_model(
             Path(name) / "model",
@@ -67,9 +73,15 @@ def soak(minutes: float, *, every_s: float = 60.0) -> list[Left]:
 
 def _step(client: HTTPTrainServiceClient) -> None:
     ids = torch.randint(0, 64, (_ROWS, _LENGTH))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "responses": ids[:, -_LENGTH // 2 :]}
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "responses": ids[:, -_LENGTH // 2 :],
+    }
     scored = client.compute_log_prob({"tensors": batch})["batch"]["old_log_probs"]
-    client.update_actor({"tensors": {**batch, "old_log_probs": scored, "advantages": torch.ones(_ROWS)}})
+    client.update_actor(
+        {"tensors": {**batch, "old_log_probs": scored, "advantages": torch.ones(_ROWS)}}
+    )
 
 
 def _redis_url(stack: Stack) -> str:

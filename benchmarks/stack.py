@@ -19,11 +19,17 @@ class Stack:
 
     def __init__(self, children: Children) -> None:
         self.data = children.folder / "data"
-        command = module("nexrl_stack", "up", "--port", "0", "--slots", "2", "--data", str(self.data))
-        self.process: Child = children.start("stack", command, talks=True, signal_number=signal.SIGINT)
+        command = module(
+            "nexrl_stack", "up", "--port", "0", "--slots", "2", "--data", str(self.data)
+        )
+        self.process: Child = children.start(
+            "stack", command, talks=True, signal_number=signal.SIGINT
+        )
         self.url = self.process.listen().split()[-1]
 
-    def group(self, identifier: str, model: Path, ranks: int, **actor: Any) -> HTTPTrainServiceClient:
+    def group(
+        self, identifier: str, model: Path, ranks: int, **actor: Any
+    ) -> HTTPTrainServiceClient:
         """A client of a new group."""
         client = HTTPTrainServiceClient(self.url, identifier)
         config = {"actor": {"model": {"path": str(model)}, **actor}}

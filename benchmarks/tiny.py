@@ -1,4 +1,5 @@
-"""A tiny operation through the whole stack: how long a barrier of one rank takes, and where the time goes."""
+"""A tiny operation through the whole stack: how long a barrier of one rank takes, and where the
+time goes."""
 
 from __future__ import annotations
 
@@ -22,10 +23,14 @@ from benchmarks.stack import Stack, make_model
 
 ROUNDS = 30
 METHOD = (
-    "client.barrier() on a group of one rank under nexrl up, and POST /echo on a FastAPI server with the gateway's "
-    "event loop and parser, both over a kept connection of requests, in turns, in blocks of 30 with Redis' append-only "
-    "file synced always and every second. Each block gives a median; the table shows the median of the blocks. Where "
-    "the time goes: the client's clock, the times in the job's record, and the ledger's calls timed by themselves (under "
+    "client.barrier() on a group of one rank under nexrl up, and POST /echo on a FastAPI server "
+    "with the gateway's "
+    "event loop and parser, both over a kept connection of requests, in turns, in blocks of 30 "
+    "with Redis' append-only "
+    "file synced always and every second. Each block gives a median; the table shows the median "
+    "of the blocks. Where "
+    "the time goes: the client's clock, the times in the job's record, and the ledger's calls "
+    "timed by themselves (under "
     "AOF always most of each is the disk)."
 )
 SYNCS = ("always", "everysec")
@@ -78,7 +83,9 @@ _SIZES = {
 }
 
 
-def _measure(found: Findings, stack: Stack, client: HTTPTrainServiceClient, echo: str, repetitions: int) -> None:
+def _measure(
+    found: Findings, stack: Stack, client: HTTPTrainServiceClient, echo: str, repetitions: int
+) -> None:
     redis = connect(_redis_url(stack))
     ledger = Ledger(redis)
     session = requests.Session()
@@ -91,13 +98,19 @@ def _measure(found: Findings, stack: Stack, client: HTTPTrainServiceClient, echo
             if repetition >= 0:
                 blocks[sync].append(block)
     always = [block.barrier_s * 1000 for block in blocks["always"]]
-    found.measures.append(Measure.of("barrier, AOF always: p50", always, 40, at_least=False, unit="ms"))
+    found.measures.append(
+        Measure.of("barrier, AOF always: p50", always, 40, at_least=False, unit="ms")
+    )
     times = [block.barrier_s / statistics.median(block.echoes) for block in blocks["everysec"]]
-    found.measures.append(Measure.of("barrier, AOF everysec, over HTTP echo: p50", times, 16, at_least=False))
+    found.measures.append(
+        Measure.of("barrier, AOF everysec, over HTTP echo: p50", times, 16, at_least=False)
+    )
     found.tables.append(_where(blocks))
 
 
-def _block(client: HTTPTrainServiceClient, session: requests.Session, echo: str, ledger: Ledger) -> _Block:
+def _block(
+    client: HTTPTrainServiceClient, session: requests.Session, echo: str, ledger: Ledger
+) -> _Block:
     block = _Block([], [], [])
     for _ in range(ROUNDS):
         start = time.perf_counter()
@@ -107,14 +120,18 @@ def _block(client: HTTPTrainServiceClient, session: requests.Session, echo: str,
         job_id = client.barrier()["job_id"]
         answered = time.time()
         view = client.job_view(job_id)
-        block.calls.append(_Call(called, view["created_at"], view["started_at"], view["finished_at"], answered))
+        block.calls.append(
+            _Call(called, view["created_at"], view["started_at"], view["finished_at"], answered)
+        )
         block.alone.append(_ledger_alone(ledger))
     return block
 
 
 def _ledger_alone(ledger: Ledger) -> tuple[float, float, float]:
     """Seconds of one submit, claim and finish in a queue that nobody consumes."""
-    job = JobRecord(id=names.new_job_id(), operation="barrier", identifier="nobody", queue="train:nobody")
+    job = JobRecord(
+        id=names.new_job_id(), operation="barrier", identifier="nobody", queue="train:nobody"
+    )
     moments = [time.perf_counter()]
     ledger.submit(job, names.RUN_JOB)
     moments.append(time.perf_counter())
@@ -131,16 +148,23 @@ def _ledger_alone(ledger: Ledger) -> tuple[float, float, float]:
 def _where(blocks: dict[str, list[_Block]]) -> Table:
     columns = [_spans(blocks[sync]) for sync in SYNCS]
     rows = [(name, *(number(column[name] * 1000) for column in columns)) for name in columns[0]]
-    return Table("Where the time goes: milliseconds, p50", ("span", *(f"AOF {sync}" for sync in SYNCS)), rows)
+    return Table(
+        "Where the time goes: milliseconds, p50", ("span", *(f"AOF {sync}" for sync in SYNCS)), rows
+    )
 
 
 def _spans(blocks: list[_Block]) -> dict[str, float]:
-    """Medians over all calls; the ledger's own, measured alone, are taken out of the spans that contain them."""
+    """Medians over all calls; the ledger's own, measured alone, are taken out of the spans that
+    contain them."""
     calls = [call for block in blocks for call in block.calls]
-    submit, claim, finish = (statistics.median(one) for one in zip(*(a for b in blocks for a in b.alone), strict=True))
+    submit, claim, finish = (
+        statistics.median(one) for one in zip(*(a for b in blocks for a in b.alone), strict=True)
+    )
 
     def median(first: str, last: str) -> float:
-        return float(statistics.median(getattr(call, last) - getattr(call, first) for call in calls))
+        return float(
+            statistics.median(getattr(call, last) - getattr(call, first) for call in calls)
+        )
 
     return {
         "HTTP in: client, gateway's checks": median("called", "created"),

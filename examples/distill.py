@@ -1,6 +1,8 @@
-"""On-policy distillation through the training service: a small student learns from a teacher's opinion of its own samples.
+"""On-policy distillation through the training service: a small student learns from a teacher's
+opinion of its own samples.
 
-Run it against a stack that `nexrl up` started: `python examples/distill.py --url http://127.0.0.1:8000`.
+Run it against a stack that `nexrl up` started: `python examples/distill.py --url
+http://127.0.0.1:8000`.
 """
 
 import argparse
@@ -51,7 +53,10 @@ GOAL = Goal(
     falls=True,
     sampled="estimate from the training samples",
     held_out="exact, on held-out prompts",
-    verdicts=("The student came close to its teacher.", "The student did not come close to its teacher."),
+    verdicts=(
+        "The student came close to its teacher.",
+        "The student did not come close to its teacher.",
+    ),
 )
 
 
@@ -86,7 +91,13 @@ class Distiller:
         top_k: int | None,
         seed: int,
     ):
-        self.student, self.teacher, self.recipe, self.policy, self.report = student, teacher, recipe, policy, report
+        self.student, self.teacher, self.recipe, self.policy, self.report = (
+            student,
+            teacher,
+            recipe,
+            policy,
+            report,
+        )
         self.top_k = top_k
         self.step = 0
         self.sync_folder = report.folder / "sync"
@@ -102,8 +113,11 @@ class Distiller:
                 self.evaluate()
 
     def distillation_step(self) -> None:
-        """Sample from the student, ask the teacher, update: by the sampled tokens or by the teacher's top k."""
-        beginnings = self._random.choices(self.recipe.language.train, k=self.recipe.prompts_per_step)
+        """Sample from the student, ask the teacher, update: by the sampled tokens or by the
+        teacher's top k."""
+        beginnings = self._random.choices(
+            self.recipe.language.train, k=self.recipe.prompts_per_step
+        )
         with self.report.clock("rollouts"):
             prompts = [self.recipe.language.prompt(beginning) for beginning in beginnings]
             rollout = self.policy.answer(prompts, self.recipe.samples_per_prompt)
@@ -114,12 +128,16 @@ class Distiller:
         if self.top_k is None:
             tensors["teacher_log_probs"] = opinion["old_log_probs"]
         else:
-            tensors |= {name: opinion[name] for name in ("teacher_topk_ids", "teacher_topk_log_probs")}
+            tensors |= {
+                name: opinion[name] for name in ("teacher_topk_ids", "teacher_topk_log_probs")
+            }
         with self.report.clock("update"):
             metrics = self.student.update_actor_with_distillation(batch)["metrics"]
         self.step += 1
         self.sync()
-        self.report.step("distil", self.step, metrics["actor/loss"], rollout.tokens, metrics["actor/teacher_kl"])
+        self.report.step(
+            "distil", self.step, metrics["actor/loss"], rollout.tokens, metrics["actor/teacher_kl"]
+        )
 
     def sync(self) -> None:
         """Take the student's new weights into the local copy that samples."""
@@ -128,30 +146,42 @@ class Distiller:
             self.policy.refresh(self.sync_folder)
 
     def evaluate(self) -> None:
-        """Mean KL(student || teacher) of a token, over the whole vocabulary, where the student goes on held-out prompts."""
+        """Mean KL(student || teacher) of a token, over the whole vocabulary, where the student goes
+        on held-out prompts."""
         with self.report.clock("evaluation"), torch.random.fork_rng():
             torch.manual_seed(0)
-            prompts = [self.recipe.language.prompt(beginning) for beginning in self.recipe.language.held_out]
+            prompts = [
+                self.recipe.language.prompt(beginning)
+                for beginning in self.recipe.language.held_out
+            ]
             batch = self._batch(self.policy.answer(prompts, samples=4))
-            student, teacher = (self._distributions(client, batch) for client in (self.student, self.teacher))
+            student, teacher = (
+                self._distributions(client, batch) for client in (self.student, self.teacher)
+            )
             divergence = (student.exp() * (student - teacher)).sum(dim=-1)
             tensors = batch["tensors"]
             scored = response_mask(tensors["loss_mask"], tensors["responses"].shape[1]).bool()
         self.report.evaluated(self.step, float(divergence[scored].mean()))
 
     def _distributions(self, client: TrainServiceClient, batch: dict[str, Any]) -> torch.Tensor:
-        """Log-probabilities [B, R, V] of a group's model: its top V tokens, put in the vocabulary's order."""
+        """Log-probabilities [B, R, V] of a group's model: its top V tokens, put in the vocabulary's
+        order."""
         best = client.compute_log_prob(batch, top_k=self.policy.model.config.vocab_size)["batch"]
         values = best["teacher_topk_log_probs"]
         return torch.empty_like(values).scatter(-1, best["teacher_topk_ids"], values)
 
     def _batch(self, rollout: Rollout) -> dict[str, Any]:
-        return {"tensors": dict(rollout.tensors), "metadata": {"temperature": 1.0, "global_step": self.step}}
+        return {
+            "tensors": dict(rollout.tensors),
+            "metadata": {"temperature": 1.0, "global_step": self.step},
+        }
 
 
 def publish(client: TrainServiceClient, folder: Path) -> None:
     """The group's weights as a Hugging Face folder."""
-    client.save_checkpoint(local_path=str(folder), saved_fully_shared_ckpt=False, remove_previous_ckpt=False)
+    client.save_checkpoint(
+        local_path=str(folder), saved_fully_shared_ckpt=False, remove_previous_ckpt=False
+    )
 
 
 def make_teacher(folder: Path, options: argparse.Namespace, recipe: Recipe) -> Path:
@@ -168,12 +198,17 @@ def make_teacher(folder: Path, options: argparse.Namespace, recipe: Recipe) -> P
         for _ in range(recipe.teacher_steps):
             beginnings = draw.choices(recipe.language.train, k=96)
             sentences = [recipe.language.sentence(beginning, draw) for beginning in beginnings]
-            shown = pupil.demonstrate([recipe.language.prompt(beginning) for beginning in beginnings], sentences)
+            shown = pupil.demonstrate(
+                [recipe.language.prompt(beginning) for beginning in beginnings], sentences
+            )
             result = client.forward_backward({"tensors": shown.tensors}, loss="cross_entropy")
             losses.append(result["metrics"]["actor/loss"])
             client.optim_step()
         publish(client, folder / "teacher")
-    print(f"The teacher's cross-entropy fell from {losses[0]:.2f} to {losses[-1]:.2f} in {len(losses)} steps.")
+    print(
+        f"The teacher's cross-entropy fell from {losses[0]:.2f} to {losses[-1]:.2f} in "
+        f"{len(losses)} steps."
+    )
     return folder / "teacher"
 
 
@@ -200,10 +235,14 @@ def main() -> int:
     report = RunReport(folder, GOAL, recipe.steps)
     with report.clock("making the teacher"):
         teacher_folder = make_teacher(folder, options, recipe)
-    student_folder = make_tiny_model(folder / "model", CountingLanguage.words, options.seed + 1, layers=2)
+    student_folder = make_tiny_model(
+        folder / "model", CountingLanguage.words, options.seed + 1, layers=2
+    )
     policy = LocalPolicy(student_folder, recipe.max_new_tokens)
 
-    with started_groups(service_file(folder, options, student_folder, teacher_folder), report) as clients:
+    with started_groups(
+        service_file(folder, options, student_folder, teacher_folder), report
+    ) as clients:
         top_k = None if options.loss == "policy_gradient" else options.top_k
         student, teacher = clients["student"], clients["teacher"]
         with report:
@@ -214,9 +253,15 @@ def main() -> int:
 def parse_options() -> tuple[argparse.Namespace, Recipe]:
     """Read the command line."""
     recipe = Recipe()
-    parser = common_options("Distil a teacher into a student through a running training service.", 1)
-    parser.add_argument("--loss", choices=LOSSES, default="policy_gradient", help="how the student learns")
-    parser.add_argument("--top-k", type=int, default=4, help="tokens that the teacher sends, for the two KL losses")
+    parser = common_options(
+        "Distil a teacher into a student through a running training service.", 1
+    )
+    parser.add_argument(
+        "--loss", choices=LOSSES, default="policy_gradient", help="how the student learns"
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=4, help="tokens that the teacher sends, for the two KL losses"
+    )
     options = parser.parse_args()
     recipe.steps = options.steps or recipe.steps
     options.lr = recipe.lr if options.lr is None else options.lr

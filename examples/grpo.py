@@ -1,6 +1,8 @@
-"""GRPO through the training service: own rollouts here, the heavy part (forward, backward, optimizer) over there.
+"""GRPO through the training service: own rollouts here, the heavy part (forward, backward,
+optimizer) over there.
 
-Run it against a stack that `nexrl up` started: `python examples/grpo.py --url http://127.0.0.1:8000`.
+Run it against a stack that `nexrl up` started: `python examples/grpo.py --url
+http://127.0.0.1:8000`.
 """
 
 import argparse
@@ -24,9 +26,13 @@ class GRPOTrainer(Trainer):
     def reinforce(self, rollout: Rollout, rewards: torch.Tensor) -> dict[str, float]:
         """See Trainer."""
         groups = torch.arange(len(rewards)) // self.recipe.samples_per_prompt
-        batch = self.batch({**rollout.tensors, "advantages": group_relative_advantages(rewards, groups)})
+        batch = self.batch(
+            {**rollout.tensors, "advantages": group_relative_advantages(rewards, groups)}
+        )
         with self.report.clock("compute_log_prob"):
-            batch["tensors"]["old_log_probs"] = self.client.compute_log_prob(batch)["batch"]["old_log_probs"]
+            batch["tensors"]["old_log_probs"] = self.client.compute_log_prob(batch)["batch"][
+                "old_log_probs"
+            ]
         with self.report.clock("update"):
             metrics = self.client.update_actor(batch)["metrics"]
         return {"loss": metrics["actor/pg_loss"]}
@@ -37,13 +43,19 @@ def main() -> int:
     disable_progress_bar()
     options = parse_options()
     recipe = RECIPES[options.model]()
-    recipe = replace(recipe, steps=options.steps or recipe.steps, lr=recipe.lr if options.lr is None else options.lr)
+    recipe = replace(
+        recipe,
+        steps=options.steps or recipe.steps,
+        lr=recipe.lr if options.lr is None else options.lr,
+    )
     folder = run_folder(options.output)
     model = recipe.model(folder, options.seed)
     policy = LocalPolicy(model, recipe.max_new_tokens)
     report = RunReport(folder, Goal("GRPO", recipe.target), recipe.steps, recipe.supervised_steps)
 
-    client = create_train_service_client(backend="self-hosted", url=options.url, identifier=options.identifier)
+    client = create_train_service_client(
+        backend="self-hosted", url=options.url, identifier=options.identifier
+    )
     config = {"actor": {"model": {"path": str(model)}, "optim": recipe.optim}}
     with report.clock("group start"):
         client.initialize_worker(config_dict=config, role="actor", world_size=options.world_size)
@@ -62,7 +74,9 @@ def main() -> int:
 
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
-    parser = common_options("Train a policy with GRPO through a running training service.", world_size=2)
+    parser = common_options(
+        "Train a policy with GRPO through a running training service.", world_size=2
+    )
     parser.add_argument("--identifier", default="student", help="name of the worker group")
     parser.add_argument("--model", choices=RECIPES, default="tiny")
     return parser.parse_args()

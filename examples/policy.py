@@ -1,4 +1,5 @@
-"""The trainer's own copy of the policy: it answers prompts, and takes the service's weights after every step."""
+"""The trainer's own copy of the policy: it answers prompts, and takes the service's weights after
+every step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 @dataclass(frozen=True)
 class Rollout:
-    """Answers to prompts. Shapes: `tensors` as `update_actor` takes them, B rows, S = P + R columns."""
+    """Answers to prompts. Shapes: `tensors` as `update_actor` takes them, B rows, S = P + R
+    columns."""
 
     tensors: dict[str, torch.Tensor]
     texts: list[str]
@@ -33,20 +35,29 @@ class LocalPolicy:
 
     def refresh(self, sync_folder: Path) -> None:
         """Take the weights that the service published last."""
-        version = sync_folder.resolve()  # a link to one version: resolve it once, and every file is of that version
+        version = (
+            sync_folder.resolve()
+        )  # a link to one version: resolve it once, and every file is of that version
         state: dict[str, torch.Tensor] = {}
         for file in sorted(version.glob("*.safetensors")):
             state |= load_file(file)
         missing, unexpected = self.model.load_state_dict(state, strict=False)
         tied = {"lm_head.weight"} if self.model.config.tie_word_embeddings else set()
         if unexpected or set(missing) - tied:
-            raise ValueError(f"{version} holds another model: missing {missing}, unexpected {unexpected}")
+            raise ValueError(
+                f"{version} holds another model: missing {missing}, unexpected {unexpected}"
+            )
 
     @torch.no_grad()
     def answer(self, prompts: Sequence[str], samples: int = 1, greedy: bool = False) -> Rollout:
-        """Answer every prompt `samples` times in a row, at temperature 1 or greedily. B = len(prompts) * samples."""
+        """Answer every prompt `samples` times in a row, at temperature 1 or greedily. B =
+        len(prompts) * samples."""
         inputs = self._encode(prompts)
-        sampling = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        sampling = (
+            {"do_sample": False}
+            if greedy
+            else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        )
         ids = self.model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
@@ -60,7 +71,8 @@ class LocalPolicy:
         return self._rollout(ids[:, :width], prompt_mask, ids[:, width:])
 
     def demonstrate(self, prompts: Sequence[str], answers: Sequence[str]) -> Rollout:
-        """The same tensors for given answers, each followed by the end token: what supervised steps train on."""
+        """The same tensors for given answers, each followed by the end token: what supervised steps
+        train on."""
         inputs = self._encode(prompts)
         ended = [answer + self.tokenizer.eos_token for answer in answers]
         options = {"return_tensors": "pt", "padding": True, "add_special_tokens": False}
@@ -71,12 +83,18 @@ class LocalPolicy:
         texts: Any = list(prompts)
         if self.tokenizer.chat_template:
             chats = [[{"role": "user", "content": text}] for text in texts]
-            texts = self.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+            texts = self.tokenizer.apply_chat_template(
+                chats, tokenize=False, add_generation_prompt=True
+            )
         return self.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
 
-    def _rollout(self, prompts: torch.Tensor, prompt_mask: torch.Tensor, responses: torch.Tensor) -> Rollout:
+    def _rollout(
+        self, prompts: torch.Tensor, prompt_mask: torch.Tensor, responses: torch.Tensor
+    ) -> Rollout:
         is_end = (responses == self.tokenizer.eos_token_id).long()
-        response_mask = (is_end.cumsum(dim=1) - is_end == 0).long()  # up to the first end token, which counts
+        response_mask = (
+            is_end.cumsum(dim=1) - is_end == 0
+        ).long()  # up to the first end token, which counts
         mask = torch.cat([prompt_mask, response_mask], dim=1)
         tensors = {
             "input_ids": torch.cat([prompts, responses], dim=1),

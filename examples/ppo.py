@@ -1,6 +1,8 @@
-"""PPO with a critic through the training service: two worker groups, advantages by GAE made here in between.
+"""PPO with a critic through the training service: two worker groups, advantages by GAE made here in
+between.
 
-Run it against a stack that `nexrl up` started: `python examples/ppo.py --url http://127.0.0.1:8000`.
+Run it against a stack that `nexrl up` started: `python examples/ppo.py --url
+http://127.0.0.1:8000`.
 """
 
 import argparse
@@ -65,21 +67,36 @@ class PPOTrainer(Trainer):
         self.critic = critic
 
     def reinforce(self, rollout: Rollout, rewards: torch.Tensor) -> dict[str, float]:
-        """See Trainer. The two groups work side by side: each call is submitted before one is waited for."""
+        """See Trainer. The two groups work side by side: each call is submitted before one is
+        waited for."""
         batch = self.batch(rollout.tensors)
         tensors = batch["tensors"]
         with self.report.clock("log-probs and values"):
-            old, values = self.client.submit("compute_log_prob", batch), self.critic.submit("compute_values", batch)
-            tensors["old_log_probs"] = old.result(self.client.request_timeout)["batch"]["old_log_probs"]
+            old, values = (
+                self.client.submit("compute_log_prob", batch),
+                self.critic.submit("compute_values", batch),
+            )
+            tensors["old_log_probs"] = old.result(self.client.request_timeout)["batch"][
+                "old_log_probs"
+            ]
             tensors["values"] = values.result(self.critic.request_timeout)["batch"]["values"]
         scored = response_mask(tensors["loss_mask"], tensors["responses"].shape[1])
-        advantages, tensors["returns"] = gae(on_last_token(rewards, scored), tensors["values"], scored)
+        advantages, tensors["returns"] = gae(
+            on_last_token(rewards, scored), tensors["values"], scored
+        )
         tensors["advantages"] = whiten(advantages, scored)
         with self.report.clock("update"):
-            updates = self.client.submit("update_actor", batch), self.critic.submit("update_critic", batch)
+            updates = (
+                self.client.submit("update_actor", batch),
+                self.critic.submit("update_critic", batch),
+            )
             actor, critic = (job.result(self.client.request_timeout)["metrics"] for job in updates)
-        # Of the first mini-batch, so of values before this update: how much of the returns the critic foresaw.
-        return {"loss": actor["actor/pg_loss"], "explained_variance": critic["critic/explained_variance"][0]}
+        # Of the first mini-batch, so of values before this update: how much of the returns the
+        # critic foresaw.
+        return {
+            "loss": actor["actor/pg_loss"],
+            "explained_variance": critic["critic/explained_variance"][0],
+        }
 
 
 def on_last_token(rewards: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
@@ -106,9 +123,15 @@ def service_file(folder: Path, options: argparse.Namespace, recipe: Recipe, mode
 def main() -> int:
     """Train actor and critic; the exit code is 0 where the policy learned its task."""
     disable_progress_bar()
-    options = common_options("Train with PPO and a critic through a running training service.", 1).parse_args()
+    options = common_options(
+        "Train with PPO and a critic through a running training service.", 1
+    ).parse_args()
     recipe = ppo_recipe()
-    recipe = replace(recipe, steps=options.steps or recipe.steps, lr=recipe.lr if options.lr is None else options.lr)
+    recipe = replace(
+        recipe,
+        steps=options.steps or recipe.steps,
+        lr=recipe.lr if options.lr is None else options.lr,
+    )
     folder = run_folder(options.output)
     model = recipe.model(folder, options.seed)
     policy = LocalPolicy(model, recipe.max_new_tokens)

@@ -10,7 +10,8 @@ from task import MinMaxTask, Prompt, ShortAnswerTask, Task
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything a run needs beside the service. `target`: the held-out reward that counts as learned."""
+    """Everything a run needs beside the service. `target`: the held-out reward that counts as
+    learned."""
 
     task: Task
     model: Callable[[Path, int], Path]
@@ -27,9 +28,14 @@ class Recipe:
 
     @property
     def optim(self) -> dict[str, object]:
-        """The service's optimizer settings: a decay to 0, so that the last noisy steps do not undo the earlier ones."""
+        """The service's optimizer settings: a decay to 0, so that the last noisy steps do not undo
+        the earlier ones."""
         total = self.supervised_steps + self.steps
-        schedule = {"lr_warmup_steps": self.warmup_steps, "lr_scheduler": "linear", "total_training_steps": total}
+        schedule = {
+            "lr_warmup_steps": self.warmup_steps,
+            "lr_scheduler": "linear",
+            "total_training_steps": total,
+        }
         return {"lr": self.lr, **schedule}
 
     @property
@@ -40,7 +46,8 @@ class Recipe:
 
 
 def tiny_recipe() -> Recipe:
-    """1.6 million random weights learn the larger or smaller of three digits, in about two minutes."""
+    """1.6 million random weights learn the larger or smaller of three digits, in about two
+    minutes."""
     return Recipe(
         task=MinMaxTask(),
         model=lambda folder, seed: make_tiny_model(folder / "model", MinMaxTask.words, seed),
@@ -58,7 +65,8 @@ def tiny_recipe() -> Recipe:
 
 
 def smollm2_recipe() -> Recipe:
-    """SmolLM2-135M-Instruct learns to answer questions rightly and briefly: a few steps, some minutes."""
+    """SmolLM2-135M-Instruct learns to answer questions rightly and briefly: a few steps, some
+    minutes."""
     return Recipe(
         task=ShortAnswerTask(),
         model=lambda folder, seed: smollm2_folder(),
@@ -76,7 +84,8 @@ def smollm2_recipe() -> Recipe:
 
 
 def ppo_recipe() -> Recipe:
-    """The same random weights learn the larger or smaller of two digits, beside a critic of their size."""
+    """The same random weights learn the larger or smaller of two digits, beside a critic of their
+    size."""
     return Recipe(
         task=MinMaxTask(digits=2),
         model=lambda folder, seed: make_tiny_model(folder / "model", MinMaxTask.words, seed),

@@ -16,14 +16,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from task import Prompt
 
-SHOWN = "{task.fields[name]} {task.fields[measured]}  loss {task.fields[loss]:+.3f}  {task.fields[speed]:,.0f} tokens/s"
+SHOWN = (
+    "{task.fields[name]} {task.fields[measured]}  loss {task.fields[loss]:+.3f}  "
+    "{task.fields[speed]:,.0f} tokens/s"
+)
 
 
 @dataclass(frozen=True)
 class Goal:
     """What a run is judged by: a number measured on held-out prompts, and where it has to end.
 
-    A reward has to rise to `target`; with `falls` the number has to fall to that share of where it started.
+    A reward has to rise to `target`; with `falls` the number has to fall to that share of where it
+    started.
     """
 
     title: str
@@ -32,7 +36,10 @@ class Goal:
     falls: bool = False
     sampled: str = "sampled answers to training prompts"
     held_out: str = "greedy answers to held-out prompts"
-    verdicts: tuple[str, str] = ("The policy learned its task.", "The policy did not learn its task.")
+    verdicts: tuple[str, str] = (
+        "The policy learned its task.",
+        "The policy did not learn its task.",
+    )
 
     def level(self, first: float) -> float:
         """What the last measurement is compared with."""
@@ -44,7 +51,8 @@ class Goal:
 
 
 class RunReport:
-    """Collects a run's numbers in `folder`: `log.jsonl` while it runs, a curve (`reward.png`) at its end."""
+    """Collects a run's numbers in `folder`: `log.jsonl` while it runs, a curve (`reward.png`) at
+    its end."""
 
     def __init__(self, folder: Path, goal: Goal, steps: int, supervised_steps: int = 0) -> None:
         self.folder = folder
@@ -56,7 +64,12 @@ class RunReport:
         self._more: dict[str, list[tuple[int, float]]] = {}
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._started = self._step_started = time.perf_counter()
-        columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TextColumn(SHOWN))
+        columns = (
+            TextColumn("{task.description:<10}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(SHOWN),
+        )
         self._progress = Progress(*columns, TimeElapsedColumn(), console=self._console)
         fields = {"name": goal.name, "measured": "-", "loss": 0.0, "speed": 0.0}
         self._bar = self._progress.add_task("start", total=supervised_steps + steps, **fields)
@@ -76,14 +89,23 @@ class RunReport:
         self._seconds[part] += time.perf_counter() - start
 
     def step(
-        self, phase: str, step: int, loss: float, tokens: int, sampled: float | None = None, **more: float
+        self,
+        phase: str,
+        step: int,
+        loss: float,
+        tokens: int,
+        sampled: float | None = None,
+        **more: float,
     ) -> None:
-        """Record one optimizer step on `tokens` tokens; `sampled` is the goal's number over the sampled answers."""
+        """Record one optimizer step on `tokens` tokens; `sampled` is the goal's number over the
+        sampled answers."""
         now = time.perf_counter()
         speed = tokens / (now - self._step_started)
         self._step_started = now
         measured = {self._goal.name: sampled}
-        self._write(phase=phase, step=step, **measured, loss=loss, tokens_per_second=round(speed), **more)
+        self._write(
+            phase=phase, step=step, **measured, loss=loss, tokens_per_second=round(speed), **more
+        )
         self._progress.update(self._bar, description=phase, advance=1, loss=loss, speed=speed)
         for name, value in more.items():
             self._more.setdefault(name.replace("_", " "), []).append((step, value))
@@ -99,7 +121,9 @@ class RunReport:
         self._console.print(f"step {step:>3}: held-out {self._goal.name} {value:.2f}{more}")
         self._step_started = time.perf_counter()
 
-    def show_answers(self, prompts: Sequence[Prompt], before: Sequence[str], after: Sequence[str]) -> None:
+    def show_answers(
+        self, prompts: Sequence[Prompt], before: Sequence[str], after: Sequence[str]
+    ) -> None:
         """Print sampled answers to held-out prompts, before and after training."""
         table = Table("held-out prompt", "before", "after", title="Sampled answers")
         for prompt, *answers in zip(prompts, before, after, strict=True):
@@ -128,7 +152,10 @@ class RunReport:
         table.add_row("optimizer steps", str(steps))
         table.add_section()
         total = time.perf_counter() - self._started
-        for part, seconds in {**self._seconds, "other": total - sum(self._seconds.values())}.items():
+        for part, seconds in {
+            **self._seconds,
+            "other": total - sum(self._seconds.values()),
+        }.items():
             table.add_row(part, f"{seconds:6.1f} s  {seconds / total:4.0%}")
         table.add_row("total", f"{total:6.1f} s")
         return table
@@ -149,9 +176,13 @@ class RunReport:
         level = goal.level(self._held_out[0][1])
         axes.axhline(level, color="grey", linestyle="--", linewidth=1, label="target")
         if self._supervised_steps:
-            axes.axvspan(0, self._supervised_steps, color="grey", alpha=0.15, label="supervised steps")
+            axes.axvspan(
+                0, self._supervised_steps, color="grey", alpha=0.15, label="supervised steps"
+            )
         axes.set(
-            title=f"{goal.title} through the training service", xlabel="optimizer step", ylabel=f"mean {goal.name}"
+            title=f"{goal.title} through the training service",
+            xlabel="optimizer step",
+            ylabel=f"mean {goal.name}",
         )
         axes.set_ylim(bottom=-0.02, top=None if goal.falls else 1.02)
         axes.legend(loc="upper right" if goal.falls else "lower right")

@@ -1,4 +1,5 @@
-"""What the demo's policies learn: prompts with a checkable answer, some of them never trained on."""
+"""What the demo's policies learn: prompts with a checkable answer, some of them never trained
+on."""
 
 import random
 import re
@@ -27,11 +28,12 @@ class Task(Protocol):
 
 
 class MinMaxTask:
-    """The largest or smallest of some digits, "max 3 7 5 =" or "min 3 7 5 =": the answer depends on the operation and on every digit.
+    """The largest or smallest of some digits, "max 3 7 5 =" or "min 3 7 5 =": the answer depends on
+    the operation and on every digit.
 
-    A fifth of all combinations of digits is held out, in every order and for both operations, so a policy that
-    only memorised its training prompts scores no better than a guess. The best constant answer is right in one
-    case of seven with three digits.
+    A fifth of all combinations of digits is held out, in every order and for both operations, so a
+    policy that only memorised its training prompts scores no better than a guess. The best constant
+    answer is right in one case of seven with three digits.
     """
 
     words = ("max", "min", "=", *map(str, range(10)))
@@ -58,10 +60,11 @@ class MinMaxTask:
 
 
 class CountingLanguage:
-    """Sentences that count in circles, "up 3 by 2 =" 5 7 9 1 3 5, now and then with a slip: what a teacher can be sure of, and what not.
+    """Sentences that count in circles, "up 3 by 2 =" 5 7 9 1 3 5, now and then with a slip: what a
+    teacher can be sure of, and what not.
 
-    A sentence goes on from its last digit, a slip too, so its best model gives the right digit 0.91 and each
-    other one 0.01. A quarter of the beginnings is held out.
+    A sentence goes on from its last digit, a slip too, so its best model gives the right digit 0.91
+    and each other one 0.01. A quarter of the beginnings is held out.
     """
 
     words = ("up", "down", "by", "=", *map(str, range(10)))
@@ -69,7 +72,9 @@ class CountingLanguage:
     slip = 0.1
 
     def __init__(self) -> None:
-        beginnings = [(word, start, by) for word in ("up", "down") for start in range(10) for by in (1, 2)]
+        beginnings = [
+            (word, start, by) for word in ("up", "down") for start in range(10) for by in (1, 2)
+        ]
         random.Random(0).shuffle(beginnings)
         self.held_out, self.train = beginnings[:10], beginnings[10:]
 
@@ -138,7 +143,8 @@ class ShortAnswerTask:
         self.train = [prompt for prompt in prompts if prompt not in self.held_out]
 
     def reward(self, prompt: Prompt, answer: str) -> float:
-        """Half for the right word, half for a sentence of at most eight words; silence earns nothing."""
+        """Half for the right word, half for a sentence of at most eight words; silence earns
+        nothing."""
         words = re.findall(r"\w+", answer.lower())
         right = prompt.answer.lower() in words
         brief = 0 < len(words) <= self.few_words

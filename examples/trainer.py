@@ -1,4 +1,5 @@
-"""What the trainers of this folder have in common: one policy that learns one task by answering its prompts."""
+"""What the trainers of this folder have in common: one policy that learns one task by answering its
+prompts."""
 
 import argparse
 import random
@@ -10,7 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nexrl_client import TrainServiceClient, TrainServiceClients, create_train_service_clients, load_service_config
+from nexrl_client import (
+    TrainServiceClient,
+    TrainServiceClients,
+    create_train_service_clients,
+    load_service_config,
+)
 from policy import LocalPolicy, Rollout
 from recipes import Recipe
 from report import RunReport
@@ -20,11 +26,19 @@ RUNS = Path(__file__).resolve().parents[1] / "runs"
 
 
 class Trainer(ABC):
-    """The loop and the rollouts are the trainer's own; `reinforce` is where the algorithms differ."""
+    """The loop and the rollouts are the trainer's own; `reinforce` is where the algorithms
+    differ."""
 
     phase = ""
 
-    def __init__(self, client: TrainServiceClient, recipe: Recipe, policy: LocalPolicy, report: RunReport, seed: int):
+    def __init__(
+        self,
+        client: TrainServiceClient,
+        recipe: Recipe,
+        policy: LocalPolicy,
+        report: RunReport,
+        seed: int,
+    ):
         self.client, self.recipe, self.policy, self.report = client, recipe, policy, report
         self.step = 0
         self.sync_folder = report.folder / "sync"
@@ -33,7 +47,8 @@ class Trainer(ABC):
 
     @abstractmethod
     def reinforce(self, rollout: Rollout, rewards: torch.Tensor) -> dict[str, float]:
-        """One update by the rewards [B] of sampled answers, those of a prompt in a row; its "loss" and more numbers."""
+        """One update by the rewards [B] of sampled answers, those of a prompt in a row; its "loss"
+        and more numbers."""
 
     def run(self) -> None:
         """A few supervised steps that show the answers' form, then reinforcement."""
@@ -52,7 +67,9 @@ class Trainer(ABC):
     def supervised_step(self) -> None:
         """One step of cross-entropy on right answers."""
         prompts = self._draw(self.recipe.prompts_per_step * self.recipe.samples_per_prompt)
-        shown = self.policy.demonstrate([prompt.text for prompt in prompts], [prompt.answer for prompt in prompts])
+        shown = self.policy.demonstrate(
+            [prompt.text for prompt in prompts], [prompt.answer for prompt in prompts]
+        )
         batch = self.batch(shown.tensors)
         with self.report.clock("update"):
             result = self.client.forward_backward(batch, loss="cross_entropy")
@@ -68,15 +85,26 @@ class Trainer(ABC):
         with self.report.clock("rollouts"):
             rollout = self.policy.answer([prompt.text for prompt in prompts], samples)
         asked = [prompt for prompt in prompts for _ in range(samples)]
-        scores = [self.recipe.task.reward(prompt, text) for prompt, text in zip(asked, rollout.texts, strict=True)]
+        scores = [
+            self.recipe.task.reward(prompt, text)
+            for prompt, text in zip(asked, rollout.texts, strict=True)
+        ]
         rewards = torch.tensor(scores)
         numbers = self.reinforce(rollout, rewards)
         self.step += 1
         self.sync()
-        self.report.step(self.phase, self.step, numbers.pop("loss"), rollout.tokens, float(rewards.mean()), **numbers)
+        self.report.step(
+            self.phase,
+            self.step,
+            numbers.pop("loss"),
+            rollout.tokens,
+            float(rewards.mean()),
+            **numbers,
+        )
 
     def sync(self) -> None:
-        """Publish the service's weights as a Hugging Face folder and take them into the local copy."""
+        """Publish the service's weights as a Hugging Face folder and take them into the local
+        copy."""
         with self.report.clock("weight sync"):
             self.client.save_checkpoint(
                 local_path=str(self.sync_folder),
@@ -98,7 +126,10 @@ class Trainer(ABC):
         prompts = self.recipe.task.held_out
         with self.report.clock("evaluation"):
             answers = self.policy.answer([prompt.text for prompt in prompts], greedy=True).texts
-        scores = [self.recipe.task.reward(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        scores = [
+            self.recipe.task.reward(prompt, answer)
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
         self.report.evaluated(self.step, sum(scores) / len(scores))
 
     def sample_answers(self) -> list[str]:
@@ -113,11 +144,16 @@ class Trainer(ABC):
     def _draw(self, count: int) -> list[Prompt]:
         """Different prompts as long as there are any."""
         train = self.recipe.task.train
-        return self._random.sample(train, count) if count <= len(train) else self._random.choices(train, k=count)
+        return (
+            self._random.sample(train, count)
+            if count <= len(train)
+            else self._random.choices(train, k=count)
+        )
 
 
 def run_folder(path: Path) -> Path:
-    """The run's folder, made where it is missing. Also leaves the cores to the service, which shares them."""
+    """The run's folder, made where it is missing. Also leaves the cores to the service, which
+    shares them."""
     torch.set_num_threads(1)  # threads that wait for each other's turn crawl
     folder = path.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +162,8 @@ def run_folder(path: Path) -> Path:
 
 @contextmanager
 def started_groups(service_file: Path, report: RunReport) -> Iterator[TrainServiceClients]:
-    """A client for every service of the file, its group started and its model loaded; ends the groups afterwards."""
+    """A client for every service of the file, its group started and its model loaded; ends the
+    groups afterwards."""
     config = load_service_config(service_file)
     with create_train_service_clients(config) as clients, ExitStack() as groups:
         with report.clock("group start"):
@@ -141,10 +178,16 @@ def common_options(description: str, world_size: int) -> argparse.ArgumentParser
     """A command line with what every example takes."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="the gateway")
-    parser.add_argument("--world-size", type=int, default=world_size, help="ranks that share a model")
-    parser.add_argument("--steps", type=int, help="optimizer steps of the main part (default: the recipe's)")
+    parser.add_argument(
+        "--world-size", type=int, default=world_size, help="ranks that share a model"
+    )
+    parser.add_argument(
+        "--steps", type=int, help="optimizer steps of the main part (default: the recipe's)"
+    )
     parser.add_argument("--lr", type=float, help="learning rate (default: the recipe's)")
     parser.add_argument("--seed", type=int, default=0)
     started = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    parser.add_argument("--output", type=Path, default=RUNS / started, help="folder for log, curve, weights")
+    parser.add_argument(
+        "--output", type=Path, default=RUNS / started, help="folder for log, curve, weights"
+    )
     return parser

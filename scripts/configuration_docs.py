@@ -1,4 +1,5 @@
-"""Write docs/configuration.md from the configuration models; with --check, fail when the file is not current."""
+"""Write docs/configuration.md from the configuration models; with --check, fail when the file is
+not current."""
 
 from __future__ import annotations
 
@@ -14,9 +15,10 @@ from pydantic.fields import FieldInfo
 TARGET = Path(__file__).parents[1] / "docs" / "configuration.md"
 HEAD = """# Configuration of a worker group
 
-`initialize_worker(config_dict=...)` takes `{"actor": {...}, "resource": {...}}`; only `actor.model.path` is required.
-An unknown key is refused with the nearest known one; `${...}` is refused by name. A key or section
-without a value (YAML null) is as if it were not there; `grad_clip: null` alone says something of its own. This page is generated from
+`initialize_worker(config_dict=...)` takes `{"actor": {...}, "resource": {...}}`; only
+`actor.model.path` is required. An unknown key is refused with the nearest known one; `${...}` is
+refused by name. A key or section without a value (YAML null) is as if it were not there;
+`grad_clip: null` alone says something of its own. This page is generated from
 `libs/contract/src/nexrl_contract/sections.py` by `scripts/configuration_docs.py`.
 
 | key | type | default | meaning |
@@ -33,7 +35,8 @@ Accepted so that existing recipes run; the answer lists those you sent under `ig
 NOT_OFFERED = """
 ## Known, and not offered
 
-`true` is refused, because it would change what the group does; `false` changes nothing and is not listed anywhere.
+`true` is refused, because it would change what the group does; `false` changes nothing and is not
+listed anywhere.
 
 """
 
@@ -51,11 +54,21 @@ def document() -> str:
         else:
             meaning = (info.description or "").replace("|", r"\|")
             rows.append(f"| `{key}` | {_type(info.annotation)} | {_default(info)} | {meaning} |\n")
-    return HEAD + "".join(rows) + INERT + ", ".join(inert) + "\n" + NOT_OFFERED + ", ".join(not_offered) + "\n"
+    return (
+        HEAD
+        + "".join(rows)
+        + INERT
+        + ", ".join(inert)
+        + "\n"
+        + NOT_OFFERED
+        + ", ".join(not_offered)
+        + "\n"
+    )
 
 
 def _keys(section: type[Section], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
-    """Every key by its dotted name. A section has no row, unless it may be null: then its keys follow it."""
+    """Every key by its dotted name. A section has no row, unless it may be null: then its keys
+    follow it."""
     for name, info in section.model_fields.items():
         inner = section_of(info)
         if inner is None or info.annotation is not inner:
@@ -91,5 +104,9 @@ def _default(info: FieldInfo) -> str:
 
 if __name__ == "__main__":
     if "--check" in sys.argv:
-        sys.exit(0 if TARGET.read_text() == document() else f"{TARGET.name} is not current: run make docs")
+        sys.exit(
+            0
+            if TARGET.read_text() == document()
+            else f"{TARGET.name} is not current: run make docs"
+        )
     TARGET.write_text(document())

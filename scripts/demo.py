@@ -38,7 +38,13 @@ def main() -> int:
         if not line.startswith(READY):
             return stack.wait(STOP_S) or 1
         url = line.removeprefix(READY).strip()
-        print(f"The stack runs at {url}; its logs are in {(DATA / '.nexrl' / 'logs').relative_to(ROOT)}", flush=True)
+        print(
+            (
+                f"The stack runs at {url}; its logs are in "
+                f"{(DATA / '.nexrl' / 'logs').relative_to(ROOT)}"
+            ),
+            flush=True,
+        )
         trainer = [sys.executable, f"examples/{chosen.example}.py", "--url", url, *arguments]
         return subprocess.run(trainer, cwd=ROOT, check=False).returncode
     except KeyboardInterrupt:

@@ -1,7 +1,8 @@
-"""Checks the worker's mathematics on one GPU: parity with the CPU, speed and memory against a plain loop.
+"""Checks the worker's mathematics on one GPU: parity with the CPU, speed and memory against a plain
+loop.
 
-``python scripts/gpu_check.py [--out FOLDER] [--small]``: needs torch, transformers, numpy, safetensors and
-pydantic, and of the service only this checkout. docs/gpu.md says more.
+``python scripts/gpu_check.py [--out FOLDER] [--small]``: needs torch, transformers, numpy,
+safetensors and pydantic, and of the service only this checkout. docs/gpu.md says more.
 """
 
 from __future__ import annotations
@@ -37,10 +38,15 @@ Part = tuple[str, Callable[[], dict[str, Any]]]
 
 
 def main(arguments: list[str]) -> int:
-    """Run every part, write the report and print its page; 1 where a part failed, 2 without a GPU."""
+    """Run every part, write the report and print its page; 1 where a part failed, 2 without a
+    GPU."""
     parser = argparse.ArgumentParser(description="Check the worker's mathematics on one GPU.")
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "runs")), help="folder of the report")
-    parser.add_argument("--small", action="store_true", help="tiny models on the CPU: the script, not the device")
+    parser.add_argument(
+        "--out", type=Path, default=Path(os.environ.get("OUT", "runs")), help="folder of the report"
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="tiny models on the CPU: the script, not the device"
+    )
     options = parser.parse_args(arguments)
     if not options.small and not torch.cuda.is_available():
         print("no CUDA device: --small runs the same on the CPU with tiny models", file=sys.stderr)
@@ -55,7 +61,9 @@ def main(arguments: list[str]) -> int:
         )  # fmt: skip
         try:
             until = time.monotonic() + LIMIT_S
-            report = run_parts(parts(folder, device, options.small, until), machine(device), options.out)
+            report = run_parts(
+                parts(folder, device, options.small, until), machine(device), options.out
+            )
         finally:
             dist.destroy_process_group()
     print(page(report))
@@ -69,9 +77,13 @@ def parts(folder: Path, device: torch.device, small: bool, until: float) -> dict
     dtype = torch.float32 if small else torch.bfloat16
     made: dict[str, Path] = {}
 
-    def run(shape: Any, makers: Mapping[str, Callable[..., Any]], padded: bool, rounds: int) -> dict[str, Any]:
+    def run(
+        shape: Any, makers: Mapping[str, Callable[..., Any]], padded: bool, rounds: int
+    ) -> dict[str, Any]:
         if shape.name not in made:
-            made[shape.name] = write_model(folder / f"model-{len(made)}", shape.config, device, dtype)
+            made[shape.name] = write_model(
+                folder / f"model-{len(made)}", shape.config, device, dtype
+            )
             free(device)
         rows = make_rows(shape, padded=padded)
         given = (made[shape.name], device, rows, shape.micro)
@@ -92,13 +104,20 @@ def parts(folder: Path, device: torch.device, small: bool, until: float) -> dict
     return {
         "parity": ("Parity with the CPU", partial(parity, folder, device)),
         "full": (f"{half.name}, full rows", partial(run, half, speed, False, few)),
-        "padded": (f"{half.name}, rows of different lengths", partial(run, half, padding, True, few)),
-        "eight_layers": (f"{eight.name}, layers recomputed", partial(run, eight, memory, False, min(few, 2))),
+        "padded": (
+            f"{half.name}, rows of different lengths",
+            partial(run, half, padding, True, few),
+        ),
+        "eight_layers": (
+            f"{eight.name}, layers recomputed",
+            partial(run, eight, memory, False, min(few, 2)),
+        ),
     }
 
 
 def run_parts(todo: Mapping[str, Part], machine: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Run each part whatever became of the one before; both files are written after each, so that what stands stays."""
+    """Run each part whatever became of the one before; both files are written after each, so that
+    what stands stays."""
     report: dict[str, Any] = {"machine": machine, "parts": {}}
     out.mkdir(parents=True, exist_ok=True)
     for name, (title, act) in todo.items():
@@ -114,7 +133,8 @@ def run_parts(todo: Mapping[str, Part], machine: dict[str, Any], out: Path) -> d
         report["parts"][name] = part | {"seconds": time.monotonic() - start}
         (out / "gpu-check.json").write_text(json.dumps(report, indent=1) + "\n")
         (out / "gpu-check.md").write_text(page(report))
-        torch.compiler.reset()  # what was compiled for one model's shapes would count against the next one's limit
+        # what was compiled for one model's shapes would count against the next one's limit
+        torch.compiler.reset()
     return report
 
 
@@ -123,14 +143,18 @@ def machine(device: torch.device) -> dict[str, Any]:
     cuda = device.type == "cuda"
     facts: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
-        "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device)
+        if cuda
+        else f"CPU, {torch.get_num_threads()} threads",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "numpy": numpy.__version__,
         "safetensors": safetensors.__version__,
         "CUDA": torch.version.cuda or "none",
-        "packed attention on CUDA": "FlashAttention" if find_spec("flash_attn") else "FlexAttention",
+        "packed attention on CUDA": "FlashAttention"
+        if find_spec("flash_attn")
+        else "FlexAttention",
     }
     if cuda:
         facts["memory"] = f"{torch.cuda.get_device_properties(device).total_memory / 2**30:.1f} GiB"

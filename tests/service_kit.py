@@ -14,8 +14,11 @@ VOCABULARY = 64
 StartGroup = Callable[..., HTTPTrainServiceClient]
 
 
-def make_batch(rows: int = 5, length: int = 10, responses: int = 6, seed: int = 0) -> dict[str, Any]:
-    """Random tokens; ragged rows: row i has its first i % 3 positions padded and its last token unscored where i is odd."""
+def make_batch(
+    rows: int = 5, length: int = 10, responses: int = 6, seed: int = 0
+) -> dict[str, Any]:
+    """Random tokens; ragged rows: row i has its first i % 3 positions padded and its last token
+    unscored where i is odd."""
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(0, VOCABULARY, (rows, length), generator=generator)
     attention = torch.ones(rows, length, dtype=torch.int64)
@@ -38,14 +41,21 @@ def make_batch(rows: int = 5, length: int = 10, responses: int = 6, seed: int = 
 def fingerprint(client: HTTPTrainServiceClient) -> str:
     """The weights' fingerprint, by way of a published folder."""
     path = f"fingerprints/{client.identifier}"
-    return str(client.save_checkpoint(path, saved_fully_shared_ckpt=False, remove_previous_ckpt=False)["fingerprint"])
+    return str(
+        client.save_checkpoint(path, saved_fully_shared_ckpt=False, remove_previous_ckpt=False)[
+            "fingerprint"
+        ]
+    )
 
 
 def leftovers(stack: Stack) -> list[str]:
-    """What operations that have ended left behind: payloads of requests, staging folders, Redis keys that would stay for ever."""
+    """What operations that have ended left behind: payloads of requests, staging folders, Redis
+    keys that would stay for ever."""
     own = stack.data / ".nexrl"
     files = [
-        path.name for path in (own / "payloads").rglob("*") if path.is_file() and not path.name.endswith(".result")
+        path.name
+        for path in (own / "payloads").rglob("*")
+        if path.is_file() and not path.name.endswith(".result")
     ]
     files += [path.name for path in (own / "staging").glob("*")]
     client = connect(stack.redis_url)

@@ -1,4 +1,5 @@
-"""The table of operations is the truth: the ranks, the client and the mock have each of its rows, and nothing else."""
+"""The table of operations is the truth: the ranks, the client and the mock have each of its rows,
+and nothing else."""
 
 from __future__ import annotations
 
@@ -12,17 +13,30 @@ from nexrl_worker.operations import IMPLEMENTED
 from nexrl_worker.training.losses.policy import FUNCTIONS
 from nexrl_worker.training.queries import QUERIES
 
-NO_OPERATIONS = {"health_check", "get_models", "worker_info", "actor_context", "submit", "submit_async"}
+NO_OPERATIONS = {
+    "health_check",
+    "get_models",
+    "worker_info",
+    "actor_context",
+    "submit",
+    "submit_async",
+}
 
 
 def test_the_ranks_implement_each_row_and_no_other() -> None:
     assert IMPLEMENTED.keys() == {name for name, row in OPERATIONS.items() if row.by_ranks}
-    assert QUERIES.keys() == {name for name, row in OPERATIONS.items() if row.takes_batch and not row.trains}
+    assert QUERIES.keys() == {
+        name for name, row in OPERATIONS.items() if row.takes_batch and not row.trains
+    }
     assert FUNCTIONS.keys() == LOSSES.keys()
 
 
 def test_the_client_has_a_method_for_each_row_and_no_other() -> None:
-    methods = {name for name, value in vars(TrainServiceClient).items() if callable(value) and name[0] != "_"}
+    methods = {
+        name
+        for name, value in vars(TrainServiceClient).items()
+        if callable(value) and name[0] != "_"
+    }
     assert methods - NO_OPERATIONS == OPERATIONS.keys()
 
 
@@ -38,6 +52,8 @@ def test_a_clients_method_takes_the_rows_arguments(name: str) -> None:
         assert taken.keys() == row.params.model_fields.keys()
         for argument, parameter in taken.items():
             field = row.params.model_fields[argument]
-            if name != "initialize_worker":  # whose role None means the configuration's, else "actor"
+            if (
+                name != "initialize_worker"
+            ):  # whose role None means the configuration's, else "actor"
                 assert (parameter.default is parameter.empty) == field.is_required(), argument
                 assert field.is_required() or parameter.default == field.default, argument

@@ -1,4 +1,5 @@
-"""Parts of ``gpu_check.py``. They reach the worker's mathematics by path: where they run, nothing need be installed."""
+"""Parts of ``gpu_check.py``. They reach the worker's mathematics by path: where they run, nothing
+need be installed."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Updates of the engine and of the plain loop on one device, in turning order: seconds, memory, and what the engine says."""
+"""Updates of the engine and of the plain loop on one device, in turning order: seconds, memory, and
+what the engine says."""
 
 from __future__ import annotations
 
@@ -36,13 +37,16 @@ class Side(Protocol):
 
 
 class EngineSide:
-    """The worker's engine; `whole_logits`: with the family's own logits instead of chunks of the head."""
+    """The worker's engine; `whole_logits`: with the family's own logits instead of chunks of the
+    head."""
 
     def __init__(
         self, path: Path, device: torch.device, rows: Rows, micro: int, *,
         packing: bool = False, recompute: bool = False, whole_logits: bool = False,
     ) -> None:  # fmt: skip
-        settings = actor(path, packing=packing, recompute=recompute, ppo_micro_batch_size_per_gpu=micro)
+        settings = actor(
+            path, packing=packing, recompute=recompute, ppo_micro_batch_size_per_gpu=micro
+        )
         self._engine = Engine.build(settings, "actor", device)
         if packing and not self._engine.info()["packing"]:
             raise RuntimeError(f"it does not pack: {self._engine.info()['packing_reason']}")
@@ -51,13 +55,19 @@ class EngineSide:
         self._plan = self._engine.plan(self._prepared, rows.lengths)
         found = self._engine._probe
         self.told = {key: value for key, value in self._engine.info().items() if "steps" not in key}
-        self.told |= {"chunked_difference": found.difference, "packed_difference": found.packed_difference}
-        self.told["estimated_peak_mib"] = self._engine.explain(self._prepared, self._plan, rows.lengths)[
-            "peak_memory_mib"
-        ]
+        self.told |= {
+            "chunked_difference": found.difference,
+            "packed_difference": found.packed_difference,
+        }
+        self.told["estimated_peak_mib"] = self._engine.explain(
+            self._prepared, self._plan, rows.lengths
+        )["peak_memory_mib"]
         if whole_logits:
             self._engine._root.fallback = "whole logits were asked for"  # type: ignore[assignment]
-            self.told |= {"chunked_log_probs": False, "chunked_log_probs_reason": "whole logits were asked for"}
+            self.told |= {
+                "chunked_log_probs": False,
+                "chunked_log_probs_reason": "whole logits were asked for",
+            }
             del self.told["estimated_peak_mib"]  # it is that of the chunks
 
     def step(self) -> tuple[float, Mapping[str, float]]:
@@ -69,7 +79,9 @@ class EngineSide:
 class PlainSide:
     """The plain loop, in the dtype that the engine computes in."""
 
-    def __init__(self, path: Path, device: torch.device, rows: Rows, micro: int, *, recompute: bool = False) -> None:
+    def __init__(
+        self, path: Path, device: torch.device, rows: Rows, micro: int, *, recompute: bool = False
+    ) -> None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self._loop = PlainLoop(path, device, micro, dtype, recompute=recompute)
         self.model: nn.Module = self._loop.model
@@ -95,10 +107,12 @@ def contest(
     makers: Mapping[str, Callable[[], Side]], shape: Shape, rows: Rows, device: torch.device,
     *, rounds: int, steps: int, until: float,
 ) -> dict[str, Any]:  # fmt: skip
-    """Each side's median step, tokens/s, FLOPs utilisation and peak; the first side is compared with the others.
+    """Each side's median step, tokens/s, FLOPs utilisation and peak; the first side is compared
+    with the others.
 
-    In every round each side is built anew and alone on the device, warmed up, timed for `steps`, and freed. A side
-    that fails is left out from then on, its error in `failed`. No round begins after `until` (time.monotonic).
+    In every round each side is built anew and alone on the device, warmed up, timed for `steps`,
+    and freed. A side that fails is left out from then on, its error in `failed`. No round begins
+    after `until` (time.monotonic).
     """
     samples = {name: _Samples() for name in makers}
     for number in range(rounds):
@@ -111,10 +125,14 @@ def contest(
     first = next(iter(samples.values()))
     for name, one in samples.items():
         if one.seconds and first.seconds and not abs(one.norm / first.norm - 1.0) <= SAME_NORM:
-            failed.append(f"{name}: gradient norm {one.norm:.6g}, the first side's is {first.norm:.6g}")
+            failed.append(
+                f"{name}: gradient norm {one.norm:.6g}, the first side's is {first.norm:.6g}"
+            )
     return {
-        "model": shape.name, "rows": rows.size, "length": shape.length, "micro_batch_rows": shape.micro,
-        "tokens": sum(rows.lengths), "padding_share": 1.0 - sum(rows.lengths) / (rows.size * shape.length),
+        "model": shape.name, "rows": rows.size, "length": shape.length,
+        "micro_batch_rows": shape.micro,
+        "tokens": sum(rows.lengths),
+        "padding_share": 1.0 - sum(rows.lengths) / (rows.size * shape.length),
         "parameters": first.told.get("parameters"), "sides": answer, "failed": failed,
     }  # fmt: skip
 
@@ -131,7 +149,9 @@ def _attempt(make: Callable[[], Side], into: _Samples, device: torch.device, ste
         into.error = "its model is still in memory, beside those that come after it"
 
 
-def _measure(side: Side, into: _Samples, device: torch.device, steps: int) -> weakref.ref[nn.Module]:
+def _measure(
+    side: Side, into: _Samples, device: torch.device, steps: int
+) -> weakref.ref[nn.Module]:
     into.told = side.told
     for number in range(-_WARM_UP, steps):
         with peak_memory(device) as peak:
@@ -151,16 +171,24 @@ def _measure(side: Side, into: _Samples, device: torch.device, steps: int) -> we
 
 
 def _account(one: _Samples, shape: Shape, rows: Rows, device: torch.device) -> dict[str, Any]:
-    answer: dict[str, Any] = {"peak_mib": one.peak_mib, "held_mib": one.held_mib, "gradient_norm": one.norm}
+    answer: dict[str, Any] = {
+        "peak_mib": one.peak_mib,
+        "held_mib": one.held_mib,
+        "gradient_norm": one.norm,
+    }
     answer |= {"told": one.told, "error": one.error}
     if one.seconds:
         middle = statistics.median(one.seconds)
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         answer |= {
-            "step_s": middle, "fastest_s": min(one.seconds), "slowest_s": max(one.seconds), "samples": len(one.seconds),
+            "step_s": middle, "fastest_s": min(one.seconds), "slowest_s": max(one.seconds),
+            "samples": len(one.seconds),
             "tokens_per_s": sum(rows.lengths) / middle,
-            "utilisation": None if peak is None else step_flops(shape.config, rows.lengths) / middle / peak,
-            "parts_s": {key: statistics.median(part[key] for part in one.parts) for key in one.parts[0]},
+            "utilisation": None if peak is None
+            else step_flops(shape.config, rows.lengths) / middle / peak,
+            "parts_s": {
+                key: statistics.median(part[key] for part in one.parts) for key in one.parts[0]
+            },
         }  # fmt: skip
     return answer
 

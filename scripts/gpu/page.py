@@ -7,13 +7,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 _EXPLAINED = """\
-Tokens per second count real tokens. Utilisation is (6 N_matmul + 12 L H d S) x tokens/s over the device's dense bf16 \
-peak, S the sum of squared lengths over the sum of lengths; recomputation is not counted, nor is the causal half of \
-attention taken off. The plain loop is one process of plain torch and transformers: the model in bfloat16 (float32 on a \
-CPU) with float32 master weights, gradients and moments, fused AdamW, transformers' whole logits, log-softmax in float32, \
-PPO-clip, the same batch and micro-batches; it reports no entropy, clip fractions or quantiles. Every side is built anew \
-and alone in each round; its first two steps are not timed. Peak memory is the most that was allocated on the \
-device (on a CPU: resident), weights and optimizer included."""
+Tokens per second count real tokens. Utilisation is (6 N_matmul + 12 L H d S) x tokens/s over the \
+device's dense bf16 peak, S the sum of squared lengths over the sum of lengths; recomputation is \
+not counted, nor is the causal half of attention taken off. The plain loop is one process of \
+plain torch and transformers: the model in bfloat16 (float32 on a CPU) with float32 master \
+weights, gradients and moments, fused AdamW, transformers' whole logits, log-softmax in float32, \
+PPO-clip, the same batch and micro-batches; it reports no entropy, clip fractions or quantiles. \
+Every side is built anew and alone in each round; its first two steps are not timed. Peak memory \
+is the most that was allocated on the device (on a CPU: resident), weights and optimizer \
+included."""
 
 
 def page(report: dict[str, Any]) -> str:
@@ -25,7 +27,9 @@ def page(report: dict[str, Any]) -> str:
     for name, part in report["parts"].items():
         lines += [f"## {part['title']}", ""]
         failed = [part["error"]] if "error" in part else part["result"]["failed"]
-        lines += [f"- **failed**: {_cell(failure)}" for failure in failed] + ([""] if failed else [])
+        lines += [f"- **failed**: {_cell(failure)}" for failure in failed] + (
+            [""] if failed else []
+        )
         if "result" in part:
             lines += _parity(part["result"]) if name == "parity" else _contest(part["result"])
     return "\n".join(lines).rstrip() + "\n"
@@ -40,15 +44,20 @@ def _parity(result: dict[str, Any]) -> list[str]:
         (way, *(f"{gaps[key]:.2g}" for key in ("log_probs", "gradients", "gradient_norm")))
         for way, gaps in ways.items()
     ]
-    text = f"Relative L2 deviation from a plain float64 loop on the CPU; in float32 (TF32 off) at most {result['limit']:g}."
+    text = (
+        "Relative L2 deviation from a plain float64 loop on the CPU; in float32 (TF32 off) at "
+        f"most {result['limit']:g}."
+    )
     return [text, "", *_table(header, cells)]
 
 
 def _contest(result: dict[str, Any]) -> list[str]:
     sides: dict[str, Any] = result["sides"]
     lines = [
-        f"{result['model']}, {_number(result['parameters'])} parameters; {result['rows']} rows of up to "
-        f"{result['length']} tokens in micro-batches of {result['micro_batch_rows']}: {result['tokens']} real tokens, "
+        f"{result['model']}, {_number(result['parameters'])} parameters; {result['rows']} rows of "
+        "up to "
+        f"{result['length']} tokens in micro-batches of {result['micro_batch_rows']}: "
+        f"{result['tokens']} real tokens, "
         f"{result['padding_share']:.0%} padding.",
         "",
     ]
@@ -67,13 +76,21 @@ def _contest(result: dict[str, Any]) -> list[str]:
     lines += _comparisons(sides)
     told = [(name, *_told(side["told"])) for name, side in sides.items() if side["told"]]
     lines += _table(
-        ("what the probe said", "chunked log-probabilities", "packing", "difference: chunked", "packed"), told
+        (
+            "what the probe said",
+            "chunked log-probabilities",
+            "packing",
+            "difference: chunked",
+            "packed",
+        ),
+        told,
     )
     parts = {name: side["parts_s"] for name, side in sides.items() if side.get("parts_s")}
     if parts:
         keys = list(next(iter(parts.values())))
         lines += _table(
-            ("seconds of a step", *keys), [(name, *(f"{one[key]:.3g}" for key in keys)) for name, one in parts.items()]
+            ("seconds of a step", *keys),
+            [(name, *(f"{one[key]:.3g}" for key in keys)) for name, one in parts.items()],
         )
     return lines
 
@@ -81,9 +98,16 @@ def _contest(result: dict[str, Any]) -> list[str]:
 def _side(name: str, side: dict[str, Any]) -> tuple[str, ...]:
     estimate = side["told"].get("estimated_peak_mib")
     measured = (
-        "" if estimate is None or not side["peak_mib"] else f"{estimate:.0f} ({estimate / side['peak_mib'] - 1:+.0%})"
+        ""
+        if estimate is None or not side["peak_mib"]
+        else f"{estimate:.0f} ({estimate / side['peak_mib'] - 1:+.0%})"
     )
-    memory = (f"{side['peak_mib']:.0f}", f"{side['held_mib']:.0f}", measured, f"{side['gradient_norm']:.5g}")
+    memory = (
+        f"{side['peak_mib']:.0f}",
+        f"{side['held_mib']:.0f}",
+        measured,
+        f"{side['gradient_norm']:.5g}",
+    )
     if "step_s" not in side:
         return name, "failed", "", "", "", *memory
     spread = f"{side['fastest_s']:.3g} to {side['slowest_s']:.3g} ({side['samples']})"
@@ -106,7 +130,10 @@ def _told(told: dict[str, Any]) -> tuple[str, ...]:
     return (
         _yes(told["chunked_log_probs"], told["chunked_log_probs_reason"]),
         _yes(told["packing"], told["packing_reason"]),
-        *("" if math.isnan(told[key]) else f"{told[key]:.2g}" for key in ("chunked_difference", "packed_difference")),
+        *(
+            "" if math.isnan(told[key]) else f"{told[key]:.2g}"
+            for key in ("chunked_difference", "packed_difference")
+        ),
     )
 
 

@@ -1,4 +1,5 @@
-"""Log-probabilities and gradients of one update: the engine on the device and on the CPU against a plain float64 loop."""
+"""Log-probabilities and gradients of one update: the engine on the device and on the CPU against a
+plain float64 loop."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ _CPU = torch.device("cpu")
 
 
 def parity(folder: Path, device: torch.device) -> dict[str, Any]:
-    """Relative L2 deviations by way of computing; `failed` names ways above LIMIT (bfloat16 has none) or not packed."""
+    """Relative L2 deviations by way of computing; `failed` names ways above LIMIT (bfloat16 has
+    none) or not packed."""
     shape = parity_shape()
     path = write_model(folder / "parity", shape.config, _CPU, torch.float32)
     rows = make_rows(shape, padded=True)
@@ -30,10 +32,16 @@ def parity(folder: Path, device: torch.device) -> dict[str, Any]:
     if device.type != "cpu":
         ways |= {"CUDA": (device, "float32", False), "CUDA, packed": (device, "float32", True)}
     name = device.type.upper()
-    ways |= {f"{name}, bfloat16": (device, "bfloat16", False), f"{name}, bfloat16, packed": (device, "bfloat16", True)}
+    ways |= {
+        f"{name}, bfloat16": (device, "bfloat16", False),
+        f"{name}, bfloat16, packed": (device, "bfloat16", True),
+    }
     wanted = _plain(path, rows, shape.micro)
     found = {way: _engine(path, rows, shape.micro, *settings) for way, settings in ways.items()}
-    answer: dict[str, Any] = {"limit": LIMIT, "ways": {way: _deviations(one, wanted) for way, one in found.items()}}
+    answer: dict[str, Any] = {
+        "limit": LIMIT,
+        "ways": {way: _deviations(one, wanted) for way, one in found.items()},
+    }
     if "CUDA" in found:
         answer["CUDA from CPU"] = _deviations(found["CUDA"], found["CPU"])
     answer["failed"] = [
@@ -51,10 +59,14 @@ def _planned(engine: Engine, operation: str, rows: Rows) -> tuple[Prepared, Plan
     return prepared, engine.plan(prepared, rows.lengths)
 
 
-def _engine(path: Path, rows: Rows, micro: int, device: torch.device, dtype: str, packing: bool) -> dict[str, Any]:
+def _engine(
+    path: Path, rows: Rows, micro: int, device: torch.device, dtype: str, packing: bool
+) -> dict[str, Any]:
     """What one engine makes of the batch, on the CPU in float64."""
     engine = Engine.build(
-        actor(path, packing=packing, dtype=dtype, ppo_micro_batch_size_per_gpu=micro), "actor", device
+        actor(path, packing=packing, dtype=dtype, ppo_micro_batch_size_per_gpu=micro),
+        "actor",
+        device,
     )
     answers = engine.compute(*_planned(engine, "compute_log_prob", rows)).answers["old_log_probs"]
     log_probs = torch.zeros(rows.size, rows.shape("input_ids")[1] - 1, dtype=torch.float64)
@@ -90,7 +102,12 @@ def _deviations(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, floa
         raise RuntimeError("the engine's parameters are not those of transformers' model")
     return {
         "log_probs": _gap(found["log_probs"], wanted["log_probs"]),
-        "gradients": _gap(*(torch.cat([one["grads"][name].flatten() for name in names]) for one in (found, wanted))),
+        "gradients": _gap(
+            *(
+                torch.cat([one["grads"][name].flatten() for name in names])
+                for one in (found, wanted)
+            )
+        ),
         "gradient_norm": _gap(found["norm"], wanted["norm"]),
     }
 

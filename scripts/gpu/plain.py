@@ -1,4 +1,5 @@
-"""The loop that one writes without a service: transformers' own logits, log-softmax, PPO-clip, AdamW; shares no code with ours."""
+"""The loop that one writes without a service: transformers' own logits, log-softmax, PPO-clip,
+AdamW; shares no code with ours."""
 
 from __future__ import annotations
 
@@ -15,16 +16,24 @@ LEARNING_RATE, CLIP, GRAD_CLIP, WEIGHT_DECAY = 1e-6, 0.2, 1.0, 0.01
 
 
 class PlainLoop:
-    """A model in `dtype`; where that is bfloat16, master weights, their gradients and AdamW's moments are float32."""
+    """A model in `dtype`; where that is bfloat16, master weights, their gradients and AdamW's
+    moments are float32."""
 
     def __init__(
-        self, path: Path, device: torch.device, micro: int, dtype: torch.dtype, *, recompute: bool = False
+        self,
+        path: Path,
+        device: torch.device,
+        micro: int,
+        dtype: torch.dtype,
+        *,
+        recompute: bool = False,
     ) -> None:
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
         self.model = loaded.to(device)
         if recompute:
             _recompute(self.model)
-            self.model.train()  # transformers recomputes in this mode alone; the models have no dropout
+            # transformers recomputes in this mode alone; the models have no dropout
+            self.model.train()
         self._device = device
         self._micro = micro
         self._params: list[nn.Parameter] = list(self.model.parameters())
@@ -33,10 +42,13 @@ class PlainLoop:
             self._masters = [nn.Parameter(param.detach().float()) for param in self._params]
             for param, master in zip(self._params, self._masters, strict=True):
                 _hand_gradients_to(param, master)
-        self._adamw = torch.optim.AdamW(self._masters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+        self._adamw = torch.optim.AdamW(
+            self._masters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
+        )
 
     def log_probs(self, rows: Rows, at: slice) -> Tensor:
-        """Log-probabilities [n,S-1] of every next token of these rows, padding included, at least float32."""
+        """Log-probabilities [n,S-1] of every next token of these rows, padding included, at least
+        float32."""
         ids = rows.tensors["input_ids"][at].to(self._device)
         attention = rows.tensors["attention_mask"][at].to(self._device)
         logits = self.model(input_ids=ids, attention_mask=attention, use_cache=False).logits[:, :-1]
@@ -45,12 +57,15 @@ class PlainLoop:
         return torch.log_softmax(wide, dim=-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
 
     def backward(self, rows: Rows) -> None:
-        """Gradients of the PPO-clip loss, the mean over all real tokens of the batch, micro-batch by micro-batch."""
+        """Gradients of the PPO-clip loss, the mean over all real tokens of the batch, micro-batch
+        by micro-batch."""
         real = rows.tensors["attention_mask"][:, 1:]
         for first in range(0, rows.size, self._micro):
             at = slice(first, first + self._micro)
             log_probs = self.log_probs(rows, at)
-            gain, old = (rows.tensors[name][at, 1:].to(log_probs) for name in ("advantages", "old_log_probs"))
+            gain, old = (
+                rows.tensors[name][at, 1:].to(log_probs) for name in ("advantages", "old_log_probs")
+            )
             ratio = torch.exp(log_probs - old)
             kept = torch.minimum(ratio * gain, ratio.clamp(1 - CLIP, 1 + CLIP) * gain)
             loss = -(kept * real[at].to(log_probs)).sum() / int(real.sum())
@@ -70,7 +85,10 @@ class PlainLoop:
 
 def _recompute(model: Any) -> None:
     """Layers again in the backward; transformers 5.23 has a new name for it."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable = (
+        getattr(model, "activation_checkpointing_enable", None)
+        or model.gradient_checkpointing_enable
+    )
     enable({"use_reentrant": False})
 
 

@@ -1,4 +1,5 @@
-"""One bit of a queued batch, flipped in the store: real gateway, ledger and consumers refuse it and go on."""
+"""One bit of a queued batch, flipped in the store: real gateway, ledger and consumers refuse it and
+go on."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def stopped(pid: int) -> Iterator[None]:
 
 
 def flip(path: ServicePath, job: JobHandle, place: Callable[[int], int]) -> None:
-    """The lowest bit of one byte of the job's stored batch; ``place`` says which, from their number."""
+    """The lowest bit of one byte of the job's stored batch; ``place`` says which, from their
+    number."""
     if path.payload_redis is None:
         data = bytearray((file := folder_of(path) / job.id).read_bytes())
         data[place(len(data))] ^= 1
@@ -44,13 +46,21 @@ def flip(path: ServicePath, job: JobHandle, place: Callable[[int], int]) -> None
 
 
 @pytest.mark.parametrize(("store", "ranks"), [("file", 1), ("redis", 2)])
-def test_a_flipped_bit_fails_the_job_and_not_the_group(tmp_path: Path, store: Store, ranks: int) -> None:
-    """In the header, in the first row, in the middle and in the last byte; of two ranks one may read it and both refuse."""
+def test_a_flipped_bit_fails_the_job_and_not_the_group(
+    tmp_path: Path, store: Store, ranks: int
+) -> None:
+    """In the header, in the first row, in the middle and in the last byte; of two ranks one may
+    read it and both refuse."""
     with Children(tmp_path) as children:
         path = ServicePath(children, "damage", store, ranks, "update")
         client, batch = path.client(), make_batch(Size(64, 512))
         sound = client.update_actor(batch)["metrics"]["scored"]
-        for place in (lambda size: 30, lambda size: 3000, lambda size: size // 2, lambda size: size - 1):
+        for place in (
+            lambda size: 30,
+            lambda size: 3000,
+            lambda size: size // 2,
+            lambda size: size - 1,
+        ):
             with stopped(path.ranks[0].pid):
                 job = client.submit("update_actor", batch)
                 flip(path, job, place)

@@ -20,12 +20,16 @@ from benchmarks.results import Findings, Measure, Table
         *[(15, False, "met"), (19, False, "missed"), (20.1, False, "failed")],
     ],
 )
-def test_a_target_fails_when_it_is_missed_by_more_than_a_third(value: float, at_least: bool, verdict: str) -> None:
+def test_a_target_fails_when_it_is_missed_by_more_than_a_third(
+    value: float, at_least: bool, verdict: str
+) -> None:
     """15 at least: 10 is a third below; 15 at most: 20 is a third above."""
     assert Measure("x", value, 15, at_least).verdict == verdict
 
 
-def test_the_page_names_the_machine_but_not_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_names_the_machine_but_not_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It has processor, versions, every measure and table, and no host name."""
     monkeypatch.setattr(report, "FOLDER", tmp_path)
     found = Findings("Part", "How.", [Measure.of("speed", [3, 1, 2], 2, at_least=True)])

@@ -27,7 +27,9 @@ def save(engine: Engine, folder: Path) -> None:
     update(engine)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     group = GroupState({"scalars": engine.state.scalars()}, folder / "model") if rank == 0 else None
-    write_shards(folder / "staging", rank, world_size, engine.state.shards(), engine.state.rng_state(), group)
+    write_shards(
+        folder / "staging", rank, world_size, engine.state.shards(), engine.state.rng_state(), group
+    )
 
 
 def load(engine: Engine, folder: Path) -> None:
@@ -35,7 +37,9 @@ def load(engine: Engine, folder: Path) -> None:
     plan.verify(dist.get_rank(), dist.get_world_size())
     reader = plan.reader()
     plan.check_fits(
-        reader, {shard.name: shard.global_shape for shard in engine.state.shards()}, engine.state.architecture()
+        reader,
+        {shard.name: shard.global_shape for shard in engine.state.shards()},
+        engine.state.architecture(),
     )
     engine.state.load_shards(reader)
     engine.state.load_scalars(plan.state()["scalars"])
@@ -43,13 +47,17 @@ def load(engine: Engine, folder: Path) -> None:
 
 
 def check(phase: Callable[[Engine, Path], None], folder: Path) -> None:
-    engine = Engine.build(config(str(folder / "model"), export_dtype="float64"), "actor", torch.device("cpu"))
+    engine = Engine.build(
+        config(str(folder / "model"), export_dtype="float64"), "actor", torch.device("cpu")
+    )
     phase(engine, folder)
     update(engine)
     stamp = Stamp("student", 0, engine.state.weight_version, f"{engine.state.fingerprint():016x}")
     after = folder / f"after-{phase.__name__}"
     writer = (
-        FolderWriter(after, folder / "model", stamp, layout=engine.state.layout()) if dist.get_rank() == 0 else None
+        FolderWriter(after, folder / "model", stamp, layout=engine.state.layout())
+        if dist.get_rank() == 0
+        else None
     )
     assert export(engine.state.full_weights(), writer) is None
     if writer is not None:

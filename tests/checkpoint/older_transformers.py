@@ -1,8 +1,9 @@
-"""What runs with transformers 4.57, in a process of its own: makes model folders, and scores with folders of others.
+"""What runs with transformers 4.57, in a process of its own: makes model folders, and scores with
+folders of others.
 
-`make FOLDER` reads {name: configuration} from standard input and saves a random model of each under FOLDER/name;
-`score IDS FOLDER...` prints, as JSON, the log-probabilities of a row of ids by each folder's model. What a folder
-lacks or has too much of ends it.
+`make FOLDER` reads {name: configuration} from standard input and saves a random model of each under
+FOLDER/name; `score IDS FOLDER...` prints, as JSON, the log-probabilities of a row of ids by each
+folder's model. What a folder lacks or has too much of ends it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ def run(*arguments: str, given: str = "") -> Any:
     assert ENVIRONMENT.is_dir(), "transformers 4.57 is missing; run: make setup"
     environment = {"PYTHONPATH": str(ENVIRONMENT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
-        [sys.executable, __file__, *arguments], input=given, env=environment, capture_output=True, text=True
+        [sys.executable, __file__, *arguments],
+        input=given,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
     return json.loads(ended.stdout)

@@ -1,4 +1,5 @@
-"""One group of one rank in this process: its engine and its checkpoints, without a runtime around them."""
+"""One group of one rank in this process: its engine and its checkpoints, without a runtime around
+them."""
 
 from __future__ import annotations
 
@@ -49,11 +50,15 @@ class Group:
         return path
 
     def load(self, path: Path, *, weight_only: bool = False) -> dict[str, Any]:
-        return self.checkpoints.load(self.engine.state, {"path": str(path), "load_weight_only": weight_only}).result
+        return self.checkpoints.load(
+            self.engine.state, {"path": str(path), "load_weight_only": weight_only}
+        ).result
 
     def convert(self, path: Path) -> Path:
         """Of the current weights, where nothing is there; else of the checkpoint there."""
-        return Path(self.checkpoints.convert(self.engine.state, {"local_path": str(path)}).result["path"])
+        return Path(
+            self.checkpoints.convert(self.engine.state, {"local_path": str(path)}).result["path"]
+        )
 
     def state(self) -> tuple[Any, ...]:
         """Weights, moments and schedule."""
@@ -61,5 +66,7 @@ class Group:
 
     def moments(self) -> dict[str, float]:
         """A sum for each of AdamW's."""
-        parts = (part for part in self.engine.state.shards() if part.name.startswith(OPTIMIZER_PREFIX))
+        parts = (
+            part for part in self.engine.state.shards() if part.name.startswith(OPTIMIZER_PREFIX)
+        )
         return {part.name: part.local_tensor.sum().item() for part in parts}

@@ -34,11 +34,17 @@ def start(tmp_path: Path, redis_url: str) -> Iterator[Start]:
     running: list[subprocess.Popen[bytes]] = []
 
     def begin(name: str = "one", url: str = redis_url) -> subprocess.Popen[bytes]:
-        settings = {"NEXRL_REDIS_URL": url, "NEXRL_DATA": str(tmp_path), "NEXRL_CHECKPOINTER_NAME": name}
+        settings = {
+            "NEXRL_REDIS_URL": url,
+            "NEXRL_DATA": str(tmp_path),
+            "NEXRL_CHECKPOINTER_NAME": name,
+        }
         command = [sys.executable, "-m", "nexrl_checkpointer"]
         with open(tmp_path / f"{name}.log", "ab") as log:
             running.append(
-                subprocess.Popen(command, env=environment(**settings), stderr=log, preexec_fn=die_with_parent)
+                subprocess.Popen(
+                    command, env=environment(**settings), stderr=log, preexec_fn=die_with_parent
+                )
             )
         return running[-1]
 
@@ -61,7 +67,8 @@ def let_leases_lapse(ledger: Ledger) -> None:
 
 
 def test_it_registers_publishes_and_signs_off(tmp_path: Path, ledger: Ledger, start: Start) -> None:
-    """A save handed over becomes a checkpoint and a finished job; SIGTERM ends the process with 0 and its record."""
+    """A save handed over becomes a checkpoint and a finished job; SIGTERM ends the process with 0
+    and its record."""
     process = start("two-of-two")
     eventually(lambda: [record.name for record in ledger.checkpointers()] == ["two-of-two"])
     job = ended(ledger, hand_over(ledger, tmp_path, tmp_path / "ckpt" / "step_1", NEW))
@@ -80,14 +87,18 @@ def test_it_registers_publishes_and_signs_off(tmp_path: Path, ledger: Ledger, st
     assert process.wait(10) == 0 and ledger.checkpointers() == []
 
 
-def test_a_bad_save_fails_its_job_and_the_next_one_works(tmp_path: Path, ledger: Ledger, start: Start) -> None:
+def test_a_bad_save_fails_its_job_and_the_next_one_works(
+    tmp_path: Path, ledger: Ledger, start: Start
+) -> None:
     """The error has its code and names the job; staging is cleared; the process lives on."""
     start()
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("meow")
     refused = ended(ledger, hand_over(ledger, tmp_path, tmp_path / "photos", NEW))
     missing = ended(ledger, hand_over(ledger, tmp_path, tmp_path / "ckpt", NEW, world_size=4))
-    stranger = ended(ledger, hand_over(ledger, tmp_path, tmp_path / "ckpt", NEW, staging=str(tmp_path)))
+    stranger = ended(
+        ledger, hand_over(ledger, tmp_path, tmp_path / "ckpt", NEW, staging=str(tmp_path))
+    )
     assert [job.error and job.error["code"] for job in (refused, missing, stranger)] == [
         "PATH_REFUSED",
         "CHECKPOINT_INVALID",
@@ -101,20 +112,35 @@ def test_a_bad_save_fails_its_job_and_the_next_one_works(tmp_path: Path, ledger:
     assert ended(ledger, hand_over(ledger, tmp_path, tmp_path / "ckpt", NEW)).state == "finished"
 
 
-def test_a_path_that_cannot_be_is_the_callers_error(tmp_path: Path, ledger: Ledger, start: Start) -> None:
+def test_a_path_that_cannot_be_is_the_callers_error(
+    tmp_path: Path, ledger: Ledger, start: Start
+) -> None:
     """422 that names the path, nothing left behind, and the process lives on."""
     start()
     (tmp_path / "file").write_text("x")
-    paths = [tmp_path / ("n" * 300), tmp_path / ("n" * 240), tmp_path / ("n" * 300) / "x", tmp_path / "file" / "x"]
+    paths = [
+        tmp_path / ("n" * 300),
+        tmp_path / ("n" * 240),
+        tmp_path / ("n" * 300) / "x",
+        tmp_path / "file" / "x",
+    ]
     for path in paths:
         error = ended(ledger, hand_over(ledger, tmp_path, path, NEW)).error
-        assert error is not None and error["code"] == "PATH_REFUSED" and str(path.parent) in error["message"]
-    assert not any(path.name.startswith((".n", "n")) and path.name != ".nexrl" for path in tmp_path.iterdir())
+        assert (
+            error is not None
+            and error["code"] == "PATH_REFUSED"
+            and str(path.parent) in error["message"]
+        )
+    assert not any(
+        path.name.startswith((".n", "n")) and path.name != ".nexrl" for path in tmp_path.iterdir()
+    )
     assert list((tmp_path / ".nexrl" / "staging").iterdir()) == []
     assert ended(ledger, hand_over(ledger, tmp_path, tmp_path / "ckpt", NEW)).state == "finished"
 
 
-def test_the_record_of_a_destroyed_groups_checkpoints_goes(tmp_path: Path, ledger: Ledger, start: Start) -> None:
+def test_the_record_of_a_destroyed_groups_checkpoints_goes(
+    tmp_path: Path, ledger: Ledger, start: Start
+) -> None:
     """Within moments, without another save."""
     start()
     ended(ledger, hand_over(ledger, tmp_path, tmp_path / "ckpt", NEW))
@@ -131,12 +157,22 @@ def test_a_lost_bell_delays_nothing(tmp_path: Path, ledger: Ledger, start: Start
     assert ended(ledger, job).state == "finished"
 
 
-def test_saves_of_one_group_are_published_in_order(tmp_path: Path, ledger: Ledger, start: Start) -> None:
-    """With several checkpointers at work, only the last of many saves that remove their previous one is left."""
+def test_saves_of_one_group_are_published_in_order(
+    tmp_path: Path, ledger: Ledger, start: Start
+) -> None:
+    """With several checkpointers at work, only the last of many saves that remove their previous
+    one is left."""
     for name in ("one", "two", "three"):
         start(name)
     jobs = [
-        hand_over(ledger, tmp_path, tmp_path / "ckpt" / f"step_{step}", NEW, remove_previous=True, step=step)
+        hand_over(
+            ledger,
+            tmp_path,
+            tmp_path / "ckpt" / f"step_{step}",
+            NEW,
+            remove_previous=True,
+            step=step,
+        )
         for step in range(8)
     ]
     assert {ended(ledger, job).state for job in jobs} == {"finished"}
@@ -145,8 +181,11 @@ def test_saves_of_one_group_are_published_in_order(tmp_path: Path, ledger: Ledge
 
 
 @pytest.mark.slow
-def test_killed_at_random_something_always_loads(tmp_path: Path, ledger: Ledger, start: Start) -> None:
-    """Kills -9 at random moments of a save: a whole checkpoint is visible each time, and the next process ends the job."""
+def test_killed_at_random_something_always_loads(
+    tmp_path: Path, ledger: Ledger, start: Start
+) -> None:
+    """Kills -9 at random moments of a save: a whole checkpoint is visible each time, and the next
+    process ends the job."""
     moments, path, large = random.Random(20), tmp_path / "ckpt", (BIG, BIGGER)
     process = start()
     job = hand_over(ledger, tmp_path, path, BIGGER)
@@ -199,7 +238,9 @@ def test_it_stops_even_while_redis_is_away(tmp_path: Path, start: Start) -> None
     assert process.wait(10) == 0
 
 
-def test_it_finishes_the_save_at_hand_before_it_stops(tmp_path: Path, ledger: Ledger, start: Start) -> None:
+def test_it_finishes_the_save_at_hand_before_it_stops(
+    tmp_path: Path, ledger: Ledger, start: Start
+) -> None:
     """SIGTERM in the middle of a save: that one is published, the next one is left for others."""
     process = start()
     at_hand = hand_over(ledger, tmp_path, tmp_path / "ckpt" / "step_1", BIG)
@@ -214,6 +255,7 @@ def test_the_process_holds_no_torch() -> None:
     """Importing the whole service brings neither torch nor NumPy nor another service."""
     code = (
         "import sys, nexrl_checkpointer.__main__;"
-        "sys.exit(any(n.split('.')[0] in ('torch', 'numpy', 'fastapi', 'nexrl_worker', 'nexrl_gateway') for n in sys.modules))"
+        "sys.exit(any(n.split('.')[0] in ('torch', 'numpy', 'fastapi', 'nexrl_worker', "
+        "'nexrl_gateway') for n in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,4 +1,5 @@
-"""What other programs read of an export: names, shapes and dtypes of the source folder, and the files beside the weights."""
+"""What other programs read of an export: names, shapes and dtypes of the source folder, and the
+files beside the weights."""
 
 from __future__ import annotations
 
@@ -33,23 +34,39 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 SMALL: dict[str, Any] = dict(
-    vocab_size=61, hidden_size=32, intermediate_size=28, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
-    num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, pad_token_id=0, bos_token_id=1,
+    vocab_size=61, hidden_size=32, intermediate_size=28, num_hidden_layers=2, num_attention_heads=4,
+    head_dim=8,
+    num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, pad_token_id=0,
+    bos_token_id=1,
     eos_token_id=2,
 )  # fmt: skip
 EXPERTS: dict[str, Any] = dict(
-    num_experts=4, num_local_experts=4, n_routed_experts=4, moe_num_experts=4, num_experts_per_tok=2, moe_k=2, moe_topk=2,
-    moe_intermediate_size=12, shared_expert_intermediate_size=12, n_shared_experts=1, n_group=1, topk_group=1,
+    num_experts=4, num_local_experts=4, n_routed_experts=4, moe_num_experts=4,
+    num_experts_per_tok=2, moe_k=2, moe_topk=2,
+    moe_intermediate_size=12, shared_expert_intermediate_size=12, n_shared_experts=1, n_group=1,
+    topk_group=1,
     first_k_dense_replace=1,
 )  # fmt: skip
 LATENT: dict[str, Any] = dict(
-    num_key_value_heads=4, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8
+    num_key_value_heads=4,
+    kv_lora_rank=8,
+    q_lora_rank=8,
+    qk_rope_head_dim=8,
+    qk_nope_head_dim=8,
+    v_head_dim=8,
 )
 EYES: dict[str, Any] = dict(
-    hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    image_size=28,
+    patch_size=14,
 )
 FAMILIES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "minimax", "granitemoe"), EXPERTS),
+    **dict.fromkeys(
+        ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "minimax", "granitemoe"), EXPERTS
+    ),
     **dict.fromkeys(("glm4_moe", "dots1", "ernie4_5_moe", "hunyuan_v1_moe", "flex_olmo"), EXPERTS),
     "deepseek_v2": {**EXPERTS, **LATENT},
     "deepseek_v3": {**EXPERTS, **LATENT},
@@ -63,7 +80,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "qwen2_vl": {
         "text_config": {**SMALL, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
-        "vision_config": {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 14},
+        "vision_config": {
+            "depth": 1,
+            "embed_dim": 16,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "patch_size": 14,
+        },
     },
     "llama4": {
         "text_config": {
@@ -75,10 +98,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "no_rope_layers": [1, 1],
             "interleave_moe_layer_step": 2,
         },
-        "vision_config": {**EYES, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16},
+        "vision_config": {
+            **EYES,
+            "vision_output_dim": 16,
+            "projector_input_dim": 16,
+            "projector_output_dim": 16,
+        },
     },
     "mllama": {
-        "text_config": {**SMALL, "cross_attention_layers": [1], "rope_scaling": {"rope_type": "default"}},
+        "text_config": {
+            **SMALL,
+            "cross_attention_layers": [1],
+            "rope_scaling": {"rope_type": "default"},
+        },
         "vision_config": {
             **EYES,
             "num_global_layers": 1,
@@ -105,7 +137,9 @@ class Exported:
     def scores(self) -> Tensor:
         """The group's log-probabilities of `IDS`."""
         ids = torch.tensor([IDS])
-        rows = MemoryRows({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, temperature=1.0)
+        rows = MemoryRows(
+            {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, temperature=1.0
+        )
         return compute(self.group.engine, "compute_log_prob", rows)["old_log_probs"][0]
 
 
@@ -115,7 +149,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("sources")
     given = {name: {"model_type": name, **SMALL, **keys} for name, keys in FAMILIES.items()}
     run("make", str(folder), given=json.dumps(given))
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / 'meeting'}", rank=0, world_size=1
+    )
     yield folder
     dist.destroy_process_group()
 
@@ -158,7 +194,8 @@ def said(folder: Path) -> str:
 def test_names_cuts_and_dtypes_are_those_of_the_source(
     sources: Path, exports: dict[str, Exported], family: str
 ) -> None:
-    """In every form; all three hold the same weights, and each file says which, as anyone can recompute."""
+    """In every form; all three hold the same weights, and each file says which, as anyone can
+    recompute."""
     wanted = layout(sources / family)
     for folder in exports[family].after.values():
         assert layout(folder) == wanted
@@ -173,20 +210,30 @@ def test_names_cuts_and_dtypes_are_those_of_the_source(
 def test_an_export_is_what_save_pretrained_writes(
     sources: Path, exports: dict[str, Exported], tmp_path: Path, family: str
 ) -> None:
-    """Of the model that `from_pretrained` makes of the same folder: the same names, shapes, dtypes and bits."""
-    auto_class(AutoConfig.from_pretrained(sources / family)).from_pretrained(sources / family).save_pretrained(tmp_path)
-    wanted, found = (load_file(folder / "model.safetensors") for folder in (tmp_path, exports[family].untrained))
+    """Of the model that `from_pretrained` makes of the same folder: the same names, shapes, dtypes
+    and bits."""
+    auto_class(AutoConfig.from_pretrained(sources / family)).from_pretrained(
+        sources / family
+    ).save_pretrained(tmp_path)
+    wanted, found = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path, exports[family].untrained)
+    )
     assert layout(exports[family].untrained) == layout(tmp_path)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_transformers_4_57_reads_every_export(exports: dict[str, Exported]) -> None:
     """It fills nothing at random, leaves nothing out, and scores a row as the group does."""
-    folders = {str(path): made for made in exports.values() for path in (made.untrained, made.after["checkpoint"])}
+    folders = {
+        str(path): made
+        for made in exports.values()
+        for path in (made.untrained, made.after["checkpoint"])
+    }
     found = run("score", json.dumps(IDS), *folders)
     for name, made in exports.items():
         trained, untrained = (
-            torch.tensor(found[str(path)], dtype=torch.float64) for path in (made.after["checkpoint"], made.untrained)
+            torch.tensor(found[str(path)], dtype=torch.float64)
+            for path in (made.after["checkpoint"], made.untrained)
         )
         assert torch.allclose(trained, made.scores().double(), atol=1e-5, rtol=0), name
         assert (trained - untrained).abs().max() > 1e-3, name
@@ -194,7 +241,9 @@ def test_transformers_4_57_reads_every_export(exports: dict[str, Exported]) -> N
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "ernie4_5_moe", "gpt_neox"])
-def test_an_export_loads_into_a_group(exports: dict[str, Exported], sources: Path, family: str, form: str) -> None:
+def test_an_export_loads_into_a_group(
+    exports: dict[str, Exported], sources: Path, family: str, form: str
+) -> None:
     """Experts one by one become the model's fused ones again, to the bit."""
     group = Group(sources / "again", "actor", str(sources / family))
     found = group.load(exports[family].after[form])
@@ -205,12 +254,16 @@ def test_an_export_loads_into_a_group(exports: dict[str, Exported], sources: Pat
 def test_no_rank_holds_a_whole_mixture_of_experts(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exports: dict[str, Exported]
 ) -> None:
-    """Its folder is read and converted layer by layer; transformers would make all of it on every rank."""
+    """Its folder is read and converted layer by layer; transformers would make all of it on every
+    rank."""
     monkeypatch.delattr(AutoModelForCausalLM, "from_pretrained")
     for family in ("mixtral", "deepseek_v3", "ernie4_5_moe"):
         fresh = Group(tmp_path, "actor", str(sources / family))
         record = read_export(exports[family].untrained)
-        assert record is not None and fingerprint_text(fresh.engine.state.fingerprint()) == record.master_fingerprint
+        assert (
+            record is not None
+            and fingerprint_text(fresh.engine.state.fingerprint()) == record.master_fingerprint
+        )
 
 
 def half(folder: Path) -> str:
@@ -227,7 +280,8 @@ def half(folder: Path) -> str:
 @pytest.mark.usefixtures("sources")
 @pytest.mark.parametrize("form", FORMS)
 def test_an_export_has_the_dtypes_of_the_source(tmp_path: Path, form: str) -> None:
-    """Of each tensor; the configuration agrees, and the fingerprint is of what lies there, the group's own beside it."""
+    """Of each tensor; the configuration agrees, and the fingerprint is of what lies there, the
+    group's own beside it."""
     group = Group(tmp_path, "actor", half(tmp_path / "model"))
     group.learn()
     folder = tmp_path / "export"
@@ -239,7 +293,11 @@ def test_an_export_has_the_dtypes_of_the_source(tmp_path: Path, form: str) -> No
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
     record = read_export(folder)
     assert record is not None and said(folder) == record.fingerprint == fingerprint(folder)
-    assert record.master_fingerprint == fingerprint_text(group.engine.state.fingerprint()) != record.fingerprint
+    assert (
+        record.master_fingerprint
+        == fingerprint_text(group.engine.state.fingerprint())
+        != record.fingerprint
+    )
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.bfloat16
 
@@ -272,7 +330,8 @@ def test_export_dtype_overrides_the_source(tmp_path: Path, form: str) -> None:
 
 @pytest.mark.usefixtures("sources")
 def test_a_new_head_has_the_dtype_of_most_of_the_source(tmp_path: Path) -> None:
-    """Of the weights that are taken from it: what it keeps beside them for another purpose does not count."""
+    """Of the weights that are taken from it: what it keeps beside them for another purpose does not
+    count."""
     model = half(tmp_path / "model")
     weights = load_file(Path(model) / "model.safetensors")
     more = {f"mtp.{name}": torch.ones(1) for name in weights}
@@ -317,8 +376,11 @@ def test_what_float16_cannot_hold_is_not_exported_as_infinity(tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("sources")
-def test_checkpoints_from_before_the_source_was_kept_are_converted(tmp_path: Path, sources: Path) -> None:
-    """Into the dtype that the configuration names, under the names that transformers gives a model by default."""
+def test_checkpoints_from_before_the_source_was_kept_are_converted(
+    tmp_path: Path, sources: Path
+) -> None:
+    """Into the dtype that the configuration names, under the names that transformers gives a model
+    by default."""
     group = Group(tmp_path, "actor", str(sources / "mixtral"))
     step = group.save(tmp_path / "step", sharded=True)
     state = json.loads((step / "state.json").read_text())
@@ -326,7 +388,9 @@ def test_checkpoints_from_before_the_source_was_kept_are_converted(tmp_path: Pat
     (step / "state.json").write_text(json.dumps(state))
     manifest = read_manifest(step)
     assert manifest is not None
-    files = tuple(describe(step, file.name) if file.name == "state.json" else file for file in manifest.files)
+    files = tuple(
+        describe(step, file.name) if file.name == "state.json" else file for file in manifest.files
+    )
     write_manifest(step, manifest.model_copy(update={"files": files}))
     assert layout(group.convert(step)) == layout(sources / "mixtral")
 
@@ -348,22 +412,29 @@ def test_a_checkpoint_of_another_model_is_converted_as_its_own_group_would(
 
 
 TRAVEL = {
-    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.jinja",
-    "chat_template.json", "additional_chat_templates/tool_use.jinja", "additional_chat_templates/rag.jinja",
-    "tokenizer.model.v3", "tekken.json", "qwen.tiktoken", "vocab.bpe", "merges.txt", "target.spm", "added_tokens.json",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "chat_template.jinja",
+    "chat_template.json", "additional_chat_templates/tool_use.jinja",
+    "additional_chat_templates/rag.jinja",
+    "tokenizer.model.v3", "tekken.json", "qwen.tiktoken", "vocab.bpe", "merges.txt", "target.spm",
+    "added_tokens.json",
     "generation_config.json", "LICENSE", "tokenizer_config.json", "anything.of.tomorrow",
 }  # fmt: skip
 STAY = {
-    "pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "tf_model.h5", "model.gguf",
-    "modeling_custom.py", "tokenization_custom.py", "README.md", "trainer_state.json", "adapter_config.json",
-    "hf_quant_config.json", ".gitattributes", "nexrl.json", "onnx/model.onnx", "checkpoint-5/config.json",
+    "pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "tf_model.h5",
+    "model.gguf",
+    "modeling_custom.py", "tokenization_custom.py", "README.md", "trainer_state.json",
+    "adapter_config.json",
+    "hf_quant_config.json", ".gitattributes", "nexrl.json", "onnx/model.onnx",
+    "checkpoint-5/config.json",
 }  # fmt: skip
 
 
 @pytest.mark.usefixtures("sources")
 @pytest.mark.parametrize("form", FORMS)
 def test_small_files_travel_and_weights_and_code_stay(tmp_path: Path, form: str) -> None:
-    """Processors, templates and whatever a tokenizer needs; nothing that speaks of other weights."""
+    """Processors, templates and whatever a tokenizer needs; nothing that speaks of other
+    weights."""
     model = Path(save_model(tmp_path / "model"))
     for name in TRAVEL | STAY:
         (model / name).parent.mkdir(exist_ok=True)
@@ -377,11 +448,18 @@ def test_small_files_travel_and_weights_and_code_stay(tmp_path: Path, form: str)
         group.save(folder, sharded=False)
     else:
         folder = group.convert(group.save(folder, sharded=True) if form == "checkpoint" else folder)
-    there = {str(path.relative_to(folder.resolve())) for path in folder.resolve().rglob("*") if path.is_file()}
+    there = {
+        str(path.relative_to(folder.resolve()))
+        for path in folder.resolve().rglob("*")
+        if path.is_file()
+    }
     assert there == TRAVEL | {"config.json", "model.safetensors", "nexrl.json"}
     record = read_export(folder)
     assert record is not None and {entry.name for entry in record.files} == there - {"nexrl.json"}
     if form == "sync":
         for _ in range(2):
             group.save(folder, sharded=False)
-        assert sorted(path.name for path in tmp_path.glob(".export.v*")) == [".export.v2", ".export.v3"]
+        assert sorted(path.name for path in tmp_path.glob(".export.v*")) == [
+            ".export.v2",
+            ".export.v3",
+        ]

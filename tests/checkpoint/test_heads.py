@@ -1,4 +1,5 @@
-"""A checkpoint of a model with another head is refused, whole and in time: a tied head needs nothing that it lacks."""
+"""A checkpoint of a model with another head is refused, whole and in time: a tied head needs
+nothing that it lacks."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ MODELS = {"actor": "Qwen2ForCausalLM", "critic": "Qwen2ForTokenClassification"}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("heads")
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / 'meeting'}", rank=0, world_size=1
+    )
     save_model(folder / "model")  # its head is tied
     yield folder
     dist.destroy_process_group()
@@ -35,7 +38,9 @@ def saved(folder: Path) -> dict[str, Path]:
         group = Group(folder, role, str(folder / "model"))
         group.learn()
         paths[f"{role} sharded"] = group.save(folder / f"{role}-sharded", sharded=True)
-        paths[f"{role} weights"] = group.save(folder / f"{role}-weights", sharded=True, weight_only=True)
+        paths[f"{role} weights"] = group.save(
+            folder / f"{role}-weights", sharded=True, weight_only=True
+        )
         paths[f"{role} huggingface"] = group.save(folder / f"{role}-export", sharded=False)
         paths[f"{role} older"] = older(group.save(folder / f"{role}-older", sharded=True))
     return paths
@@ -48,7 +53,9 @@ def older(path: Path) -> Path:
     (path / "state.json").write_text(json.dumps(state))
     manifest = read_manifest(path)
     assert manifest is not None
-    files = [describe(path, file.name) if file.name == "state.json" else file for file in manifest.files]
+    files = [
+        describe(path, file.name) if file.name == "state.json" else file for file in manifest.files
+    ]
     write_manifest(path, manifest.model_copy(update={"files": tuple(files)}))
     return path
 
@@ -77,10 +84,14 @@ def test_another_head_is_refused(
 
 @pytest.mark.parametrize("form", ["sharded", "weights", "huggingface", "older"])
 @pytest.mark.parametrize(
-    ("held", "given"), [("actor", "actor"), ("critic", "critic"), ("ref", "actor"), ("teacher", "actor")]
+    ("held", "given"),
+    [("actor", "actor"), ("critic", "critic"), ("ref", "actor"), ("teacher", "actor")],
 )
-def test_the_same_head_loads(folder: Path, saved: dict[str, Path], held: str, given: str, form: str) -> None:
-    """Into a group of the same class, whatever its role, the weights come back; moments where there is an optimizer."""
+def test_the_same_head_loads(
+    folder: Path, saved: dict[str, Path], held: str, given: str, form: str
+) -> None:
+    """Into a group of the same class, whatever its role, the weights come back; moments where there
+    is an optimizer."""
     group = Group(folder, held, str(folder / "model"))
     before = group.engine.state.fingerprint()
 
@@ -94,7 +105,8 @@ def test_the_same_head_loads(folder: Path, saved: dict[str, Path], held: str, gi
 
 @pytest.mark.parametrize("role", ["ref", "teacher"])
 def test_what_a_group_without_an_optimizer_saves_is_weights(folder: Path, role: str) -> None:
-    """An actor loads a full save of it: the weights come back, its own moments and schedule stay."""
+    """An actor loads a full save of it: the weights come back, its own moments and schedule
+    stay."""
     frozen = Group(folder, role, str(folder / "model"))
     path = frozen.save(folder / f"{role}-full", sharded=True)
     actor = Group(folder, "actor", str(folder / "model"))
@@ -109,7 +121,8 @@ def test_what_a_group_without_an_optimizer_saves_is_weights(folder: Path, role: 
 
 
 def test_a_head_written_twice_loads(folder: Path) -> None:
-    """Others write a tied head a second time, and buffers that nobody needs: that is no other model."""
+    """Others write a tied head a second time, and buffers that nobody needs: that is no other
+    model."""
     path = folder / "twice"
     save_model(path)
     weights = load_file(path / "model.safetensors")

@@ -24,24 +24,32 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embed
 def model_folder(folder: Path, *, tied: bool) -> Path:
     """A source folder in bfloat16, whose config says so."""
     torch.manual_seed(1)
-    model = Qwen2ForCausalLM(Qwen2Config(**SIZES, **HEADS, tie_word_embeddings=tied)).to(torch.bfloat16)
+    model = Qwen2ForCausalLM(Qwen2Config(**SIZES, **HEADS, tie_word_embeddings=tied)).to(
+        torch.bfloat16
+    )
     model.save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
     return folder
 
 
 def trained(source: Path) -> dict[str, Tensor]:
-    """Float32 master weights that bfloat16 could not hold, named as the engine names them (a tied head once)."""
+    """Float32 master weights that bfloat16 could not hold, named as the engine names them (a tied
+    head once)."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     return {name: param.detach() + 1e-6 for name, param in model.named_parameters()}
 
 
-def written(tmp_path: Path, source: Path, shard_bytes: int = 10**9) -> tuple[Path, dict[str, Tensor]]:
+def written(
+    tmp_path: Path, source: Path, shard_bytes: int = 10**9
+) -> tuple[Path, dict[str, Tensor]]:
     weights = trained(source)
     folder = tmp_path / "out"
     folder.mkdir()
     writer = FolderWriter(
-        folder, source, Stamp("student", 3, 12, fingerprint_text(fingerprint_of(weights.items()))), shard_bytes
+        folder,
+        source,
+        Stamp("student", 3, 12, fingerprint_text(fingerprint_of(weights.items()))),
+        shard_bytes,
     )
     assert export(iter(weights.items()), writer) is None
     writer.finish()
@@ -51,7 +59,8 @@ def written(tmp_path: Path, source: Path, shard_bytes: int = 10**9) -> tuple[Pat
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
 def test_transformers_loads_what_was_written(tmp_path: Path, tied: bool, shard_bytes: int) -> None:
-    """All bits of the master weights come back without being asked for a dtype, and a tied head shares its memory."""
+    """All bits of the master weights come back without being asked for a dtype, and a tied head
+    shares its memory."""
     folder, weights = written(tmp_path, model_folder(tmp_path / "source", tied=tied), shard_bytes)
     model = AutoModelForCausalLM.from_pretrained(folder)
     loaded = dict(model.named_parameters())
@@ -62,18 +71,25 @@ def test_transformers_loads_what_was_written(tmp_path: Path, tied: bool, shard_b
 
 
 def test_every_file_says_which_weights_it_holds(tmp_path: Path) -> None:
-    """Version and fingerprint stand in each safetensors file, and the fingerprint can be recomputed from the folder."""
+    """Version and fingerprint stand in each safetensors file, and the fingerprint can be recomputed
+    from the folder."""
     folder, weights = written(tmp_path, model_folder(tmp_path / "source", tied=True), 20_000)
     expected = fingerprint_text(fingerprint_of(weights.items()))
     shards = sorted(folder.glob("*.safetensors"))
     assert len(shards) > 1
     for shard in shards:
         with safe_open(str(shard), framework="pt") as file:
-            assert file.metadata() == {"format": "pt", "weight_version": "12", "fingerprint": expected}
+            assert file.metadata() == {
+                "format": "pt",
+                "weight_version": "12",
+                "fingerprint": expected,
+            }
     record = read_export(folder)
     assert record is not None and (record.weight_version, record.step, record.ours) == (12, 3, True)
     verify_files(folder, record.files)
-    assert {entry.name for entry in record.files} | {"nexrl.json"} == {path.name for path in folder.iterdir()}
+    assert {entry.name for entry in record.files} | {"nexrl.json"} == {
+        path.name for path in folder.iterdir()
+    }
     reader = inspect(folder).reader()
     whole = ((name, reader.read(name, 0, shape[0])) for name, shape in reader.shapes.items())
     assert fingerprint_text(fingerprint_of(whole)) == expected
@@ -91,7 +107,9 @@ def test_a_failing_writer_does_not_leave_the_gather(tmp_path: Path) -> None:
 
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "part-00001").symlink_to("/dev/full")
-    writer = FolderWriter(tmp_path / "out", source, Stamp("student", 0, 0, "0" * 16), shard_bytes=20_000)
+    writer = FolderWriter(
+        tmp_path / "out", source, Stamp("student", 0, 0, "0" * 16), shard_bytes=20_000
+    )
     error = export(stream(), writer)
     assert isinstance(error, ServiceError) and error.code == "NO_SPACE"
     assert taken == list(weights)
@@ -105,13 +123,25 @@ def test_ranks_without_a_writer_drain_the_stream() -> None:
 
 
 def test_a_folder_of_any_maker_gives_row_ranges(tmp_path: Path) -> None:
-    """A model folder that transformers saved, in several files, is read by rows like a checkpoint of ours."""
+    """A model folder that transformers saved, in several files, is read by rows like a checkpoint
+    of ours."""
     source = model_folder(tmp_path / "source", tied=False)
     model = AutoModelForCausalLM.from_pretrained(source)
     model.save_pretrained(tmp_path / "several", max_shard_size="20KB")
     plan = inspect(tmp_path / "several")
     reader = plan.reader()
     assert plan.kind == "huggingface" and plan.record is None and not plan.has_optimizer
-    plan.check_fits(reader, {name: tuple(param.shape) for name, param in model.named_parameters()}, "LlamaForCausalLM")
+    plan.check_fits(
+        reader,
+        {name: tuple(param.shape) for name, param in model.named_parameters()},
+        "LlamaForCausalLM",
+    )
     assert torch.equal(reader.read("lm_head.weight", 10, 5), model.lm_head.weight[10:15])
-    assert len(json.loads((tmp_path / "several" / "model.safetensors.index.json").read_bytes())["weight_map"]) > 4
+    assert (
+        len(
+            json.loads((tmp_path / "several" / "model.safetensors.index.json").read_bytes())[
+                "weight_map"
+            ]
+        )
+        > 4
+    )

@@ -1,4 +1,5 @@
-"""Everything wrong with a checkpoint is a CHECKPOINT_INVALID that says what, found before any weight could change."""
+"""Everything wrong with a checkpoint is a CHECKPOINT_INVALID that says what, found before any
+weight could change."""
 
 from __future__ import annotations
 
@@ -90,7 +91,9 @@ def indexed_file_missing(tmp_path: Path) -> Path:
     folder = tmp_path / "hf"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'
+    )
     return folder
 
 
@@ -135,7 +138,9 @@ def test_a_truncated_file_of_another_maker_is_refused(tmp_path: Path) -> None:
         ({"embed.weight": (10, 4)}, r"\[10, 3\], the model's has \[10, 4\]"),
     ],
 )
-def test_another_models_checkpoint_is_refused(tmp_path: Path, needed: dict[str, tuple[int, ...]], message: str) -> None:
+def test_another_models_checkpoint_is_refused(
+    tmp_path: Path, needed: dict[str, tuple[int, ...]], message: str
+) -> None:
     """Names and shapes are compared with the group's before anything is read."""
     plan = inspect(published(tmp_path))
     with pytest.raises(ServiceError, match=message):

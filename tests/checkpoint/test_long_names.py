@@ -1,4 +1,5 @@
-"""The longest name that the gateway lets through has room beside it for every hidden name; a longer one is refused."""
+"""The longest name that the gateway lets through has room beside it for every hidden name; a longer
+one is refused."""
 
 from __future__ import annotations
 
@@ -30,10 +31,14 @@ def test_a_sharded_save_of_the_longest_name(
     if not swaps:
         monkeypatch.setattr(durable, "_exchange", lambda *_: False)
     ledger = Ledger(connect(redis_url))
-    ledger.client.hset(group_key(IDENTIFIER), mapping=GroupRecord(identifier=IDENTIFIER, state="ready").to_hash())
+    ledger.client.hset(
+        group_key(IDENTIFIER), mapping=GroupRecord(identifier=IDENTIFIER, state="ready").to_hash()
+    )
     long, short = tmp_path / ("n" * LONGEST_NAME), tmp_path / "short"
     for path in (long, long, short):
-        request = make_request(tmp_path, path, make_state(), identifier=IDENTIFIER, remove_previous=True)
+        request = make_request(
+            tmp_path, path, make_state(), identifier=IDENTIFIER, remove_previous=True
+        )
         publish(request.model_copy(update={"attempt": 1000}), lambda: None)
         replace_previous(ledger, request, time.time())
     assert loads(short, make_state()) and not list(tmp_path.glob("*nnn*"))
@@ -46,7 +51,13 @@ def test_a_hugging_face_save_of_the_longest_name(tmp_path: Path, ending: str) ->
     target = kind(tmp_path / ("n" * LONGEST_NAME + ending), IDENTIFIER)
     for version in range(12):
         target.check()
-        fields = {"identifier": IDENTIFIER, "step": 0, "created": 0.0, "files": (), "weight_version": version}
+        fields = {
+            "identifier": IDENTIFIER,
+            "step": 0,
+            "created": 0.0,
+            "files": (),
+            "weight_version": version,
+        }
         write_manifest(target.begin(), Export.model_validate(fields))
         target.commit()
     assert f'"weight_version": {11}' in (target.path / "nexrl.json").read_text()
@@ -54,11 +65,19 @@ def test_a_hugging_face_save_of_the_longest_name(tmp_path: Path, ending: str) ->
 
 def test_a_name_too_long_found_by_a_rank_is_the_callers_error(tmp_path: Path) -> None:
     """Wherever in an operation: 422 with the path and the way out, and the group goes on."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1
+    )
     try:
         team = Team()
-        with pytest.raises(Refused, match=r"/n+: File name too long; choose a shorter path") as refused:
+        with pytest.raises(
+            Refused, match=r"/n+: File name too long; choose a shorter path"
+        ) as refused:
             team.agree((tmp_path / ("n" * 300)).mkdir)
-        assert (refused.value.code, refused.value.kind.status, team.agree(lambda: 7)) == ("PATH_REFUSED", 422, 7)
+        assert (refused.value.code, refused.value.kind.status, team.agree(lambda: 7)) == (
+            "PATH_REFUSED",
+            422,
+            7,
+        )
     finally:
         dist.destroy_process_group()

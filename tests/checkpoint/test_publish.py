@@ -1,4 +1,5 @@
-"""Publishing: a save killed at any point leaves a checkpoint that loads, and a second attempt completes it."""
+"""Publishing: a save killed at any point leaves a checkpoint that loads, and a second attempt
+completes it."""
 
 from __future__ import annotations
 
@@ -47,13 +48,25 @@ def make_group(client: redis.Redis, identifier: str = "student") -> None:
 
 
 def publish_until_killed(url: str, request: PublishRequest, at: int) -> None:
-    """Publish, and die of SIGKILL before the ``at``-th call that touches a file; return if there are fewer."""
+    """Publish, and die of SIGKILL before the ``at``-th call that touches a file; return if there
+    are fewer."""
     count = 0
 
     def before(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal count
-        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if writes or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "ctypes.dlopen", "shutil.rmtree"):
+        writes = (
+            event == "open"
+            and isinstance(arguments[2], int)
+            and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        )
+        if writes or event in (
+            "os.rename",
+            "os.remove",
+            "os.rmdir",
+            "os.mkdir",
+            "ctypes.dlopen",
+            "shutil.rmtree",
+        ):
             count += 1
             if count == at:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -66,8 +79,11 @@ def publish_until_killed(url: str, request: PublishRequest, at: int) -> None:
 
 @pytest.fixture
 def processes(monkeypatch: pytest.MonkeyPatch) -> BaseContext:
-    """Starts processes from one that has no threads: a fork of this one may wait for a lock that nobody holds there."""
-    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))  # where that process finds this module
+    """Starts processes from one that has no threads: a fork of this one may wait for a lock that
+    nobody holds there."""
+    monkeypatch.setenv(
+        "PYTHONPATH", os.path.dirname(__file__)
+    )  # where that process finds this module
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     return context
@@ -85,7 +101,8 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> BaseContext:
 def test_killed_anywhere_a_checkpoint_loads_and_the_next_attempt_completes(
     tmp_path: Path, redis_url: str, processes: BaseContext, same_path: bool, foreign: bool
 ) -> None:
-    """At every file operation: what is visible is whole, the old or the new one; afterwards the new one alone is left.
+    """At every file operation: what is visible is whole, the old or the new one; afterwards the new
+    one alone is left.
 
     And what others put into the folder of the previous one, at its place at every moment.
     """
@@ -121,10 +138,15 @@ def test_killed_anywhere_a_checkpoint_loads_and_the_next_attempt_completes(
 
 def test_the_manifest_says_what_the_checkpoint_is(tmp_path: Path) -> None:
     """Every field, and every file with its size and hash."""
-    request = make_request(tmp_path, tmp_path / "a" / "b" / "step_1", fingerprint="0123456789abcdef")
+    request = make_request(
+        tmp_path, tmp_path / "a" / "b" / "step_1", fingerprint="0123456789abcdef"
+    )
     manifest = publish(request, lambda: None)
     fields = json.loads((request.path / "manifest.json").read_bytes())
-    assert {name: fields[name] for name in ("schema_version", "kind", "identifier", "step", "seq", "world_size")} == {
+    assert {
+        name: fields[name]
+        for name in ("schema_version", "kind", "identifier", "step", "seq", "world_size")
+    } == {
         "schema_version": 1,
         "kind": "sharded",
         "identifier": "student",
@@ -137,7 +159,9 @@ def test_the_manifest_says_what_the_checkpoint_is(tmp_path: Path) -> None:
         False,
         "0123456789abcdef",
     )
-    there = {str(path.relative_to(request.path)) for path in request.path.rglob("*") if path.is_file()}
+    there = {
+        str(path.relative_to(request.path)) for path in request.path.rglob("*") if path.is_file()
+    }
     assert {entry.name for entry in manifest.files} | {"manifest.json"} == there
     assert all(describe(request.path, entry.name) == entry for entry in manifest.files)
 
@@ -150,7 +174,8 @@ def test_publishing_twice_is_once(tmp_path: Path) -> None:
 
 
 def test_an_attempt_that_was_replaced_publishes_nothing(tmp_path: Path) -> None:
-    """A process that was paused after its last check finds nothing under its own name when it wakes."""
+    """A process that was paused after its last check finds nothing under its own name when it
+    wakes."""
     request = make_request(tmp_path, tmp_path / "ckpt", NEW)
 
     def overtaken() -> None:
@@ -201,7 +226,9 @@ def foreign(path: Path, what: str) -> None:
         path.symlink_to("elsewhere")
     else:
         path.mkdir()
-        (path / ("manifest.json" if what == "other manifest" else "notes.txt")).write_text('{"name": "a web app"}')
+        (path / ("manifest.json" if what == "other manifest" else "notes.txt")).write_text(
+            '{"name": "a web app"}'
+        )
 
 
 @pytest.mark.parametrize("what", ["folder", "file", "link", "other manifest"])
@@ -238,7 +265,9 @@ def test_another_file_system_gets_a_copy(tmp_path: Path, other_file_system: Path
     assert loads(request.path, NEW) and leftovers(tmp_path, other_file_system) == []
 
 
-def test_without_an_exchange_two_renames_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_exchange_two_renames_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """File systems that cannot swap folders still get the new checkpoint, and no leftovers."""
     monkeypatch.setattr(durable, "_exchange", lambda *_: False)
     publish(make_request(tmp_path, tmp_path / "ckpt", OLD), lambda: None)
@@ -280,7 +309,8 @@ def test_a_new_save_removes_the_one_before(saves: Saves) -> None:
 
 
 def test_kinds_and_groups_do_not_remove_one_another(saves: Saves) -> None:
-    """A weight-only save is not the previous one of a full save, and another group's is nobody's."""
+    """A weight-only save is not the previous one of a full save, and another group's is
+    nobody's."""
     saves("full")
     saves("weights", weight_only=True)
     saves("teacher", identifier="teacher")
@@ -289,7 +319,8 @@ def test_kinds_and_groups_do_not_remove_one_another(saves: Saves) -> None:
 
 
 def test_what_took_the_previous_ones_place_stays(saves: Saves) -> None:
-    """A folder or a weight-sync link that now has the old name is not what was recorded, so it is kept."""
+    """A folder or a weight-sync link that now has the old name is not what was recorded, so it is
+    kept."""
     path = saves("step_1")
     shutil.rmtree(path)
     (path.parent / ".step_1.v1").mkdir()
@@ -313,7 +344,8 @@ def test_the_same_path_again_is_not_its_own_previous(saves: Saves) -> None:
 
 
 def test_a_later_group_of_the_same_name_removes_nothing_of_the_earlier_one(saves: Saves) -> None:
-    """Destroyed and made again with the same identifier: the last checkpoint of the former run stays."""
+    """Destroyed and made again with the same identifier: the last checkpoint of the former run
+    stays."""
     saves("run/step_1")
     saves("run/step_2")
     Ledger(saves.client).group_destroyed("student", None)
@@ -333,7 +365,8 @@ def test_a_restart_of_the_groups_processes_is_the_same_group(saves: Saves) -> No
 
 
 def test_a_save_that_outlived_its_group_removes_nothing(saves: Saves) -> None:
-    """It is published, but is neither the previous one of the next group of that name nor removes anything."""
+    """It is published, but is neither the previous one of the next group of that name nor removes
+    anything."""
     saves("step_1")
     late = make_request(saves.data, saves.data / "late", remove_previous=True)
     submitted = time.time()
@@ -344,14 +377,17 @@ def test_a_save_that_outlived_its_group_removes_nothing(saves: Saves) -> None:
     assert saves.left() == {"step_1", "late", "new"}
 
 
-def test_a_save_that_was_taken_over_removes_nothing_that_came_after_it(tmp_path: Path, redis_url: str) -> None:
-    """Its first checkpointer lost Redis, and with it the lease, between publishing and removing; it wakes two saves later."""
+def test_a_save_that_was_taken_over_removes_nothing_that_came_after_it(
+    tmp_path: Path, redis_url: str
+) -> None:
+    """Its first checkpointer lost Redis, and with it the lease, between publishing and removing; it
+    wakes two saves later."""
     client = connect(redis_url)
     make_group(client)
     requests = [
-        make_request(tmp_path, tmp_path / "ckpt" / f"step_{step}", NEW, remove_previous=True, step=step).model_copy(
-            update={"order": step}
-        )
+        make_request(
+            tmp_path, tmp_path / "ckpt" / f"step_{step}", NEW, remove_previous=True, step=step
+        ).model_copy(update={"order": step})
         for step in (1, 2)
     ]
     submitted = time.time()
@@ -382,7 +418,8 @@ def test_a_destroyed_group_leaves_no_record_of_its_checkpoints(saves: Saves) -> 
 
 
 def put_others_into(folder: Path) -> set[Path]:
-    """A weight-sync folder and a file of somebody's, one of them in a folder of the checkpoint; returns all that must stay."""
+    """A weight-sync folder and a file of somebody's, one of them in a folder of the checkpoint;
+    returns all that must stay."""
     version = folder / ".hf.v1"
     version.mkdir()
     (version / "model.safetensors").write_text("weights")
@@ -398,12 +435,16 @@ def put_others_into(folder: Path) -> set[Path]:
 
 
 def test_removing_the_previous_one_leaves_what_others_put_into_its_folder(saves: Saves) -> None:
-    """Only what its manifest lists goes; a weight-sync folder inside is never what a full save removes."""
+    """Only what its manifest lists goes; a weight-sync folder inside is never what a full save
+    removes."""
     path = saves("step_1")
     others = put_others_into(path)
     saves("step_2")
     assert saves.left() == {"step_2"}
-    assert set(path.rglob("*")) == others and (path / "hf" / "model.safetensors").read_text() == "weights"
+    assert (
+        set(path.rglob("*")) == others
+        and (path / "hf" / "model.safetensors").read_text() == "weights"
+    )
 
 
 def test_a_folder_that_others_use_is_not_replaced(tmp_path: Path) -> None:
@@ -414,7 +455,8 @@ def test_a_folder_that_others_use_is_not_replaced(tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in first.path.rglob("*") if path.is_file()}
     request = make_request(tmp_path, tmp_path / "z", NEW)
     with pytest.raises(
-        ServiceError, match=r"PATH_REFUSED.*\(\.hf\.v1, hf, huggingface/notes\.txt\); choose another path"
+        ServiceError,
+        match=r"PATH_REFUSED.*\(\.hf\.v1, hf, huggingface/notes\.txt\); choose another path",
     ):
         publish(request, lambda: None)
     assert {path: path.read_bytes() for path in first.path.rglob("*") if path.is_file()} == before
@@ -425,7 +467,10 @@ def test_what_comes_while_a_checkpoint_is_prepared_stays(tmp_path: Path) -> None
     """The destination is looked at again just before the swap."""
     publish(make_request(tmp_path, tmp_path / "z", OLD), lambda: None)
     with pytest.raises(ServiceError, match=r"notes\.txt"):
-        publish(make_request(tmp_path, tmp_path / "z", NEW), lambda: put_others_into(tmp_path / "z") and None)
+        publish(
+            make_request(tmp_path, tmp_path / "z", NEW),
+            lambda: put_others_into(tmp_path / "z") and None,
+        )
     assert loads(tmp_path / "z", OLD) and (tmp_path / "z" / "hf").is_symlink()
 
 
@@ -433,7 +478,8 @@ def test_what_comes_while_a_checkpoint_is_prepared_stays(tmp_path: Path) -> None
 def test_what_comes_in_the_moment_of_the_swap_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
 ) -> None:
-    """It is found at its place, in the new checkpoint; the next attempt puts it there if this one is killed."""
+    """It is found at its place, in the new checkpoint; the next attempt puts it there if this one
+    is killed."""
     exchange = durable._exchange
 
     def others_first(left: Path, right: Path) -> bool:
@@ -449,8 +495,13 @@ def test_what_comes_in_the_moment_of_the_swap_stays(
     with pytest.raises(KeyboardInterrupt) if killed else contextlib.nullcontext():
         publish(request, lambda: None)
     publish(request.model_copy(update={"attempt": 2}), lambda: None)
-    assert loads(tmp_path / "z", NEW) and (tmp_path / "z" / "hf" / "model.safetensors").read_text() == "weights"
-    assert (tmp_path / "z" / "huggingface" / "notes.txt").read_text() == "mine" and not list(tmp_path.glob(".z*"))
+    assert (
+        loads(tmp_path / "z", NEW)
+        and (tmp_path / "z" / "hf" / "model.safetensors").read_text() == "weights"
+    )
+    assert (tmp_path / "z" / "huggingface" / "notes.txt").read_text() == "mine" and not list(
+        tmp_path.glob(".z*")
+    )
 
 
 def test_nothing_is_removed_through_a_link(saves: Saves) -> None:
@@ -467,6 +518,12 @@ def test_the_checkpoint_of_another_group_is_not_replaced(tmp_path: Path) -> None
     """The refusal names the other group, before anything is written beside it."""
     publish(make_request(tmp_path, tmp_path / "latest", OLD), lambda: None)
     request = make_request(tmp_path, tmp_path / "latest", NEW, identifier="teacher")
-    with pytest.raises(ServiceError, match=r"PATH_REFUSED.*of group 'student'; choose another path, or remove it"):
+    with pytest.raises(
+        ServiceError, match=r"PATH_REFUSED.*of group 'student'; choose another path, or remove it"
+    ):
         publish(request, lambda: None)
-    assert loads(tmp_path / "latest", OLD) and request.staging.is_dir() and not list(tmp_path.glob(".latest*"))
+    assert (
+        loads(tmp_path / "latest", OLD)
+        and request.staging.is_dir()
+        and not list(tmp_path.glob(".latest*"))
+    )

@@ -12,10 +12,17 @@ from toy_checkpoints import make_request, make_state, stage
 
 
 def test_the_list_holds_what_is_published_once(tmp_path: Path) -> None:
-    """Sharded and weight-sync ones by the path a user knows; neither staging, hidden versions, nor damaged ones."""
+    """Sharded and weight-sync ones by the path a user knows; neither staging, hidden versions, nor
+    damaged ones."""
     publish(make_request(tmp_path, tmp_path / "run" / "ckpt" / "step_1", step=1), lambda: None)
     sync = VersionedPath(tmp_path / "run" / "sync", "student")
-    files = {"identifier": "student", "step": 0, "created": time.time() + 1, "files": (), "weight_version": 8}
+    files = {
+        "identifier": "student",
+        "step": 0,
+        "created": time.time() + 1,
+        "files": (),
+        "weight_version": 8,
+    }
     write_manifest(sync.begin(), Export.model_validate(files))
     sync.commit()
     stage(tmp_path, "d" * 32, make_state())

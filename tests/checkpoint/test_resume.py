@@ -20,14 +20,18 @@ RANKS = str(Path(__file__).with_name("engine_ranks.py"))
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_two_ranks_save_and_one_goes_on_where_they_were(tmp_path: Path) -> None:
-    """Weights, both moments and the step count come back: the next update gives what it gives without the interruption."""
+    """Weights, both moments and the step count come back: the next update gives what it gives
+    without the interruption."""
     save_model(tmp_path / "model")
     job_id = new_job_id()
     (tmp_path / "staging").mkdir()
     for phase in ("save", "load"):
         (tmp_path / f"after-{phase}").mkdir()
     run_ranks(2, "save", tmp_path, script=RANKS)
-    params = {**publish_params(tmp_path, job_id, tmp_path / "ckpt", world_size=2), "staging": str(tmp_path / "staging")}
+    params = {
+        **publish_params(tmp_path, job_id, tmp_path / "ckpt", world_size=2),
+        "staging": str(tmp_path / "staging"),
+    }
     publish(PublishRequest(job_id=job_id, attempt=1, **params), lambda: None)
     run_ranks(1, "load", tmp_path, script=RANKS)
     expected, found = (

@@ -25,7 +25,8 @@ def saved(data: Path, **changes: bool) -> Path:
 
 @pytest.mark.parametrize("readers", [1, 2, 4, 12])
 def test_any_world_size_reads_what_three_ranks_wrote(tmp_path: Path, readers: int) -> None:
-    """Row ranges of weights and moments come back with the same bits and dtypes, across the writers' cuts."""
+    """Row ranges of weights and moments come back with the same bits and dtypes, across the
+    writers' cuts."""
     plan = inspect(saved(tmp_path))
     reader = plan.reader()
     assert plan.kind == "sharded" and plan.has_optimizer and plan.step == 1
@@ -41,15 +42,19 @@ def test_a_tensor_without_dimensions_survives(tmp_path: Path) -> None:
 
 
 def test_state_and_random_generators_come_back(tmp_path: Path) -> None:
-    """The same world size gets each rank's generators; another one gets none and has to reseed from the saved seed."""
+    """The same world size gets each rank's generators; another one gets none and has to reseed from
+    the saved seed."""
     plan = inspect(saved(tmp_path))
     assert plan.state() == {"scalars": {"optimizer_steps": 4}, "seed": 7}
-    assert [plan.rng(rank, 3) for rank in range(3)] == [{"torch": f"state of {rank}"} for rank in range(3)]
+    assert [plan.rng(rank, 3) for rank in range(3)] == [
+        {"torch": f"state of {rank}"} for rank in range(3)
+    ]
     assert plan.rng(0, 2) is None
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path: Path) -> None:
-    """Every file parses as JSON or safetensors by its name; the model's own code does not travel."""
+    """Every file parses as JSON or safetensors by its name; the model's own code does not
+    travel."""
     path = saved(tmp_path)
     files = [file for file in path.rglob("*") if file.is_file()]
     assert {file.suffix for file in files} == {".json", ".safetensors"}
@@ -68,7 +73,9 @@ def test_a_weight_only_save_has_no_optimizer_and_loads(tmp_path: Path) -> None:
     reader = plan.reader()
     assert not plan.has_optimizer
     assert not any(name.startswith("optim.") for name in reader.shapes)
-    plan.check_fits(reader, {name: tuple(tensor.shape) for name, tensor in make_state().items()}, "Toy")
+    plan.check_fits(
+        reader, {name: tuple(tensor.shape) for name, tensor in make_state().items()}, "Toy"
+    )
 
 
 def test_a_flipped_byte_is_found_by_the_rank_that_hashes_the_file(tmp_path: Path) -> None:
@@ -84,7 +91,10 @@ def test_a_flipped_byte_is_found_by_the_rank_that_hashes_the_file(tmp_path: Path
     plan = inspect(path)
     for rank in range(4):
         if rank == victim % 4:
-            with pytest.raises(ServiceError, match=r"CHECKPOINT_INVALID: .*optim\.rank1-of-3\.safetensors is corrupt"):
+            with pytest.raises(
+                ServiceError,
+                match=r"CHECKPOINT_INVALID: .*optim\.rank1-of-3\.safetensors is corrupt",
+            ):
                 plan.verify(rank, 4)
         else:
             plan.verify(rank, 4)

@@ -1,4 +1,5 @@
-"""The weight-sync path: a link that always leads to one whole version, and never overwrites what is not ours."""
+"""The weight-sync path: a link that always leads to one whole version, and never overwrites what is
+not ours."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def fill(folder: Path, number: int, identifier: str = "student") -> None:
 
 
 def test_a_reader_sees_one_whole_version_at_every_moment(tmp_path: Path) -> None:
-    """While versions fly by, the path is never missing, and who resolves it once reads files of one version."""
+    """While versions fly by, the path is never missing, and who resolves it once reads files of one
+    version."""
     target = VersionedPath(tmp_path / "sync", "student")
     put(target, 0)
     current, stop, seen, mixed = [0], threading.Event(), set(), []
@@ -89,12 +91,15 @@ def test_a_discarded_version_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_two_groups_on_one_path_are_told_apart(tmp_path: Path) -> None:
-    """The second is refused by the first one's name, even where it began before; nothing of it stays."""
+    """The second is refused by the first one's name, even where it began before; nothing of it
+    stays."""
     first, second = VersionedPath(tmp_path / "sync", "one"), VersionedPath(tmp_path / "sync", "two")
     fill(first.begin(), 8, "one")
     put(second, 7, "two")
     for refused in (first.check, first.commit):
-        with pytest.raises(ServiceError, match=r"PATH_REFUSED.* of group 'two'; choose another path"):
+        with pytest.raises(
+            ServiceError, match=r"PATH_REFUSED.* of group 'two'; choose another path"
+        ):
             refused()
     first.discard()
     assert (tmp_path / "sync" / "a").read_text() == "7"
@@ -102,7 +107,9 @@ def test_two_groups_on_one_path_are_told_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [VersionedPath, PlainPath])
-def test_what_we_did_not_write_is_refused(tmp_path: Path, kind: type[VersionedPath | PlainPath]) -> None:
+def test_what_we_did_not_write_is_refused(
+    tmp_path: Path, kind: type[VersionedPath | PlainPath]
+) -> None:
     """Folders, files and links of others, and checkpoints of the other kind, stay as they are."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
@@ -121,7 +128,9 @@ def test_an_empty_folder_or_an_export_of_ours_is_replaced(tmp_path: Path) -> Non
     put(VersionedPath(tmp_path / "empty", "student"), 1)
     put(PlainPath(tmp_path / "ckpt-hf", "student"), 2)
     put(PlainPath(tmp_path / "ckpt-hf", "student"), 3)
-    assert (tmp_path / "ckpt-hf" / "a").read_text() == "3" and not (tmp_path / "ckpt-hf").is_symlink()
+    assert (tmp_path / "ckpt-hf" / "a").read_text() == "3" and not (
+        tmp_path / "ckpt-hf"
+    ).is_symlink()
     put(VersionedPath(tmp_path / "ckpt-hf", "student"), 4)
     assert (tmp_path / "ckpt-hf").is_symlink()
     assert json.loads((tmp_path / "ckpt-hf" / "nexrl.json").read_bytes())["ours"] is True
@@ -129,7 +138,8 @@ def test_an_empty_folder_or_an_export_of_ours_is_replaced(tmp_path: Path) -> Non
 
 
 def test_a_version_goes_without_what_others_put_into_it(tmp_path: Path) -> None:
-    """A checkpoint that somebody saved below the path stays when its version's time has come, and ever after."""
+    """A checkpoint that somebody saved below the path stays when its version's time has come, and
+    ever after."""
     target = VersionedPath(tmp_path / "model", "student")
     put(target, 1)
     publish(make_request(tmp_path, tmp_path / ".model.v1" / "step_1"), lambda: None)
@@ -137,22 +147,36 @@ def test_a_version_goes_without_what_others_put_into_it(tmp_path: Path) -> None:
         put(target, number)
     assert [path.name for path in (tmp_path / ".model.v1").iterdir()] == ["step_1"]
     assert read_manifest(tmp_path / ".model.v1" / "step_1") is not None
-    assert sorted(path.name for path in tmp_path.glob(".model*")) == [".model.v1", ".model.v4", ".model.v5"]
+    assert sorted(path.name for path in tmp_path.glob(".model*")) == [
+        ".model.v1",
+        ".model.v4",
+        ".model.v5",
+    ]
 
 
 @pytest.mark.parametrize("kind", [VersionedPath, PlainPath])
-def test_an_export_that_others_use_is_not_replaced(tmp_path: Path, kind: type[VersionedPath | PlainPath]) -> None:
-    """The refusal names what is in the way, at the start and again where it came while the export was written."""
+def test_an_export_that_others_use_is_not_replaced(
+    tmp_path: Path, kind: type[VersionedPath | PlainPath]
+) -> None:
+    """The refusal names what is in the way, at the start and again where it came while the export
+    was written."""
     put(PlainPath(tmp_path / "export", "student"), 1)
     target = kind(tmp_path / "export", "student")
     target.check()
     fill(target.begin(), 2)
     (tmp_path / "export" / "README.md").write_text("mine")
     for refused in (target.check, target.commit):
-        with pytest.raises(ServiceError, match=r"PATH_REFUSED.*\(README\.md\); choose another path"):
+        with pytest.raises(
+            ServiceError, match=r"PATH_REFUSED.*\(README\.md\); choose another path"
+        ):
             refused()
     target.discard()
-    assert sorted(path.name for path in (tmp_path / "export").iterdir()) == ["README.md", "a", "b", "nexrl.json"]
+    assert sorted(path.name for path in (tmp_path / "export").iterdir()) == [
+        "README.md",
+        "a",
+        "b",
+        "nexrl.json",
+    ]
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
@@ -178,19 +202,26 @@ def test_what_comes_in_the_moment_of_the_swap_stays(
 
 
 @pytest.mark.parametrize("kind", [VersionedPath, PlainPath])
-@pytest.mark.parametrize("name", ["file/x", "n" * 245, "n" * 300], ids=["through-a-file", "245", "300"])
-def test_a_path_that_cannot_be_is_refused(tmp_path: Path, kind: type[VersionedPath | PlainPath], name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["file/x", "n" * 245, "n" * 300], ids=["through-a-file", "245", "300"]
+)
+def test_a_path_that_cannot_be_is_refused(
+    tmp_path: Path, kind: type[VersionedPath | PlainPath], name: str
+) -> None:
     """422 PATH_REFUSED that names the path, and nothing is left behind."""
     (tmp_path / "file").write_text("x")
     target = kind(tmp_path / name, "student")
     with pytest.raises(ServiceError, match=f"PATH_REFUSED: {tmp_path / name} ") as refused:
         put(target, 1)
     target.discard()
-    assert refused.value.kind.status == 422 and [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert refused.value.kind.status == 422 and [path.name for path in tmp_path.iterdir()] == [
+        "file"
+    ]
 
 
 def test_a_version_without_its_link_does_not_stay(tmp_path: Path) -> None:
-    """A name with room for a version but not for the link that is swapped in: no complete hidden model remains."""
+    """A name with room for a version but not for the link that is swapped in: no complete hidden
+    model remains."""
     name = "n" * (255 - len("..new-student.lin"))
     target = VersionedPath(tmp_path / name, "student")
     with pytest.raises(ServiceError, match="PATH_REFUSED"):

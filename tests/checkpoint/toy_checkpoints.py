@@ -1,4 +1,5 @@
-"""A small state cut the way FSDP cuts, staged and handed to the checkpointer as a group's ranks would."""
+"""A small state cut the way FSDP cuts, staged and handed to the checkpointer as a group's ranks
+would."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ State = dict[str, Tensor]
 
 
 def make_state(seed: int = 0, rows: int = 10) -> State:
-    """Weights of several dtypes and odd sizes, one tensor with fewer rows than ranks, and both moments of one."""
+    """Weights of several dtypes and odd sizes, one tensor with fewer rows than ranks, and both
+    moments of one."""
     generator = torch.Generator().manual_seed(seed)
     return {
         "embed.weight": torch.randn(rows, 3, generator=generator),
@@ -50,7 +52,10 @@ def cut(state: State, rank: int, world_size: int) -> Iterator[Shard]:
 def read_all(reader: TensorReader, state: State, world_size: int) -> State:
     """What ``world_size`` ranks read, put together again."""
     ranks = [
-        {s.name: reader.read(s.name, s.offset_dim0, s.local_tensor.shape[0]) for s in cut(state, rank, world_size)}
+        {
+            s.name: reader.read(s.name, s.offset_dim0, s.local_tensor.shape[0])
+            for s in cut(state, rank, world_size)
+        }
         for rank in range(world_size)
     ]
     return {name: torch.cat([rank[name] for rank in ranks]) for name in state}
@@ -59,7 +64,8 @@ def read_all(reader: TensorReader, state: State, world_size: int) -> State:
 def equal(left: State, right: State) -> bool:
     """Same names, dtypes and bits."""
     return left.keys() == right.keys() and all(
-        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
+        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name])
+        for name in left
     )
 
 
@@ -72,15 +78,29 @@ def model_source(folder: Path) -> Path:
     return folder
 
 
-def stage(data: Path, job_id: str, state: State, world_size: int = 3, *, weight_only: bool = False) -> Path:
+def stage(
+    data: Path, job_id: str, state: State, world_size: int = 3, *, weight_only: bool = False
+) -> Path:
     """What the ranks of a group leave for the checkpointer."""
     folder = staging_folder(data, job_id)
     folder.mkdir(parents=True)
     source = model_source(data / ".nexrl" / "source")
     for rank in range(world_size):
-        group = GroupState({"scalars": {"optimizer_steps": 4}, "seed": 7}, source) if rank == 0 else None
+        group = (
+            GroupState({"scalars": {"optimizer_steps": 4}, "seed": 7}, source)
+            if rank == 0
+            else None
+        )
         rng = {"torch": f"state of {rank}"}
-        write_shards(folder, rank, world_size, cut(state, rank, world_size), rng, group, weight_only=weight_only)
+        write_shards(
+            folder,
+            rank,
+            world_size,
+            cut(state, rank, world_size),
+            rng,
+            group,
+            weight_only=weight_only,
+        )
     return folder
 
 
@@ -102,7 +122,9 @@ def publish_params(data: Path, job_id: str, path: Path, **changes: Any) -> dict[
     }
 
 
-def make_request(data: Path, path: Path, state: State | None = None, **changes: Any) -> PublishRequest:
+def make_request(
+    data: Path, path: Path, state: State | None = None, **changes: Any
+) -> PublishRequest:
     """A staged save as the checkpointer sees it, at its first attempt."""
     job_id = new_job_id()
     stage(data, job_id, state or make_state(), weight_only=bool(changes.get("weight_only", False)))
@@ -144,7 +166,9 @@ def loads(path: Path, *states: State) -> bool:
 
 def leftovers(*folders: Path) -> list[str]:
     """Hidden names beside checkpoints and folders in staging: none may stay."""
-    hidden = [str(path) for folder in folders for path in folder.rglob(".*") if ".nexrl" not in path.parts]
+    hidden = [
+        str(path) for folder in folders for path in folder.rglob(".*") if ".nexrl" not in path.parts
+    ]
     staged = [str(path) for folder in folders for path in folder.glob(".nexrl/staging/*")]
     return hidden + staged
 

@@ -1,4 +1,5 @@
-"""A service of a few lines on a real socket: it answers from a script, and can be as bad as networks are."""
+"""A service of a few lines on a real socket: it answers from a script, and can be as bad as
+networks are."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from nexrl_client import testing
 
 @dataclass
 class Reply:
-    """One scripted answer. drop closes the connection instead; cut sends only so many bytes of the body."""
+    """One scripted answer. drop closes the connection instead; cut sends only so many bytes of the
+    body."""
 
     status: int = 200
     content: object = field(default_factory=lambda: {"status": "success"})
@@ -29,7 +31,9 @@ class Reply:
 
     @property
     def body(self) -> bytes:
-        return self.content if isinstance(self.content, bytes) else json.dumps(self.content).encode()
+        return (
+            self.content if isinstance(self.content, bytes) else json.dumps(self.content).encode()
+        )
 
 
 @dataclass
@@ -78,7 +82,9 @@ class ScriptedServer:
                 body = self._read(reply)
                 parts = urlsplit(self.path)
                 headers = {name.lower(): value for name, value in self.headers.items()}
-                outer.seen.append(Seen(self.command, parts.path, dict(parse_qsl(parts.query)), headers, body))
+                outer.seen.append(
+                    Seen(self.command, parts.path, dict(parse_qsl(parts.query)), headers, body)
+                )
                 time.sleep(reply.delay_s)
                 if reply.drop:
                     self.close_connection = True
@@ -115,7 +121,9 @@ class ScriptedServer:
         self._server.daemon_threads = True
         self._server.block_on_close = False
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        )
         self._thread.start()
 
     def next_reply(self) -> Reply:
@@ -128,10 +136,14 @@ class ScriptedServer:
         self._thread.join()
 
 
-def frame_reply(tensors: Mapping[str, Any], metrics: Mapping[str, Any], meta_info: Mapping[str, Any]) -> Reply:
+def frame_reply(
+    tensors: Mapping[str, Any], metrics: Mapping[str, Any], meta_info: Mapping[str, Any]
+) -> Reply:
     """A finished batch operation's answer."""
     response = testing.result_response(tensors, metrics, meta_info)
-    return Reply(response.status, bytes(response.body), {"Content-Type": response.headers["content-type"]})
+    return Reply(
+        response.status, bytes(response.body), {"Content-Type": response.headers["content-type"]}
+    )
 
 
 def error_reply(code: str, message: str = "no", **details: Any) -> Reply:

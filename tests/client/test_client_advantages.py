@@ -38,7 +38,8 @@ def by_hand(estimator: str, scores: list[float], groups: list[Any]) -> list[floa
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.floats(-100, 100), st.integers(0, 3)), min_size=1, max_size=12))
 def test_group_relative(estimator: Any, rows: list[tuple[float, int]]) -> None:
-    """Every estimator is its paper's formula, for groups of any size in any order, one score among them."""
+    """Every estimator is its paper's formula, for groups of any size in any order, one score among
+    them."""
     scores, groups = [score for score, _ in rows], [group for _, group in rows]
     expected = by_hand(estimator, scores, groups)
     found = group_relative_advantages(np.asarray(scores), groups, estimator=estimator)
@@ -64,24 +65,37 @@ def test_under_a_mask() -> None:
 
 
 def test_kinds() -> None:
-    """torch gives torch of the same dtype, lists with a torch mask too; groups may be arrays, tensors or any names."""
-    for groups in (GROUPS, np.asarray(GROUPS), [(name, 1) for name in GROUPS], torch.tensor([0, 1, 0, 2, 2, 2, 0])):
+    """torch gives torch of the same dtype, lists with a torch mask too; groups may be arrays,
+    tensors or any names."""
+    for groups in (
+        GROUPS,
+        np.asarray(GROUPS),
+        [(name, 1) for name in GROUPS],
+        torch.tensor([0, 1, 0, 2, 2, 2, 0]),
+    ):
         found = group_relative_advantages(torch.tensor(SCORES, dtype=torch.float64), groups)
         assert isinstance(found, torch.Tensor) and found.dtype == torch.float64
-        np.testing.assert_allclose(found.numpy(), by_hand("grpo", SCORES, GROUPS), rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(
+            found.numpy(), by_hand("grpo", SCORES, GROUPS), rtol=1e-9, atol=1e-9
+        )
     tiled = group_relative_advantages(SCORES, GROUPS, torch.ones(7, 2, dtype=torch.int32))
     assert isinstance(tiled, torch.Tensor) and (tiled.dtype, tiled.shape) == (torch.float32, (7, 2))
-    halves = group_relative_advantages(torch.tensor([1.0, 0.0], dtype=torch.bfloat16, requires_grad=True), [0, 0])
+    halves = group_relative_advantages(
+        torch.tensor([1.0, 0.0], dtype=torch.bfloat16, requires_grad=True), [0, 0]
+    )
     assert halves.dtype == torch.bfloat16 and not halves.requires_grad
 
 
 def gae_by_hand(rewards: Any, values: Any, mask: Any, gamma: float, lam: float) -> tuple[Any, Any]:
-    """A_i = sum over the later scored tokens j of (gamma lam)^(j-i) delta_j: the sum, not the recursion."""
+    """A_i = sum over the later scored tokens j of (gamma lam)^(j-i) delta_j: the sum, not the
+    recursion."""
     advantages, returns = np.zeros(rewards.shape), np.zeros(rewards.shape)
     for row in range(len(rewards)):
         columns = [column for column in range(rewards.shape[1]) if mask[row, column]]
         value = [float(values[row, column]) for column in columns] + [0.0]
-        deltas = [float(rewards[row, c]) + gamma * value[i + 1] - value[i] for i, c in enumerate(columns)]
+        deltas = [
+            float(rewards[row, c]) + gamma * value[i + 1] - value[i] for i, c in enumerate(columns)
+        ]
         for i, column in enumerate(columns):
             total = sum((gamma * lam) ** (j - i) * deltas[j] for j in range(i, len(deltas)))
             advantages[row, column], returns[row, column] = total, total + value[i]
@@ -90,7 +104,8 @@ def gae_by_hand(rewards: Any, values: Any, mask: Any, gamma: float, lam: float) 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (0.99, 0.95), (0.9, 0.0), (0.0, 0.5)])
 def test_gae_is_its_sum(gamma: float, lam: float) -> None:
-    """Over ragged masks with holes, the advantages are the discounted sums over the scored tokens alone."""
+    """Over ragged masks with holes, the advantages are the discounted sums over the scored tokens
+    alone."""
     random = np.random.default_rng(0)
     rewards, values = random.normal(size=(2, 6, 9))
     mask = random.random((6, 9)) < 0.6
@@ -101,13 +116,16 @@ def test_gae_is_its_sum(gamma: float, lam: float) -> None:
 
 
 def test_gae_is_torchrls() -> None:
-    """torchrl's generalized_advantage_estimate of each row's scored tokens gives the same, in float64."""
+    """torchrl's generalized_advantage_estimate of each row's scored tokens gives the same, in
+    float64."""
     gamma, lam = 0.96875, 0.90625  # exact in float32, to which torchrl rounds them
     generator = torch.Generator().manual_seed(1)
     rewards, values = torch.randn(2, 5, 8, dtype=torch.float64, generator=generator)
     mask = torch.rand(5, 8, generator=generator) < 0.7
     advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam)
-    assert isinstance(advantages, torch.Tensor) and advantages.dtype == returns.dtype == torch.float64
+    assert (
+        isinstance(advantages, torch.Tensor) and advantages.dtype == returns.dtype == torch.float64
+    )
     for row in range(5):
         value, reward = values[row, mask[row]][:, None], rewards[row, mask[row]][:, None]
         following = torch.cat([value[1:], torch.zeros(1, 1, dtype=torch.float64)])
@@ -140,7 +158,11 @@ def test_whitening() -> None:
         found[mask], [(value - statistics.fmean(chosen)) / scale for value in chosen], rtol=1e-12
     )
     assert not found[~mask].any()
-    assert whiten([[5.0, 1.0]], [[1, 0]]).tolist() == whiten([[5.0, 1.0]], [[0, 0]]).tolist() == [[0, 0]]
+    assert (
+        whiten([[5.0, 1.0]], [[1, 0]]).tolist()
+        == whiten([[5.0, 1.0]], [[0, 0]]).tolist()
+        == [[0, 0]]
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,7 +174,10 @@ def test_whitening() -> None:
         (lambda: group_relative_advantages([1.0], torch.zeros(1, 1)), r"groups must be \[B\]"),
         (lambda: group_relative_advantages([1.0], [("a", [1])]), r"groups must be \[B\]"),
         (lambda: group_relative_advantages([1.0], ["a"], [1]), r"mask has shape \[1\]"),
-        (lambda: group_relative_advantages([1.0], ["a"], estimator="gpro"), "'gpro'; known are grpo, rloo, dr_grpo"),  # type: ignore[arg-type]
+        (
+            lambda: group_relative_advantages([1.0], ["a"], estimator="gpro"),
+            "'gpro'; known are grpo, rloo, dr_grpo",
+        ),  # type: ignore[arg-type]
         (lambda: gae([[1.0]], [[1.0, 2.0]], [[1]]), r"values \[1, 2\].*all must be \[B, R\]"),
         (lambda: whiten([1.0], [1]), r"all must be \[B, R\]"),
     ],

@@ -14,7 +14,9 @@ from nexrl_contract.operations import OPERATIONS
 from tensordict import TensorDict, lazy_stack
 
 
-def send(batch: object, operation: str = "compute_log_prob", **params: Any) -> tuple[testing.Recorded, dict[str, Any]]:
+def send(
+    batch: object, operation: str = "compute_log_prob", **params: Any
+) -> tuple[testing.Recorded, dict[str, Any]]:
     """What is sent for a batch, and the result."""
     transport = testing.ScriptedTransport([testing.job_response("j1"), testing.result_response()])
     job = HTTPTrainServiceClient(transport=transport).submit(operation, batch, **params)  # type: ignore[arg-type]
@@ -28,7 +30,11 @@ def described(request: testing.Recorded) -> dict[str, Any]:
 
 def test_three_forms_are_one(batch: dict[str, Any]) -> None:
     """Both nested forms send the same bytes; a flat dict sends the same tensors."""
-    other = {"batch": batch["tensors"], "non_tensor_batch": batch["values"], "meta_info": batch["metadata"]}
+    other = {
+        "batch": batch["tensors"],
+        "non_tensor_batch": batch["values"],
+        "meta_info": batch["metadata"],
+    }
     nested, also, flat = (send(form)[0] for form in (batch, other, batch["tensors"]))
     assert nested.content == also.content
     assert described(nested) == {"version": 1, "metadata": {"temperature": 0.7}, "params": {}}
@@ -39,17 +45,32 @@ def test_three_forms_are_one(batch: dict[str, Any]) -> None:
 
 
 def test_only_what_is_read_travels(batch: dict[str, Any]) -> None:
-    """Tensors that the operation does not read, values and metadata that are no JSON stay, and are named: by dotted key."""
+    """Tensors that the operation does not read, values and metadata that are no JSON stay, and are
+    named: by dotted key."""
     batch["tensors"]["returns"] = np.zeros((4, 3))
     batch["tensors"]["uids"] = np.asarray(["a", "b", "c", "d"], object)
     batch["metadata"] |= {"std": {"groups": [0.5, torch.ones(2)], "step": 1}, "seen": {1, 2}}
     request, result = send(batch)
-    assert set(request.frame().header.tensors) == {"input_ids", "attention_mask", "loss_mask", "responses"}
-    assert set(result["meta_info"]["ignored"]) == {"prompts", "returns", "uids", "uid", "std.groups[1]", "seen"}
+    assert set(request.frame().header.tensors) == {
+        "input_ids",
+        "attention_mask",
+        "loss_mask",
+        "responses",
+    }
+    assert set(result["meta_info"]["ignored"]) == {
+        "prompts",
+        "returns",
+        "uids",
+        "uid",
+        "std.groups[1]",
+        "seen",
+    }
     assert described(request)["metadata"] == {"temperature": 0.7}
 
 
-@pytest.mark.parametrize("operation", [name for name, kind in OPERATIONS.items() if kind.takes_batch])
+@pytest.mark.parametrize(
+    "operation", [name for name, kind in OPERATIONS.items() if kind.takes_batch]
+)
 def test_each_operation_sends_its_own_tensors(operation: str) -> None:
     """Of a batch with every tensor there is, an operation sends exactly those it reads."""
     every = sorted({name for kind in OPERATIONS.values() for name in kind.reads})
@@ -74,7 +95,12 @@ def test_tensors_travel_as_they_are() -> None:
     )
     frame = request.frame()
     dtypes = {name: info.dtype for name, info in frame.header.tensors.items()}
-    assert dtypes == {"input_ids": "I64", "attention_mask": "BOOL", "loss_mask": "I32", "old_log_probs": "BF16"}
+    assert dtypes == {
+        "input_ids": "I64",
+        "attention_mask": "BOOL",
+        "loss_mask": "I32",
+        "old_log_probs": "BF16",
+    }
     assert torch.equal(frame.torch("input_ids"), big[:, 10:16])
     assert len(request.content) < 2000
 
@@ -92,8 +118,18 @@ NOTHING = np.zeros((4, 1), np.float32)
         ("update_actor", {"old_log_probs": OLD * 0}, OLD * 0, []),
         ("update_actor", {"old_student_log_probs": OLD}, None, ["old_student_log_probs"]),
         ("update_actor_with_distillation", {"old_student_log_probs": OLD}, OLD, []),
-        ("update_actor_with_distillation", {"old_student_log_probs": torch.from_numpy(OLD)}, OLD, []),
-        ("update_actor_with_distillation", {"old_student_log_probs": NOTHING}, None, ["old_student_log_probs"]),
+        (
+            "update_actor_with_distillation",
+            {"old_student_log_probs": torch.from_numpy(OLD)},
+            OLD,
+            [],
+        ),
+        (
+            "update_actor_with_distillation",
+            {"old_student_log_probs": NOTHING},
+            None,
+            ["old_student_log_probs"],
+        ),
         (
             "update_actor_with_distillation",
             {"old_student_log_probs": OLD * 2, "old_log_probs": OLD},
@@ -105,8 +141,12 @@ NOTHING = np.zeros((4, 1), np.float32)
 def test_log_probs_that_were_not_computed(
     batch: dict[str, Any], operation: str, given: dict[str, Any], sent: Any, ignored: list[str]
 ) -> None:
-    """Zeros of one column stand for nothing and are named; a distillation's own name of old_log_probs is understood."""
-    for tensors in (batch["tensors"] | given, {"input_ids": batch["tensors"]["input_ids"][:, :4]} | given):
+    """Zeros of one column stand for nothing and are named; a distillation's own name of
+    old_log_probs is understood."""
+    for tensors in (
+        batch["tensors"] | given,
+        {"input_ids": batch["tensors"]["input_ids"][:, :4]} | given,
+    ):
         request, result = send(tensors, operation)
         frame = request.frame()
         assert [name for name in result["meta_info"]["ignored"] if name != "prompts"] == ignored
@@ -126,7 +166,8 @@ def test_one_response_token_may_be_certain(responses: dict[str, Any]) -> None:
 
 
 def test_arguments_that_are_the_defaults_stay(batch: dict[str, Any]) -> None:
-    """A parameter travels only where it was given, under its own name; an old call sends what it always sent."""
+    """A parameter travels only where it was given, under its own name; an old call sends what it
+    always sent."""
 
     def params(method: str, **arguments: Any) -> Any:
         transport = testing.ScriptedTransport([testing.result_response()])
@@ -172,7 +213,8 @@ def test_metadata_becomes_plain_json() -> None:
 
 
 def test_settings_in_the_metadata_may_be_tensors_of_one_number() -> None:
-    """What changes the loss is never dropped: a 0-dimensional tensor of either kind is its number."""
+    """What changes the loss is never dropped: a 0-dimensional tensor of either kind is its
+    number."""
     metadata = {
         "temperature": torch.tensor(0.5),
         "distillation_coeff": torch.tensor(2.0, dtype=torch.bfloat16, requires_grad=True),
@@ -180,7 +222,12 @@ def test_settings_in_the_metadata_may_be_tensors_of_one_number() -> None:
         "loss_agg_mode": np.str_("token-mean"),
     }
     request, result = send({"tensors": {"input_ids": np.zeros((1, 2), int)}, "metadata": metadata})
-    sent = {"temperature": 0.5, "distillation_coeff": 2.0, "entropy_coeff": 0.25, "loss_agg_mode": "token-mean"}
+    sent = {
+        "temperature": 0.5,
+        "distillation_coeff": 2.0,
+        "entropy_coeff": 0.25,
+        "loss_agg_mode": "token-mean",
+    }
     assert described(request)["metadata"] == sent
     assert result["meta_info"]["ignored"] == []
 
@@ -231,9 +278,12 @@ def test_a_tensordict_is_a_batch(form: str) -> None:
 
 
 def test_what_a_tensordict_holds_besides_tensors_stays_with_the_trainer() -> None:
-    """Text and dicts of tensors are named; rows that cannot be stacked are refused by their tensor."""
+    """Text and dicts of tensors are named; rows that cannot be stacked are refused by their
+    tensor."""
     inner = TensorDict({"x": PLAIN}, batch_size=2)
-    request, result = send(TensorDict({"input_ids": PLAIN, "uid": ["a", "b"], "inner": inner}, batch_size=2))
+    request, result = send(
+        TensorDict({"input_ids": PLAIN, "uid": ["a", "b"], "inner": inner}, batch_size=2)
+    )
     assert set(request.frame().header.tensors) == {"input_ids"}
     assert set(result["meta_info"]["ignored"]) == {"uid", "inner"}
     rows = lazy_stack([TensorDict({"input_ids": PLAIN[0, :size]}) for size in (2, 3)])
@@ -244,8 +294,12 @@ def test_what_a_tensordict_holds_besides_tensors_stays_with_the_trainer() -> Non
 @pytest.mark.parametrize("given", [[0.5, 2], np.asarray([0.5, 2.0]), torch.tensor([[0.5], [2.0]])])
 @pytest.mark.parametrize("section", ["tensors", "metadata"])
 def test_a_temperature_of_each_row_is_a_tensor(given: Any, section: str) -> None:
-    """Wherever it was given; a list among the metadata would be no number that ranks could divide by."""
-    batch: dict[str, Any] = {"tensors": {"input_ids": np.zeros((2, 2), int)}, "metadata": {"global_step": 3}}
+    """Wherever it was given; a list among the metadata would be no number that ranks could divide
+    by."""
+    batch: dict[str, Any] = {
+        "tensors": {"input_ids": np.zeros((2, 2), int)},
+        "metadata": {"global_step": 3},
+    }
     batch[section]["temperature"] = given
     request, result = send(batch)
     assert request.frame().numpy("temperature").tolist() == [0.5, 2.0]
@@ -265,15 +319,24 @@ def test_params_travel_in_the_frame(batch: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"input_ids": [[1, 2], [3]]}, "'input_ids' has rows of several lengths: row 1 has 1 values, row 0 2; pad"),
+        (
+            {"input_ids": [[1, 2], [3]]},
+            "'input_ids' has rows of several lengths: row 1 has 1 values, row 0 2; pad",
+        ),
         ({"input_ids": [[[1], [2]], [[1], [2, 3]]]}, "'input_ids' cannot be made of these lists"),
         ({"tensors": {"input_ids": [["a", "b"]]}}, "'input_ids' holds what is no number"),
         ({"input_ids": [[1, None]]}, "'input_ids' holds what is no number"),
         ({"input_ids": np.ma.masked_array([[1, 2]], [[0, 1]])}, "'input_ids' is a masked array"),
         ({"input_ids": [np.ma.masked_array([1, 2], [0, 1])]}, "'input_ids' is a masked array"),
         ({"input_ids": [torch.ones(2, device="meta")]}, "'input_ids' is no dense tensor"),
-        ({"input_ids": PLAIN, "temperature": nested(torch.strided)}, "'temperature' is a nested tensor"),
-        ({"tensors": {}, "metadata": {"temperature": np.ma.masked}}, "metadata.temperature is a masked value"),
+        (
+            {"input_ids": PLAIN, "temperature": nested(torch.strided)},
+            "'temperature' is a nested tensor",
+        ),
+        (
+            {"tensors": {}, "metadata": {"temperature": np.ma.masked}},
+            "metadata.temperature is a masked value",
+        ),
         ({"input_ids": nested(torch.strided)}, "'input_ids' is a nested tensor"),
         ({"input_ids": nested(torch.jagged)}, "'input_ids' is a nested tensor"),
         ({"input_ids": torch.ones(2, 2).to_sparse()}, "'input_ids' is no dense tensor"),
@@ -290,7 +353,10 @@ def test_params_travel_in_the_frame(batch: dict[str, Any]) -> None:
         ({"batch": None, "meta_info": {}}, "no dict of tensors"),
         ({"tensors": {}, "values": [1]}, "'values' is list"),
         ({"tensors": {}, "metadata": {"entropy_coeff": torch.ones(1)}}, "entropy_coeff.*float"),
-        ({"tensors": {}, "metadata": {"distillation_coeff": np.ones((1, 1))}}, "distillation_coeff.*float"),
+        (
+            {"tensors": {}, "metadata": {"distillation_coeff": np.ones((1, 1))}},
+            "distillation_coeff.*float",
+        ),
         ({"tensors": {}, "metadata": {"entropy_coeff": {1.0}}}, "entropy_coeff.*float"),
         ({"tensors": {}, "metadata": {"loss_agg_mode": object()}}, "loss_agg_mode.*str"),
         ({"tensors": {}, "metadata": {"note": "x" * 2_000_000}}, "header"),
@@ -304,7 +370,8 @@ def test_what_cannot_be_sent(bad: object, message: str) -> None:
 
 
 def test_operations_that_take_no_batch(batch: dict[str, Any]) -> None:
-    """A batch for one of them is refused rather than dropped; a misspelt operation gets the nearest."""
+    """A batch for one of them is refused rather than dropped; a misspelt operation gets the
+    nearest."""
     client = HTTPTrainServiceClient(transport=testing.ScriptedTransport([]))
     with pytest.raises(InvalidBatch, match="barrier takes no batch"):
         client.submit("barrier", batch)

@@ -1,4 +1,5 @@
-"""One call over a real socket: how many round trips, what is in them, and what parts of it are shared."""
+"""One call over a real socket: how many round trips, what is in them, and what parts of it are
+shared."""
 
 from __future__ import annotations
 
@@ -20,36 +21,50 @@ from nexrl_contract.names import CHECKSUM_HEADER, FRAME_TYPE, REQUEST_ID_HEADER
 from .scripted_server import Reply, ScriptedServer, error_reply, frame_reply
 
 JOB = "0123456789ab7aaaaaaaaaaaaaaaaaaa"
-QUEUED = Reply(202, {"id": JOB, "operation": "compute_log_prob", "state": "queued"}, {"Location": f"/jobs/{JOB}"})
+QUEUED = Reply(
+    202,
+    {"id": JOB, "operation": "compute_log_prob", "state": "queued"},
+    {"Location": f"/jobs/{JOB}"},
+)
 
 
 def test_quick_call_is_one_round_trip(
     server: ScriptedServer, client: HTTPTrainServiceClient, batch: dict[str, Any]
 ) -> None:
-    """A job that ends while the service holds the answer back costs one request, with the batch as a frame."""
+    """A job that ends while the service holds the answer back costs one request, with the batch as
+    a frame."""
     values = np.ones((4, 3), np.float32)
     server.script = [frame_reply({"old_log_probs": values}, {"x": 1}, {"job_id": JOB})]
     client.request_timeout = 200
     assert np.array_equal(client.compute_log_prob(batch)["batch"]["old_log_probs"], values)
     (request,) = server.seen
-    assert (request.method, request.path, request.query) == ("POST", "/compute_log_prob", {"identifier": "student"})
+    assert (request.method, request.path, request.query) == (
+        "POST",
+        "/compute_log_prob",
+        {"identifier": "student"},
+    )
     assert request.headers["content-type"] == FRAME_TYPE
     assert FRAME_TYPE in request.headers["accept"]
     assert request.headers["prefer"] == "respond-async, wait=25"
     assert request.headers["accept-encoding"] == "identity"
     assert len(request.headers["idempotency-key"]) == 32
-    assert np.array_equal(tensor_codec.wrap(request.body).numpy("input_ids"), batch["tensors"]["input_ids"])
+    assert np.array_equal(
+        tensor_codec.wrap(request.body).numpy("input_ids"), batch["tensors"]["input_ids"]
+    )
 
 
 def test_long_call_polls_for_the_result(
     server: ScriptedServer, client: HTTPTrainServiceClient, batch: dict[str, Any]
 ) -> None:
-    """A job that takes longer is asked for by its id until it is done, without sending the batch again."""
+    """A job that takes longer is asked for by its id until it is done, without sending the batch
+    again."""
     running = error_reply("JOB_RUNNING", job_id=JOB)
     server.script = [QUEUED, running, running, frame_reply({}, {"x": "NaN"}, {})]
     result = client.update_actor(batch)
     assert result["metrics"]["x"] != result["metrics"]["x"]
-    assert [request.path for request in server.seen] == ["/update_actor"] + [f"/jobs/{JOB}/result"] * 3
+    assert [request.path for request in server.seen] == ["/update_actor"] + [
+        f"/jobs/{JOB}/result"
+    ] * 3
     assert all(0 < float(request.query["wait"]) <= 25 for request in server.seen[1:])
     assert result["meta_info"]["ignored"] == ["prompts", "uid"]
 
@@ -61,7 +76,9 @@ def test_keys_differ_between_calls(server: ScriptedServer, client: HTTPTrainServ
     assert len({request.headers["idempotency-key"] for request in server.seen}) == 2
 
 
-def test_submit_and_handle(server: ScriptedServer, client: HTTPTrainServiceClient, batch: dict[str, Any]) -> None:
+def test_submit_and_handle(
+    server: ScriptedServer, client: HTTPTrainServiceClient, batch: dict[str, Any]
+) -> None:
     """submit returns at once with a handle that knows state and result, and can cancel."""
     view = {"id": JOB, "operation": "compute_log_prob", "state": "running"}
     server.script = [
@@ -86,7 +103,9 @@ def test_submit_and_handle(server: ScriptedServer, client: HTTPTrainServiceClien
     ]
 
 
-def test_submit_of_what_is_done_already(server: ScriptedServer, client: HTTPTrainServiceClient) -> None:
+def test_submit_of_what_is_done_already(
+    server: ScriptedServer, client: HTTPTrainServiceClient
+) -> None:
     """Where the service answers a submit with a result, the handle is of the job that it names."""
     server.script = [Reply(content={"status": "success", "already": True, "job_id": JOB})]
     assert client.submit("initialize_worker", config_dict={"actor": {}}).id == JOB
@@ -129,7 +148,10 @@ def test_arguments_travel_by_name(server: ScriptedServer, client: HTTPTrainServi
 
 def test_health_is_told_as_it_is(server: ScriptedServer, client: HTTPTrainServiceClient) -> None:
     """A degraded service is an answer, not an error; it is asked once."""
-    server.script = [Reply(503, {"status": "degraded", "redis": False}), Reply(404, {"error": {"code": "NOT_FOUND"}})]
+    server.script = [
+        Reply(503, {"status": "degraded", "redis": False}),
+        Reply(404, {"error": {"code": "NOT_FOUND"}}),
+    ]
     assert client.health_check()["status"] == "degraded"
     with pytest.raises(Exception, match="NOT_FOUND"):
         client.health_check()
@@ -139,25 +161,40 @@ def test_health_is_told_as_it_is(server: ScriptedServer, client: HTTPTrainServic
 
 
 def test_large_batches_travel_in_parts(server: ScriptedServer) -> None:
-    """Above max_request_bytes the frame is put in parts with checksums, then run as one operation."""
+    """Above max_request_bytes the frame is put in parts with checksums, then run as one
+    operation."""
     server.script = [Reply()] * 4 + [frame_reply({}, {}, {})]
     client = HTTPTrainServiceClient(server.url, "student", max_request_bytes=1_000_000)
     ids = np.arange(400_000).reshape(4, -1)
     client.forward_backward({"input_ids": ids}, loss="cross_entropy")
     *parts, verb = server.seen
     payload = parts[0].path.split("/")[2]
-    assert [part.path for part in parts] == [f"/payloads/{payload}/parts/{number}" for number in range(4)]
+    assert [part.path for part in parts] == [
+        f"/payloads/{payload}/parts/{number}" for number in range(4)
+    ]
     assert {part.method for part in parts} == {"PUT"}
     assert max(len(part.body) for part in parts) == 1_000_000
-    assert all(part.headers[CHECKSUM_HEADER.lower()] == xxhash.xxh3_128(part.body).hexdigest() for part in parts)
+    assert all(
+        part.headers[CHECKSUM_HEADER.lower()] == xxhash.xxh3_128(part.body).hexdigest()
+        for part in parts
+    )
     frame = tensor_codec.wrap(b"".join(part.body for part in parts))
     assert np.array_equal(frame.numpy("input_ids"), ids)
-    assert (verb.path, verb.json()) == ("/forward_backward", {"loss": "cross_entropy", "payload": payload, "parts": 4})
+    assert (verb.path, verb.json()) == (
+        "/forward_backward",
+        {"loss": "cross_entropy", "payload": payload, "parts": 4},
+    )
 
 
 def test_progress_bar(server: ScriptedServer, capfd: pytest.CaptureFixture[str]) -> None:
-    """progress=True shows the upload on standard error, once per batch; without it nothing is written."""
-    server.script = [Reply(delay_s=0.2), Reply(429, b"", delay_s=0.2), Reply(delay_s=0.2), frame_reply({}, {}, {})]
+    """progress=True shows the upload on standard error, once per batch; without it nothing is
+    written."""
+    server.script = [
+        Reply(delay_s=0.2),
+        Reply(429, b"", delay_s=0.2),
+        Reply(delay_s=0.2),
+        frame_reply({}, {}, {}),
+    ]
     batch = {"input_ids": np.arange(200_000).reshape(4, -1)}
     with HTTPTrainServiceClient(server.url, progress=True, max_request_bytes=1_000_000) as client:
         client.update_actor(batch)
@@ -180,9 +217,13 @@ def test_connection_is_kept(server: ScriptedServer, client: HTTPTrainServiceClie
 
 def test_threads_share_a_client(server: ScriptedServer, client: HTTPTrainServiceClient) -> None:
     """Calls from several threads run side by side, each with its own answer."""
-    server.script = [Reply(202, {"id": f"job{number}"}, delay_s=1.0) for number in range(4)] + [Reply()]
+    server.script = [Reply(202, {"id": f"job{number}"}, delay_s=1.0) for number in range(4)] + [
+        Reply()
+    ]
     ids: list[str] = []
-    threads = [threading.Thread(target=lambda: ids.append(client.submit("barrier").id)) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: ids.append(client.submit("barrier").id)) for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -192,7 +233,9 @@ def test_threads_share_a_client(server: ScriptedServer, client: HTTPTrainService
     assert max(arrivals) - min(arrivals) < 1.0  # all were there before the first was answered
 
 
-def test_pickled_client_connects_anew(server: ScriptedServer, client: HTTPTrainServiceClient) -> None:
+def test_pickled_client_connects_anew(
+    server: ScriptedServer, client: HTTPTrainServiceClient
+) -> None:
     """A client and a handle can be sent to another process."""
     server.script = [QUEUED, Reply()]
     job = client.submit("barrier")
@@ -205,9 +248,13 @@ def test_pickled_client_connects_anew(server: ScriptedServer, client: HTTPTrainS
 def test_the_answer_of_another_request_is_never_returned(
     server: ScriptedServer, client: HTTPTrainServiceClient, batch: dict[str, Any]
 ) -> None:
-    """A connection that brought one is given up, and the call goes on over a new one; a result names its own job."""
+    """A connection that brought one is given up, and the call goes on over a new one; a result
+    names its own job."""
     other = frame_reply({"old_log_probs": np.ones((4, 3), np.float32)}, {}, {})
-    server.script = [Reply(content=other.content, headers={**other.headers, REQUEST_ID_HEADER: "another"}), Reply()]
+    server.script = [
+        Reply(content=other.content, headers={**other.headers, REQUEST_ID_HEADER: "another"}),
+        Reply(),
+    ]
     assert client.compute_log_prob(batch) == {"status": "success"}
     assert server.connections == 2
     assert len({request.headers[REQUEST_ID_HEADER.lower()] for request in server.seen}) == 2
@@ -226,7 +273,8 @@ client = HTTPTrainServiceClient(sys.argv[1], request_timeout=20)
 ids = np.ones((4, 6), np.int64)
 
 def call():
-    return client.compute_log_prob({"input_ids": ids, "responses": ids[:, 3:]})["batch"]["old_log_probs"].shape == (4, 3)
+    answer = client.compute_log_prob({"input_ids": ids, "responses": ids[:, 3:]})
+    return answer["batch"]["old_log_probs"].shape == (4, 3)
 
 thread = threading.Thread(target=call)
 thread.start()
@@ -244,9 +292,12 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 def test_a_child_that_is_forked_while_a_thread_imports_torch_does_not_wait_for_that_thread(
     server: ScriptedServer,
 ) -> None:
-    """The first result makes tensors; what its thread was in the middle of would stay so in the child for ever."""
+    """The first result makes tensors; what its thread was in the middle of would stay so in the
+    child for ever."""
     server.script = [frame_reply({"old_log_probs": np.zeros((4, 3), np.float32)}, {}, {})]
-    done = subprocess.run([sys.executable, "-c", FORKS, server.url], capture_output=True, text=True, timeout=50)
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS, server.url], capture_output=True, text=True, timeout=50
+    )
     assert done.returncode == 0 and "Exception" not in done.stderr, done.stderr
 
 
@@ -278,7 +329,9 @@ def test_closed_client(server: ScriptedServer) -> None:
         client.barrier()
 
 
-def test_proxies_are_not_for_loopback(server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proxies_are_not_for_loopback(
+    server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Proxy settings of the environment are honoured, except towards this machine itself."""
     proxy = ScriptedServer()
     try:

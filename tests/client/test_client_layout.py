@@ -34,8 +34,13 @@ def test_padding() -> None:
 
 def test_padding_keeps_the_kind() -> None:
     """Tensors of torch give torch, floats stay floats of their dtype."""
-    padded, mask = right_pad([torch.tensor([1.5, 2.5], dtype=torch.float64), torch.tensor([3.0]).double()], 0.0)
-    assert isinstance(padded, torch.Tensor) and (padded.dtype, mask.dtype) == (torch.float64, torch.int32)
+    padded, mask = right_pad(
+        [torch.tensor([1.5, 2.5], dtype=torch.float64), torch.tensor([3.0]).double()], 0.0
+    )
+    assert isinstance(padded, torch.Tensor) and (padded.dtype, mask.dtype) == (
+        torch.float64,
+        torch.int32,
+    )
     assert padded.tolist() == [[1.5, 2.5], [3.0, 0.0]]
     assert right_pad([np.asarray([1, 2], np.int32)], 0)[0].dtype == np.int64
     assert left_pad([[0.5]], 0.0)[0].dtype == np.float32
@@ -52,7 +57,8 @@ def test_positions(make: Any) -> None:
 
 @pytest.mark.parametrize("make", [np.asarray, torch.tensor])
 def test_masks(make: Any) -> None:
-    """The responses' columns, what follows a prompt of so many tokens, and what both masks allow."""
+    """The responses' columns, what follows a prompt of so many tokens, and what both masks
+    allow."""
     attention = make(LEFT_AND_RIGHT)
     assert response_mask(attention, 2).tolist() == [[1, 0], [1, 1], [0, 0]]
     after = loss_mask_after_prompts(attention, make([2, 4, 0]))

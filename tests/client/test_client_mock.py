@@ -27,7 +27,11 @@ def mock() -> MockTrainServiceClient:
 def test_a_trainers_loop(mock: MockTrainServiceClient, batch: dict[str, Any]) -> None:
     """The calls of a training step work, with results of the service's shapes."""
     started = mock.initialize_worker(config_dict={"actor": {}}, world_size=2, zmq_base_port=5555)
-    assert (started["status"], started["world_size"], started["ignored"]) == ("success", 2, ["zmq_base_port"])
+    assert (started["status"], started["world_size"], started["ignored"]) == (
+        "success",
+        2,
+        ["zmq_base_port"],
+    )
     assert mock.init_model()["status"] == "success"
     result = mock.compute_log_prob(batch)
     assert torch.equal(result["batch"]["old_log_probs"], torch.zeros(4, 3))
@@ -47,8 +51,11 @@ def test_a_trainers_loop(mock: MockTrainServiceClient, batch: dict[str, Any]) ->
     assert mock.barrier()["status"] == mock.destroy()["status"] == "success"
 
 
-def test_every_role_answers_in_its_shapes(mock: MockTrainServiceClient, batch: dict[str, Any]) -> None:
-    """Values [B, R], rewards [B], a teacher's top k [B, R, K], a linear loss's log-probabilities [B, R]."""
+def test_every_role_answers_in_its_shapes(
+    mock: MockTrainServiceClient, batch: dict[str, Any]
+) -> None:
+    """Values [B, R], rewards [B], a teacher's top k [B, R, K], a linear loss's log-probabilities
+    [B, R]."""
     tensors = batch["tensors"] | {"returns": np.zeros((4, 3), np.float32)}
     values = mock.compute_values(tensors)["batch"]["values"]
     assert (values.shape, values.dtype) == ((4, 3), torch.float32)
@@ -58,7 +65,10 @@ def test_every_role_answers_in_its_shapes(mock: MockTrainServiceClient, batch: d
     assert (rewards.shape, rewards.dtype) == ((4,), torch.float32)
     teacher = mock.compute_log_prob(tensors, top_k=5)["batch"]
     assert teacher["teacher_topk_ids"].shape == teacher["teacher_topk_log_probs"].shape == (4, 3, 5)
-    assert (teacher["teacher_topk_ids"].dtype, teacher["old_log_probs"].shape) == (torch.int64, (4, 3))
+    assert (teacher["teacher_topk_ids"].dtype, teacher["old_log_probs"].shape) == (
+        torch.int64,
+        (4, 3),
+    )
     linear = tensors | {"loss_weights": np.ones((4, 3), np.float32)}
     assert mock.forward_backward(linear, loss="linear")["batch"]["log_probs"].shape == (4, 3)
     assert mock.update_actor(tensors)["batch"] == {}
@@ -70,20 +80,36 @@ def test_every_role_answers_in_its_shapes(mock: MockTrainServiceClient, batch: d
     ("actor", "missing"),
     [
         ({"policy_loss": "ppo"}, "advantages"),
-        ({"policy_loss": "ppo", "rollout_correction": {"mode": "token_mask", "drop_rejected": True}}, "old_log_probs"),
+        (
+            {
+                "policy_loss": "ppo",
+                "rollout_correction": {"mode": "token_mask", "drop_rejected": True},
+            },
+            "old_log_probs",
+        ),
     ],
 )
-def test_what_an_update_needs_is_what_the_group_was_configured_to(actor: dict[str, Any], missing: str) -> None:
+def test_what_an_update_needs_is_what_the_group_was_configured_to(
+    actor: dict[str, Any], missing: str
+) -> None:
     """As the service: a trainer that forgets a tensor learns it from the mock."""
     mock = MockTrainServiceClient(identifier="student")
     mock.initialize_worker(config_dict={"actor": actor}, world_size=1)
-    tensors = {"input_ids": np.ones((2, 4), np.int64), "advantages": np.ones(2), "rollout_log_probs": np.ones((2, 3))}
+    tensors = {
+        "input_ids": np.ones((2, 4), np.int64),
+        "advantages": np.ones(2),
+        "rollout_log_probs": np.ones((2, 3)),
+    }
     with pytest.raises(InvalidTensor, match=missing):
-        mock.update_actor({"tensors": {name: value for name, value in tensors.items() if name != missing}})
+        mock.update_actor(
+            {"tensors": {name: value for name, value in tensors.items() if name != missing}}
+        )
 
 
 @pytest.mark.parametrize("loss", ["nope", 5, ["a"]])
-def test_a_loss_that_nobody_knows(mock: MockTrainServiceClient, batch: dict[str, Any], loss: Any) -> None:
+def test_a_loss_that_nobody_knows(
+    mock: MockTrainServiceClient, batch: dict[str, Any], loss: Any
+) -> None:
     """Refused as the service does."""
     with pytest.raises(InvalidArgument, match="loss"):
         mock.forward_backward(batch, loss=loss)
@@ -121,7 +147,9 @@ def test_tensors_that_are_needed(mock: MockTrainServiceClient, batch: dict[str, 
 
 def test_columns_without_responses(mock: MockTrainServiceClient) -> None:
     """Without responses R is S - 1."""
-    assert mock.compute_log_prob({"input_ids": np.zeros((2, 7), np.int32)})["batch"]["old_log_probs"].shape == (2, 6)
+    assert mock.compute_log_prob({"input_ids": np.zeros((2, 7), np.int32)})["batch"][
+        "old_log_probs"
+    ].shape == (2, 6)
 
 
 def test_submitted_jobs_are_done(mock: MockTrainServiceClient, batch: dict[str, Any]) -> None:
@@ -129,7 +157,11 @@ def test_submitted_jobs_are_done(mock: MockTrainServiceClient, batch: dict[str, 
     job = mock.submit("compute_log_prob", batch)
     assert job.done()
     assert job.status()["state"] == "finished"
-    assert job.result(timeout=0)["meta_info"]["job_id"] == job.result()["meta_info"]["job_id"] == job.id
+    assert (
+        job.result(timeout=0)["meta_info"]["job_id"]
+        == job.result()["meta_info"]["job_id"]
+        == job.id
+    )
     with pytest.raises(JobFinal):
         job.cancel()
     job.id = "0" * 32
@@ -147,9 +179,14 @@ def test_submitted_jobs_are_done(mock: MockTrainServiceClient, batch: dict[str, 
         ({"responses": np.zeros((3, 3), int)}, "responses.*4 rows"),
     ],
 )
-def test_bad_shapes(mock: MockTrainServiceClient, batch: dict[str, Any], change: dict[str, Any], message: str) -> None:
-    """A batch that the service would refuse is refused with the same class and the tensor's name."""
-    tensors = {name: value for name, value in (batch["tensors"] | change).items() if value is not None}
+def test_bad_shapes(
+    mock: MockTrainServiceClient, batch: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    """A batch that the service would refuse is refused with the same class and the tensor's
+    name."""
+    tensors = {
+        name: value for name, value in (batch["tensors"] | change).items() if value is not None
+    }
     with pytest.raises(InvalidTensor, match=message) as caught:
         mock.compute_log_prob(tensors)
     assert caught.value.status == 422
@@ -167,9 +204,13 @@ def test_awaited(mock: MockTrainServiceClient, batch: dict[str, Any]) -> None:
     """submit and result in a trainer that is a coroutine."""
 
     async def trainer() -> list[dict[str, Any]]:
-        jobs = await asyncio.gather(*(mock.submit_async("compute_log_prob", batch) for _ in range(3)))
+        jobs = await asyncio.gather(
+            *(mock.submit_async("compute_log_prob", batch) for _ in range(3))
+        )
         return await asyncio.gather(*(job.result_async(timeout=5) for job in jobs))
 
-    assert [result["batch"]["old_log_probs"].shape for result in asyncio.run(trainer())] == [(4, 3)] * 3
+    assert [result["batch"]["old_log_probs"].shape for result in asyncio.run(trainer())] == [
+        (4, 3)
+    ] * 3
     with pytest.raises(UnknownOperation):
         asyncio.run(mock.submit_async("update_actr", batch))

@@ -22,13 +22,16 @@ from nexrl_client import (
 from nexrl_contract.operations import OPERATIONS
 
 SIGNATURES = {
-    "initialize_worker": "config_path=None, config_dict=None, role='actor', world_size=None, zmq_base_port=None, "
+    "initialize_worker": "config_path=None, config_dict=None, role='actor', world_size=None, "
+    "zmq_base_port=None, "
     "dispatch_mode=None",
     "init_model": "",
     "barrier": "",
     "destroy": "",
     "update_actor": "batch, explain=False",
-    "update_actor_with_distillation": "batch, distillation_coeff=None, distillation_loss=None, explain=False",
+    "update_actor_with_distillation": (
+        "batch, distillation_coeff=None, distillation_loss=None, explain=False"
+    ),
     "compute_log_prob": "batch, top_k=None, explain=False",
     "compute_ref_log_prob": "batch, explain=False",
     "compute_values": "batch, explain=False",
@@ -59,7 +62,9 @@ def public_names(module: types.ModuleType) -> set[str]:
     return {
         name
         for name, value in vars(module).items()
-        if not name.startswith("_") and not isinstance(value, types.ModuleType) and name != "annotations"
+        if not name.startswith("_")
+        and not isinstance(value, types.ModuleType)
+        and name != "annotations"
     }
 
 
@@ -73,7 +78,9 @@ def test_all_is_what_is_public() -> None:
     assert set(advantages.__all__) - {"Estimator"} | set(layout.__all__) < set(nexrl_client.__all__)
 
 
-@pytest.mark.parametrize("kind", [TrainServiceClient, HTTPTrainServiceClient, MockTrainServiceClient])
+@pytest.mark.parametrize(
+    "kind", [TrainServiceClient, HTTPTrainServiceClient, MockTrainServiceClient]
+)
 @pytest.mark.parametrize("method", SIGNATURES)
 def test_signatures_are_the_contract(kind: type, method: str) -> None:
     """Every client has the documented methods with the documented arguments and defaults."""
@@ -93,20 +100,35 @@ def test_explain_is_keyword_only(method: str) -> None:
 
 
 def test_interface_has_nothing_else() -> None:
-    """An own implementation provides submit, and what asks the service about itself; the operations follow."""
-    public = {name for name, value in vars(TrainServiceClient).items() if callable(value) and name[0] != "_"}
+    """An own implementation provides submit, and what asks the service about itself; the operations
+    follow."""
+    public = {
+        name
+        for name, value in vars(TrainServiceClient).items()
+        if callable(value) and name[0] != "_"
+    }
     assert public == SIGNATURES.keys()
-    assert TrainServiceClient.__abstractmethods__ == {"submit", "health_check", "get_models", "worker_info"}
+    assert TrainServiceClient.__abstractmethods__ == {
+        "submit",
+        "health_check",
+        "get_models",
+        "worker_info",
+    }
 
 
 def test_constructors() -> None:
     """Clients are made from an address and an identifier, which then stays."""
     positional = [
-        str(p) for p in inspect.signature(HTTPTrainServiceClient).parameters.values() if p.kind != p.KEYWORD_ONLY
+        str(p)
+        for p in inspect.signature(HTTPTrainServiceClient).parameters.values()
+        if p.kind != p.KEYWORD_ONLY
     ]
     assert [text.split(":")[0] for text in positional] == ["base_url", "identifier"]
     assert HTTPTrainServiceClient().base_url == "http://localhost:8000"
-    for client in (HTTPTrainServiceClient(identifier="student"), MockTrainServiceClient(identifier="student")):
+    for client in (
+        HTTPTrainServiceClient(identifier="student"),
+        MockTrainServiceClient(identifier="student"),
+    ):
         assert client.identifier == "student"
         assert client.request_timeout == 200
         with pytest.raises(AttributeError):
@@ -118,14 +140,22 @@ def test_constructors() -> None:
 @pytest.mark.parametrize("backend", ["self-hosted", "http", "nextrainer"])
 def test_factory_makes_http_clients(backend: str) -> None:
     """All names of the service over HTTP give its client, with its options."""
-    client = create_train_service_client(backend, "host:9000/", "student", request_timeout=3, progress=True)
+    client = create_train_service_client(
+        backend, "host:9000/", "student", request_timeout=3, progress=True
+    )
     assert isinstance(client, HTTPTrainServiceClient)
-    assert (client.base_url, client.identifier, client.request_timeout) == ("http://host:9000", "student", 3)
+    assert (client.base_url, client.identifier, client.request_timeout) == (
+        "http://host:9000",
+        "student",
+        3,
+    )
 
 
 def test_factory_makes_the_mock() -> None:
     """backend="mock" needs no server."""
-    client = create_train_service_client(backend="mock", url="mock://localhost", identifier="student")
+    client = create_train_service_client(
+        backend="mock", url="mock://localhost", identifier="student"
+    )
     assert isinstance(client, MockTrainServiceClient)
     assert client.health_check()["status"] == "healthy"
 
@@ -156,7 +186,8 @@ def test_addresses(given: str, url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "given", ["", "   ", "http://", "mock://localhost", "ftp://host", "http://host:no", "http://host:99999"]
+    "given",
+    ["", "   ", "http://", "mock://localhost", "ftp://host", "http://host:no", "http://host:99999"],
 )
 def test_addresses_that_are_none(given: str) -> None:
     """What is no http address is refused when the client is made."""

@@ -11,19 +11,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nexrl_client import HTTPTrainServiceClient, InvalidAnswer, Response, data_to_tensor, tensor_to_data, testing
+from nexrl_client import (
+    HTTPTrainServiceClient,
+    InvalidAnswer,
+    Response,
+    data_to_tensor,
+    tensor_to_data,
+    testing,
+)
 from nexrl_contract.names import FRAME_TYPE
 from tensor_codec import CodecError
 
 
 def result_of(answer: Response, batch: dict[str, Any]) -> dict[str, Any]:
-    return HTTPTrainServiceClient(transport=testing.ScriptedTransport([answer])).compute_log_prob(batch)
+    return HTTPTrainServiceClient(transport=testing.ScriptedTransport([answer])).compute_log_prob(
+        batch
+    )
 
 
 def test_frame_result(batch: dict[str, Any]) -> None:
     """Tensors are torch's, writable, and views of the one buffer that was received."""
     values = np.arange(12, dtype=np.float32).reshape(4, 3)
-    answer = testing.result_response({"old_log_probs": values}, {"tokens": 12}, {"job_id": "j1", "ignored": ["x"]})
+    answer = testing.result_response(
+        {"old_log_probs": values}, {"tokens": 12}, {"job_id": "j1", "ignored": ["x"]}
+    )
     result = result_of(answer, batch)
     tensor = result["batch"]["old_log_probs"]
     assert isinstance(tensor, torch.Tensor)
@@ -40,7 +51,12 @@ def test_json_result(batch: dict[str, Any]) -> None:
     """The JSON form of a result means the same."""
     body = {
         "batch": {"old_log_probs": tensor_to_data(np.ones((4, 3), np.float32))},
-        "metrics": {"a": "NaN", "b": ["Infinity", 1.5, "-Infinity"], "c": {"d": "NaN"}, "e": "text"},
+        "metrics": {
+            "a": "NaN",
+            "b": ["Infinity", 1.5, "-Infinity"],
+            "c": {"d": "NaN"},
+            "e": "text",
+        },
         "meta_info": {"job_id": "NaN", "metrics": {"a": "NaN"}},
     }
     result = result_of(testing.json_response(body), batch)
@@ -56,7 +72,9 @@ def test_json_result(batch: dict[str, Any]) -> None:
 def test_other_results_are_their_json() -> None:
     """Operations without a batch give what the service said, with floats in metrics."""
     said = {"status": "success", "step_applied": False, "metrics": {"actor/grad_norm": "NaN"}}
-    client = HTTPTrainServiceClient(transport=testing.ScriptedTransport([testing.json_response(said)]))
+    client = HTTPTrainServiceClient(
+        transport=testing.ScriptedTransport([testing.json_response(said)])
+    )
     result = client.optim_step()
     assert result["step_applied"] is False
     assert math.isnan(result["metrics"]["actor/grad_norm"])
@@ -74,14 +92,20 @@ def test_other_results_are_their_json() -> None:
     ],
 )
 def test_answers_of_something_else(answer: Response, batch: dict[str, Any]) -> None:
-    """An answer that is not the service's is named as such, and nothing of a codec or JSON library leaks."""
+    """An answer that is not the service's is named as such, and nothing of a codec or JSON library
+    leaks."""
     with pytest.raises(InvalidAnswer):
         result_of(answer, batch)
 
 
 @pytest.mark.parametrize(
     "tensor",
-    [torch.arange(6).reshape(2, 3), torch.ones(2, dtype=torch.bfloat16), torch.tensor(3.5), torch.empty(0, 4)],
+    [
+        torch.arange(6).reshape(2, 3),
+        torch.ones(2, dtype=torch.bfloat16),
+        torch.tensor(3.5),
+        torch.empty(0, 4),
+    ],
 )
 def test_tensor_to_data_and_back(tensor: torch.Tensor) -> None:
     """Tensors survive JSON, as writable memory of their own."""
@@ -105,7 +129,8 @@ def test_without_torch() -> None:
 import sys
 sys.modules["torch"] = None
 import numpy as np
-from nexrl_client import HTTPTrainServiceClient, MockTrainServiceClient, data_to_tensor, tensor_to_data, testing
+from nexrl_client import HTTPTrainServiceClient, MockTrainServiceClient
+from nexrl_client import data_to_tensor, tensor_to_data, testing
 batch = {"input_ids": np.zeros((2, 3), int)}
 answer = testing.result_response({"old_log_probs": np.zeros((2, 2), np.float32)})
 client = HTTPTrainServiceClient(transport=testing.ScriptedTransport([answer]))

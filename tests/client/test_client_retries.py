@@ -50,12 +50,15 @@ RUNNING = error_reply("JOB_RUNNING", job_id=JOB)
         error_reply("GATEWAY_BUSY"),
         error_reply("SLOW_REQUEST"),
     ],
-    ids=lambda reply: "dropped" if reply.drop else "cut" if reply.cut else f"{reply.status} {reply.body[:40]!r}",
+    ids=lambda reply: (
+        "dropped" if reply.drop else "cut" if reply.cut else f"{reply.status} {reply.body[:40]!r}"
+    ),
 )
 def test_what_passes_is_retried(
     server: ScriptedServer, client: HTTPTrainServiceClient, batch: dict[str, Any], trouble: Reply
 ) -> None:
-    """A lost answer or a passing refusal is repeated with the same key and the same bytes, so that it runs once."""
+    """A lost answer or a passing refusal is repeated with the same key and the same bytes, so that
+    it runs once."""
     server.script = [trouble, trouble, frame_reply({}, {"x": 1}, {})]
     assert client.update_actor(batch)["metrics"] == {"x": 1}
     assert len(server.seen) == 3
@@ -71,7 +74,12 @@ def test_what_passes_is_retried(
         (error_reply("NO_SPACE"), NoSpace),
         (error_reply("GROUP_DOWN", job_id=JOB), GroupDown),
         (Reply(500, b"oops"), NexRLError),
-        (Reply(503, {"error": {"code": "GROUP_DOWN", "message": "for good", "retryable": False}}), GroupDown),
+        (
+            Reply(
+                503, {"error": {"code": "GROUP_DOWN", "message": "for good", "retryable": False}}
+            ),
+            GroupDown,
+        ),
     ],
 )
 def test_what_stays_is_raised(
@@ -87,7 +95,8 @@ def test_what_stays_is_raised(
 def test_an_answer_that_is_not_the_services_says_who_gave_it(
     server: ScriptedServer, client: HTTPTrainServiceClient
 ) -> None:
-    """A page, another program's error object, nothing at all: the address, its server and the status are named."""
+    """A page, another program's error object, nothing at all: the address, its server and the
+    status are named."""
     headers = {"Content-Type": "text/html; charset=utf-8", "Server": "nginx/1.25"}
     server.script = [Reply(403, b"<html>\n Forbidden </html>", headers)]
     with pytest.raises(
@@ -123,7 +132,9 @@ def test_retry_after_is_honoured(server: ScriptedServer, client: HTTPTrainServic
     assert 1.0 <= second.at - first.at < 2.5
 
 
-def test_retry_after_the_time_is_spent(server: ScriptedServer, client: HTTPTrainServiceClient) -> None:
+def test_retry_after_the_time_is_spent(
+    server: ScriptedServer, client: HTTPTrainServiceClient
+) -> None:
     """A Retry-After beyond the time there is gives up at once, with the service's error."""
     server.script = [Reply(429, error_reply("TOO_MANY_QUEUED").body, {"Retry-After": "60"})]
     start = time.monotonic()
@@ -135,12 +146,17 @@ def test_retry_after_the_time_is_spent(server: ScriptedServer, client: HTTPTrain
 
 @pytest.mark.parametrize(
     ("trouble", "kind"),
-    [(Reply(drop=True), Unreachable), (error_reply("GROUP_DOWN"), GroupDown), (Reply(502, b"no"), Unavailable)],
+    [
+        (Reply(drop=True), Unreachable),
+        (error_reply("GROUP_DOWN"), GroupDown),
+        (Reply(502, b"no"), Unavailable),
+    ],
 )
 def test_retries_end_with_request_timeout(
     server: ScriptedServer, client: HTTPTrainServiceClient, trouble: Reply, kind: type[NexRLError]
 ) -> None:
-    """Trouble that does not pass is raised when request_timeout, read at this call, is spent; not long before or after."""
+    """Trouble that does not pass is raised when request_timeout, read at this call, is spent; not
+    long before or after."""
     server.script = [trouble]
     client.request_timeout = 0.8
     start = time.monotonic()
@@ -150,8 +166,11 @@ def test_retries_end_with_request_timeout(
     assert len(server.seen) > 2
 
 
-def test_timeout_names_the_job(server: ScriptedServer, client: HTTPTrainServiceClient, batch: dict[str, Any]) -> None:
-    """A job that takes longer raises with its handle, which later gives the result; the request was sent once."""
+def test_timeout_names_the_job(
+    server: ScriptedServer, client: HTTPTrainServiceClient, batch: dict[str, Any]
+) -> None:
+    """A job that takes longer raises with its handle, which later gives the result; the request was
+    sent once."""
     server.script = [QUEUED, RUNNING]
     client.request_timeout = 0.5
     start = time.monotonic()
@@ -178,7 +197,9 @@ def test_result_without_waiting(server: ScriptedServer, client: HTTPTrainService
     assert len(server.seen) == 2
 
 
-def test_result_without_limit_bears_outages(server: ScriptedServer, client: HTTPTrainServiceClient) -> None:
+def test_result_without_limit_bears_outages(
+    server: ScriptedServer, client: HTTPTrainServiceClient
+) -> None:
     """result() waits through lost connections and restarts of the gateway."""
     server.script = [QUEUED, Reply(drop=True), RUNNING, error_reply("REDIS_UNAVAILABLE"), Reply()]
     assert client.submit("barrier").result()["status"] == "success"
@@ -200,8 +221,11 @@ def test_result_without_limit_gives_up_on_a_lost_service(
     assert refused.value.job is job
 
 
-def test_failed_job_raises_its_error(server: ScriptedServer, client: HTTPTrainServiceClient) -> None:
-    """How the job ended is raised with rank and message, also when it says that the group is down; unknown jobs too."""
+def test_failed_job_raises_its_error(
+    server: ScriptedServer, client: HTTPTrainServiceClient
+) -> None:
+    """How the job ended is raised with rank and message, also when it says that the group is down;
+    unknown jobs too."""
     server.script = [QUEUED, error_reply("OPERATION_FAILED", "boom", rank=1, job_id=JOB)]
     with pytest.raises(OperationFailed, match="boom") as caught:
         client.barrier()
@@ -227,14 +251,17 @@ def test_silence_is_a_timeout(server: ScriptedServer, client: HTTPTrainServiceCl
 
 @pytest.mark.parametrize("call", ["barrier", "health_check", "get_models"])
 def test_request_timeout_bounds_connecting(call: str) -> None:
-    """An address that takes no connections, as a host behind a firewall, is given up when request_timeout is spent."""
+    """An address that takes no connections, as a host behind a firewall, is given up when
+    request_timeout is spent."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         for _ in range(4):  # the queue of connections is full: the next one gets no answer at all
             waiting = stack.enter_context(socket.socket())
             waiting.setblocking(False)
             waiting.connect_ex(listener.getsockname())
-        client = stack.enter_context(HTTPTrainServiceClient(f"127.0.0.1:{listener.getsockname()[1]}"))
+        client = stack.enter_context(
+            HTTPTrainServiceClient(f"127.0.0.1:{listener.getsockname()[1]}")
+        )
         client.request_timeout = 0.7
         start = time.monotonic()
         with pytest.raises(Unreachable):
@@ -243,7 +270,8 @@ def test_request_timeout_bounds_connecting(call: str) -> None:
 
 
 def test_uploading_does_not_count(server: ScriptedServer, client: HTTPTrainServiceClient) -> None:
-    """A slow line is not the service's delay: after an upload longer than request_timeout there still is time to wait."""
+    """A slow line is not the service's delay: after an upload longer than request_timeout there
+    still is time to wait."""
     server.script = [
         Reply(503, b"", read_bytes_s=0.1),
         Reply(202, QUEUED.content),
@@ -252,7 +280,9 @@ def test_uploading_does_not_count(server: ScriptedServer, client: HTTPTrainServi
     ]
     client.request_timeout = 1.5
     start = time.monotonic()
-    assert client.update_actor({"input_ids": np.zeros((4, 800_000), np.int64)})["metrics"] == {"x": 3}
+    assert client.update_actor({"input_ids": np.zeros((4, 800_000), np.int64)})["metrics"] == {
+        "x": 3
+    }
     assert time.monotonic() - start > 2.0
 
 
@@ -268,5 +298,12 @@ def test_each_part_is_retried_by_itself(server: ScriptedServer) -> None:
     ]
     with HTTPTrainServiceClient(server.url, "student", max_request_bytes=500_000) as client:
         client.update_actor({"input_ids": np.zeros((4, 40_000), np.int64)})
-    assert [request.path.rpartition("/")[2] for request in server.seen] == ["0", "1", "1", "1", "2", "update_actor"]
+    assert [request.path.rpartition("/")[2] for request in server.seen] == [
+        "0",
+        "1",
+        "1",
+        "1",
+        "2",
+        "update_actor",
+    ]
     assert len({request.body for request in server.seen[1:4]}) == 1

@@ -41,7 +41,8 @@ def load(tmp_path: Path, text: str) -> dict[str, dict[str, Any]]:
 
 
 def test_several_services(tmp_path: Path) -> None:
-    """Every entry under service.train_service is there by name, with YAML 1.2's numbers; the rest of the file is not."""
+    """Every entry under service.train_service is there by name, with YAML 1.2's numbers; the rest
+    of the file is not."""
     config = load(tmp_path, SERVICE)
     assert list(config) == ["main_actor", "judge"]
     assert config["main_actor"]["actor"]["optim"]["lr"] == 2e-6
@@ -60,9 +61,19 @@ def test_a_file_of_ones_own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     [
         (ENTRY, "student"),
         ("actor: {model: {path: /m}}", "default"),
-        ("service: {train_service: {identifier: x, backend: http, actor: {model: {path: /m}}}}", "x"),
+        (
+            "service: {train_service: {identifier: x, backend: http, actor: {model: {path: /m}}}}",
+            "x",
+        ),
         ("service: {train_service: {actor: {actor: {model: {path: /m}}}}}", "actor"),
-        ("{actor: {actor: {model: {path: /m}}}, critic: {role: critic, actor: {model: {path: /m}}}}", "actor"),
+        (
+            (
+                "{actor: {actor: {model: {path: /m}}}, critic: {role: critic, actor: {model: "
+                "{path: "
+                "/m}}}}"
+            ),
+            "actor",
+        ),
     ],
 )
 def test_one_entry(tmp_path: Path, text: str, name: str) -> None:
@@ -73,15 +84,19 @@ def test_one_entry(tmp_path: Path, text: str, name: str) -> None:
 
 
 def test_a_yaml_key_stands_once(tmp_path: Path) -> None:
-    """The first of two sections would be lost without a word; what a merge brings may be said again."""
+    """The first of two sections would be lost without a word; what a merge brings may be said
+    again."""
     with pytest.raises(InvalidSetup, match=r'duplicate key "optim"(?s:.)*line 4, column 3'):
         load(tmp_path, "actor:\n  optim: {lr: 1}\n  grad_clip: 1\n  optim: {eps: 2}\n")
-    merged = load(tmp_path, "a: {actor: &a {<<: {x: 1, y: 2}, x: 3}}\nb:\n  actor: {<<: *a, y: 5}\n")
+    merged = load(
+        tmp_path, "a: {actor: &a {<<: {x: 1, y: 2}, x: 3}}\nb:\n  actor: {<<: *a, y: 5}\n"
+    )
     assert merged == {"a": {"actor": {"x": 3, "y": 2}}, "b": {"actor": {"x": 3, "y": 5}}}
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("2e-6", 2e-6), ("1E3", 1000.0), (".5", 0.5), ("10", 10), ("-1.5e+2", -150.0), ("1e", "1e")]
+    ("text", "value"),
+    [("2e-6", 2e-6), ("1E3", 1000.0), (".5", 0.5), ("10", 10), ("-1.5e+2", -150.0), ("1e", "1e")],
 )
 def test_numbers_are_those_of_yaml_1_2(tmp_path: Path, text: str, value: object) -> None:
     loaded = load(tmp_path, f"actor: {{x: {text}}}")["default"]["actor"]["x"]
@@ -99,13 +114,16 @@ def test_numbers_are_those_of_yaml_1_2(tmp_path: Path, text: str, value: object)
     ],
 )
 def test_interpolation_is_refused(tmp_path: Path, text: str, path: str) -> None:
-    """A ${...} in an entry is refused by name, from the top of the file, by everything that reads entries."""
+    """A ${...} in an entry is refused by name, from the top of the file, by everything that reads
+    entries."""
     with pytest.raises(InvalidSetup, match="interpolation is not resolved") as caught:
         load(tmp_path, text)
     assert caught.value.details["key"] == path
     assert f" {path} is " in str(caught.value)
     with pytest.raises(InvalidSetup, match="interpolation"):
-        MockTrainServiceClient(identifier="student").initialize_worker(config_path=str(tmp_path / "service.yaml"))
+        MockTrainServiceClient(identifier="student").initialize_worker(
+            config_path=str(tmp_path / "service.yaml")
+        )
 
 
 @pytest.mark.parametrize(
@@ -130,22 +148,34 @@ def test_clients_by_name_and_role(tmp_path: Path) -> None:
     config = load(tmp_path, SERVICE.replace("URL", "http://host:9000"))
     with create_train_service_clients(config, request_timeout=3) as clients:
         student, judge = clients["main_actor"], clients["judge"]
-        assert isinstance(student, HTTPTrainServiceClient) and isinstance(judge, MockTrainServiceClient)
-        assert (student.base_url, student.identifier, student.request_timeout) == ("http://host:9000", "student", 3)
+        assert isinstance(student, HTTPTrainServiceClient) and isinstance(
+            judge, MockTrainServiceClient
+        )
+        assert (student.base_url, student.identifier, student.request_timeout) == (
+            "http://host:9000",
+            "student",
+            3,
+        )
         assert judge.identifier == "judge"
         assert (clients.by_role("actor"), clients.by_role("teacher")) == (student, judge)
         assert dict(clients) == {"main_actor": student, "judge": judge}
         assert clients.roles == {"main_actor": "actor", "judge": "teacher"}
-        with pytest.raises(InvalidSetup, match=r"'critic'; there are main_actor \(actor\), judge \(teacher\)"):
+        with pytest.raises(
+            InvalidSetup, match=r"'critic'; there are main_actor \(actor\), judge \(teacher\)"
+        ):
             clients.by_role("critic")
     with pytest.raises(ValueError, match="closed"):
         student.barrier()
 
 
 def test_a_whole_configuration_and_one_entry() -> None:
-    """The configuration may be the whole one that a trainer has, or one entry; address and backend have defaults."""
+    """The configuration may be the whole one that a trainer has, or one entry; address and backend
+    have defaults."""
     entry = {"identifier": "student", "actor": {"model": {"path": "/m"}}}
-    for config in ({"service": {"train_service": {"student": entry}}, "trainer": {"x": "${y}"}}, entry):
+    for config in (
+        {"service": {"train_service": {"student": entry}}, "trainer": {"x": "${y}"}},
+        entry,
+    ):
         client = create_train_service_clients(config)["student"]
         assert isinstance(client, HTTPTrainServiceClient)
         assert (client.base_url, client.identifier) == ("http://localhost:8000", "student")
@@ -161,8 +191,11 @@ def test_several_of_one_role() -> None:
 
 
 def test_initialize_worker_without_arguments(server: ScriptedServer, tmp_path: Path) -> None:
-    """A client of an entry starts its group with the entry's configuration and role; arguments still win."""
-    config = load(tmp_path, SERVICE.replace("URL", server.url).replace("role: actor", "role: critic"))
+    """A client of an entry starts its group with the entry's configuration and role; arguments
+    still win."""
+    config = load(
+        tmp_path, SERVICE.replace("URL", server.url).replace("role: actor", "role: critic")
+    )
     with create_train_service_clients(config) as clients:
         student = clients["main_actor"]
         student.initialize_worker()
@@ -191,7 +224,11 @@ ACTOR = {"actor": {"model": {"path": "/m"}}}
 @pytest.mark.parametrize(
     ("config", "kind", "message"),
     [
-        ({"a": ACTOR | {"role": "techer"}}, InvalidSetup, "a.role is 'techer'; known are actor, ref, teacher"),
+        (
+            {"a": ACTOR | {"role": "techer"}},
+            InvalidSetup,
+            "a.role is 'techer'; known are actor, ref, teacher",
+        ),
         ({"a": ACTOR | {"backend": "zmq"}}, UnknownBackend, "a: there is no backend 'zmq'"),
         (
             {"a": ACTOR | {"identifier": "x"}, "b": ACTOR | {"identifier": "x"}},

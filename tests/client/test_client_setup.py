@@ -23,7 +23,9 @@ ENTRY = "identifier: student\nactor: {model: {path: /m}}\n"
 def initialize(identifier: str | None = None, **arguments: Any) -> testing.Recorded:
     """The request of one initialize_worker."""
     transport = testing.ScriptedTransport([testing.json_response({"status": "success"})])
-    HTTPTrainServiceClient(identifier=identifier, transport=transport).initialize_worker(**arguments)
+    HTTPTrainServiceClient(identifier=identifier, transport=transport).initialize_worker(
+        **arguments
+    )
     return transport.requests[0]
 
 
@@ -31,9 +33,18 @@ def test_body_has_the_arguments() -> None:
     """Everything that was given is sent under its own name; what was not is left to the service."""
     config = {"actor": {"model": {"path": "/m"}}}
     request = initialize(
-        "student", config_dict=config, role="teacher", world_size=2, zmq_base_port=5555, dispatch_mode="x"
+        "student",
+        config_dict=config,
+        role="teacher",
+        world_size=2,
+        zmq_base_port=5555,
+        dispatch_mode="x",
     )
-    assert (request.method, request.path, request.query) == ("POST", "/initialize", {"identifier": "student"})
+    assert (request.method, request.path, request.query) == (
+        "POST",
+        "/initialize",
+        {"identifier": "student"},
+    )
     assert request.json() == {
         "config_dict": config,
         "role": "teacher",
@@ -47,10 +58,14 @@ def test_body_has_the_arguments() -> None:
 
 
 def test_the_entry_says_the_role(tmp_path: Path) -> None:
-    """In a file or a dict: the default argument leaves it to the service to read it there; another one is sent."""
+    """In a file or a dict: the default argument leaves it to the service to read it there; another
+    one is sent."""
     file = tmp_path / "config.yaml"
     file.write_text(SERVICE)
-    for arguments in ({"config_path": str(file)}, {"config_dict": {"role": "teacher", "actor": {}}}):
+    for arguments in (
+        {"config_path": str(file)},
+        {"config_dict": {"role": "teacher", "actor": {}}},
+    ):
         body = initialize("teacher", **arguments).json()
         assert body["config_dict"]["role"] == "teacher"
         assert "role" not in body
@@ -63,12 +78,21 @@ def test_the_entry_says_the_role(tmp_path: Path) -> None:
         (SERVICE, "student", "/m"),
         (SERVICE, "teacher", "/t"),
         (ENTRY, None, "/m"),
-        ("service: {train_service: {only: {identifier: x, actor: {model: {path: /o}}}}}", "other", "/o"),
-        ("service: {train_service: {identifier: x, backend: http, actor: {model: {path: /f}}}}", None, "/f"),
+        (
+            "service: {train_service: {only: {identifier: x, actor: {model: {path: /o}}}}}",
+            "other",
+            "/o",
+        ),
+        (
+            "service: {train_service: {identifier: x, backend: http, actor: {model: {path: /f}}}}",
+            None,
+            "/f",
+        ),
     ],
 )
 def test_config_path(tmp_path: Path, text: str, identifier: str | None, path: str) -> None:
-    """The file is read here: one entry of a service's YAML by identifier or name or as the only one, or the entry itself."""
+    """The file is read here: one entry of a service's YAML by identifier or name or as the only
+    one, or the entry itself."""
     file = tmp_path / "config.yaml"
     file.write_text(text)
     body = initialize(identifier, config_path=str(file)).json()
@@ -80,11 +104,15 @@ def test_yaml_numbers(tmp_path: Path) -> None:
     """2e-6 is a number, as YAML 1.2 has it."""
     file = tmp_path / "config.yaml"
     file.write_text(SERVICE)
-    assert initialize("student", config_path=str(file)).json()["config_dict"]["actor"]["optim"]["lr"] == 2e-6
+    assert (
+        initialize("student", config_path=str(file)).json()["config_dict"]["actor"]["optim"]["lr"]
+        == 2e-6
+    )
 
 
 def test_who_names_the_group(tmp_path: Path) -> None:
-    """The client's identifier wins over the configuration's; without both there is nothing to make."""
+    """The client's identifier wins over the configuration's; without both there is nothing to
+    make."""
     assert initialize("mine", config_dict={"identifier": "theirs"}).json()["identifier"] == "mine"
     request = initialize(None, config_dict={"identifier": "theirs"})
     assert (request.json()["identifier"], request.query) == ("theirs", {})
@@ -94,7 +122,9 @@ def test_who_names_the_group(tmp_path: Path) -> None:
 
 def test_config_dict_wins(tmp_path: Path) -> None:
     """With both given the file is not even opened."""
-    body = initialize("student", config_path=str(tmp_path / "absent.yaml"), config_dict={"actor": {"x": 1}}).json()
+    body = initialize(
+        "student", config_path=str(tmp_path / "absent.yaml"), config_dict={"actor": {"x": 1}}
+    ).json()
     assert body["config_dict"] == {"actor": {"x": 1}}
 
 
@@ -122,20 +152,38 @@ def test_nothing_given(tmp_path: Path) -> None:
         initialize("student")
     with pytest.raises(ValueError, match=r"absent\.yaml"):
         initialize("student", config_path=str(tmp_path / "absent.yaml"))
-    for value, kind in ((Decimal("1e-6"), "Decimal"), ({1}, "set"), (b"x", "bytes"), (np.zeros(2), "ndarray")):
+    for value, kind in (
+        (Decimal("1e-6"), "Decimal"),
+        ({1}, "set"),
+        (b"x", "bytes"),
+        (np.zeros(2), "ndarray"),
+    ):
         with pytest.raises(ValueError, match=rf"argument config_dict\.actor\.optim\.lr is {kind}"):
             initialize("student", config_dict={"actor": {"optim": {"lr": value}}})
 
 
 def test_configurations_of_other_libraries() -> None:
-    """Paths are text, scalars of any library numbers, and OmegaConf's containers what they resolve to."""
+    """Paths are text, scalars of any library numbers, and OmegaConf's containers what they resolve
+    to."""
     held = OmegaConf.create(
-        {"lr": 1e-3, "actor": {"model": {"path": Path("/m")}, "optim": {"lr": "${lr}", "betas": [0.9, 0.99]}}}
+        {
+            "lr": 1e-3,
+            "actor": {
+                "model": {"path": Path("/m")},
+                "optim": {"lr": "${lr}", "betas": [0.9, 0.99]},
+            },
+        }
     )
     plain = {"model": {"path": "/m"}, "optim": {"lr": 1e-3, "betas": [0.9, 0.99]}}
     assert initialize("student", config_dict=held).json()["config_dict"]["actor"] == plain
-    scalars = {"model": {"path": Path("/m")}, "optim": {"lr": np.float64(1e-3), "betas": (np.float64(0.9), 0.99)}}
-    assert initialize("student", config_dict={"actor": scalars}).json()["config_dict"]["actor"] == plain
+    scalars = {
+        "model": {"path": Path("/m")},
+        "optim": {"lr": np.float64(1e-3), "betas": (np.float64(0.9), 0.99)},
+    }
+    assert (
+        initialize("student", config_dict={"actor": scalars}).json()["config_dict"]["actor"]
+        == plain
+    )
     unresolved = OmegaConf.create({"actor": {"optim": {"lr": "${absent}"}}})
     with pytest.raises(ValueError, match=r"config_dict\.actor\.optim cannot be read: .*absent"):
         initialize("student", config_dict=unresolved)

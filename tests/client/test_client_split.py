@@ -17,8 +17,11 @@ def joined(parts: list[Part]) -> bytes:
 
 @pytest.mark.parametrize("size", [1, 7, 64, 100, 10_000])
 def test_parts_are_the_frame(size: int) -> None:
-    """Whatever the size, the parts join to the frame, none is larger, and all but the last are full."""
-    frame = tensor_codec.encode({"a": np.arange(50), "b": np.zeros((0, 3)), "c": np.ones(3, bool)}, {"k": "v"})
+    """Whatever the size, the parts join to the frame, none is larger, and all but the last are
+    full."""
+    frame = tensor_codec.encode(
+        {"a": np.arange(50), "b": np.zeros((0, 3)), "c": np.ones(3, bool)}, {"k": "v"}
+    )
     parts = split_for_requests(frame, size)
     assert joined(parts) == frame.tobytes()
     assert {len(part) for part in parts[:-1]} <= {size}

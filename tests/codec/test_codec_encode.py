@@ -23,13 +23,19 @@ NUMPY_DTYPES = [name for name in CODES if name != "bfloat16"]
 def numpy_batch() -> dict[str, np.ndarray]:
     """One array of every dtype, and the shapes that go wrong: 0-dim, empty, transposed."""
     batch = {f"t_{name}": np.arange(6).reshape(2, 3).astype(name) for name in NUMPY_DTYPES}
-    extra = {"zero_dim": np.array(1.5), "empty": np.zeros((0, 4), np.int32), "turned": np.arange(6.0).reshape(2, 3).T}
+    extra = {
+        "zero_dim": np.array(1.5),
+        "empty": np.zeros((0, 4), np.int32),
+        "turned": np.arange(6.0).reshape(2, 3).T,
+    }
     return batch | extra
 
 
 def torch_batch() -> dict[str, torch.Tensor]:
     """The same for torch, with bfloat16."""
-    batch = {f"t_{name}": torch.arange(6).reshape(2, 3).to(getattr(torch, name)) for name in TORCH_DTYPES}
+    batch = {
+        f"t_{name}": torch.arange(6).reshape(2, 3).to(getattr(torch, name)) for name in TORCH_DTYPES
+    }
     extra = {
         "zero_dim": torch.tensor(1.5),
         "empty": torch.zeros(0, 4, dtype=torch.bfloat16),
@@ -44,7 +50,8 @@ def address(buffer: memoryview) -> int:
 
 
 def test_golden_bytes() -> None:
-    """The bytes of a fixed input never change: metadata first and sorted, larger elements first, then names."""
+    """The bytes of a fixed input never change: metadata first and sorted, larger elements first,
+    then names."""
     tensors = {
         "mask": torch.tensor([True, False]),
         "b": np.array([1, 2], np.int16),
@@ -59,7 +66,15 @@ def test_golden_bytes() -> None:
         b'"mask":{"dtype":"BOOL","shape":[2],"data_offsets":[24,26]}}'
     )
     header = b"\x38\x01\0\0\0\0\0\0" + text.ljust(0x138)
-    data = b"\x07" + b"\0" * 7 + b"\x08" + b"\0" * 7 + b"\x80\x3f\x00\xc0" + b"\x01\0\x02\0" + b"\x01\x00"
+    data = (
+        b"\x07"
+        + b"\0" * 7
+        + b"\x08"
+        + b"\0" * 7
+        + b"\x80\x3f\x00\xc0"
+        + b"\x01\0\x02\0"
+        + b"\x01\x00"
+    )
     assert encode(tensors, {"z": "é", "k": "v"}).tobytes() == header + data
 
 
@@ -113,7 +128,10 @@ def test_safetensors_file_metadata(tmp_path) -> None:
 
 def test_we_read_safetensors_numpy() -> None:
     """What safetensors.numpy saves, wrap() reads."""
-    batch = {name: np.ascontiguousarray(array) if array.ndim else array for name, array in numpy_batch().items()}
+    batch = {
+        name: np.ascontiguousarray(array) if array.ndim else array
+        for name, array in numpy_batch().items()
+    }
     with wrap(safetensors.numpy.save(batch, {"k": "v"})) as frame:
         assert frame.header.metadata == {"k": "v"} and frame.header.tensors.keys() == batch.keys()
         for name, array in batch.items():
@@ -170,13 +188,19 @@ def test_a_view_never_drags_its_storage(library: str) -> None:
 
 def test_expanded_tensor_is_written_out() -> None:
     """Stride 0 becomes real elements."""
-    assert wrap(encode({"x": torch.tensor([5]).expand(3)}).tobytes()).numpy("x").tolist() == [5, 5, 5]
+    assert wrap(encode({"x": torch.tensor([5]).expand(3)}).tobytes()).numpy("x").tolist() == [
+        5,
+        5,
+        5,
+    ]
 
 
 @pytest.mark.parametrize("size", [0, 2])
 def test_odd_strides_of_at_most_one_element(size: int) -> None:
     """Torch calls these contiguous although their stride is 2."""
-    assert wrap(encode({"x": torch.ones(size)[::2]}).tobytes()).torch("x").tolist() == [1.0] * (size // 2)
+    assert wrap(encode({"x": torch.ones(size)[::2]}).tobytes()).torch("x").tolist() == [1.0] * (
+        size // 2
+    )
 
 
 def test_negated_view_and_gradient() -> None:
@@ -189,15 +213,21 @@ def test_negated_view_and_gradient() -> None:
 
 def test_big_endian_array_becomes_little_endian() -> None:
     """The byte order of an array is not what is written."""
-    assert encode({"x": np.array([1, 2], ">i4")}).tobytes() == encode({"x": np.array([1, 2], "<i4")}).tobytes()
+    assert (
+        encode({"x": np.array([1, 2], ">i4")}).tobytes()
+        == encode({"x": np.array([1, 2], "<i4")}).tobytes()
+    )
 
 
 def test_encoded_is_an_iterable_with_length() -> None:
-    """Iterating gives exactly len() bytes, header first; a tensor without elements has no buffer."""
+    """Iterating gives exactly len() bytes, header first; a tensor without elements has no
+    buffer."""
     encoded = encode({"a": np.arange(3), "empty": np.zeros((0, 2))})
     pieces = [bytes(piece) for piece in encoded]
     assert pieces[0] == encoded.header and len(pieces) == 2
-    assert b"".join(pieces) == encoded.tobytes() and len(encoded) == encoded.nbytes == len(encoded.tobytes())
+    assert b"".join(pieces) == encoded.tobytes() and len(encoded) == encoded.nbytes == len(
+        encoded.tobytes()
+    )
 
 
 def post(encoded: Encoded) -> tuple[dict[str, str], bytes]:
@@ -234,11 +264,15 @@ def test_requests_streams_it_with_content_length() -> None:
 
 
 def test_encoding_costs_the_header_only() -> None:
-    """Six tensors of 168 MB take milliseconds and kilobytes, and as long as six of 1 KB (within a wide margin)."""
+    """Six tensors of 168 MB take milliseconds and kilobytes, and as long as six of 1 KB (within a
+    wide margin)."""
 
     def batch(rows: int, columns: int) -> dict[str, torch.Tensor]:
         dtypes = [torch.int64] * 3 + [torch.float32] * 3
-        return {f"t{index}": torch.empty(rows, columns, dtype=dtype) for index, dtype in enumerate(dtypes)}
+        return {
+            f"t{index}": torch.empty(rows, columns, dtype=dtype)
+            for index, dtype in enumerate(dtypes)
+        }
 
     def seconds(tensors: dict[str, torch.Tensor]) -> float:
         times = []

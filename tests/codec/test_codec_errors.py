@@ -1,4 +1,5 @@
-"""One test per named error, with what its message must name; every check holds for reading and for writing."""
+"""One test per named error, with what its message must name; every check holds for reading and for
+writing."""
 
 from __future__ import annotations
 
@@ -19,9 +20,15 @@ def refuse(error: type[tc.CodecError], data: bytes, *words: str) -> None:
 
 def test_every_error_is_a_codec_error_and_a_value_error() -> None:
     """One except clause catches all of them."""
-    errors = [value for value in vars(tc).values() if isinstance(value, type) and issubclass(value, Exception)]
+    errors = [
+        value
+        for value in vars(tc).values()
+        if isinstance(value, type) and issubclass(value, Exception)
+    ]
     assert len(errors) == 21
-    assert all(issubclass(error, tc.CodecError) and issubclass(error, ValueError) for error in errors)
+    assert all(
+        issubclass(error, tc.CodecError) and issubclass(error, ValueError) for error in errors
+    )
 
 
 @pytest.mark.parametrize("length", range(8))
@@ -65,7 +72,8 @@ def test_header_too_large_when_written() -> None:
 
 
 def test_a_header_of_many_lists_is_not_read() -> None:
-    """What bounds a header's bytes does not bound the time that its JSON takes; refused when written, too."""
+    """What bounds a header's bytes does not bound the time that its JSON takes; refused when
+    written, too."""
     text = b'{"a":[' + b"[]," * tc.MAX_LISTS + b"[]]}"
     with pytest.raises(tc.HeaderTooLarge, match=str(tc.MAX_LISTS)):
         tc.parse_header(len(text).to_bytes(8, "little") + text)
@@ -75,7 +83,17 @@ def test_a_header_of_many_lists_is_not_read() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", " {}", "{}x", '{"a":NaN}', '{"a":Infinity}', '{"a":' + "[" * 16_000, '{"a":' + "9" * 5000 + "}"],
+    [
+        "",
+        "{",
+        "[]",
+        " {}",
+        "{}x",
+        '{"a":NaN}',
+        '{"a":Infinity}',
+        '{"a":' + "[" * 16_000,
+        '{"a":' + "9" * 5000 + "}",
+    ],
     ids=["empty", "open", "list", "space", "tail", "nan", "infinity", "nested", "endless-number"],
 )
 def test_invalid_header_json(frame_of, text: str) -> None:
@@ -89,14 +107,17 @@ def test_invalid_header_utf8() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ['{"a":1,"a":1}', '{"a":{"dtype":"U8","dtype":"U8"}}', '{"__metadata__":{"a":"","a":""}}']
+    "text",
+    ['{"a":1,"a":1}', '{"a":{"dtype":"U8","dtype":"U8"}}', '{"__metadata__":{"a":"","a":""}}'],
 )
 def test_duplicate_key(frame_of, text: str) -> None:
     """A key twice is refused at every level, by name."""
     refuse(tc.DuplicateKey, frame_of(text), "dtype" if "dtype" in text else "'a'")
 
 
-@pytest.mark.parametrize("metadata", [None, [], "x", {"step": 3}, {"step": None}, {"step": ["3"]}, {"\ud800": "x"}])
+@pytest.mark.parametrize(
+    "metadata", [None, [], "x", {"step": 3}, {"step": None}, {"step": ["3"]}, {"\ud800": "x"}]
+)
 def test_invalid_metadata(frame_of, metadata: object) -> None:
     """Metadata that is not text to text is refused."""
     refuse(tc.InvalidMetadata, frame_of({"__metadata__": metadata}), "metadata")
@@ -188,7 +209,15 @@ def test_no_numpy_dtype() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [[1, 2], 3.0, None, np.float32(1), b"x", torch.eye(2).to_sparse(), torch.empty(2, device="meta")],
+    [
+        [1, 2],
+        3.0,
+        None,
+        np.float32(1),
+        b"x",
+        torch.eye(2).to_sparse(),
+        torch.empty(2, device="meta"),
+    ],
     ids=lambda value: type(value).__name__,
 )
 def test_unsupported_tensor(value: object) -> None:
@@ -226,7 +255,13 @@ def test_rank_too_high(frame_of, entry) -> None:
 @pytest.mark.parametrize("shape", [[2], [4], [1, 2], [0], [2**40, 2**10]])
 def test_shape_mismatch(frame_of, entry, shape: list[int]) -> None:
     """Shape times dtype must be the bytes; products beyond 64 bits do not wrap round."""
-    refuse(tc.ShapeMismatch, frame_of({"t": entry("I32", shape, 0, 12)}, bytes(12)), "'t'", "12", str(shape))
+    refuse(
+        tc.ShapeMismatch,
+        frame_of({"t": entry("I32", shape, 0, 12)}, bytes(12)),
+        "'t'",
+        "12",
+        str(shape),
+    )
 
 
 def test_shape_mismatch_overflow(frame_of, entry) -> None:
@@ -239,15 +274,26 @@ def test_shape_mismatch_overflow(frame_of, entry) -> None:
 def test_offsets_overlap(frame_of, entry) -> None:
     """Two tensors may not share bytes, nor may one without elements stand inside another."""
     refuse(
-        tc.OffsetsOverlap, frame_of({"a": entry("U8", [4], 0, 4), "b": entry("U8", [4], 2, 6)}, bytes(6)), "'b'", "4"
+        tc.OffsetsOverlap,
+        frame_of({"a": entry("U8", [4], 0, 4), "b": entry("U8", [4], 2, 6)}, bytes(6)),
+        "'b'",
+        "4",
     )
-    refuse(tc.OffsetsOverlap, frame_of({"a": entry("U8", [4], 0, 4), "b": entry("U8", [0], 2, 2)}, bytes(4)), "'b'")
+    refuse(
+        tc.OffsetsOverlap,
+        frame_of({"a": entry("U8", [4], 0, 4), "b": entry("U8", [0], 2, 2)}, bytes(4)),
+        "'b'",
+    )
 
 
 def test_offsets_hole(frame_of, entry) -> None:
     """Bytes that belong to no tensor are refused, before and between tensors."""
     refuse(tc.OffsetsHole, frame_of({"a": entry("U8", [4], 1, 5)}, bytes(5)), "'a'", "1")
-    refuse(tc.OffsetsHole, frame_of({"a": entry("U8", [1], 0, 1), "b": entry("U8", [1], 2, 3)}, bytes(3)), "'b'")
+    refuse(
+        tc.OffsetsHole,
+        frame_of({"a": entry("U8", [1], 0, 1), "b": entry("U8", [1], 2, 3)}, bytes(3)),
+        "'b'",
+    )
 
 
 @pytest.mark.parametrize("size", [0, 3, 5, 100])
@@ -261,11 +307,14 @@ def test_size_mismatch(frame_of, entry, tmp_path, size: int) -> None:
 
 
 def test_size_unknown_while_streaming(frame_of, entry) -> None:
-    """parse_header without a size needs the header alone and says how long the frame must become."""
+    """parse_header without a size needs the header alone and says how long the frame must
+    become."""
     whole = frame_of({"a": entry("U8", [4], 0, 4)}, b"abcd")
     header = tc.parse_header(whole[:-4])
     assert header.total_size == len(whole) and header.data_start == len(whole) - 4
-    assert header.tensors == {"a": tc.TensorInfo("U8", (4,), 0, 4)} and header.tensors["a"].nbytes == 4
+    assert (
+        header.tensors == {"a": tc.TensorInfo("U8", (4,), 0, 4)} and header.tensors["a"].nbytes == 4
+    )
     with pytest.raises(tc.SizeMismatch):
         tc.parse_header(whole[:-4], total_size=len(whole) - 4)
 
@@ -280,7 +329,19 @@ def test_unknown_tensor() -> None:
 
 
 @pytest.mark.parametrize(
-    "rows", [[3], [-1], [0, 10**5000], ["0"], [0.0], 1, "01", slice(None, None, -1), slice(0, 2, 0), slice("a", None)]
+    "rows",
+    [
+        [3],
+        [-1],
+        [0, 10**5000],
+        ["0"],
+        [0.0],
+        1,
+        "01",
+        slice(None, None, -1),
+        slice(0, 2, 0),
+        slice("a", None),
+    ],
 )
 def test_invalid_rows(rows: object) -> None:
     """Rows outside the tensor, and what is no row, are refused, by the tensor's name."""

@@ -45,7 +45,8 @@ def mapped(path: Path) -> bool:
 @pytest.mark.parametrize("rows", [slice(100, 108), [3, 200, 500]], ids=["slice", "list"])
 @pytest.mark.parametrize("library", ["numpy", "torch"])
 def test_rows_of_a_file_touch_only_these_rows(path: Path, rows: object, library: str) -> None:
-    """8 rows of 512, or 3 scattered ones: their pages come in, and at most what one fault maps around each place."""
+    """8 rows of 512, or 3 scattered ones: their pages come in, and at most what one fault maps
+    around each place."""
     expected, places = (range(100, 108), 1) if isinstance(rows, slice) else (rows, 3)
     with open_frame(path) as frame:
         part = getattr(frame, library)("ids", rows)
@@ -63,19 +64,34 @@ def test_slices_are_views_at_the_rows_offset(path: Path) -> None:
         assert frame.torch("ids", slice(7, 9)).data_ptr() == frame.torch("ids").data_ptr() + 7 * row
         whole, part = frame.numpy("ids"), frame.numpy("ids", slice(7, None, 3))
         assert part.ctypes.data == whole.ctypes.data + 7 * row and part.strides[0] == 3 * row
-        assert np.shares_memory(whole, part) and not np.shares_memory(whole, frame.numpy("ids", [7]))
+        assert np.shares_memory(whole, part) and not np.shares_memory(
+            whole, frame.numpy("ids", [7])
+        )
         assert frame.torch("ids").data_ptr() == whole.ctypes.data
 
 
 @pytest.mark.parametrize(
     "rows",
-    [None, slice(1, 3), slice(None, None, 2), slice(3, 1), slice(-2, 99), [], [3, 0, 0], range(1, 3), np.array([2])],
+    [
+        None,
+        slice(1, 3),
+        slice(None, None, 2),
+        slice(3, 1),
+        slice(-2, 99),
+        [],
+        [3, 0, 0],
+        range(1, 3),
+        np.array([2]),
+    ],
 )
 @pytest.mark.parametrize("shape", [(4, 3), (4,), (4, 0), (4, 1, 2)])
 def test_rows_mean_what_indexing_means(rows: object, shape: tuple[int, ...]) -> None:
-    """numpy(), torch() and both kinds of buffer give what indexing the original gives, for any rank."""
+    """numpy(), torch() and both kinds of buffer give what indexing the original gives, for any
+    rank."""
     array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
-    expected = array[slice(None) if rows is None else rows if isinstance(rows, slice) else list(rows)]  # type: ignore[call-overload]
+    expected = array[
+        slice(None) if rows is None else rows if isinstance(rows, slice) else list(rows)
+    ]  # type: ignore[call-overload]
     data = encode({"x": array, "half": torch.from_numpy(array).bfloat16()}).tobytes()
     for frame in (wrap(data), wrap(bytearray(data))):
         np.testing.assert_array_equal(frame.numpy("x", rows), expected, strict=True)  # type: ignore[arg-type]
@@ -84,7 +100,8 @@ def test_rows_mean_what_indexing_means(rows: object, shape: tuple[int, ...]) -> 
 
 
 def test_no_warning_and_the_file_is_never_written(path: Path) -> None:
-    """Tensors of a mapped file and of bytes are writable without a warning; file and bytes stay as they were."""
+    """Tensors of a mapped file and of bytes are writable without a warning; file and bytes stay as
+    they were."""
     before = path.read_bytes()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -100,7 +117,9 @@ def test_read_only_buffer_gives_read_only_arrays() -> None:
     """NumPy views over bytes cannot be written, and torch copies only the rows asked for."""
     data = encode({"x": np.arange(10)}).tobytes()
     frame = wrap(data)
-    assert not frame.numpy("x").flags.writeable and np.shares_memory(frame.numpy("x"), np.frombuffer(data, np.uint8))
+    assert not frame.numpy("x").flags.writeable and np.shares_memory(
+        frame.numpy("x"), np.frombuffer(data, np.uint8)
+    )
     assert frame.torch("x", slice(2, 4)).untyped_storage().nbytes() == 16
 
 
@@ -129,7 +148,11 @@ def test_tensors_outlive_the_frame_and_then_free_it(path: Path) -> None:
 def test_unaligned_tensors_of_other_writers(frame_of, entry) -> None:
     """A frame whose data is aligned for nothing reads right in both libraries."""
     values = np.array([1.5, -2.0, 3.25])
-    entries = {"pad": entry("U8", [1], 0, 1), "x": entry("F64", [3], 1, 25), "half": entry("BF16", [2], 25, 29)}
+    entries = {
+        "pad": entry("U8", [1], 0, 1),
+        "x": entry("F64", [3], 1, 25),
+        "half": entry("BF16", [2], 25, 29),
+    }
     for lead in range(8):  # some lead leaves x at an odd address
         buffer = bytearray(lead) + frame_of(entries, b"\0" + values.tobytes() + b"\x80\x3f\x00\x40")
         frame = wrap(memoryview(buffer)[lead:])
@@ -143,7 +166,9 @@ def test_hostile_empty_shapes_read_as_empty(frame_of, entry) -> None:
     shape = [2**26, 2**26, 0]
     frame = wrap(frame_of({"e": entry("F64", shape, 0, 0), "h": entry("BF16", shape, 0, 0)}))
     assert list(frame.numpy("e").shape) == list(frame.torch("e").shape) == shape
-    assert list(frame.numpy("h", widen=True).shape) == shape and list(frame.torch("h", [1]).shape) == [1, *shape[1:]]
+    assert list(frame.numpy("h", widen=True).shape) == shape and list(
+        frame.torch("h", [1]).shape
+    ) == [1, *shape[1:]]
 
 
 def test_missing_file_is_an_os_error(tmp_path: Path) -> None:

@@ -22,12 +22,22 @@ from tensor_codec import (
 )
 from tensor_codec._checks import CODES
 
-GOOD = {"data": base64.b64encode(bytes(range(12))).decode(), "shape": [3], "dtype": "int32", "encoding": "base64"}
+GOOD = {
+    "data": base64.b64encode(bytes(range(12))).decode(),
+    "shape": [3],
+    "dtype": "int32",
+    "encoding": "base64",
+}
 
 
 def test_golden() -> None:
     """The object for a fixed tensor never changes, from either library or raw."""
-    expected = {"data": "AQAAAAAAAAACAAAAAAAAAA==", "shape": [2, 1], "dtype": "int64", "encoding": "base64"}
+    expected = {
+        "data": "AQAAAAAAAAACAAAAAAAAAA==",
+        "shape": [2, 1],
+        "dtype": "int64",
+        "encoding": "base64",
+    }
     array = np.array([[1], [2]])
     raw = RawTensor("I64", (2, 1), array.tobytes())
     assert to_json(array) == to_json(torch.from_numpy(array)) == to_json(raw) == expected
@@ -36,7 +46,8 @@ def test_golden() -> None:
 @pytest.mark.parametrize("dtype", list(CODES))
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0, 3), (2, 3)])
 def test_round_trip(dtype: str, shape: tuple[int, ...]) -> None:
-    """Every dtype and shape comes back through JSON text, also under torch's spelling of the dtype."""
+    """Every dtype and shape comes back through JSON text, also under torch's spelling of the
+    dtype."""
     tensor = torch.arange(int(np.prod(shape))).reshape(shape).to(getattr(torch, dtype))
     obj = json.loads(json.dumps(to_json(tensor)))
     assert obj["dtype"] == dtype
@@ -95,7 +106,9 @@ def test_malformed(change: dict[str, object], error: type[CodecError]) -> None:
     assert type(caught.value) is error and len(str(caught.value)) < 500
 
 
-@pytest.mark.parametrize("obj", [None, [], "x", {}, {"data": ""}, {k: v for k, v in GOOD.items() if k != "encoding"}])
+@pytest.mark.parametrize(
+    "obj", [None, [], "x", {}, {"data": ""}, {k: v for k, v in GOOD.items() if k != "encoding"}]
+)
 def test_missing_fields(obj: object) -> None:
     """All four fields are required, and no object is no tensor."""
     with pytest.raises(InvalidTensorEntry, match="exactly"):

@@ -1,4 +1,5 @@
-"""Round trips over all dtypes and layouts, and random bytes, from which only CodecError may come."""
+"""Round trips over all dtypes and layouts, and random bytes, from which only CodecError may
+come."""
 
 from __future__ import annotations
 
@@ -14,19 +15,22 @@ from tensor_codec import MAX_NAME_LENGTH, CodecError, encode, from_json, parse_h
 from tensor_codec._checks import CODES
 
 DTYPES = list(CODES)
-NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=MAX_NAME_LENGTH).filter(
-    lambda n: n != "__metadata__"
-)
+NAMES = st.text(
+    st.characters(exclude_categories=["Cs"]), min_size=1, max_size=MAX_NAME_LENGTH
+).filter(lambda n: n != "__metadata__")
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 
 
 @st.composite
 def tensors(draw: st.DrawFn) -> torch.Tensor:
-    """Random bits under any dtype, rank 0 to 4, contiguous, transposed, strided or a slice of something larger."""
+    """Random bits under any dtype, rank 0 to 4, contiguous, transposed, strided or a slice of
+    something larger."""
     dtype = getattr(torch, draw(st.sampled_from(DTYPES)))
     shape = draw(st.lists(st.integers(0, 4), max_size=4))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    bits = torch.randint(0, 2 if dtype is torch.bool else 256, [*shape, 8], dtype=torch.uint8, generator=generator)
+    bits = torch.randint(
+        0, 2 if dtype is torch.bool else 256, [*shape, 8], dtype=torch.uint8, generator=generator
+    )
     tensor = bits[..., : dtype.itemsize].contiguous().view(dtype).reshape(shape)
     layout = draw(st.sampled_from(["whole", "turned", "strided", "part"]))
     if not shape or layout == "whole":
@@ -43,7 +47,8 @@ def bits(tensor: torch.Tensor) -> bytes:
 @settings(max_examples=150, deadline=None)
 @given(st.dictionaries(NAMES, tensors(), max_size=5), st.dictionaries(TEXTS, TEXTS, max_size=3))
 def test_round_trip(batch: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """What is encoded comes back bit for bit, with dtype, shape and metadata, through both libraries."""
+    """What is encoded comes back bit for bit, with dtype, shape and metadata, through both
+    libraries."""
     mixed = {
         name: tensor.numpy() if index % 2 and tensor.dtype != torch.bfloat16 else tensor
         for index, (name, tensor) in enumerate(batch.items())
@@ -54,12 +59,16 @@ def test_round_trip(batch: dict[str, torch.Tensor], metadata: dict[str, str]) ->
         assert frame.header.total_size == len(encoded)
         for name, tensor in batch.items():
             read = frame.torch(name)
-            assert read.dtype == tensor.dtype and read.shape == tensor.shape and bits(read) == bits(tensor)
+            assert (
+                read.dtype == tensor.dtype
+                and read.shape == tensor.shape
+                and bits(read) == bits(tensor)
+            )
             if tensor.dtype != torch.bfloat16:
                 array = frame.numpy(name)
-                assert str(array.dtype) == str(tensor.dtype).removeprefix("torch.") and array.shape == tuple(
-                    tensor.shape
-                )
+                assert str(array.dtype) == str(tensor.dtype).removeprefix(
+                    "torch."
+                ) and array.shape == tuple(tensor.shape)
                 assert array.tobytes() == bits(tensor)
 
 
@@ -79,7 +88,9 @@ def broken(rng: random.Random, good: bytes) -> bytes:
         if kind == 0:
             data[where : where + 1] = rng.randbytes(1)
         elif kind == 1:
-            data[where : where + 1] = rng.choice([b"0", b"9", b"-", b'"', b"{", b"}", b"[", b"]", b",", b".", b"e"])
+            data[where : where + 1] = rng.choice(
+                [b"0", b"9", b"-", b'"', b"{", b"}", b"[", b"]", b",", b".", b"e"]
+            )
         elif kind == 2:
             del data[where : where + rng.randint(1, 20)]
         elif kind == 3:
@@ -92,7 +103,9 @@ def broken(rng: random.Random, good: bytes) -> bytes:
 def test_fuzz_frames() -> None:
     """5000 seeded broken frames raise CodecError or read; many of each kind of error occur."""
     rng = random.Random(20240607)
-    good = encode({"a": np.arange(6).reshape(2, 3), "b": torch.ones(3, dtype=torch.bfloat16)}, {"k": "v"}).tobytes()
+    good = encode(
+        {"a": np.arange(6).reshape(2, 3), "b": torch.ones(3, dtype=torch.bfloat16)}, {"k": "v"}
+    ).tobytes()
     seen: set[str] = set()
     for _ in range(5000):
         data = broken(rng, good) if rng.random() < 0.8 else rng.randbytes(rng.randrange(200))
@@ -115,18 +128,24 @@ def test_fuzz_frames() -> None:
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
     max_leaves=8,
 )
 ENTRY = st.fixed_dictionaries(
     {
         "dtype": st.sampled_from(["F32", "BF16", "U8"]) | JSON_VALUES,
-        "shape": st.lists(st.integers(0, 3), max_size=3) | st.lists(st.integers(), max_size=10) | JSON_VALUES,
+        "shape": st.lists(st.integers(0, 3), max_size=3)
+        | st.lists(st.integers(), max_size=10)
+        | JSON_VALUES,
         "data_offsets": st.tuples(st.integers(0, 12), st.integers(0, 12)) | JSON_VALUES,
     }
 )
 HEADERS = st.dictionaries(
-    st.sampled_from(["a", "b", "__metadata__"]) | st.text(max_size=4), ENTRY | JSON_VALUES, max_size=3
+    st.sampled_from(["a", "b", "__metadata__"]) | st.text(max_size=4),
+    ENTRY | JSON_VALUES,
+    max_size=3,
 )
 
 

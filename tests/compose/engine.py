@@ -20,7 +20,8 @@ UP_LIMIT_S = 180
 
 
 def require_engine() -> None:
-    """Skip the test where no Docker engine with Compose answers; fail it in CI (CI=true), where one is promised."""
+    """Skip the test where no Docker engine with Compose answers; fail it in CI (CI=true), where one
+    is promised."""
     reason = _engine_missing()
     if reason is not None:
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
@@ -50,13 +51,15 @@ def until(look: Callable[[], Any], timeout_s: float, what: str, every_s: float =
 
 
 class ComposeStack:
-    """The services of ``docker-compose.yml`` under a project name of their own, on a free port and a folder of their own."""
+    """The services of ``docker-compose.yml`` under a project name of their own, on a free port and
+    a folder of their own."""
 
     scale: Mapping[str, int] = {"redis": 1, "gateway": 1, "worker": 2, "checkpointer": 2}
 
     def __init__(self, data: Path) -> None:
         self.data = data
-        # Files must belong to the caller; root stands for the ordinary user 1000, since no service runs as root.
+        # Files must belong to the caller; root stands for the ordinary user 1000, since no service
+        # runs as root.
         self.uid, self.gid = (os.getuid(), os.getgid()) if os.getuid() else (1000, 1000)
         if os.getuid() == 0:
             os.chown(data, self.uid, self.gid)
@@ -79,7 +82,8 @@ class ComposeStack:
         }
 
     def compose(self, *arguments: str, timeout_s: float = 60.0) -> str:
-        """Run ``docker compose``; its standard output. A failure fails the test with what it said."""
+        """Run ``docker compose``; its standard output. A failure fails the test with what it
+        said."""
         done = subprocess.run(
             ["docker", "compose", *arguments],
             cwd=ROOT,
@@ -90,7 +94,8 @@ class ComposeStack:
         )
         if done.returncode != 0:
             pytest.fail(
-                f"docker compose {' '.join(arguments)} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-4000:]}"
+                f"docker compose {' '.join(arguments)} ended with "
+                f"{done.returncode}:\n{(done.stdout + done.stderr)[-4000:]}"
             )
         return done.stdout
 
@@ -99,7 +104,8 @@ class ComposeStack:
         self.compose("build", timeout_s=BUILD_LIMIT_S)
 
     def up(self) -> None:
-        """Start every service with two workers and two checkpointers, and wait until all are healthy."""
+        """Start every service with two workers and two checkpointers, and wait until all are
+        healthy."""
         scales = [f"--scale={name}={count}" for name, count in self.scale.items() if count > 1]
         self.compose("up", "-d", "--no-build", *scales, timeout_s=UP_LIMIT_S)
         try:
@@ -108,7 +114,8 @@ class ComposeStack:
             pytest.fail(f"not every container became healthy: {self.health()}\n{self.logs()}")
 
     def containers(self, service: str = "") -> list[dict[str, Any]]:
-        """What the engine knows of the containers, stopped ones too; of one service if it is named."""
+        """What the engine knows of the containers, stopped ones too; of one service if it is
+        named."""
         wanted = [f"label=com.docker.compose.project={self.project}"]
         if service:
             wanted.append(f"label=com.docker.compose.service={service}")
@@ -117,7 +124,8 @@ class ComposeStack:
         return found
 
     def health(self) -> dict[str, str]:
-        """Container name -> "healthy", "starting", "unhealthy", or its state where it does not run."""
+        """Container name -> "healthy", "starting", "unhealthy", or its state where it does not
+        run."""
         return {
             each["Name"].lstrip("/"): each["State"].get("Health", {}).get("Status", "none")
             if each["State"]["Running"]
@@ -153,5 +161,7 @@ def docker(*arguments: str, timeout_s: float = 60.0) -> str:
     """Run ``docker``; its standard output. A failure fails the test."""
     done = subprocess.run(["docker", *arguments], capture_output=True, text=True, timeout=timeout_s)
     if done.returncode != 0:
-        pytest.fail(f"docker {' '.join(arguments)} ended with {done.returncode}: {done.stderr[-2000:]}")
+        pytest.fail(
+            f"docker {' '.join(arguments)} ended with {done.returncode}: {done.stderr[-2000:]}"
+        )
     return done.stdout

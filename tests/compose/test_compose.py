@@ -1,4 +1,5 @@
-"""The whole service in containers, as `docker compose up` brings it up, and a client that trains through it."""
+"""The whole service in containers, as `docker compose up` brings it up, and a client that trains
+through it."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ OWN_PARTS = {
     "worker": "nexrl_worker",
     "checkpointer": "nexrl_checkpointer",
 }
-# Seconds within which `docker compose stop` must be through: the longest stop_grace_period, after which containers are killed.
+# Seconds within which `docker compose stop` must be through: the longest stop_grace_period, after
+# which containers are killed.
 GRACE_S = 70.0
 KILLED = 137
 ROWS, LENGTH, RESPONSE = 6, 12, 5
@@ -44,7 +46,8 @@ class Trained:
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComposeStack]:
-    """The images built and every service up, two workers and two checkpointers; nothing of it is left afterwards."""
+    """The images built and every service up, two workers and two checkpointers; nothing of it is
+    left afterwards."""
     require_engine()
     stack = ComposeStack(tmp_path_factory.mktemp("compose-data"))
     stack.build()
@@ -57,7 +60,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComposeStack]:
 
 @pytest.fixture(scope="module")
 def trained(stack: ComposeStack) -> Trained:
-    """A group of two ranks that took one step, saved a checkpoint and wrote a weight-sync folder."""
+    """A group of two ranks that took one step, saved a checkpoint and wrote a weight-sync
+    folder."""
     client = _client(stack)
     config = {"actor": {"model": {"path": _tiny_model(stack)}, "optim": {"lr": 1e-2}}}
     client.initialize_worker(config_dict=config, role="actor", world_size=2)
@@ -111,7 +115,8 @@ def _batch() -> dict[str, Any]:
 
 
 def _log_probs(folder: Path, input_ids: Tensor) -> Tensor:
-    """[B, R] of the model in ``folder``, computed here, as a rollout engine on this machine would."""
+    """[B, R] of the model in ``folder``, computed here, as a rollout engine on this machine
+    would."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -131,7 +136,11 @@ def test_each_service_runs_as_an_ordinary_user(stack: ComposeStack) -> None:
 def test_only_the_gateway_is_published_and_only_on_loopback(stack: ComposeStack) -> None:
     """From outside the machine nothing can be reached; on it, the gateway alone."""
     published = {
-        (container["Config"]["Labels"]["com.docker.compose.service"], binding["HostIp"], binding["HostPort"])
+        (
+            container["Config"]["Labels"]["com.docker.compose.service"],
+            binding["HostIp"],
+            binding["HostPort"],
+        )
         for container in stack.containers()
         for bindings in container["NetworkSettings"]["Ports"].values()
         for binding in bindings or []
@@ -141,17 +150,22 @@ def test_only_the_gateway_is_published_and_only_on_loopback(stack: ComposeStack)
 
 @pytest.mark.parametrize("service", OWN_PARTS)
 def test_an_image_carries_only_its_own_service(stack: ComposeStack, service: str) -> None:
-    """Torch and transformers are in the worker's image alone, and no image holds another service."""
+    """Torch and transformers are in the worker's image alone, and no image holds another
+    service."""
     foreign = {*OWN_PARTS.values(), "nexrl_stack", "nexrl_client"} - {OWN_PARTS[service]}
     foreign |= set() if service == "worker" else {"torch", "transformers"}
-    look = f"import importlib.util as u; print([m for m in {sorted(foreign)} if u.find_spec(m)], bool(u.find_spec({OWN_PARTS[service]!r})))"
+    look = (
+        f"import importlib.util as u; print([m for m in {sorted(foreign)} if u.find_spec(m)], "
+        f"bool(u.find_spec({OWN_PARTS[service]!r})))"
+    )
     image = f"nexrl-{service}:{IMAGE_TAG}"
 
     assert docker("run", "--rm", "--network=none", image, "python", "-c", look).strip() == "[] True"
 
 
 def test_every_replica_is_registered_under_its_own_name(stack: ComposeStack) -> None:
-    """Two workers and two checkpointers offer themselves, and the workers' names do not depend on a container."""
+    """Two workers and two checkpointers offer themselves, and the workers' names do not depend on a
+    container."""
     health = _client(stack).health_check()
 
     assert [agent["name"] for agent in health["agents"]] == ["worker-1", "worker-2"]
@@ -160,21 +174,29 @@ def test_every_replica_is_registered_under_its_own_name(stack: ComposeStack) -> 
 
 
 def test_a_client_trains_through_the_containers(stack: ComposeStack, trained: Trained) -> None:
-    """One step on two ranks changes the weights, and the weight-sync folder on this machine holds exactly what the group computes with."""
+    """One step on two ranks changes the weights, and the weight-sync folder on this machine holds
+    exactly what the group computes with."""
     assert trained.first.shape == (ROWS, RESPONSE)
     assert trained.first.dtype == torch.float32
     assert trained.update["metrics"]["actor/grad_norm"] > 0
     assert not torch.allclose(trained.first, trained.after)
     torch.testing.assert_close(
-        _log_probs(stack.data / "tiny", trained.batch["tensors"]["input_ids"]), trained.first, atol=1e-4, rtol=0
+        _log_probs(stack.data / "tiny", trained.batch["tensors"]["input_ids"]),
+        trained.first,
+        atol=1e-4,
+        rtol=0,
     )
     torch.testing.assert_close(
-        _log_probs(stack.data / "sync", trained.batch["tensors"]["input_ids"]), trained.after, atol=1e-4, rtol=0
+        _log_probs(stack.data / "sync", trained.batch["tensors"]["input_ids"]),
+        trained.after,
+        atol=1e-4,
+        rtol=0,
     )
 
 
 def test_the_checkpoint_lies_where_the_answer_says(stack: ComposeStack, trained: Trained) -> None:
-    """Paths mean the same in the containers and on this machine; a checkpointer has published the save."""
+    """Paths mean the same in the containers and on this machine; a checkpointer has published the
+    save."""
     path = Path(trained.saved["path"])
     assert path == stack.data / "ckpt" / "step_1"
     assert (path / "manifest.json").is_file()
@@ -182,9 +204,14 @@ def test_the_checkpoint_lies_where_the_answer_says(stack: ComposeStack, trained:
 
 
 def test_files_belong_to_the_caller(stack: ComposeStack, trained: Trained) -> None:
-    """Everything the services wrote, Redis included, has the caller's user and group, so the caller can remove it."""
-    written = [path for path in stack.data.rglob("*") if "tiny" not in path.relative_to(stack.data).parts]
-    owners = {(found.st_uid, found.st_gid) for path in written if (found := _lstat(path)) is not None}
+    """Everything the services wrote, Redis included, has the caller's user and group, so the caller
+    can remove it."""
+    written = [
+        path for path in stack.data.rglob("*") if "tiny" not in path.relative_to(stack.data).parts
+    ]
+    owners = {
+        (found.st_uid, found.st_gid) for path in written if (found := _lstat(path)) is not None
+    }
     assert owners == {(stack.uid, stack.gid)}
     assert any((stack.data / ".nexrl" / "redis").rglob("*.aof"))
 
@@ -198,7 +225,8 @@ def _lstat(path: Path) -> os.stat_result | None:
 
 
 def test_a_group_comes_back_with_its_weights(stack: ComposeStack, trained: Trained) -> None:
-    """`stop` ends every process by itself within its grace, and after `down` and `up` on the same data the group goes on where it was."""
+    """`stop` ends every process by itself within its grace, and after `down` and `up` on the same
+    data the group goes on where it was."""
     started = time.monotonic()
     stack.compose("stop", timeout_s=2 * GRACE_S)
     assert time.monotonic() - started < GRACE_S
@@ -223,7 +251,8 @@ def _state(client: Any) -> str:
 
 
 def test_down_leaves_nothing(stack: ComposeStack) -> None:
-    """After `down -v` the engine holds no container, network or volume of the project; only the data folder stays."""
+    """After `down -v` the engine holds no container, network or volume of the project; only the
+    data folder stays."""
     stack.compose("down", "-v", timeout_s=2 * GRACE_S)
 
     assert stack.left() == {"containers": [], "networks": [], "volumes": []}

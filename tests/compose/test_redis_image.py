@@ -1,4 +1,5 @@
-"""The ledger on the Redis image that Compose runs, instead of the embedded server that the other tests use."""
+"""The ledger on the Redis image that Compose runs, instead of the embedded server that the other
+tests use."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ job = partial(new_job, identifier=GROUP, queue=QUEUE, fingerprint="f")
 def image_url() -> Iterator[str]:
     """A container of redis:7.2-bookworm for this module; the URL of its server."""
     require_engine()
-    # Testcontainers' clean-up container cannot be pulled everywhere; the context manager cleans up as well.
+    # Testcontainers' clean-up container cannot be pulled everywhere; the context manager cleans up
+    # as well.
     os.environ.setdefault("TESTCONTAINERS_RYUK_DISABLED", "true")
     from testcontainers.core.container import DockerContainer
 
@@ -42,7 +44,9 @@ def ledger(image_url: str) -> Iterator[Ledger]:
     ledger = Ledger(connect(image_url))
     ledger.client.flushall()
     placement = job("initialize_worker", queue=names.AGENT_QUEUE)
-    ledger.submit(placement, names.PLACE_JOB, group=GroupRecord(identifier=GROUP, created_at=time.time()))
+    ledger.submit(
+        placement, names.PLACE_JOB, group=GroupRecord(identifier=GROUP, created_at=time.time())
+    )
     claimed = ledger.claim(names.AGENT_QUEUE, job_id=placement.id)
     assert claimed is not None
     ledger.finish(claimed, result={})
@@ -61,8 +65,11 @@ def _answers(url: str) -> bool:
         client.close()
 
 
-def test_jobs_are_submitted_once_claimed_in_order_and_finished_under_the_fence(ledger: Ledger) -> None:
-    """Every script of the ledger that a plain operation needs runs on this server, with the meaning it has elsewhere."""
+def test_jobs_are_submitted_once_claimed_in_order_and_finished_under_the_fence(
+    ledger: Ledger,
+) -> None:
+    """Every script of the ledger that a plain operation needs runs on this server, with the meaning
+    it has elsewhere."""
     first, _ = ledger.submit(job(key="k"), names.RUN_JOB)
     again, replayed = ledger.submit(job(key="k"), names.RUN_JOB)
     second, _ = ledger.submit(job(), names.RUN_JOB)
@@ -81,8 +88,11 @@ def test_jobs_are_submitted_once_claimed_in_order_and_finished_under_the_fence(l
     assert ledger.require_job(second.id).state == "failed"
 
 
-def test_a_resident_worker_is_woken_by_the_bell_and_removes_it(ledger: Ledger, image_url: str) -> None:
-    """Blocking reads, the bell's records and their removal work on this server; each job runs once."""
+def test_a_resident_worker_is_woken_by_the_bell_and_removes_it(
+    ledger: Ledger, image_url: str
+) -> None:
+    """Blocking reads, the bell's records and their removal work on this server; each job runs
+    once."""
     submitted = [ledger.submit(job(), names.RUN_JOB)[0].id for _ in range(3)]
     ran: list[str] = []
 
@@ -95,7 +105,9 @@ def test_a_resident_worker_is_woken_by_the_bell_and_removes_it(ledger: Ledger, i
         if len(ran) == 3 and not ledger.client.keys("rq:job:*-run"):
             worker.stop()
         elif time.monotonic() > deadline:
-            raise TimeoutError(f"after 20 s {len(ran)} of 3 jobs had run; keys {ledger.client.keys('rq:*')}")
+            raise TimeoutError(
+                f"after 20 s {len(ran)} of 3 jobs had run; keys {ledger.client.keys('rq:*')}"
+            )
 
     deadline = time.monotonic() + 20
     blocking = connect(image_url, decode=False, timeout_s=None)

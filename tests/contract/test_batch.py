@@ -1,4 +1,5 @@
-"""The one check of a batch: what each operation and loss reads, which shapes and dtypes fit, what does nothing."""
+"""The one check of a batch: what each operation and loss reads, which shapes and dtypes fit, what
+does nothing."""
 
 from __future__ import annotations
 
@@ -44,16 +45,26 @@ def header(*names: str, form: int = -1, **changes: Entry) -> dict[str, Entry]:
     return {**made, **changes}
 
 
-def check(operation: str, tensors: Mapping[str, Entry], actor: Mapping[str, Any] | None = None, **params: Any) -> Any:
+def check(
+    operation: str,
+    tensors: Mapping[str, Entry],
+    actor: Mapping[str, Any] | None = None,
+    **params: Any,
+) -> Any:
     return check_batch(tensors, OPERATIONS[operation], params, settings(actor or {}))
 
 
 def test_the_tables_agree_with_each_other() -> None:
-    """Names of losses in the configuration are the rows; what operations read and answer has a row; a mode is a mode."""
+    """Names of losses in the configuration are the rows; what operations read and answer has a row;
+    a mode is a mode."""
     assert get_args(LossName) == tuple(LOSSES)
-    named = {name for row in OPERATIONS.values() for name in (*row.reads, *row.required, *row.answers)}
+    named = {
+        name for row in OPERATIONS.values() for name in (*row.reads, *row.required, *row.answers)
+    }
     assert named == TENSORS.keys()
-    assert {loss.aggregation for loss in LOSSES.values()} - {None, "sum"} <= {*get_args(AggregationMode)}
+    assert {loss.aggregation for loss in LOSSES.values()} - {None, "sum"} <= {
+        *get_args(AggregationMode)
+    }
     assert all(set(row.required) <= set(row.reads) for row in OPERATIONS.values())
 
 
@@ -87,8 +98,13 @@ def test_without_responses_all_tokens_but_the_first_may_be_scored() -> None:
 
 
 def test_a_teachers_tensors_have_one_k() -> None:
-    given = header("teacher_topk_ids", "teacher_topk_log_probs", teacher_topk_ids=Entry("I64", (B, R, K + 1)))
-    with pytest.raises(ServiceError, match=r"teacher_topk_ids has shape \[4, 3, 6\]; expected \[4, 3, 5\], as teach"):
+    given = header(
+        "teacher_topk_ids", "teacher_topk_log_probs", teacher_topk_ids=Entry("I64", (B, R, K + 1))
+    )
+    with pytest.raises(
+        ServiceError,
+        match=r"teacher_topk_ids has shape \[4, 3, 6\]; expected \[4, 3, 5\], as teach",
+    ):
         check(DISTILLATION, given, distillation_loss="forward_kl")
 
 
@@ -101,14 +117,39 @@ TRUNCATING = {"mode": "token_truncate", "drop_rejected": True}
     [
         ("update_actor", {}, {}, {"advantages"}),
         ("update_actor", {"policy_loss": "cross_entropy"}, {}, set()),
-        ("update_actor", {"rollout_correction": DROPPING}, {}, {"advantages", "rollout_log_probs", "old_log_probs"}),
-        ("update_actor", {"rollout_correction": TRUNCATING}, {}, {"advantages", "rollout_log_probs"}),
+        (
+            "update_actor",
+            {"rollout_correction": DROPPING},
+            {},
+            {"advantages", "rollout_log_probs", "old_log_probs"},
+        ),
+        (
+            "update_actor",
+            {"rollout_correction": TRUNCATING},
+            {},
+            {"advantages", "rollout_log_probs"},
+        ),
         ("forward_backward", {}, {"loss": "linear"}, {"loss_weights"}),
         ("forward_backward", {"rollout_correction": DROPPING}, {"loss": "cross_entropy"}, set()),
         (DISTILLATION, {}, {}, {"teacher_log_probs"}),
-        (DISTILLATION, {"rollout_correction": TRUNCATING}, {}, {"teacher_log_probs", "rollout_log_probs"}),
-        (DISTILLATION, {"distillation_student": "old_log_probs"}, {}, {"teacher_log_probs", "old_log_probs"}),
-        (DISTILLATION, {"distillation_student": "rollout_log_probs"}, {}, {"teacher_log_probs", "rollout_log_probs"}),
+        (
+            DISTILLATION,
+            {"rollout_correction": TRUNCATING},
+            {},
+            {"teacher_log_probs", "rollout_log_probs"},
+        ),
+        (
+            DISTILLATION,
+            {"distillation_student": "old_log_probs"},
+            {},
+            {"teacher_log_probs", "old_log_probs"},
+        ),
+        (
+            DISTILLATION,
+            {"distillation_student": "rollout_log_probs"},
+            {},
+            {"teacher_log_probs", "rollout_log_probs"},
+        ),
         (
             DISTILLATION,
             {"rollout_correction": TRUNCATING},
@@ -128,7 +169,9 @@ def test_a_batch_without_what_the_loss_needs_is_refused(
     assert set(check(operation, header(*needed), actor, **params).names) == needed
     for name in ("input_ids", *needed):
         given = {other: entry for other, entry in header(*needed).items() if other != name}
-        with pytest.raises(ServiceError, match=f"{operation} needs the tensor {name}; the batch has"):
+        with pytest.raises(
+            ServiceError, match=f"{operation} needs the tensor {name}; the batch has"
+        ):
             check(operation, given, actor, **params)
 
 
@@ -144,10 +187,30 @@ def test_a_batch_without_what_the_loss_needs_is_refused(
             {"policy_loss": "cross_entropy"},
             {"advantages", "old_log_probs", "ref_log_prob", "loss_weights"},
         ),
-        ("forward_backward", {"loss": "cross_entropy"}, BIAS_CORRECTED, {"advantages", "loss_weights"}),
-        ("forward_backward", {"loss": "linear"}, {}, {"advantages", "old_log_probs", "ref_log_prob"}),
-        ("forward_backward", {"loss": "reinforce"}, {}, {"old_log_probs", "ref_log_prob", "loss_weights"}),
-        (DISTILLATION, {"distillation_loss": "forward_kl"}, {}, {"advantages", "old_log_probs", "ref_log_prob"}),
+        (
+            "forward_backward",
+            {"loss": "cross_entropy"},
+            BIAS_CORRECTED,
+            {"advantages", "loss_weights"},
+        ),
+        (
+            "forward_backward",
+            {"loss": "linear"},
+            {},
+            {"advantages", "old_log_probs", "ref_log_prob"},
+        ),
+        (
+            "forward_backward",
+            {"loss": "reinforce"},
+            {},
+            {"old_log_probs", "ref_log_prob", "loss_weights"},
+        ),
+        (
+            DISTILLATION,
+            {"distillation_loss": "forward_kl"},
+            {},
+            {"advantages", "old_log_probs", "ref_log_prob"},
+        ),
         (DISTILLATION, {}, {}, {"ref_log_prob", "teacher_topk_ids", "teacher_topk_log_probs"}),
         ("compute_log_prob", {}, {}, {"advantages", "old_log_probs", "ref_log_prob"}),
         ("compute_values", {}, {}, {"advantages", "old_log_probs", "ref_log_prob", "temperature"}),
@@ -189,27 +252,56 @@ def test_a_configuration_that_is_not_known_asks_for_what_every_loss_needs() -> N
         ("update_actor", {}, {"policy_loss": "linear"}, ("log_probs",)),
         ("forward_backward", {"loss": "linear"}, {}, ("log_probs",)),
         ("compute_log_prob", {}, {}, ("old_log_probs",)),
-        ("compute_log_prob", {"top_k": 3}, {}, ("old_log_probs", "teacher_topk_ids", "teacher_topk_log_probs")),
+        (
+            "compute_log_prob",
+            {"top_k": 3},
+            {},
+            ("old_log_probs", "teacher_topk_ids", "teacher_topk_log_probs"),
+        ),
         ("compute_rewards", {}, {}, ("rewards",)),
     ],
 )
-def test_answers(operation: str, params: dict[str, Any], actor: dict[str, Any], answers: tuple[str, ...]) -> None:
+def test_answers(
+    operation: str, params: dict[str, Any], actor: dict[str, Any], answers: tuple[str, ...]
+) -> None:
     assert answers_of(OPERATIONS[operation], params, settings(actor)) == answers
 
 
 def test_metadata_that_only_distillation_reads_is_known() -> None:
     """It is named for every other operation."""
-    metadata = {"loss_agg_mode": "token-mean", "entropy_coeff": 0.1, "temperature": 1.0, "global_step": 3}
+    metadata = {
+        "loss_agg_mode": "token-mean",
+        "entropy_coeff": 0.1,
+        "temperature": 1.0,
+        "global_step": 3,
+    }
     assert sorted(unread_metadata("update_actor", metadata)) == ["entropy_coeff", "loss_agg_mode"]
     assert unread_metadata(DISTILLATION, metadata) == []
 
 
 def test_metadata_close_to_a_name_that_is_read_is_named() -> None:
-    """A misspelt temperature scores at 1.0: its sender is told. What trainers send beside is not."""
-    others = {"batch_size": 4, "model_tag": "x", "global_step": 3, "global_token_num": [9], "grpo_std": {}, "eos": 1}
-    for name in ("temprature", "Temperature", "temp", "rollout_temperature", "entropy_coef", "loss_agg"):
+    """A misspelt temperature scores at 1.0: its sender is told. What trainers send beside is
+    not."""
+    others = {
+        "batch_size": 4,
+        "model_tag": "x",
+        "global_step": 3,
+        "global_token_num": [9],
+        "grpo_std": {},
+        "eos": 1,
+    }
+    for name in (
+        "temprature",
+        "Temperature",
+        "temp",
+        "rollout_temperature",
+        "entropy_coef",
+        "loss_agg",
+    ):
         assert unread_metadata(DISTILLATION, {**others, name: 0.7}) == [name]
-        assert unread_metadata("compute_log_prob", {**others, "temperature": 1.0, name: 0.7}) == [name]
+        assert unread_metadata("compute_log_prob", {**others, "temperature": 1.0, name: 0.7}) == [
+            name
+        ]
 
 
 def test_a_record_holds_few_and_short_names() -> None:

@@ -1,4 +1,5 @@
-"""Which keys do nothing for a role, which contradict each other, and which say another one in other words."""
+"""Which keys do nothing for a role, which contradict each other, and which say another one in other
+words."""
 
 from __future__ import annotations
 
@@ -41,34 +42,62 @@ def parse(actor: dict[str, Any], role: str = "actor") -> GroupConfig:
         ),
         ("actor", {"rollout_correction": {"mode": "token_mask", "drop_rejected": True}}, []),
         ("critic", {"optim": {"no_decay": "norms and biases"}}, []),
-        ("critic", {"optim": {"no_decay": "norms and biases", "weight_decay": 0.0}}, ["optim.no_decay"]),
+        (
+            "critic",
+            {"optim": {"no_decay": "norms and biases", "weight_decay": 0.0}},
+            ["optim.no_decay"],
+        ),
         ("teacher", {"optim": {"no_decay": "norms and biases"}}, ["optim.no_decay"]),
         ("critic", {"distillation_student": "old_log_probs"}, ["distillation_student"]),
-        ("critic", {"loss_func_type": "cispo", "clip_ratio": 0.1}, ["loss_func_type", "clip_ratio"]),
+        (
+            "critic",
+            {"loss_func_type": "cispo", "clip_ratio": 0.1},
+            ["loss_func_type", "clip_ratio"],
+        ),
         ("critic", {"rollout_correction": {"mode": "token_mask"}}, ["rollout_correction"]),
         ("critic", {"rollout": {"temperature": 0.7, "n": 8}}, ["rollout.temperature"]),
         ("critic", {"model": {"path": "/m", "lm_head_dtype": "float32"}}, ["model.lm_head_dtype"]),
         ("critic", {"ref": {"model": {"path": "/r"}}}, ["ref.model.path"]),
-        ("critic", {"cliprange_value": 0.2, "optim": {"lr": 1e-3}, "loss_agg_mode": "seq-mean-token-sum"}, []),
-        ("ref", {"optim": {"lr": 1e-3, "betas": [0.8, 0.9], "warmup_style": "x"}}, ["optim.lr", "optim.betas"]),
+        (
+            "critic",
+            {"cliprange_value": 0.2, "optim": {"lr": 1e-3}, "loss_agg_mode": "seq-mean-token-sum"},
+            [],
+        ),
+        (
+            "ref",
+            {"optim": {"lr": 1e-3, "betas": [0.8, 0.9], "warmup_style": "x"}},
+            ["optim.lr", "optim.betas"],
+        ),
         (
             "teacher",
             {"grad_clip": 0.5, "ppo_epochs": 2, "kl_loss_coef": 0.1},
             ["grad_clip", "ppo_epochs", "kl_loss_coef"],
         ),
-        ("teacher", {"rollout": {"temperature": 0.7}, "model": {"path": "/m", "lm_head_dtype": "float32"}}, []),
+        (
+            "teacher",
+            {"rollout": {"temperature": 0.7}, "model": {"path": "/m", "lm_head_dtype": "float32"}},
+            [],
+        ),
         ("ref", {"fsdp_config": {"gradient_sync": "mini_batch"}}, ["fsdp_config.gradient_sync"]),
         ("reward", {"rollout": {"temperature": 0.7}}, ["rollout.temperature"]),
         (
             "reward",
-            {"model": {"path": "/m", "lm_head_dtype": "float32", "enable_gradient_checkpointing": True}},
+            {
+                "model": {
+                    "path": "/m",
+                    "lm_head_dtype": "float32",
+                    "enable_gradient_checkpointing": True,
+                }
+            },
             ["model.lm_head_dtype", "model.enable_gradient_checkpointing"],
         ),
         ("ref", {"policy_loss": "cispo", "clip_ratio_c": 3.0}, ["policy_loss", "clip_ratio_c"]),
         ("critic", {"policy_loss": "gspo", "clip_ratio": 0.1}, ["policy_loss", "clip_ratio"]),
     ],
 )
-def test_what_does_nothing_for_the_role_is_named(role: str, given: dict[str, Any], ignored: list[str]) -> None:
+def test_what_does_nothing_for_the_role_is_named(
+    role: str, given: dict[str, Any], ignored: list[str]
+) -> None:
     """Each given key that this role never reads, under the name that was sent, and no other."""
     named = [name for name in parse(given, role).ignored if not name.endswith("warmup_style")]
     assert named == [f"actor.{name}" for name in ignored]
@@ -76,7 +105,8 @@ def test_what_does_nothing_for_the_role_is_named(role: str, given: dict[str, Any
 
 @pytest.mark.parametrize("role", ROLES)
 def test_a_default_is_never_named(role: str) -> None:
-    """A configuration that spells out every default, as an answer of the service does, is as good as a bare one."""
+    """A configuration that spells out every default, as an answer of the service does, is as good
+    as a bare one."""
     assert parse(parse({}).settings() | {"ref": {}}, role).ignored == ()
 
 
@@ -98,11 +128,22 @@ def test_a_critic_adds_up_its_loss_as_it_is_told() -> None:
 @pytest.mark.parametrize(
     ("given", "key"),
     [
-        ({"policy_loss": "cross_entropy", "rollout_correction": {"mode": "token_mask"}}, "rollout_correction"),
-        ({"policy_loss": "linear", "rollout_correction": {"mode": "token_mask"}}, "rollout_correction"),
+        (
+            {"policy_loss": "cross_entropy", "rollout_correction": {"mode": "token_mask"}},
+            "rollout_correction",
+        ),
+        (
+            {"policy_loss": "linear", "rollout_correction": {"mode": "token_mask"}},
+            "rollout_correction",
+        ),
         ({"policy_loss": "linear", "loss_agg_mode": "seq-mean-token-sum"}, "loss_agg_mode"),
         (
-            {"fsdp_config": {"model_dtype": "float64", "mixed_precision": {"param_dtype": "float32"}}},
+            {
+                "fsdp_config": {
+                    "model_dtype": "float64",
+                    "mixed_precision": {"param_dtype": "float32"},
+                }
+            },
             "fsdp_config.mixed_precision.param_dtype",
         ),
         (
@@ -123,9 +164,19 @@ def test_keys_that_contradict_each_other_are_refused(given: dict[str, Any], key:
     "given",
     [
         {"policy_loss": "gspo", "clip_ratio_c": 3.0},
-        {"policy_loss": "linear", "loss_agg_mode": "token-mean", "clip_ratio_c": None, "rollout_correction": None},
+        {
+            "policy_loss": "linear",
+            "loss_agg_mode": "token-mean",
+            "clip_ratio_c": None,
+            "rollout_correction": None,
+        },
         {"policy_loss": "cispo", "rollout_correction": {"mode": "token_mask"}},
-        {"fsdp_config": {"model_dtype": "float64", "mixed_precision": {"param_dtype": "fp64", "reduce_dtype": None}}},
+        {
+            "fsdp_config": {
+                "model_dtype": "float64",
+                "mixed_precision": {"param_dtype": "fp64", "reduce_dtype": None},
+            }
+        },
     ],
 )
 def test_keys_that_fit_together_are_taken(given: dict[str, Any]) -> None:
@@ -143,7 +194,9 @@ def test_keys_that_fit_together_are_taken(given: dict[str, Any]) -> None:
         ({"ppo_micro_batch_size": None}, 4, None),
     ],
 )
-def test_a_micro_batch_of_all_ranks_is_shared_out(given: dict[str, Any], world_size: int, rows: int | None) -> None:
+def test_a_micro_batch_of_all_ranks_is_shared_out(
+    given: dict[str, Any], world_size: int, rows: int | None
+) -> None:
     """The ranks' own size wins; else each takes its share of the whole, and one row at least."""
     settings = parse(given).settings(world_size)
     assert settings["ppo_micro_batch_size_per_gpu"] == rows
@@ -163,7 +216,9 @@ def test_a_micro_batch_of_all_ranks_is_shared_out(given: dict[str, Any], world_s
         ({"lr_warmup_steps_ratio": 0.0}, 0, []),
     ],
 )
-def test_a_warm_up_may_be_a_share_of_all_steps(optim: dict[str, Any], steps: int, ignored: list[str]) -> None:
+def test_a_warm_up_may_be_a_share_of_all_steps(
+    optim: dict[str, Any], steps: int, ignored: list[str]
+) -> None:
     """Rounded down; where it says nothing it is named."""
     config = parse({"optim": optim})
     assert config.settings()["optim"]["lr_warmup_steps"] == steps
@@ -184,7 +239,10 @@ def test_a_value_that_nobody_knows_is_answered_with_the_nearest() -> None:
     ):
         with pytest.raises(ServiceError, match=f"did you mean {meant}") as caught:
             parse(given)
-        assert (caught.value.details["key"], caught.value.details["nearest"]) == (f"actor.{key}", meant)
+        assert (caught.value.details["key"], caught.value.details["nearest"]) == (
+            f"actor.{key}",
+            meant,
+        )
 
 
 def test_a_group_of_an_older_version_is_no_other_group() -> None:
@@ -194,4 +252,6 @@ def test_a_group_of_an_older_version_is_no_other_group() -> None:
     kept["optim"] = {name: value for name, value in now["optim"].items() if name != "no_decay"}
     kept["rollout_correction"] = {"mode": "token_mask", "lower": 0.0, "upper": 2.0}
     assert differing_keys(completed(kept), now) == []
-    assert differing_keys(completed(kept), {**now, "use_bias_correction_kl": True}) == ["use_bias_correction_kl"]
+    assert differing_keys(completed(kept), {**now, "use_bias_correction_kl": True}) == [
+        "use_bias_correction_kl"
+    ]

@@ -1,4 +1,5 @@
-"""One stack for the demo's runs. The examples are programs, not packages: tests import their modules by folder."""
+"""One stack for the demo's runs. The examples are programs, not packages: tests import their
+modules by folder."""
 
 from __future__ import annotations
 

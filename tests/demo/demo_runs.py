@@ -19,7 +19,15 @@ def run_demo(
 ) -> tuple[subprocess.CompletedProcess[str], Path]:
     """Run the trainer to its end; its result and its run's folder."""
     folder = stack.data.parent / name
-    command = [sys.executable, str(EXAMPLES / f"{program}.py"), "--url", stack.url, "--output", str(folder), *options]
+    command = [
+        sys.executable,
+        str(EXAMPLES / f"{program}.py"),
+        "--url",
+        stack.url,
+        "--output",
+        str(folder),
+        *options,
+    ]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=850), folder
 
 
@@ -32,7 +40,13 @@ def log_of(folder: Path, phase: str) -> list[dict[str, Any]]:
 def same_weights(one: Path, other: Path) -> bool:
     """Whether two model folders hold the same tensors, bit for bit."""
     first, second = (
-        {name: tensor for file in folder.resolve().glob("*.safetensors") for name, tensor in load_file(file).items()}
+        {
+            name: tensor
+            for file in folder.resolve().glob("*.safetensors")
+            for name, tensor in load_file(file).items()
+        }
         for folder in (one, other)
     )
-    return first.keys() == second.keys() and all(bool((first[name] == second[name]).all()) for name in first)
+    return first.keys() == second.keys() and all(
+        bool((first[name] == second[name]).all()) for name in first
+    )

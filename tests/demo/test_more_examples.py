@@ -1,4 +1,5 @@
-"""The other two trainers: each learns through two groups, and says so by its exit code where it did not."""
+"""The other two trainers: each learns through two groups, and says so by its exit code where it did
+not."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ def test_the_student_comes_close_to_its_teacher(stack: Stack) -> None:
     assert HTTPTrainServiceClient(stack.url).health_check()["slots"]["free"] == 2
 
 
-def test_without_a_learning_rate_the_student_stays_away_and_the_exit_code_says_so(stack: Stack) -> None:
+def test_without_a_learning_rate_the_student_stays_away_and_the_exit_code_says_so(
+    stack: Stack,
+) -> None:
     """By the teacher's top tokens: the very KL of the start, measured on the same samples."""
     options = ("--lr", "0", "--steps", "2", "--loss", "reverse_kl")
     done, folder = run_demo(stack, "distils-not", *options, program="distill")
@@ -35,7 +38,8 @@ def test_without_a_learning_rate_the_student_stays_away_and_the_exit_code_says_s
 
 
 def test_actor_and_critic_learn_together(stack: Stack) -> None:
-    """A short run: the held-out reward rises clearly, and every step says how much the critic foresaw."""
+    """A short run: the held-out reward rises clearly, and every step says how much the critic
+    foresaw."""
     done, folder = run_demo(stack, "ppo", "--steps", "20", program="ppo")
 
     assert done.returncode in (0, 1), done.stdout + done.stderr

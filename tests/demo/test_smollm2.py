@@ -23,7 +23,11 @@ def test_smollm2_becomes_an_ordinary_folder_once() -> None:
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["tie_word_embeddings"]
     assert "quantization_config" not in config
-    [answer] = LocalPolicy(folder, max_new_tokens=12).answer(["What is the capital of France?"], greedy=True).texts
+    [answer] = (
+        LocalPolicy(folder, max_new_tokens=12)
+        .answer(["What is the capital of France?"], greedy=True)
+        .texts
+    )
     assert "Paris" in answer
     assert smollm2_folder() == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == converted.st_mtime_ns

@@ -1,4 +1,5 @@
-"""The numbers of a real model at world size 2, against transformers and a plain loop of the same two steps."""
+"""The numbers of a real model at world size 2, against transformers and a plain loop of the same
+two steps."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # gguf, where the model is converted first
+    pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning"
+    ),  # gguf, where the model is converted first
 ]
 
 TEXTS = (
@@ -104,11 +107,14 @@ def mean_of_means(values: Tensor, mask: Tensor) -> Tensor:
 def clipped(scores: Tensor, old: Tensor, texts: Texts) -> Tensor:
     ratio = torch.exp(scores - old)
     gains = texts.advantages
-    return mean_of_means(torch.max(-gains * ratio, -gains * ratio.clamp(1 - CLIP, 1 + CLIP)), texts.mask)
+    return mean_of_means(
+        torch.max(-gains * ratio, -gains * ratio.clamp(1 - CLIP, 1 + CLIP)), texts.mask
+    )
 
 
 def test_two_steps_are_those_of_a_plain_loop(client: HTTPTrainServiceClient, texts: Texts) -> None:
-    """Log-probabilities are transformers' own to 1e-4; an SFT step and a GRPO step lower the loss as the loop does."""
+    """Log-probabilities are transformers' own to 1e-4; an SFT step and a GRPO step lower the loss
+    as the loop does."""
     model = AutoModelForCausalLM.from_pretrained(smollm2_folder(), dtype=torch.float32)
     adamw = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=DECAY)
     mask = texts.mask
@@ -135,11 +141,16 @@ def test_two_steps_are_those_of_a_plain_loop(client: HTTPTrainServiceClient, tex
         after = log_probs(model, texts)
     assert (old - after)[mask].abs().max() <= 1e-3
     assert mean_of_means(-old, mask) < loss - 0.05
-    assert mean_of_means(-old, mask).item() == pytest.approx(mean_of_means(-after, mask).item(), rel=1e-3)
+    assert mean_of_means(-old, mask).item() == pytest.approx(
+        mean_of_means(-after, mask).item(), rel=1e-3
+    )
 
     first, norm = plain_step(clipped(log_probs(model, texts), after, texts))
     result = client.update_actor(texts.batch(old_log_probs=old))["metrics"]
-    assert result["actor/pg_loss"] == pytest.approx(first, abs=1e-4) and result["actor/ratio_max"] == 1.0
+    assert (
+        result["actor/pg_loss"] == pytest.approx(first, abs=1e-4)
+        and result["actor/ratio_max"] == 1.0
+    )
     assert result["actor/grad_norm"] == pytest.approx(norm, rel=5e-3)
     new = client.compute_log_prob(texts.batch())["batch"]["old_log_probs"]
     with torch.no_grad():

@@ -8,7 +8,9 @@ import pytest
 from task import CountingLanguage, MinMaxTask, Prompt, ShortAnswerTask
 
 
-@pytest.mark.parametrize("task", [MinMaxTask(), ShortAnswerTask()], ids=["min-max", "short answers"])
+@pytest.mark.parametrize(
+    "task", [MinMaxTask(), ShortAnswerTask()], ids=["min-max", "short answers"]
+)
 def test_held_out_prompts_are_never_trained_on(task: MinMaxTask | ShortAnswerTask) -> None:
     asked = {prompt.text for prompt in task.train}
     assert task.held_out
@@ -40,13 +42,21 @@ def test_a_constant_answer_stays_far_below_the_target() -> None:
 
 def test_an_answer_that_ignores_the_operation_stays_below_the_target() -> None:
     task = MinMaxTask()
-    always_largest = sum(task.reward(prompt, max(prompt.text.split()[1:4])) for prompt in task.held_out)
+    always_largest = sum(
+        task.reward(prompt, max(prompt.text.split()[1:4])) for prompt in task.held_out
+    )
     assert always_largest / len(task.held_out) < 0.6
 
 
 def test_the_tiny_task_rewards_the_right_digit_alone() -> None:
     prompt = Prompt("max 3 7 5 =", "7")
-    assert [MinMaxTask().reward(prompt, answer) for answer in ("7", " 7 ", "7 3", "3", "")] == [1, 1, 0, 0, 0]
+    assert [MinMaxTask().reward(prompt, answer) for answer in ("7", " 7 ", "7 3", "3", "")] == [
+        1,
+        1,
+        0,
+        0,
+        0,
+    ]
 
 
 def test_short_answers_earn_half_for_the_word_and_half_for_brevity() -> None:
@@ -63,7 +73,8 @@ def test_two_digits_are_a_smaller_task_of_the_same_kind() -> None:
 
 
 def test_sentences_go_on_from_their_last_digit_and_slip_now_and_then() -> None:
-    """What the teacher is to learn: nine digits in ten are the next one, counted from the one before."""
+    """What the teacher is to learn: nine digits in ten are the next one, counted from the one
+    before."""
     language, draw = CountingLanguage(), random.Random(0)
     assert not set(language.held_out) & set(language.train)
     right = total = 0

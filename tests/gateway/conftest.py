@@ -1,4 +1,5 @@
-"""One gateway for all tests of this folder; it is stateless, so emptying Redis and its folder gives each test a fresh one."""
+"""One gateway for all tests of this folder; it is stateless, so emptying Redis and its folder gives
+each test a fresh one."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from nexrl_ledger import Ledger, connect
 
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """A server of the folder's own: the gateway lives on, and its janitor writes a key each minute, whatever is tested then."""
+    """A server of the folder's own: the gateway lives on, and its janitor writes a key each minute,
+    whatever is tested then."""
     server = RedisServer(tmp_path_factory.mktemp("gateway-redis"))
     server.start("--appendfsync", "no")
     yield server
@@ -23,7 +25,9 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 
 
 @pytest.fixture(scope="session")
-def shared_gateway(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+def shared_gateway(
+    redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Gateway]:
     gateway = Gateway(
         tmp_path_factory.mktemp("gateway"),
         redis_server.url,

@@ -1,4 +1,5 @@
-"""A real gateway in a process of its own, and a test that plays the worker group through the ledger."""
+"""A real gateway in a process of its own, and a test that plays the worker group through the
+ledger."""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ class Gateway:
         self.payloads = self.data / ".nexrl" / "payloads"
         self.log = folder / "gateway.log"
         folder.mkdir(parents=True, exist_ok=True)
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("NEXRL_")}
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith("NEXRL_")
+        }
         environment |= {
             "NEXRL_REDIS_URL": redis_url,
             "NEXRL_DATA": str(self.data),
@@ -50,7 +53,10 @@ class Gateway:
         }
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "nexrl_gateway"], env=environment, stderr=log, preexec_fn=die_with_parent
+                [sys.executable, "-m", "nexrl_gateway"],
+                env=environment,
+                stderr=log,
+                preexec_fn=die_with_parent,
             )
         try:
             wait_until(self._answers, 60, "the gateway")
@@ -100,7 +106,9 @@ class PlayedGroup:
         self.ledger, self.identifier = ledger, identifier
         self.queue = names.train_queue(identifier)
         self.store = open_store(f"file://{payloads}")
-        config = parse_config({"actor": {"model": {"path": "/models/tiny"}, **(actor or {})}}).settings()
+        config = parse_config(
+            {"actor": {"model": {"path": "/models/tiny"}, **(actor or {})}}
+        ).settings()
         record = GroupRecord(
             **{
                 "identifier": identifier,
@@ -136,7 +144,9 @@ class PlayedGroup:
     ) -> None:
         """Finish a claimed job with a result, with tensors in a frame, or with an error."""
         if tensors is not None:
-            ref = self.store.put(f"{job.id}.result", encode(tensors, envelope.written(result or {})))
+            ref = self.store.put(
+                f"{job.id}.result", encode(tensors, envelope.written(result or {}))
+            )
             payload = PayloadRef(id=ref.id, nbytes=ref.nbytes, checksum=ref.checksum)
             self.ledger.finish(job, result_payload=payload, error=error, seq=seq, epoch=1)
         else:
@@ -186,12 +196,16 @@ def frame(arrays: Arrays | None = None, **said: Any) -> bytes:
     """The bytes of a request's frame."""
     document = {"version": 1, "metadata": {}, "params": {}, **said}
     text = json.dumps(document, sort_keys=True, separators=(",", ":"))
-    return encode(tensors() if arrays is None else arrays, {envelope.FRAME_METADATA_KEY: text}).tobytes()
+    return encode(
+        tensors() if arrays is None else arrays, {envelope.FRAME_METADATA_KEY: text}
+    ).tobytes()
 
 
 def json_tensors(arrays: Arrays | None = None) -> dict[str, Any]:
     """The same tensors as a JSON body has them."""
-    return {name: to_json(value) for name, value in (tensors() if arrays is None else arrays).items()}
+    return {
+        name: to_json(value) for name, value in (tensors() if arrays is None else arrays).items()
+    }
 
 
 FRAME = {"Content-Type": names.FRAME_TYPE}
@@ -203,14 +217,18 @@ def put_parts(gateway: Gateway, body: bytes, size: int, payload: str = PAYLOAD) 
     parts = [body[start : start + size] for start in range(0, len(body), size)]
     for number, part in reversed(list(enumerate(parts))):
         checksum = {names.CHECKSUM_HEADER: xxhash.xxh3_128_hexdigest(part)}
-        response = gateway.call("PUT", f"/payloads/{payload}/parts/{number}", data=part, headers=checksum)
+        response = gateway.call(
+            "PUT", f"/payloads/{payload}/parts/{number}", data=part, headers=checksum
+        )
         assert response.json() == {"payload": payload, "part": number, "nbytes": len(part)}
     return len(parts)
 
 
 def refusal(response: requests.Response, status: int, code: str) -> dict[str, Any]:
     """The error of a refused request, after checking its status, code and shape."""
-    assert (response.status_code, response.json().get("error", {}).get("code")) == (status, code), response.text
+    assert (response.status_code, response.json().get("error", {}).get("code")) == (status, code), (
+        response.text
+    )
     error: dict[str, Any] = response.json()["error"]
     assert set(error) >= {"code", "message", "retryable", "identifier", "job_id", "rank"}
     assert ("Retry-After" in response.headers) == (status in (429, 503))
@@ -218,7 +236,8 @@ def refusal(response: requests.Response, status: int, code: str) -> dict[str, An
 
 
 def keys_of(value: Any) -> Any:
-    """What a document looks like without its values; of a list only the first item, which the others are like."""
+    """What a document looks like without its values; of a list only the first item, which the
+    others are like."""
     if isinstance(value, dict):
         return {name: keys_of(inner) for name, inner in value.items()}
     return [keys_of(inner) for inner in value[:1]] if isinstance(value, list) else None

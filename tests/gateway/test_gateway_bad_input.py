@@ -26,40 +26,89 @@ def nothing_changed(gateway: Gateway, group: PlayedGroup) -> None:
 BAD_TENSORS: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "missing input_ids": ("update_actor", {"input_ids": None}, "input_ids", "missing"),
     "missing advantages": ("update_actor", {"advantages": None}, "advantages", "missing"),
-    "missing advantages in forward_backward": ("forward_backward", {"advantages": None}, "advantages", "missing"),
+    "missing advantages in forward_backward": (
+        "forward_backward",
+        {"advantages": None},
+        "advantages",
+        "missing",
+    ),
     "missing teacher": ("update_actor_with_distillation", {}, "teacher_log_probs", "missing"),
     "float ids": ("update_actor", {"input_ids": np.ones((B, S), np.float32)}, "input_ids", "F32"),
     "bool ids": ("compute_log_prob", {"input_ids": np.ones((B, S), np.bool_)}, "input_ids", "BOOL"),
-    "true and false for advantages": ("update_actor", {"advantages": np.ones((B, R), np.bool_)}, "advantages", "BOOL"),
-    "ids of one dimension": ("update_actor", {"input_ids": np.ones(S, np.int64)}, "input_ids", f"[{S}]"),
-    "no rows": ("compute_log_prob", {"input_ids": np.ones((0, S), np.int64)}, "input_ids", f"[0, {S}]"),
-    "ragged rows": ("update_actor", {"advantages": np.ones((B - 1, R), np.float32)}, "advantages", f"[{B - 1}, {R}]"),
+    "true and false for advantages": (
+        "update_actor",
+        {"advantages": np.ones((B, R), np.bool_)},
+        "advantages",
+        "BOOL",
+    ),
+    "ids of one dimension": (
+        "update_actor",
+        {"input_ids": np.ones(S, np.int64)},
+        "input_ids",
+        f"[{S}]",
+    ),
+    "no rows": (
+        "compute_log_prob",
+        {"input_ids": np.ones((0, S), np.int64)},
+        "input_ids",
+        f"[0, {S}]",
+    ),
+    "ragged rows": (
+        "update_actor",
+        {"advantages": np.ones((B - 1, R), np.float32)},
+        "advantages",
+        f"[{B - 1}, {R}]",
+    ),
     "ragged mask": (
         "update_actor",
         {"attention_mask": np.ones((B + 1, S), np.int64)},
         "attention_mask",
         f"[{B + 1}, {S}]",
     ),
-    "narrow mask": ("update_actor", {"attention_mask": np.ones((B, R), np.int64)}, "attention_mask", f"[{B}, {R}]"),
-    "R as long as S": ("compute_log_prob", {"responses": np.ones((B, S), np.int64)}, "responses", f"[{B}, {S}]"),
-    "neither S nor R": ("update_actor", {"old_log_probs": np.ones((B, 5), np.float32)}, "old_log_probs", f"[{B}, 5]"),
+    "narrow mask": (
+        "update_actor",
+        {"attention_mask": np.ones((B, R), np.int64)},
+        "attention_mask",
+        f"[{B}, {R}]",
+    ),
+    "R as long as S": (
+        "compute_log_prob",
+        {"responses": np.ones((B, S), np.int64)},
+        "responses",
+        f"[{B}, {S}]",
+    ),
+    "neither S nor R": (
+        "update_actor",
+        {"old_log_probs": np.ones((B, 5), np.float32)},
+        "old_log_probs",
+        f"[{B}, 5]",
+    ),
     "a temperature per token": (
         "compute_log_prob",
         {"temperature": np.ones((B, R), np.float32)},
         "temperature",
         f"[{B}, {R}]",
     ),
-    "log-probs per row": ("update_actor", {"old_log_probs": np.ones(B, np.float32)}, "old_log_probs", f"[{B}]"),
+    "log-probs per row": (
+        "update_actor",
+        {"old_log_probs": np.ones(B, np.float32)},
+        "old_log_probs",
+        f"[{B}]",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", BAD_TENSORS)
-def test_a_bad_tensor_is_refused_from_the_header(name: str, gateway: Gateway, group: PlayedGroup) -> None:
+def test_a_bad_tensor_is_refused_from_the_header(
+    name: str, gateway: Gateway, group: PlayedGroup
+) -> None:
     """422 names the tensor, what was expected and what came, for frames and JSON alike."""
     operation, changes, tensor, actual = BAD_TENSORS[name]
     arrays = tensors(**changes)
     as_frame = gateway.post(f"/{operation}?identifier=student", data=frame(arrays), headers=FRAME)
-    as_json = gateway.post(f"/{operation}?identifier=student", json={"tensors": json_tensors(arrays)})
+    as_json = gateway.post(
+        f"/{operation}?identifier=student", json={"tensors": json_tensors(arrays)}
+    )
     for response in (as_frame, as_json):
         error = refusal(response, 422, "INVALID_TENSOR")
         assert (error["tensor"], error["actual"]) == (tensor, actual)
@@ -67,21 +116,37 @@ def test_a_bad_tensor_is_refused_from_the_header(name: str, gateway: Gateway, gr
     nothing_changed(gateway, group)
 
 
-def test_what_the_loss_needs_decides(gateway: Gateway, make_group: Callable[..., PlayedGroup]) -> None:
+def test_what_the_loss_needs_decides(
+    gateway: Gateway, make_group: Callable[..., PlayedGroup]
+) -> None:
     """advantages are needed by policy losses only, and are accepted as [B,S], [B,R] and [B]."""
     supervised = make_group("sft", actor={"policy_loss": "cross_entropy"})
     make_group("kl", actor={"use_kl_loss": True, "policy_loss": "reinforce"})
     bare = frame(tensors(advantages=None, old_log_probs=None))
     asynchronous = {**FRAME, "Prefer": "respond-async"}
-    assert gateway.post("/update_actor?identifier=sft", data=bare, headers=asynchronous).status_code == 202
+    assert (
+        gateway.post("/update_actor?identifier=sft", data=bare, headers=asynchronous).status_code
+        == 202
+    )
     supervised.run_next(result={})
-    error = refusal(gateway.post("/update_actor?identifier=kl", data=bare, headers=FRAME), 422, "INVALID_TENSOR")
+    error = refusal(
+        gateway.post("/update_actor?identifier=kl", data=bare, headers=FRAME), 422, "INVALID_TENSOR"
+    )
     assert error["tensor"] == "advantages"
     other = frame(tensors(advantages=None), params={"loss": "cross_entropy"})
-    assert gateway.post("/forward_backward?identifier=kl", data=other, headers=asynchronous).status_code == 202
+    assert (
+        gateway.post(
+            "/forward_backward?identifier=kl", data=other, headers=asynchronous
+        ).status_code
+        == 202
+    )
     for shape in ((B, S), (B, R), (B,)):
-        whole = tensors(advantages=np.ones(shape, np.float32), ref_log_prob=np.ones((B, S), np.float32))
-        response = gateway.post("/update_actor?identifier=kl", data=frame(whole), headers=asynchronous)
+        whole = tensors(
+            advantages=np.ones(shape, np.float32), ref_log_prob=np.ones((B, S), np.float32)
+        )
+        response = gateway.post(
+            "/update_actor?identifier=kl", data=frame(whole), headers=asynchronous
+        )
         assert response.status_code == 202
 
 
@@ -101,7 +166,9 @@ BAD_FRAMES: dict[str, bytes] = {
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["with a length", "chunked"])
 @pytest.mark.parametrize("name", BAD_FRAMES)
-def test_a_malformed_frame_leaves_nothing(name: str, chunked: bool, gateway: Gateway, group: PlayedGroup) -> None:
+def test_a_malformed_frame_leaves_nothing(
+    name: str, chunked: bool, gateway: Gateway, group: PlayedGroup
+) -> None:
     """400 MALFORMED, and no byte of it stays in the store."""
     body = BAD_FRAMES[name]
     response = gateway.post(
@@ -111,11 +178,17 @@ def test_a_malformed_frame_leaves_nothing(name: str, chunked: bool, gateway: Gat
     nothing_changed(gateway, group)
 
 
-def test_a_connection_that_ends_in_the_body_leaves_nothing(gateway: Gateway, group: PlayedGroup) -> None:
+def test_a_connection_that_ends_in_the_body_leaves_nothing(
+    gateway: Gateway, group: PlayedGroup
+) -> None:
     """A client that dies in the middle of its upload: no job, no file."""
     body = frame({"input_ids": np.zeros((B, 100_000), np.int64)})
     host, port = gateway.url.removeprefix("http://").split(":")
-    lines = ["POST /compute_log_prob HTTP/1.1", f"Host: {host}", f"Content-Type: {FRAME['Content-Type']}"]
+    lines = [
+        "POST /compute_log_prob HTTP/1.1",
+        f"Host: {host}",
+        f"Content-Type: {FRAME['Content-Type']}",
+    ]
     head = "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""])
     with socket.create_connection((host, int(port))) as client:
         client.sendall(head.encode() + body[:-100_000])
@@ -139,7 +212,11 @@ BAD_JSON: dict[str, tuple[bytes, int, str]] = {
     "a key twice": (b'{"tensors": {}, "tensors": {}}', 400, "MALFORMED"),
     "a key twice, deep": (b'{"metadata": {"a": {"b": 1, "b": 1}}}', 400, "MALFORMED"),
     "a number beyond float64": (b'{"metadata": {"temperature": 1e400}}', 400, "MALFORMED"),
-    "a whole number of many digits": (b'{"metadata": {"step": ' + b"1" * 100_000 + b"}}", 400, "MALFORMED"),
+    "a whole number of many digits": (
+        b'{"metadata": {"step": ' + b"1" * 100_000 + b"}}",
+        400,
+        "MALFORMED",
+    ),
     "half a surrogate pair": (b'{"loss": "a\\ud800"}', 400, "MALFORMED"),
     "half a surrogate pair as a key": (b'{"a\\uDC00": 1}', 400, "MALFORMED"),
     "another encoding": ('{"tensors": {}}'.encode("utf-16"), 400, "MALFORMED"),
@@ -147,10 +224,26 @@ BAD_JSON: dict[str, tuple[bytes, int, str]] = {
     "two names of one thing": (b'{"tensors": {}, "batch": {}}', 422, "INVALID_ARGUMENT"),
     "an unknown argument": (b'{"tensors": {}, "temprature": 1}', 422, "INVALID_ARGUMENT"),
     "another identifier": (b'{"tensors": {}, "identifier": "teacher"}', 422, "INVALID_ARGUMENT"),
-    "an identifier that is a number": (b'{"tensors": {}, "identifier": 3}', 422, "INVALID_ARGUMENT"),
-    "parts without a number": (b'{"payload": "00000000000000000000000000000000"}', 422, "INVALID_ARGUMENT"),
-    "parts that never came": (b'{"payload": "00000000000000000000000000000000", "parts": 2}', 422, "INVALID_ARGUMENT"),
-    "a payload id that is a path": (b'{"payload": "../../etc/passwd", "parts": 1}', 422, "INVALID_ARGUMENT"),
+    "an identifier that is a number": (
+        b'{"tensors": {}, "identifier": 3}',
+        422,
+        "INVALID_ARGUMENT",
+    ),
+    "parts without a number": (
+        b'{"payload": "00000000000000000000000000000000"}',
+        422,
+        "INVALID_ARGUMENT",
+    ),
+    "parts that never came": (
+        b'{"payload": "00000000000000000000000000000000", "parts": 2}',
+        422,
+        "INVALID_ARGUMENT",
+    ),
+    "a payload id that is a path": (
+        b'{"payload": "../../etc/passwd", "parts": 1}',
+        422,
+        "INVALID_ARGUMENT",
+    ),
 }
 
 
@@ -158,7 +251,9 @@ BAD_JSON: dict[str, tuple[bytes, int, str]] = {
 def test_bad_json_is_refused(name: str, gateway: Gateway, group: PlayedGroup) -> None:
     """Syntax is 400, what it says is 422."""
     body, status, code = BAD_JSON[name]
-    refusal(gateway.post(UPDATE, data=body, headers={"Content-Type": "application/json"}), status, code)
+    refusal(
+        gateway.post(UPDATE, data=body, headers={"Content-Type": "application/json"}), status, code
+    )
     nothing_changed(gateway, group)
 
 
@@ -173,11 +268,16 @@ def test_bad_json_is_refused(name: str, gateway: Gateway, group: PlayedGroup) ->
     ],
     ids=str,
 )
-def test_a_malformed_json_tensor_is_named(change: dict[str, Any], gateway: Gateway, group: PlayedGroup) -> None:
+def test_a_malformed_json_tensor_is_named(
+    change: dict[str, Any], gateway: Gateway, group: PlayedGroup
+) -> None:
     """400 MALFORMED with the tensor's name."""
     batch = json_tensors()
     batch["advantages"] |= change
-    assert refusal(gateway.post(UPDATE, json={"batch": batch}), 400, "MALFORMED")["tensor"] == "advantages"
+    assert (
+        refusal(gateway.post(UPDATE, json={"batch": batch}), 400, "MALFORMED")["tensor"]
+        == "advantages"
+    )
     nothing_changed(gateway, group)
 
 
@@ -196,38 +296,62 @@ def test_a_tensor_in_another_form_is_told_the_right_one(
 ) -> None:
     """400 naming the tensor, with an example that is accepted as it stands."""
     batch = {"input_ids": value}
-    error = refusal(gateway.post(UPDATE, json=batch if flat else {"tensors": batch}), 400, "MALFORMED")
+    error = refusal(
+        gateway.post(UPDATE, json=batch if flat else {"tensors": batch}), 400, "MALFORMED"
+    )
     assert error["tensor"] == "input_ids"
     shown = json.loads(error["message"][error["message"].index('{"tensors"') :])
-    response = gateway.post("/compute_log_prob?identifier=student", json=shown, headers={"Prefer": "respond-async"})
+    response = gateway.post(
+        "/compute_log_prob?identifier=student", json=shown, headers={"Prefer": "respond-async"}
+    )
     assert response.status_code == 202, response.text
 
 
-def test_a_word_beside_a_batch_is_compared_with_all_that_may_stand_there(gateway: Gateway, group: PlayedGroup) -> None:
+def test_a_word_beside_a_batch_is_compared_with_all_that_may_stand_there(
+    gateway: Gateway, group: PlayedGroup
+) -> None:
     """Not only with the operation's arguments."""
     sent = {"tensors": json_tensors(), "metdata": {"temperature": 0.5}}
-    assert refusal(gateway.post(UPDATE, json=sent), 422, "INVALID_ARGUMENT")["nearest"] == "metadata"
+    assert (
+        refusal(gateway.post(UPDATE, json=sent), 422, "INVALID_ARGUMENT")["nearest"] == "metadata"
+    )
     nothing_changed(gateway, group)
 
 
-def test_a_body_over_the_limit_is_refused_before_it_is_read(gateway: Gateway, group: PlayedGroup) -> None:
+def test_a_body_over_the_limit_is_refused_before_it_is_read(
+    gateway: Gateway, group: PlayedGroup
+) -> None:
     """413 from the length alone; a frame that only its header admits to be too large, too."""
     host, port = gateway.url.removeprefix("http://").split(":")
-    head = f"POST {UPDATE} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {FRAME['Content-Type']}\r\nContent-Length: {1 << 40}\r\n\r\n"
+    head = (
+        f"POST {UPDATE} HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+        f"{FRAME['Content-Type']}\r\nContent-Length: {1 << 40}\r\n\r\n"
+    )
     with socket.create_connection((host, int(port)), timeout=5) as client:
         client.sendall(head.encode())
         assert client.recv(100).startswith(b"HTTP/1.1 413 ")
     entry = {"input_ids": {"dtype": "U8", "shape": [1 << 30, 4], "data_offsets": [0, 4 << 30]}}
     text = json.dumps(entry).encode()
     lie = (piece for piece in [len(text).to_bytes(8, "little") + text, b"\0" * 100])
-    refusal(gateway.post("/compute_log_prob?identifier=student", data=lie, headers=FRAME), 413, "TOO_LARGE")
+    refusal(
+        gateway.post("/compute_log_prob?identifier=student", data=lie, headers=FRAME),
+        413,
+        "TOO_LARGE",
+    )
     nothing_changed(gateway, group)
 
 
-def test_a_part_over_the_limit_is_refused_before_it_is_read(gateway: Gateway, group: PlayedGroup) -> None:
-    """413 from the length alone, also where the body would be taken straight from the connection."""
+def test_a_part_over_the_limit_is_refused_before_it_is_read(
+    gateway: Gateway, group: PlayedGroup
+) -> None:
+    """413 from the length alone, also where the body would be taken straight from the
+    connection."""
     host, port = gateway.url.removeprefix("http://").split(":")
-    lines = [f"PUT /payloads/{'a' * 32}/parts/0 HTTP/1.1", "Host: localhost", f"{CHECKSUM_HEADER}: {'0' * 32}"]
+    lines = [
+        f"PUT /payloads/{'a' * 32}/parts/0 HTTP/1.1",
+        "Host: localhost",
+        f"{CHECKSUM_HEADER}: {'0' * 32}",
+    ]
     head = "\r\n".join([*lines, f"Content-Length: {300 * 1024**2 + 1}", "", ""])
     with socket.create_connection((host, int(port)), timeout=5) as client:
         client.sendall(head.encode())
@@ -248,13 +372,23 @@ def test_json_above_32_mib_names_the_frame(gateway: Gateway, group: PlayedGroup)
 
 @pytest.mark.parametrize(
     "headers",
-    [{"Content-Type": "text/plain"}, {"Content-Type": "application/json", "Content-Encoding": "gzip"}, {}],
+    [
+        {"Content-Type": "text/plain"},
+        {"Content-Type": "application/json", "Content-Encoding": "gzip"},
+        {},
+    ],
     ids=["unknown type", "compressed", "no type"],
 )
-def test_an_unknown_form_is_415(headers: dict[str, str], gateway: Gateway, group: PlayedGroup) -> None:
+def test_an_unknown_form_is_415(
+    headers: dict[str, str], gateway: Gateway, group: PlayedGroup
+) -> None:
     """Only JSON and frames, as they are."""
     refusal(gateway.post(UPDATE, data=b"x" * 10, headers=headers), 415, "UNSUPPORTED_TYPE")
-    refusal(gateway.post("/barrier?identifier=student", data=frame(), headers=FRAME), 415, "UNSUPPORTED_TYPE")
+    refusal(
+        gateway.post("/barrier?identifier=student", data=frame(), headers=FRAME),
+        415,
+        "UNSUPPORTED_TYPE",
+    )
     nothing_changed(gateway, group)
 
 
@@ -264,13 +398,28 @@ BAD_ARGUMENTS: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "a rate that is not finite": ("optim_step", {"lr": "Infinity"}, "lr", "INVALID_ARGUMENT"),
     "a missing path": ("load_checkpoint", {}, "path", "INVALID_ARGUMENT"),
     "arguments of a barrier": ("barrier", {"x": 1}, "x", "INVALID_ARGUMENT"),
-    "HDFS": ("save_checkpoint", {"local_path": "a", "hdfs_path": "hdfs://x/y"}, "hdfs_path", "HDFS_NOT_CONFIGURED"),
+    "HDFS": (
+        "save_checkpoint",
+        {"local_path": "a", "hdfs_path": "hdfs://x/y"},
+        "hdfs_path",
+        "HDFS_NOT_CONFIGURED",
+    ),
     "HDFS as the path": ("load_checkpoint", {"path": "hdfs://x/y"}, "path", "HDFS_NOT_CONFIGURED"),
-    "outside the roots": ("save_checkpoint", {"local_path": "/etc/ckpt"}, "local_path", "PATH_REFUSED"),
+    "outside the roots": (
+        "save_checkpoint",
+        {"local_path": "/etc/ckpt"},
+        "local_path",
+        "PATH_REFUSED",
+    ),
     "out of the roots": ("load_checkpoint", {"path": "a/../../../etc"}, "path", "PATH_REFUSED"),
     "our own files": ("load_checkpoint", {"path": ".nexrl/payloads/x"}, "path", "PATH_REFUSED"),
     "a root itself": ("save_checkpoint", {"local_path": "."}, "local_path", "PATH_REFUSED"),
-    "a zero byte": ("convert_checkpoint_to_huggingface", {"local_path": "a\0b"}, "local_path", "PATH_REFUSED"),
+    "a zero byte": (
+        "convert_checkpoint_to_huggingface",
+        {"local_path": "a\0b"},
+        "local_path",
+        "PATH_REFUSED",
+    ),
 }
 
 
@@ -286,14 +435,22 @@ def test_a_bad_argument_is_named(name: str, gateway: Gateway, group: PlayedGroup
 
 def test_an_unknown_loss_is_named_with_the_nearest(gateway: Gateway, group: PlayedGroup) -> None:
     """422 before the batch is looked at."""
-    response = gateway.post("/forward_backward", data=frame(params={"loss": "cross_entropie"}), headers=FRAME)
+    response = gateway.post(
+        "/forward_backward", data=frame(params={"loss": "cross_entropie"}), headers=FRAME
+    )
     assert refusal(response, 422, "INVALID_ARGUMENT")["nearest"] == "cross_entropy"
     nothing_changed(gateway, group)
 
 
 def test_links_out_of_the_roots_are_refused(gateway: Gateway, group: PlayedGroup) -> None:
-    """A link on the way, or in the place itself, may not lead outside; one that stays inside is kept as it is."""
-    for name, target in (("way", "/etc"), ("private", gateway.data / ".nexrl"), ("v1", None), ("current", "v1")):
+    """A link on the way, or in the place itself, may not lead outside; one that stays inside is
+    kept as it is."""
+    for name, target in (
+        ("way", "/etc"),
+        ("private", gateway.data / ".nexrl"),
+        ("v1", None),
+        ("current", "v1"),
+    ):
         place = gateway.data / name
         if target is None:
             place.mkdir(exist_ok=True)
@@ -302,7 +459,9 @@ def test_links_out_of_the_roots_are_refused(gateway: Gateway, group: PlayedGroup
     for path in ("way/x", "way", "private/x", "private"):
         refusal(gateway.post("/load_checkpoint", json={"path": path}), 422, "PATH_REFUSED")
     nothing_changed(gateway, group)
-    response = gateway.post("/load_checkpoint", json={"path": "current"}, headers={"Prefer": "respond-async"})
+    response = gateway.post(
+        "/load_checkpoint", json={"path": "current"}, headers={"Prefer": "respond-async"}
+    )
     assert response.status_code == 202
     assert group.run_next(result={}).params["path"] == str(gateway.data / "current")
 
@@ -312,19 +471,34 @@ def test_only_a_good_group_takes_operations(
 ) -> None:
     """404, 400, 409 and 503 by what the group is; all before a byte of the body is read."""
     post = gateway.post
-    refusal(post("/update_actor?identifier=nobody", data=b"rubbish", headers=FRAME), 404, "GROUP_NOT_FOUND")
+    refusal(
+        post("/update_actor?identifier=nobody", data=b"rubbish", headers=FRAME),
+        404,
+        "GROUP_NOT_FOUND",
+    )
     refusal(post("/barrier?identifier=..%2Fx"), 404, "GROUP_NOT_FOUND")
     make_group("teacher", role="teacher")
     refusal(post("/barrier"), 400, "IDENTIFIER_REQUIRED")
-    refusal(post("/update_actor?identifier=teacher", data=b"rubbish", headers=FRAME), 409, "ROLE_UNSUPPORTED")
+    refusal(
+        post("/update_actor?identifier=teacher", data=b"rubbish", headers=FRAME),
+        409,
+        "ROLE_UNSUPPORTED",
+    )
     make_group("new", state="up", initialised=False)
-    refusal(post("/compute_log_prob?identifier=new", data=b"rubbish", headers=FRAME), 409, "GROUP_NOT_READY")
+    refusal(
+        post("/compute_log_prob?identifier=new", data=b"rubbish", headers=FRAME),
+        409,
+        "GROUP_NOT_READY",
+    )
     for state in ("placing", "starting", "destroyed"):
         make_group(state, state=state, initialised=False)
         error = refusal(post(f"/barrier?identifier={state}"), 409, "GROUP_NOT_READY")
         assert error["identifier"] == state
     make_group("broken", state="down", cause="rank 1 was killed")
-    assert refusal(post("/barrier?identifier=broken"), 503, "GROUP_DOWN")["cause"] == "rank 1 was killed"
+    assert (
+        refusal(post("/barrier?identifier=broken"), 503, "GROUP_DOWN")["cause"]
+        == "rank 1 was killed"
+    )
     make_group("again", state="starting")
     refusal(post("/barrier?identifier=again"), 503, "GROUP_DOWN")
     nothing_changed(gateway, group)
@@ -332,7 +506,9 @@ def test_only_a_good_group_takes_operations(
 
 def test_no_group_at_all(gateway: Gateway) -> None:
     """404 that says how to make one."""
-    assert "initialize_worker" in refusal(gateway.post("/barrier"), 404, "GROUP_NOT_FOUND")["message"]
+    assert (
+        "initialize_worker" in refusal(gateway.post("/barrier"), 404, "GROUP_NOT_FOUND")["message"]
+    )
 
 
 def test_unknown_routes_and_methods_have_the_same_body(gateway: Gateway) -> None:
@@ -343,7 +519,9 @@ def test_unknown_routes_and_methods_have_the_same_body(gateway: Gateway) -> None
     refusal(gateway.get("/jobs/0123?wait=31"), 422, "INVALID_ARGUMENT")
     refusal(gateway.get("/jobs/0123"), 404, "JOB_NOT_FOUND")
     refusal(gateway.get("/jobs/00000000000070000000000000000000/result"), 410, "EXPIRED")
-    refusal(gateway.post("/barrier", headers={"Idempotency-Key": "no spaces"}), 422, "INVALID_ARGUMENT")
+    refusal(
+        gateway.post("/barrier", headers={"Idempotency-Key": "no spaces"}), 422, "INVALID_ARGUMENT"
+    )
 
 
 def test_too_many_queued_is_429(gateway: Gateway, group: PlayedGroup) -> None:
@@ -367,6 +545,8 @@ def test_what_nobody_expected_says_nothing_internal(gateway: Gateway, group: Pla
 
 def test_numbers_that_json_does_not_have_are_strings(gateway: Gateway, group: PlayedGroup) -> None:
     """NaN and infinities in metrics come as text, never as null."""
-    with group.working(lambda job: {"result": {"metrics": {"loss": math.nan, "peak": [math.inf, -math.inf, 1.5]}}}):
+    with group.working(
+        lambda job: {"result": {"metrics": {"loss": math.nan, "peak": [math.inf, -math.inf, 1.5]}}}
+    ):
         answer = gateway.post(UPDATE, data=frame(), headers=FRAME)
     assert answer.json()["metrics"] == {"loss": "NaN", "peak": ["Infinity", "-Infinity", 1.5]}

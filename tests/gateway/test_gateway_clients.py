@@ -1,4 +1,5 @@
-"""Our client at a real gateway: forked, awaited, by way of a proxy, and refused at once where waiting is no use."""
+"""Our client at a real gateway: forked, awaited, by way of a proxy, and refused at once where
+waiting is no use."""
 
 from __future__ import annotations
 
@@ -59,7 +60,9 @@ def asked_by(who: int, number: int = 0) -> dict[str, Any]:
 
 def check(result: dict[str, Any], who: int, number: int = 0) -> None:
     found = np.asarray(result["batch"]["old_log_probs"])
-    assert found.shape == (B, R) and (found == 1000 * who + number).all(), f"{who}.{number} got {found[0, 0]}"
+    assert found.shape == (B, R) and (found == 1000 * who + number).all(), (
+        f"{who}.{number} got {found[0, 0]}"
+    )
 
 
 def call_often(client: HTTPTrainServiceClient, who: int, wrong: list[str]) -> None:
@@ -86,17 +89,21 @@ def child(client: HTTPTrainServiceClient, who: int, before: JobHandle, report: P
 def test_a_client_that_was_used_before_fork_gives_every_process_its_own_results(
     client: HTTPTrainServiceClient, answering: PlayedGroup, tmp_path: Path
 ) -> None:
-    """Parent and children call at once, threads of the parent even while it forks; a handle made before goes on in all."""
+    """Parent and children call at once, threads of the parent even while it forks; a handle made
+    before goes on in all."""
     before = client.submit("compute_log_prob", asked_by(99))
     wrong: list[str] = []
-    threads = [threading.Thread(target=call_often, args=(client, who, wrong)) for who in range(THREADS)]
+    threads = [
+        threading.Thread(target=call_often, args=(client, who, wrong)) for who in range(THREADS)
+    ]
     for thread in threads:
         thread.start()
     check(client.compute_log_prob(asked_by(50)), 50)
     reports = [tmp_path / f"{who}.txt" for who in range(10, 10 + CHILDREN)]
     fork = multiprocessing.get_context("fork")
     children = [
-        fork.Process(target=child, args=(client, who, before, report)) for who, report in enumerate(reports, start=10)
+        fork.Process(target=child, args=(client, who, before, report))
+        for who, report in enumerate(reports, start=10)
     ]
     for process in children:
         process.start()
@@ -114,14 +121,19 @@ def test_a_client_that_was_used_before_fork_gives_every_process_its_own_results(
     assert len(keys) == len(set(keys)) == CALLS * (THREADS + CHILDREN + 1) + CHILDREN + 2
 
 
-def test_an_answer_repeats_the_mark_of_its_request_and_is_kept_by_no_cache(gateway: Gateway, ledger: Ledger) -> None:
+def test_an_answer_repeats_the_mark_of_its_request_and_is_kept_by_no_cache(
+    gateway: Gateway, ledger: Ledger
+) -> None:
     """Whatever the answer is; a request without one gets none, and a long one is not repeated."""
     for path in ("/health", "/nowhere", "/jobs/x", "/jobs?limit=0", "/openapi.json"):
         answer = gateway.get(path, headers={names.REQUEST_ID_HEADER: f"mark of {path}"})
         assert answer.headers[names.REQUEST_ID_HEADER] == f"mark of {path}"
         assert answer.headers["Cache-Control"] == "no-store"
         assert names.REQUEST_ID_HEADER not in gateway.get(path).headers
-    assert names.REQUEST_ID_HEADER not in gateway.get("/health", headers={names.REQUEST_ID_HEADER: "x" * 129}).headers
+    assert (
+        names.REQUEST_ID_HEADER
+        not in gateway.get("/health", headers={names.REQUEST_ID_HEADER: "x" * 129}).headers
+    )
 
 
 async def pulse(beats: list[float]) -> None:
@@ -133,12 +145,15 @@ async def pulse(beats: list[float]) -> None:
 def test_a_hundred_results_are_awaited_at_once_while_the_event_loop_goes_on(
     client: HTTPTrainServiceClient, group: PlayedGroup
 ) -> None:
-    """More than a pool of threads has; each is there as soon as its own job has ended, in whatever order."""
+    """More than a pool of threads has; each is there as soon as its own job has ended, in whatever
+    order."""
 
     async def trainer() -> None:
         beats: list[float] = []
         beating = asyncio.create_task(pulse(beats))
-        jobs = [await client.submit_async("compute_log_prob", asked_by(number)) for number in range(50)]
+        jobs = [
+            await client.submit_async("compute_log_prob", asked_by(number)) for number in range(50)
+        ]
         awaited = [asyncio.create_task(job.result_async(60)) for job in jobs * 2]
         await asyncio.sleep(1.5)  # they are all being waited for now
         assert not any(task.done() for task in awaited)
@@ -153,8 +168,11 @@ def test_a_hundred_results_are_awaited_at_once_while_the_event_loop_goes_on(
     asyncio.run(trainer())
 
 
-def test_a_cancelled_await_leaves_the_job_and_its_handle(client: HTTPTrainServiceClient, group: PlayedGroup) -> None:
-    """Nor does it hold the program up; a time-out names the job; an error of the job is raised as result() raises it."""
+def test_a_cancelled_await_leaves_the_job_and_its_handle(
+    client: HTTPTrainServiceClient, group: PlayedGroup
+) -> None:
+    """Nor does it hold the program up; a time-out names the job; an error of the job is raised as
+    result() raises it."""
 
     async def give_up() -> JobHandle:
         job = await client.submit_async("compute_log_prob", asked_by(7))
@@ -224,7 +242,9 @@ def test_a_time_out_says_what_the_job_waits_for(
 ) -> None:
     """Other operations, the group itself, or an agent that may have died."""
     first, second = client.submit("barrier"), client.submit("barrier")
-    with pytest.raises(ServiceTimeout, match="it waits for 1 operation ahead of it in train:student"):
+    with pytest.raises(
+        ServiceTimeout, match="it waits for 1 operation ahead of it in train:student"
+    ):
         second.result(0.1)
     with pytest.raises(ServiceTimeout, match="it waits for the consumer of train:student"):
         first.result(0.1)
@@ -237,9 +257,11 @@ def test_a_time_out_says_what_the_job_waits_for(
 def test_without_an_agent_initialize_waits_only_for_a_stack_that_has_just_started(
     ledger: Ledger, redis_url: str, tmp_path: Path
 ) -> None:
-    """Afterwards the answer comes at once and says how to start one; in the first seconds an agent may still come.
+    """Afterwards the answer comes at once and says how to start one; in the first seconds an agent
+    may still come.
 
-    So does that of a group that was to be placed when the last agent went; it is placed when one comes.
+    So does that of a group that was to be placed when the last agent went; it is placed when one
+    comes.
     """
     (tmp_path / "config.json").write_text("{}")
     config = {"actor": {"model": {"path": str(tmp_path)}}}
@@ -248,7 +270,9 @@ def test_without_an_agent_initialize_waits_only_for_a_stack_that_has_just_starte
     try:
         with HTTPTrainServiceClient(young.url, "student") as client:
             start = time.monotonic()
-            with pytest.raises(GroupDown, match=r"no worker agent is alive; start one .*nexrl up") as caught:
+            with pytest.raises(
+                GroupDown, match=r"no worker agent is alive; start one .*nexrl up"
+            ) as caught:
                 client.initialize_worker(config_dict=config, world_size=1)
             assert caught.value.details["retryable"] is False
             assert 1 < time.monotonic() - start < 60
@@ -286,20 +310,32 @@ def test_a_proxy_leads_to_a_gateway_elsewhere_and_its_own_answers_name_it(
         for here in (gateway.url, f"http://localhost:{port}", f"http://LOCALHOST:{port}"):
             assert HTTPTrainServiceClient(here, "student").get_models()["count"] == 1
         assert proxy.asked == []
-        with HTTPTrainServiceClient("http://training.invalid:8000", "student", request_timeout=20) as client:
+        with HTTPTrainServiceClient(
+            "http://training.invalid:8000", "student", request_timeout=20
+        ) as client:
             check(client.compute_log_prob(asked_by(3)), 3)
-            assert set(proxy.asked) == {"http://training.invalid:8000/compute_log_prob?identifier=student"}
+            assert set(proxy.asked) == {
+                "http://training.invalid:8000/compute_log_prob?identifier=student"
+            }
     dead = f"http://127.0.0.1:{free_port()}"
-    with little_proxy(dead, tmp_path) as proxy, HTTPTrainServiceClient("http://training.invalid:8000") as client:
+    with (
+        little_proxy(dead, tmp_path) as proxy,
+        HTTPTrainServiceClient("http://training.invalid:8000") as client,
+    ):
         client.request_timeout = 1
         for name in ("http_proxy", "HTTP_PROXY"):
             monkeypatch.setenv(name, proxy.url.replace("//", "//user:secret@"))
-        with pytest.raises(Unavailable, match=f"the proxy {proxy.url}.* with 502 and text/html.*no route") as page:
+        with pytest.raises(
+            Unavailable, match=f"the proxy {proxy.url}.* with 502 and text/html.*no route"
+        ) as page:
             client.get_models()
         with pytest.raises(Unavailable, match=proxy.url):
             client.health_check()
         monkeypatch.setenv("https_proxy", proxy.url)
-        with pytest.raises(InvalidAnswer, match=f"the proxy {proxy.url} refuses to lead to https://training.invalid"):
+        with pytest.raises(
+            InvalidAnswer,
+            match=f"the proxy {proxy.url} refuses to lead to https://training.invalid",
+        ):
             HTTPTrainServiceClient("https://training.invalid").get_models()
     with pytest.raises(Unreachable, match=f"by way of the proxy {proxy.url}") as gone:
         client = HTTPTrainServiceClient("http://training.invalid:8000", request_timeout=0.5)

@@ -1,4 +1,5 @@
-"""Bodies that are taken straight from the connection, on both event loops, with clients that are raw sockets."""
+"""Bodies that are taken straight from the connection, on both event loops, with clients that are
+raw sockets."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ BIG = bytes(range(251)) * 16_000  # 4 MB, at an odd length
 
 @dataclass
 class Receiver:
-    """An application that takes what it can directly, and a server for it. ``/fail`` cannot write a second piece."""
+    """An application that takes what it can directly, and a server for it. ``/fail`` cannot write a
+    second piece."""
 
     loop: str
     gone: int = 0
@@ -104,7 +106,9 @@ def receiver(request: pytest.FixtureRequest) -> Iterator[Receiver]:
 
 def post(body: bytes, path: str = "/", *headers: str) -> bytes:
     """The head of a request for ``body``."""
-    return "\r\n".join([f"POST {path} HTTP/1.1", "Host: x", f"Content-Length: {len(body)}", *headers, "", ""]).encode()
+    return "\r\n".join(
+        [f"POST {path} HTTP/1.1", "Host: x", f"Content-Length: {len(body)}", *headers, "", ""]
+    ).encode()
 
 
 def read_answer(client: socket.socket) -> tuple[int, dict[str, Any]]:
@@ -137,9 +141,18 @@ def test_a_large_body_is_taken_directly(receiver: Receiver) -> None:
 
 
 def test_requests_behind_a_body_are_requests(receiver: Receiver) -> None:
-    """Of a pipeline in one stream of bytes each request is answered, in order; nothing of the next is in a body."""
+    """Of a pipeline in one stream of bytes each request is answered, in order; nothing of the next
+    is in a body."""
     small = b"small"
-    stream = post(BIG) + BIG + b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + post(small) + small + post(BIG) + BIG
+    stream = (
+        post(BIG)
+        + BIG
+        + b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+        + post(small)
+        + small
+        + post(BIG)
+        + BIG
+    )
     with receiver.connect() as client:
         sender = threading.Thread(target=client.sendall, args=(stream,))
         sender.start()
@@ -152,7 +165,9 @@ def test_requests_behind_a_body_are_requests(receiver: Receiver) -> None:
     assert answers[3][1]["sha256"] == digest(BIG)
 
 
-@pytest.mark.parametrize("cuts", [[1, 70_000], [10, 300_000, 300_001, 2_000_000], [4_015_999]], ids=str)
+@pytest.mark.parametrize(
+    "cuts", [[1, 70_000], [10, 300_000, 300_001, 2_000_000], [4_015_999]], ids=str
+)
 def test_a_body_in_pieces(cuts: list[int], receiver: Receiver) -> None:
     """A client that stops for a while, anywhere, is waited for."""
     with receiver.connect() as client:
@@ -164,9 +179,12 @@ def test_a_body_in_pieces(cuts: list[int], receiver: Receiver) -> None:
 
 
 def test_a_chunked_body_comes_by_messages(receiver: Receiver) -> None:
-    """Its end cannot be known, so it is left to the parser; a body of known length may follow on the connection."""
+    """Its end cannot be known, so it is left to the parser; a body of known length may follow on
+    the connection."""
     head = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
-    chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (BIG[:1_000_000], BIG[1_000_000:]))
+    chunks = b"".join(
+        b"%x\r\n%b\r\n" % (len(part), part) for part in (BIG[:1_000_000], BIG[1_000_000:])
+    )
     with receiver.connect() as client:
         client.sendall(head + chunks + b"0\r\n\r\n")
         assert read_answer(client) == (200, {"sha256": digest(BIG), "direct": False})
@@ -176,7 +194,8 @@ def test_a_chunked_body_comes_by_messages(receiver: Receiver) -> None:
 
 @pytest.mark.parametrize("path", ["/", "/at-once"])
 def test_a_client_that_expects_100(path: str, receiver: Receiver) -> None:
-    """It is told to continue, once, whether or not the application has asked for the first bytes before."""
+    """It is told to continue, once, whether or not the application has asked for the first bytes
+    before."""
     with receiver.connect() as client:
         client.sendall(post(BIG, path, "Expect: 100-continue"))
         assert client.recv(25) == b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -185,7 +204,8 @@ def test_a_client_that_expects_100(path: str, receiver: Receiver) -> None:
 
 
 def test_a_body_that_nobody_can_store(receiver: Receiver) -> None:
-    """The answer says so, the rest of the body is dropped, and the same connection serves the next request."""
+    """The answer says so, the rest of the body is dropped, and the same connection serves the next
+    request."""
     with receiver.connect() as client:
         stream = post(BIG, "/fail") + BIG + post(BIG) + BIG
         sender = threading.Thread(target=client.sendall, args=(stream,))
@@ -239,7 +259,8 @@ def test_a_client_that_leaves(leave: Callable[[socket.socket], None], receiver: 
 
 
 def test_silent_clients_hold_no_threads(receiver: Receiver) -> None:
-    """More stalled uploads than there are threads take no processor time, and who needs a thread is served at once."""
+    """More stalled uploads than there are threads take no processor time, and who needs a thread is
+    served at once."""
     stalled = [receiver.connect() for _ in range(60)]
     for client in stalled:
         client.sendall(post(BIG) + BIG[:300_000])
@@ -272,7 +293,8 @@ def test_a_stop_does_not_wait_for_a_stalled_body() -> None:
 
 
 def test_the_gateway_takes_frames_and_parts_directly(gateway: Gateway, group: PlayedGroup) -> None:
-    """What is stored is what was sent, over one connection; a refused frame in between costs nothing but itself."""
+    """What is stored is what was sent, over one connection; a refused frame in between costs
+    nothing but itself."""
     rows = {"input_ids": np.arange(400_000, dtype=np.int64).reshape(2, 200_000)}
     good = frame(rows | {"attention_mask": np.ones((2, 200_000), np.int64)})
     bad = frame({"attention_mask": rows["input_ids"]})
@@ -285,10 +307,14 @@ def test_the_gateway_takes_frames_and_parts_directly(gateway: Gateway, group: Pl
             timeout=10,
         )
         assert part.status_code in (200, 201), part.text
-        refused = session.post(f"{gateway.url}/compute_log_prob{query}", data=bad, headers=FRAME, timeout=10)
+        refused = session.post(
+            f"{gateway.url}/compute_log_prob{query}", data=bad, headers=FRAME, timeout=10
+        )
         assert refused.status_code == 422, refused.text
         headers = FRAME | {"Prefer": "respond-async"}
-        taken = session.post(f"{gateway.url}/compute_log_prob{query}", data=good, headers=headers, timeout=10)
+        taken = session.post(
+            f"{gateway.url}/compute_log_prob{query}", data=good, headers=headers, timeout=10
+        )
         assert taken.status_code == 202, taken.text
     job = group.claim()
     assert job is not None and job.payload is not None

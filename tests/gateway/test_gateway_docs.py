@@ -1,4 +1,5 @@
-"""The OpenAPI page tells the truth: its answers and errors are compared with those of the gateway it belongs to."""
+"""The OpenAPI page tells the truth: its answers and errors are compared with those of the gateway
+it belongs to."""
 
 from __future__ import annotations
 
@@ -50,13 +51,19 @@ def test_every_answer_and_error_is_declared_with_an_example(paths: Spec) -> None
                     if int(status) >= 400 and path not in ("/health", "/ready"):
                         assert item["value"]["error"]["code"] == code, where
                         assert ERRORS[code].status == int(status), where
-                assert ("Retry-After" in response.get("headers", {})) == (status in ("429", "503")), where
+                assert ("Retry-After" in response.get("headers", {})) == (
+                    status in ("429", "503")
+                ), where
 
 
-def test_frames_are_declared_where_they_can_be_had(gateway: Gateway, group: PlayedGroup, paths: Spec) -> None:
+def test_frames_are_declared_where_they_can_be_had(
+    gateway: Gateway, group: PlayedGroup, paths: Spec
+) -> None:
     """Beside JSON, for the operations on a batch and for a job's result, and nowhere else."""
     declared = {path for path in paths for method in paths[path] if has_frame(paths[path][method])}
-    assert declared == {f"/{name}" for name in OPERATIONS if OPERATIONS[name].takes_batch} | {"/jobs/{job_id}/result"}
+    assert declared == {f"/{name}" for name in OPERATIONS if OPERATIONS[name].takes_batch} | {
+        "/jobs/{job_id}/result"
+    }
     accept = {"Accept": names.FRAME_TYPE}
     with group.working(lambda job: {"tensors": {"old_log_probs": np.zeros((4, 3), np.float32)}}):
         answer = gateway.post("/compute_log_prob", data=frame(), headers={**FRAME, **accept})
@@ -73,7 +80,8 @@ def has_frame(operation: dict[str, Any]) -> bool:
 def test_an_operations_answer_is_as_shown(
     name: str, gateway: Gateway, make_group: Callable[..., PlayedGroup], paths: Spec
 ) -> None:
-    """Where the ranks say what the example says of them, the answer has the example's keys, and a 202 has the job's."""
+    """Where the ranks say what the example says of them, the answer has the example's keys, and a
+    202 has the job's."""
     operation, shown = OPERATIONS[name], example(paths, f"/{name}")
     group = make_group(role=operation.roles[0])
     sent = paths[f"/{name}"]["post"]["requestBody"]["content"]["application/json"]["examples"]
@@ -93,8 +101,12 @@ def test_an_operations_answer_is_as_shown(
 def said_by_the_ranks(shown: dict[str, Any], with_batch: bool) -> dict[str, Any]:
     """The part of an example that is not the gateway's, as arguments of PlayedGroup.end()."""
     if not with_batch:
-        return {"result": {key: shown[key] for key in shown.keys() - {"status", "identifier", "job_id"}}}
-    meta_info = {key: shown["meta_info"][key] for key in shown["meta_info"].keys() - {"metrics", "job_id"}}
+        return {
+            "result": {key: shown[key] for key in shown.keys() - {"status", "identifier", "job_id"}}
+        }
+    meta_info = {
+        key: shown["meta_info"][key] for key in shown["meta_info"].keys() - {"metrics", "job_id"}
+    }
     tensors = {name: from_json(value) for name, value in shown["batch"].items()}
     return {"tensors": tensors, "result": {"metrics": shown["metrics"], "meta_info": meta_info}}
 
@@ -120,10 +132,14 @@ def test_what_is_shown_of_the_service_is_as_shown(
     text = paths["/metrics"]["get"]["responses"]["200"]["content"]["text/plain"]["example"]
     real = gateway.get("/metrics")
     assert real.headers["Content-Type"].startswith("text/plain")
-    assert {line for line in text.splitlines() if line.startswith("#")} <= set(real.text.splitlines())
+    assert {line for line in text.splitlines() if line.startswith("#")} <= set(
+        real.text.splitlines()
+    )
 
 
-def test_a_new_groups_answer_is_as_shown(gateway: Gateway, ledger: Ledger, tmp_path: Path, paths: Spec) -> None:
+def test_a_new_groups_answer_is_as_shown(
+    gateway: Gateway, ledger: Ledger, tmp_path: Path, paths: Spec
+) -> None:
     """The one that made the group, and the one that found it."""
     (tmp_path / "config.json").write_text("{}")
     sent = {"config_dict": {"actor": {"model": {"path": str(tmp_path)}}}, "world_size": 1}
@@ -139,7 +155,9 @@ def test_a_new_groups_answer_is_as_shown(gateway: Gateway, ledger: Ledger, tmp_p
 
 
 def provoke_400(gateway: Gateway) -> requests.Response:
-    return gateway.post("/update_actor?identifier=student", data=b"{", headers={"Content-Type": "application/json"})
+    return gateway.post(
+        "/update_actor?identifier=student", data=b"{", headers={"Content-Type": "application/json"}
+    )
 
 
 def provoke_shape(gateway: Gateway) -> requests.Response:
@@ -179,19 +197,25 @@ PROVOKED: dict[str, Callable[[Gateway], requests.Response]] = {
     "IDENTIFIER_REQUIRED": lambda gateway: gateway.post("/barrier"),
     "GROUP_NOT_FOUND": lambda gateway: gateway.post("/barrier?identifier=studnet"),
     "JOB_NOT_FOUND": lambda gateway: gateway.get(f"/jobs/{'f' * 12}7{'0' * 19}"),
-    "GROUP_NOT_READY": lambda gateway: gateway.post("/update_actor?identifier=bare", data=frame(), headers=FRAME),
+    "GROUP_NOT_READY": lambda gateway: gateway.post(
+        "/update_actor?identifier=bare", data=frame(), headers=FRAME
+    ),
     "IDEMPOTENCY_MISMATCH": provoke_key,
     "JOB_RUNNING": provoke_result,
     "EXPIRED": lambda gateway: gateway.get(f"/jobs/{OLD_JOB}"),
     "TOO_LARGE": lambda gateway: gateway.post(
-        "/update_actor?identifier=student", data=b" " * 40_000_000, headers={"Content-Type": "application/json"}
+        "/update_actor?identifier=student",
+        data=b" " * 40_000_000,
+        headers={"Content-Type": "application/json"},
     ),
     "UNSUPPORTED_TYPE": lambda gateway: gateway.post(
         "/update_actor?identifier=student", data=b"x", headers={"Content-Type": "text/plain"}
     ),
     "INVALID_TENSOR": provoke_shape,
     "INVALID_CONFIG": provoke_key_of_config,
-    "INVALID_ARGUMENT": lambda gateway: gateway.post("/optim_step?identifier=student", json={"gradclip": 1.0}),
+    "INVALID_ARGUMENT": lambda gateway: gateway.post(
+        "/optim_step?identifier=student", json={"gradclip": 1.0}
+    ),
     "TOO_MANY_QUEUED": provoke_queue,
     "GROUP_DOWN": lambda gateway: gateway.post("/barrier?identifier=down"),
     "WAIT_LIMIT": lambda gateway: gateway.post("/barrier?identifier=student"),
@@ -209,7 +233,9 @@ def test_an_error_reads_as_shown(
         make_group("bare", state="up")
     if code == "GROUP_DOWN":
         make_group("down", state="down", cause="rank 1 was killed")
-    examples = paths["/update_actor"]["post"]["responses"][str(ERRORS[code].status)]["content"]["application/json"]
+    examples = paths["/update_actor"]["post"]["responses"][str(ERRORS[code].status)]["content"][
+        "application/json"
+    ]
     response = PROVOKED[code](gateway)
     assert response.status_code == ERRORS[code].status
     text = re.sub(r"\b[0-9a-f]{12}7[0-9a-f]{19}\b", OLD_JOB, response.text)

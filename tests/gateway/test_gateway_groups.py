@@ -44,8 +44,11 @@ def place(ledger: Ledger, identifier: str = "student") -> None:
     ledger.finish(job, result={})
 
 
-def test_initialize_makes_a_group_and_again_changes_nothing(gateway: Gateway, ledger: Ledger, model: Path) -> None:
-    """The answer names what was ignored; equal settings answer already: true; others are 409 and name the keys."""
+def test_initialize_makes_a_group_and_again_changes_nothing(
+    gateway: Gateway, ledger: Ledger, model: Path
+) -> None:
+    """The answer names what was ignored; equal settings answer already: true; others are 409 and
+    name the keys."""
     wanted = body(model, zmq_base_port=5555)
     wanted["config_dict"]["actor"]["use_ring_sequence_parallel"] = True
     accepted = gateway.post(INITIALIZE, json=wanted, headers=ASYNC)
@@ -72,8 +75,11 @@ def test_initialize_makes_a_group_and_again_changes_nothing(gateway: Gateway, le
     assert group.config["optim"]["lr"] == 1e-3
 
 
-def test_a_whole_service_entry_needs_nothing_else(gateway: Gateway, ledger: Ledger, model: Path) -> None:
-    """identifier, role and world size may stand in the entry; the client's role argument wins, and that is said."""
+def test_a_whole_service_entry_needs_nothing_else(
+    gateway: Gateway, ledger: Ledger, model: Path
+) -> None:
+    """identifier, role and world size may stand in the entry; the client's role argument wins, and
+    that is said."""
     entry = {
         "identifier": "entry",
         "role": "actor",
@@ -82,12 +88,18 @@ def test_a_whole_service_entry_needs_nothing_else(gateway: Gateway, ledger: Ledg
         "resource": {"world_size": 3},
         "actor": {"model": {"path": str(model)}},
     }
-    response = gateway.post("/initialize", json={"config_dict": entry, "role": "teacher"}, headers=ASYNC)
+    response = gateway.post(
+        "/initialize", json={"config_dict": entry, "role": "teacher"}, headers=ASYNC
+    )
     assert response.json()["identifier"] == "entry"
     group = ledger.group("entry")
     assert group is not None
     assert (group.role, group.world_size, group.ignored) == ("teacher", 3, ["role"])
-    entry |= {"identifier": "other", "role": "critic", "actor": entry["actor"] | {"entropy_coeff": 0.1}}
+    entry |= {
+        "identifier": "other",
+        "role": "critic",
+        "actor": entry["actor"] | {"entropy_coeff": 0.1},
+    }
     gateway.post("/initialize", json={"config_dict": entry}, headers=ASYNC)
     group = ledger.group("other")
     assert group is not None
@@ -112,18 +124,30 @@ def test_a_repeated_key_is_the_same_group(gateway: Gateway, ledger: Ledger, mode
     headers = {**ASYNC, "Idempotency-Key": "make-it"}
     first = gateway.post(INITIALIZE, json=body(model), headers=headers).json()["id"]
     place(ledger)
-    again = gateway.post(INITIALIZE, json=body(model), headers={"Idempotency-Key": "make-it"}).json()
+    again = gateway.post(
+        INITIALIZE, json=body(model), headers={"Idempotency-Key": "make-it"}
+    ).json()
     assert (again["job_id"], again["already"]) == (first, False)
-    refusal(gateway.post(INITIALIZE, json=body(model, world_size=1), headers=headers), 409, "IDEMPOTENCY_MISMATCH")
+    refusal(
+        gateway.post(INITIALIZE, json=body(model, world_size=1), headers=headers),
+        409,
+        "IDEMPOTENCY_MISMATCH",
+    )
 
 
-def test_a_group_that_must_wait_says_for_what(gateway: Gateway, ledger: Ledger, model: Path) -> None:
+def test_a_group_that_must_wait_says_for_what(
+    gateway: Gateway, ledger: Ledger, model: Path
+) -> None:
     """No free slots: a queued job that names them; impossible: 422; no agent at all: 503."""
     ledger.beat(AgentRecord(name="agent", slots=4, free=1))
     waiting = gateway.post(INITIALIZE, json=body(model), headers=ASYNC).json()
     assert waiting["state"] == "queued"
     assert "2 free slots" in waiting["waits_for"]
-    error = refusal(gateway.post("/initialize?identifier=big", json=body(model, world_size=5)), 422, "NO_SUCH_SLOTS")
+    error = refusal(
+        gateway.post("/initialize?identifier=big", json=body(model, world_size=5)),
+        422,
+        "NO_SUCH_SLOTS",
+    )
     assert error["slots"] == 4
     ledger.sign_off("agent")
     refusal(gateway.post("/initialize?identifier=big", json=body(model)), 503, "GROUP_DOWN")
@@ -132,7 +156,11 @@ def test_a_group_that_must_wait_says_for_what(gateway: Gateway, ledger: Ledger, 
 
 BAD: dict[str, tuple[Callable[[dict[str, Any]], object], str, str]] = {
     "no configuration": (lambda body: body.pop("config_dict"), "INVALID_ARGUMENT", "config_dict"),
-    "a file for the client": (lambda body: body.update(config_path="x.yaml"), "INVALID_ARGUMENT", "config_path"),
+    "a file for the client": (
+        lambda body: body.update(config_path="x.yaml"),
+        "INVALID_ARGUMENT",
+        "config_path",
+    ),
     "no world size": (lambda body: body.pop("world_size"), "INVALID_ARGUMENT", "world_size"),
     "no ranks": (lambda body: body.update(world_size=0), "INVALID_ARGUMENT", "world_size"),
     "an unknown argument": (lambda body: body.update(worldsize=1), "INVALID_ARGUMENT", "worldsize"),
@@ -147,15 +175,25 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], object], str, str]] = {
         "INVALID_CONFIG",
         "actor.clip_ration",
     ),
-    "no model": (lambda body: body["config_dict"].update(actor={}), "INVALID_CONFIG", "actor.model"),
-    "no such folder": (lambda body: _path(body, "/nowhere/tiny"), "INVALID_CONFIG", "actor.model.path"),
+    "no model": (
+        lambda body: body["config_dict"].update(actor={}),
+        "INVALID_CONFIG",
+        "actor.model",
+    ),
+    "no such folder": (
+        lambda body: _path(body, "/nowhere/tiny"),
+        "INVALID_CONFIG",
+        "actor.model.path",
+    ),
     "a variable": (lambda body: _path(body, "${HOME}/x"), "INVALID_CONFIG", "actor.model.path"),
     "a zero byte": (lambda body: _path(body, "a\0b"), "PATH_REFUSED", "actor.model.path"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_configuration_is_refused_by_key(name: str, gateway: Gateway, ledger: Ledger, model: Path) -> None:
+def test_a_bad_configuration_is_refused_by_key(
+    name: str, gateway: Gateway, ledger: Ledger, model: Path
+) -> None:
     """422 naming the key (and the nearest known one); no group, no job."""
     change, code, key = BAD[name]
     wanted = body(model)
@@ -172,7 +210,11 @@ def test_an_identifier_is_needed_and_checked(gateway: Gateway, ledger: Ledger, m
     """A new group has a name of the documented form."""
     refusal(gateway.post("/initialize", json=body(model)), 400, "IDENTIFIER_REQUIRED")
     for name in ("a b", "../x", "x" * 64, "", "stu\n"):
-        refusal(gateway.post("/initialize", params={"identifier": name}, json=body(model)), 422, "INVALID_ARGUMENT")
+        refusal(
+            gateway.post("/initialize", params={"identifier": name}, json=body(model)),
+            422,
+            "INVALID_ARGUMENT",
+        )
 
 
 def test_destroy_of_a_group_that_waits_or_is_down_needs_no_ranks(
@@ -203,7 +245,9 @@ def test_destroy_of_a_living_group_is_its_own_job(gateway: Gateway, group: Playe
     assert gateway.get(f"/jobs/{job_id}/result").json()["status"] == "success"
 
 
-def test_cancelling_a_placement_frees_the_name(gateway: Gateway, ledger: Ledger, model: Path) -> None:
+def test_cancelling_a_placement_frees_the_name(
+    gateway: Gateway, ledger: Ledger, model: Path
+) -> None:
     """No group is left that nobody will ever place."""
     job_id = gateway.post(INITIALIZE, json=body(model), headers=ASYNC).json()["id"]
     assert gateway.call("DELETE", f"/jobs/{job_id}").json()["state"] == "cancelled"
@@ -234,13 +278,17 @@ def test_a_down_group_is_not_already_there(gateway: Gateway, ledger: Ledger, mod
     gateway.post(INITIALIZE, json=body(model), headers=ASYNC)
     place(ledger)
     ledger.group_down("student", 1, "rank 0 was killed")
-    assert refusal(gateway.post(INITIALIZE, json=body(model)), 503, "GROUP_DOWN")["cause"] == "rank 0 was killed"
+    assert (
+        refusal(gateway.post(INITIALIZE, json=body(model)), 503, "GROUP_DOWN")["cause"]
+        == "rank 0 was killed"
+    )
 
 
 def test_what_is_shown_of_groups_is_true(
     gateway: Gateway, group: PlayedGroup, make_group: Callable[..., PlayedGroup], ledger: Ledger
 ) -> None:
-    """/health, /get_models and /worker_info show states, heartbeats and slots; /metrics has the queues."""
+    """/health, /get_models and /worker_info show states, heartbeats and slots; /metrics has the
+    queues."""
     report = gateway.get("/health")
     assert (report.status_code, report.json()["status"]) == (200, "healthy")
     assert report.json()["slots"] == {"total": 4, "free": 4}
@@ -248,7 +296,12 @@ def test_what_is_shown_of_groups_is_true(
     gateway.post("/barrier", headers=ASYNC)
     assert 'nexrl_jobs{queue="student",state="queued"} 1' in gateway.get("/metrics").text
     info = gateway.get("/worker_info").json()
-    assert (info["identifier"], info["state"], info["world_size"], info["role"]) == ("student", "ready", 1, "actor")
+    assert (info["identifier"], info["state"], info["world_size"], info["role"]) == (
+        "student",
+        "ready",
+        1,
+        "actor",
+    )
     make_group("broken", state="down", cause="rank 1 was killed")
     models = gateway.get("/get_models").json()
     assert (models["count"], models["models"]["broken"]["cause"]) == (2, "rank 1 was killed")

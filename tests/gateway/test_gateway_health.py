@@ -1,4 +1,5 @@
-"""/health and /ready say what is: a Redis that would lose what it acknowledges or has lost it, and work that nobody takes."""
+"""/health and /ready say what is: a Redis that would lose what it acknowledges or has lost it, and
+work that nobody takes."""
 
 from __future__ import annotations
 
@@ -29,7 +30,12 @@ def reasons(gateway: Gateway, status: int = 200) -> list[str]:
     ("setting", "bad", "good", "advice"),
     [
         ("maxmemory-policy", "allkeys-lru", "noeviction", "CONFIG SET maxmemory-policy noeviction"),
-        ("maxmemory-policy", "volatile-ttl", "noeviction", "CONFIG SET maxmemory-policy noeviction"),
+        (
+            "maxmemory-policy",
+            "volatile-ttl",
+            "noeviction",
+            "CONFIG SET maxmemory-policy noeviction",
+        ),
         ("appendonly", "no", "yes", "CONFIG SET appendonly yes"),
     ],
 )
@@ -79,7 +85,8 @@ def test_an_emptied_redis_is_said_until_a_group_is_made_again(
 
 
 def test_a_redis_that_was_emptied_while_no_gateway_ran(ledger: Ledger, tmp_path: Path) -> None:
-    """The next one knows from the data folder; a second one from Redis; a new data folder knows nothing."""
+    """The next one knows from the data folder; a second one from Redis; a new data folder knows
+    nothing."""
     assert Watch(ledger, tmp_path / "data").emptied() is None
     assert Watch(ledger, tmp_path / "data").emptied() is None
     ledger.client.flushall()
@@ -107,9 +114,14 @@ def test_missing_agents_and_checkpointers_are_named(gateway: Gateway, ledger: Le
 
 
 def test_work_that_an_idle_consumer_does_not_take(
-    gateway: Gateway, group: PlayedGroup, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gateway: Gateway,
+    group: PlayedGroup,
+    ledger: Ledger,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Named with its job once it has waited long; what waits for a reason, or behind something, does not count."""
+    """Named with its job once it has waited long; what waits for a reason, or behind something,
+    does not count."""
     monkeypatch.setattr("nexrl_gateway.watch.QUIET_S", 0.3)
     ledger.beat(AgentRecord(name="local-1"), checkpointer=True)
     watch = Watch(ledger, tmp_path)
@@ -141,7 +153,13 @@ def test_work_that_an_idle_consumer_does_not_take(
 
 
 def _wait_in(ledger: Ledger, queue: str, operation: str) -> str:
-    job = JobRecord(id=names.new_job_id(), operation=operation, identifier="other", queue=queue, created_at=time.time())
+    job = JobRecord(
+        id=names.new_job_id(),
+        operation=operation,
+        identifier="other",
+        queue=queue,
+        created_at=time.time(),
+    )
     ledger.submit(job, names.RUN_JOB)
     return job.id
 

@@ -1,4 +1,5 @@
-"""Bodies, headers and connections made to stall the gateway or to fill its memory: it answers, and others do not notice."""
+"""Bodies, headers and connections made to stall the gateway or to fill its memory: it answers, and
+others do not notice."""
 
 from __future__ import annotations
 
@@ -45,22 +46,30 @@ ATTACKS: dict[str, tuple[bytes, dict[str, str]]] = {
     "30 MB of one text": (b'{"values":{"a":"' + b"x" * 30_000_000 + b'"}}', JSON),
     "30 MB of white space": (b'{"a":1' + b" " * 30_000_000 + b"}", JSON),
     "nesting": (b'{"a":' + b"[" * 1_100_000, JSON),
-    "objects, as many as are read": (b'{"a":[' + b",".join(b'{"k%d":{}}' % i for i in range(24_000)) + b"]}", JSON),
+    "objects, as many as are read": (
+        b'{"a":[' + b",".join(b'{"k%d":{}}' % i for i in range(24_000)) + b"]}",
+        JSON,
+    ),
     "unknown arguments": (b"{" + b",".join(b'"k%d":0' % i for i in range(49_000)) + b"}", JSON),
     "a frame's header of lists": (len(HEADER).to_bytes(8, "little") + HEADER, {**FRAME, **ASYNC}),
 }
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_hostile_bodies_are_refused_and_nobody_waits(name: str, gateway: Gateway, group: PlayedGroup) -> None:
-    """Eight at a time cost less than 160 MiB, all of them are answered, and /health goes on answering."""
+def test_hostile_bodies_are_refused_and_nobody_waits(
+    name: str, gateway: Gateway, group: PlayedGroup
+) -> None:
+    """Eight at a time cost less than 160 MiB, all of them are answered, and /health goes on
+    answering."""
     body, headers = ATTACKS[name]
     forget_peak(gateway.process.pid)
     before = memory_peak(gateway.process.pid)
 
     def attack() -> None:
         with ThreadPoolExecutor(8) as pool:
-            for answer in pool.map(lambda _: gateway.post(UPDATE, data=body, headers=headers), range(16)):
+            for answer in pool.map(
+                lambda _: gateway.post(UPDATE, data=body, headers=headers), range(16)
+            ):
                 assert answer.status_code in (400, 413, 422, 503), answer.text
                 assert len(answer.content) < 1000
 
@@ -70,7 +79,8 @@ def test_hostile_bodies_are_refused_and_nobody_waits(name: str, gateway: Gateway
 
 
 def test_tensors_up_to_the_limit_are_read_bit_by_bit(gateway: Gateway, group: PlayedGroup) -> None:
-    """31 MiB of base64, beside texts full of commas and brackets, which are no structure. Meanwhile /health answers."""
+    """31 MiB of base64, beside texts full of commas and brackets, which are no structure. Meanwhile
+    /health answers."""
     rows = np.frombuffer(os.urandom(11 * MIB), np.int64).reshape(4, -1) >> 1
     arrays = {"input_ids": rows, "attention_mask": rows & 1}
     document = {
@@ -83,10 +93,14 @@ def test_tensors_up_to_the_limit_are_read_bit_by_bit(gateway: Gateway, group: Pl
     answers: list[requests.Response] = []
 
     def send(_: int) -> None:
-        answers.append(gateway.post("/compute_log_prob?identifier=student", data=body, headers=JSON))
+        answers.append(
+            gateway.post("/compute_log_prob?identifier=student", data=body, headers=JSON)
+        )
 
     with ThreadPoolExecutor(3) as pool:
-        assert slowest_health(gateway, lambda: list(pool.map(send, range(6)))) < 0.5  # 0.05 where nothing else runs
+        assert (
+            slowest_health(gateway, lambda: list(pool.map(send, range(6)))) < 0.5
+        )  # 0.05 where nothing else runs
     assert {answer.status_code for answer in answers} == {202}, answers[0].text
     job = group.claim()
     assert job is not None and job.payload is not None
@@ -97,7 +111,9 @@ def test_tensors_up_to_the_limit_are_read_bit_by_bit(gateway: Gateway, group: Pl
 
 
 @pytest.mark.parametrize("where", [0, 1])
-def test_long_base64_that_is_wrong_in_one_piece(where: int, gateway: Gateway, group: PlayedGroup) -> None:
+def test_long_base64_that_is_wrong_in_one_piece(
+    where: int, gateway: Gateway, group: PlayedGroup
+) -> None:
     """Padding in the middle, or a sign that is none: refused however far from the end it stands."""
     tensor = to_json(np.zeros((4, 100_000), np.int64))
     at = (1024**2, 2 * 1024**2 + 5)[where]
@@ -109,7 +125,8 @@ def test_long_base64_that_is_wrong_in_one_piece(where: int, gateway: Gateway, gr
 
 
 class Quick:
-    """The real application and protocol in this process, with little patience and room for twelve connections."""
+    """The real application and protocol in this process, with little patience and room for twelve
+    connections."""
 
     def __init__(self, folder: Path, redis_url: str) -> None:
         self.port = free_port()
@@ -168,7 +185,8 @@ def head(line: str, *headers: str) -> bytes:
 
 
 def test_what_stops_coming_is_given_up(quick: Quick, group: PlayedGroup) -> None:
-    """A silent connection is closed, half a head and half a body get 408, and of the body nothing stays in the store."""
+    """A silent connection is closed, half a head and half a body get 408, and of the body nothing
+    stays in the store."""
     body = frame({"input_ids": np.zeros((4, 40_000), np.int64)})
     post = "POST /compute_log_prob?identifier=student"
     frames, chunked = f"Content-Type: {FRAME['Content-Type']}", "Transfer-Encoding: chunked"
@@ -177,11 +195,20 @@ def test_what_stops_coming_is_given_up(quick: Quick, group: PlayedGroup) -> None
         "nothing": quick.connect(),
         "half a head": quick.connect(b"GET /health HTTP/1.1\r\nHost: lo"),
         "empty lines": quick.connect(b"\r\n\r\n"),
-        "half a body": quick.connect(head(post, frames, f"Content-Length: {len(body)}") + body[:300_000]),
+        "half a body": quick.connect(
+            head(post, frames, f"Content-Length: {len(body)}") + body[:300_000]
+        ),
         "half a chunked body": quick.connect(head(post, frames, chunked) + piece),
-        "half a JSON body": quick.connect(head(post, "Content-Type: application/json", "Content-Length: 90") + b"{"),
+        "half a JSON body": quick.connect(
+            head(post, "Content-Type: application/json", "Content-Length: 90") + b"{"
+        ),
         "half a part": quick.connect(
-            head(f"PUT /payloads/{'a' * 32}/parts/0", f"X-Checksum-XXH3-128: {'0' * 32}", "Content-Length: 900") + b"x"
+            head(
+                f"PUT /payloads/{'a' * 32}/parts/0",
+                f"X-Checksum-XXH3-128: {'0' * 32}",
+                "Content-Length: 900",
+            )
+            + b"x"
         ),
     }
     wait_until(lambda: list(quick.payloads.rglob("*")), 5, "the uploads")
@@ -190,7 +217,9 @@ def test_what_stops_coming_is_given_up(quick: Quick, group: PlayedGroup) -> None
             status, document = answer(client)
         expected = (0, None) if name == "nothing" else (408, "SLOW_REQUEST")
         assert (status, document.get("error", {}).get("code")) == expected, name
-    left = [path for path in quick.payloads.rglob("*") if path.is_file() and path.stat().st_size > 100]
+    left = [
+        path for path in quick.payloads.rglob("*") if path.is_file() and path.stat().st_size > 100
+    ]
     assert left == []
     assert group.waiting() == 0
 
@@ -199,13 +228,17 @@ def test_who_waits_for_an_answer_is_left_alone(quick: Quick, group: PlayedGroup)
     """Longer than a head or a body may take; and the connection serves the next request."""
     with requests.Session() as session:
         url = f"http://127.0.0.1:{quick.port}"
-        job = session.post(f"{url}/barrier?identifier=student", headers=ASYNC, timeout=10).json()["id"]
+        job = session.post(f"{url}/barrier?identifier=student", headers=ASYNC, timeout=10).json()[
+            "id"
+        ]
         assert session.get(f"{url}/jobs/{job}?wait=2.5", timeout=10).json()["state"] == "queued"
         time.sleep(1.5)
         assert session.get(f"{url}/health", timeout=10).status_code == 200
 
 
-@pytest.mark.parametrize("endless", ["X: ", "X: y\r\n" * 20_000, "/" * 70_000], ids=["one", "many", "another"])
+@pytest.mark.parametrize(
+    "endless", ["X: ", "X: y\r\n" * 20_000, "/" * 70_000], ids=["one", "many", "another"]
+)
 def test_an_endless_head_is_cut_off(endless: str, quick: Quick, redis_url: str) -> None:
     """431 in the one shape of errors, long before it has taken memory."""
     sent = 0
@@ -225,7 +258,11 @@ def test_an_endless_head_is_cut_off(endless: str, quick: Quick, redis_url: str) 
 
 def test_an_endless_trailer_is_cut_off(quick: Quick, group: PlayedGroup) -> None:
     """What follows a chunked body is bounded as what goes before it."""
-    begun = head("POST /barrier?identifier=student", "Content-Type: application/json", "Transfer-Encoding: chunked")
+    begun = head(
+        "POST /barrier?identifier=student",
+        "Content-Type: application/json",
+        "Transfer-Encoding: chunked",
+    )
     for trailer in (b"X: " + b"a" * 65536, b"X: a\r\n" * 10_000):
         sent = 0
         with quick.connect(begun + b"1\r\n{\r\n0\r\n") as client:
@@ -258,7 +295,8 @@ def test_what_is_no_http_gets_the_one_shape_of_errors(quick: Quick) -> None:
 
 
 def test_idle_connections_make_room_for_whoever_comes(quick: Quick, group: PlayedGroup) -> None:
-    """Those that never asked go first; where all are at work it is 503 at once, and /health answers all the same."""
+    """Those that never asked go first; where all are at work it is 503 at once, and /health answers
+    all the same."""
     kept = requests.Session()
     url = f"http://127.0.0.1:{quick.port}"
     assert kept.get(f"{url}/health", timeout=10).status_code == 200
@@ -274,9 +312,13 @@ def test_idle_connections_make_room_for_whoever_comes(quick: Quick, group: Playe
     kept.close()
 
 
-def test_a_client_that_takes_nothing_of_its_answer_is_given_up(quick: Quick, group: PlayedGroup) -> None:
+def test_a_client_that_takes_nothing_of_its_answer_is_given_up(
+    quick: Quick, group: PlayedGroup
+) -> None:
     """Nobody holds a connection, and the memory of an answer, for ever."""
-    job = requests.post(f"http://127.0.0.1:{quick.port}/barrier?identifier=student", headers=ASYNC, timeout=10).json()
+    job = requests.post(
+        f"http://127.0.0.1:{quick.port}/barrier?identifier=student", headers=ASYNC, timeout=10
+    ).json()
     claimed = group.claim()
     assert claimed is not None
     group.end(claimed, tensors={"old_log_probs": np.zeros((4, 3_000_000), np.float32)})

@@ -1,4 +1,5 @@
-"""A group whose agent is gone for good ends with a cause, and with it every job that waits for it."""
+"""A group whose agent is gone for good ends with a cause, and with it every job that waits for
+it."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ def test_a_group_that_nobody_has_any_more_goes_down_and_fails_its_jobs(
 
     states = {group.identifier: group.state for group in ledger.groups()}
     assert states == {"lost": "down", "kept": "ready", "alive": "ready"}
-    assert "agent gone" in refusal(gateway.get(f"/jobs/{job_id}/result"), 503, "GROUP_DOWN")["message"]
+    assert (
+        "agent gone" in refusal(gateway.get(f"/jobs/{job_id}/result"), 503, "GROUP_DOWN")["message"]
+    )
 
 
 def test_a_gap_in_the_watch_begins_it_anew(

@@ -1,4 +1,5 @@
-"""Pages of other origins and hosts that are not the gateway's are refused on every verb, over raw connections."""
+"""Pages of other origins and hosts that are not the gateway's are refused on every verb, over raw
+connections."""
 
 from __future__ import annotations
 
@@ -33,13 +34,19 @@ HOSTS = {
 }
 
 
-def ask(gateway: Gateway, line: str, headers: dict[str, str], host: str | None = None) -> tuple[int, dict[str, Any]]:
+def ask(
+    gateway: Gateway, line: str, headers: dict[str, str], host: str | None = None
+) -> tuple[int, dict[str, Any]]:
     """Status and document of a request that no HTTP library has improved."""
     address, port = gateway.url.removeprefix("http://").split(":")
     own = f"{address}:{port}" if host is None else host
     lines = [f"{name}: {value.replace('{own}', gateway.url)}" for name, value in headers.items()]
     with socket.create_connection((address, int(port)), timeout=10) as client:
-        client.sendall("\r\n".join([f"{line} HTTP/1.1", f"Host: {own}", *lines, "Connection: close", "", ""]).encode())
+        client.sendall(
+            "\r\n".join(
+                [f"{line} HTTP/1.1", f"Host: {own}", *lines, "Connection: close", "", ""]
+            ).encode()
+        )
         answer = b"".join(iter(lambda: client.recv(65536), b""))
     head, _, body = answer.partition(b"\r\n\r\n")
     return int(head.split()[1]), json.loads(body) if b"application/json" in head else {}
@@ -50,16 +57,27 @@ def code(answer: tuple[int, dict[str, Any]]) -> tuple[int, str | None]:
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_a_page_of_another_origin_changes_and_learns_nothing(name: str, gateway: Gateway, group: PlayedGroup) -> None:
+def test_a_page_of_another_origin_changes_and_learns_nothing(
+    name: str, gateway: Gateway, group: PlayedGroup
+) -> None:
     """403 whatever the verb; the group is still there."""
-    for line in (DESTROY, "GET /health", "GET /docs", "OPTIONS /destroy", "DELETE /jobs/x", "PUT /payloads/x/parts/0"):
+    for line in (
+        DESTROY,
+        "GET /health",
+        "GET /docs",
+        "OPTIONS /destroy",
+        "DELETE /jobs/x",
+        "PUT /payloads/x/parts/0",
+    ):
         assert code(ask(gateway, line, FOREIGN[name])) == (403, "FOREIGN_ORIGIN"), line
     assert group.waiting() == 0
     assert group.ledger.identifiers() == ["student"]
 
 
 @pytest.mark.parametrize("name", HOSTS)
-def test_a_host_that_is_not_ours_is_refused(name: str, gateway: Gateway, group: PlayedGroup) -> None:
+def test_a_host_that_is_not_ours_is_refused(
+    name: str, gateway: Gateway, group: PlayedGroup
+) -> None:
     """421 that names the setting; with the matching origin too, as a rebound name has it."""
     for line in (DESTROY, "GET /get_models"):
         for headers in ({}, {"Origin": f"http://{HOSTS[name]}", "Sec-Fetch-Site": "same-origin"}):
@@ -70,9 +88,12 @@ def test_a_host_that_is_not_ours_is_refused(name: str, gateway: Gateway, group: 
 
 
 @pytest.mark.parametrize(
-    "host", ["localhost", "LOCALHOST:1234", "127.0.0.1", "127.8.9.10:80", "[::1]:8000", "localhost."]
+    "host",
+    ["localhost", "LOCALHOST:1234", "127.0.0.1", "127.8.9.10:80", "[::1]:8000", "localhost."],
 )
-def test_loopback_is_ours_by_every_name_and_port(host: str, gateway: Gateway, group: PlayedGroup) -> None:
+def test_loopback_is_ours_by_every_name_and_port(
+    host: str, gateway: Gateway, group: PlayedGroup
+) -> None:
     """Programs send no origin; our own page sends ours."""
     assert ask(gateway, "GET /health", {}, host)[0] == 200
     own = {"Origin": f"http://{host.lower()}", "Sec-Fetch-Site": "same-origin"}
@@ -92,12 +113,21 @@ def test_the_docs_page_works_from_its_own_origin(gateway: Gateway, redis_url: st
     assert ask(gateway, "GET /openapi.json", {"Sec-Fetch-Site": "same-origin"})[0] == 200
 
 
-def test_a_gateway_on_every_interface_answers_for_what_it_is_told(tmp_path: Path, redis_url: str) -> None:
-    """Its listed names, the machine's own name, and the address at which a request came in: a probe knows no other."""
+def test_a_gateway_on_every_interface_answers_for_what_it_is_told(
+    tmp_path: Path, redis_url: str
+) -> None:
+    """Its listed names, the machine's own name, and the address at which a request came in: a probe
+    knows no other."""
     listed = {"NEXRL_HOST": "0.0.0.0", "NEXRL_ALLOWED_HOSTS": "gateway, *.svc.cluster.local"}
     gateway = Gateway(tmp_path, redis_url, **listed)
     try:
-        for host in ("gateway:8000", "nexrl.default.svc.cluster.local", socket.gethostname(), "0.0.0.0", "localhost"):
+        for host in (
+            "gateway:8000",
+            "nexrl.default.svc.cluster.local",
+            socket.gethostname(),
+            "0.0.0.0",
+            "localhost",
+        ):
             assert ask(gateway, "GET /health", {}, host)[0] == 200, host
         for host in ("svc.cluster.local", "gateway.evil.example", "evil.example", "10.11.12.13"):
             assert code(ask(gateway, "GET /health", {}, host)) == (421, "HOST_REFUSED"), host

@@ -1,4 +1,5 @@
-"""Where a checkpoint may be written: what could never be published there is refused before a job is made of it."""
+"""Where a checkpoint may be written: what could never be published there is refused before a job is
+made of it."""
 
 from __future__ import annotations
 
@@ -33,8 +34,13 @@ def test_a_path_below_a_file_is_refused(kind: str, gateway: Gateway, group: Play
     verb, params = WRITES[kind]
     (gateway.data / "afile").write_text("x")
     for path in ("afile/x", "afile/x/y"):
-        error = refusal(gateway.post(verb, json={"local_path": path, **params}), 422, "PATH_REFUSED")
-        assert error["key"] == "local_path" and f"{gateway.data / 'afile'} is no folder" in error["message"]
+        error = refusal(
+            gateway.post(verb, json={"local_path": path, **params}), 422, "PATH_REFUSED"
+        )
+        assert (
+            error["key"] == "local_path"
+            and f"{gateway.data / 'afile'} is no folder" in error["message"]
+        )
     assert group.waiting() == 0
 
 
@@ -56,7 +62,11 @@ def test_a_path_that_is_too_long_is_refused(
     """In bytes, with the limit."""
     verb, params = WRITES[kind]
     error = refusal(gateway.post(verb, json={"local_path": path, **params}), 422, "PATH_REFUSED")
-    assert error["key"] == "local_path" and error["message"].startswith("local_path ") and said in error["message"]
+    assert (
+        error["key"] == "local_path"
+        and error["message"].startswith("local_path ")
+        and said in error["message"]
+    )
     assert group.waiting() == 0
 
 
@@ -64,21 +74,36 @@ def test_a_load_takes_what_the_file_system_can_hold(gateway: Gateway, group: Pla
     """A folder that others made may have a longer name than ours."""
     error = refusal(gateway.post("/load_checkpoint", json={"path": "n" * 256}), 422, "PATH_REFUSED")
     assert error["key"] == "path" and "255 are possible" in error["message"]
-    assert gateway.post("/load_checkpoint", json={"path": "n" * 255}, headers=ASYNC).status_code == 202
-    assert gateway.post("/save_checkpoint", json={"local_path": "n" * 180}, headers=ASYNC).status_code == 202
+    assert (
+        gateway.post("/load_checkpoint", json={"path": "n" * 255}, headers=ASYNC).status_code == 202
+    )
+    assert (
+        gateway.post("/save_checkpoint", json={"local_path": "n" * 180}, headers=ASYNC).status_code
+        == 202
+    )
 
 
 @pytest.mark.parametrize("kind", WRITES)
 @pytest.mark.parametrize("path", ["model/step_1", "model/a/b", ".model.v1/step_1", ".model.v2"])
 def test_a_path_below_a_weight_sync_folder_is_refused(
-    kind: str, path: str, gateway: Gateway, group: PlayedGroup, tmp_path_factory: pytest.TempPathFactory
+    kind: str,
+    path: str,
+    gateway: Gateway,
+    group: PlayedGroup,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """Its versions are removed in time, and what is in them would go or be in the way; the folder is named."""
+    """Its versions are removed in time, and what is in them would go or be in the way; the folder
+    is named."""
     run = gateway.data / tmp_path_factory.mktemp("run").name
     make_weight_sync(run / "model")
     verb, params = WRITES[kind]
-    error = refusal(gateway.post(verb, json={"local_path": f"{run.name}/{path}", **params}), 422, "PATH_REFUSED")
-    assert error["key"] == "local_path" and f"{run / 'model'} is a weight-sync folder" in error["message"]
+    error = refusal(
+        gateway.post(verb, json={"local_path": f"{run.name}/{path}", **params}), 422, "PATH_REFUSED"
+    )
+    assert (
+        error["key"] == "local_path"
+        and f"{run / 'model'} is a weight-sync folder" in error["message"]
+    )
     assert group.waiting() == 0 and sorted(os.listdir(run)) == [".model.v1", ".model.v2", "model"]
 
 
@@ -142,7 +167,8 @@ def initialize(gateway: Gateway, path: object, code: str) -> str:
 def test_a_relative_model_path_is_refused_where_it_would_mean_wherever_the_service_was_started(
     path: str, gateway: Gateway, group: PlayedGroup
 ) -> None:
-    """What may be a model of the hub is told how to become a folder; what a checkpoint root has is named."""
+    """What may be a model of the hub is told how to become a folder; what a checkpoint root has is
+    named."""
     message = initialize(gateway, path, "PATH_REFUSED")
     assert "not absolute" in message
     assert (f"hf download {path} --local-dir DIR" in message) == (not path.startswith("."))
@@ -153,16 +179,22 @@ def test_a_relative_model_path_is_refused_where_it_would_mean_wherever_the_servi
         assert f"such as {folder}" in initialize(gateway, path, "PATH_REFUSED")
 
 
-def test_what_is_there_instead_of_a_models_folder_is_said(gateway: Gateway, group: PlayedGroup, tmp_path: Path) -> None:
+def test_what_is_there_instead_of_a_models_folder_is_said(
+    gateway: Gateway, group: PlayedGroup, tmp_path: Path
+) -> None:
     """A file of the folder, and the hub's cache, whose folders lie deeper."""
     (tmp_path / "config.json").write_text("{}")
-    assert "that is a file: give its folder" in initialize(gateway, tmp_path / "config.json", "INVALID_CONFIG")
+    assert "that is a file: give its folder" in initialize(
+        gateway, tmp_path / "config.json", "INVALID_CONFIG"
+    )
     cache = tmp_path / "models--Qwen--Qwen2.5-0.5B"
     snapshot = cache / "snapshots" / "060db6"
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
     assert f"give {snapshot}" in initialize(gateway, cache, "INVALID_CONFIG")
-    assert initialize(gateway, tmp_path / "none", "INVALID_CONFIG").endswith(f"config.json at {tmp_path / 'none'}")
+    assert initialize(gateway, tmp_path / "none", "INVALID_CONFIG").endswith(
+        f"config.json at {tmp_path / 'none'}"
+    )
 
 
 def test_a_path_outside_the_roots_names_the_option_that_adds_one(
@@ -175,7 +207,11 @@ def test_a_path_outside_the_roots_names_the_option_that_adds_one(
         ("/save_checkpoint", "local_path"),
         ("/convert_checkpoint_to_huggingface", "local_path"),
     ):
-        said = refusal(gateway.post(verb, json={key: str(tmp_path / "ckpt")}), 422, "PATH_REFUSED")["message"]
+        said = refusal(gateway.post(verb, json={key: str(tmp_path / "ckpt")}), 422, "PATH_REFUSED")[
+            "message"
+        ]
         assert "--checkpoint-root" in said and "NEXRL_DATA" in said and "model.path" not in said
-        said = refusal(gateway.post(verb, json={key: str(tmp_path)}), 422, "PATH_REFUSED")["message"]
+        said = refusal(gateway.post(verb, json={key: str(tmp_path)}), 422, "PATH_REFUSED")[
+            "message"
+        ]
         assert "--checkpoint-root" in said and "actor.model.path" in said

@@ -1,4 +1,5 @@
-"""The gateway as a process: what it imports, what it holds in memory, and what happens when others die."""
+"""The gateway as a process: what it imports, what it holds in memory, and what happens when others
+die."""
 
 from __future__ import annotations
 
@@ -42,12 +43,15 @@ MIB = 1024**2
 
 
 class BigFrame:
-    """A frame of one tensor that is never in memory as a whole; requests sends it with its length."""
+    """A frame of one tensor that is never in memory as a whole; requests sends it with its
+    length."""
 
     def __init__(self, nbytes: int) -> None:
         rows = nbytes // 8 // 4096
         self._rows = rows
-        entry = {"input_ids": {"dtype": "I64", "shape": [rows, 4096], "data_offsets": [0, rows * 32768]}}
+        entry = {
+            "input_ids": {"dtype": "I64", "shape": [rows, 4096], "data_offsets": [0, rows * 32768]}
+        }
         text = json.dumps(entry).encode()
         self._head = len(text).to_bytes(8, "little") + text
 
@@ -68,7 +72,8 @@ def upload(gateway: Gateway, nbytes: int) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_stays_flat_whatever_is_uploaded(gateway: Gateway, group: PlayedGroup) -> None:
-    """One upload of 256 MiB costs at most 16 MiB, four at once at most 64 MiB; /health answers all the while."""
+    """One upload of 256 MiB costs at most 16 MiB, four at once at most 64 MiB; /health answers all
+    the while."""
     upload(gateway, MIB)
     gateway.get("/health")
     pid = gateway.process.pid
@@ -92,7 +97,9 @@ def test_the_gateway_needs_no_torch_and_no_numpy() -> None:
         "import nexrl_gateway.app, nexrl_gateway.__main__, nexrl_payloads.redis_store, sys, json;"
         "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
     )
-    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout
     loaded = set(json.loads(out))
     assert not loaded & {
         "torch",
@@ -106,7 +113,8 @@ def test_the_gateway_needs_no_torch_and_no_numpy() -> None:
 
 
 def test_redis_away_is_503_in_time_and_comes_back(tmp_path: Path) -> None:
-    """503 with Retry-After within three seconds, whoever waits included; afterwards all goes on as before."""
+    """503 with Retry-After within three seconds, whoever waits included; afterwards all goes on as
+    before."""
     server = RedisServer(tmp_path)
     server.start()
     gateway = Gateway(tmp_path / "gateway", server.url)
@@ -120,7 +128,9 @@ def test_redis_away_is_503_in_time_and_comes_back(tmp_path: Path) -> None:
             started = time.monotonic()
             for method, path in (("POST", "/barrier"), ("GET", "/jobs"), ("GET", "/get_models")):
                 refusal(gateway.call(method, path), 503, "REDIS_UNAVAILABLE")
-            refusal(gateway.post("/update_actor", data=frame(), headers=FRAME), 503, "REDIS_UNAVAILABLE")
+            refusal(
+                gateway.post("/update_actor", data=frame(), headers=FRAME), 503, "REDIS_UNAVAILABLE"
+            )
             for path in ("/health", "/ready"):
                 report = gateway.get(path)
                 assert (report.status_code, report.json()["redis"]) == (503, "unavailable")
@@ -148,7 +158,8 @@ def test_redis_away_is_503_in_time_and_comes_back(tmp_path: Path) -> None:
 def test_a_stopping_gateway_answers_those_who_wait(
     gateway: Gateway, group: PlayedGroup, redis_url: str, tmp_path: Path
 ) -> None:
-    """SIGTERM: who waits hears that the job goes on, the process ends with 0, and another gateway knows the job."""
+    """SIGTERM: who waits hears that the job goes on, the process ends with 0, and another gateway
+    knows the job."""
     first = Gateway(tmp_path, redis_url)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(lambda: first.post("/barrier"))
@@ -163,7 +174,8 @@ def test_a_stopping_gateway_answers_those_who_wait(
 
 
 def test_roots_are_as_configured(redis_url: str, tmp_path: Path) -> None:
-    """Further checkpoint roots are allowed by absolute path; with model roots, models elsewhere are refused."""
+    """Further checkpoint roots are allowed by absolute path; with model roots, models elsewhere are
+    refused."""
     for name in ("models/tiny", "elsewhere/tiny", "more"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "config.json").write_text("{}")
@@ -186,7 +198,10 @@ def test_roots_are_as_configured(redis_url: str, tmp_path: Path) -> None:
         assert "--model-root" in error["message"] and "NEXRL_MODELS" in error["message"]
         elsewhere["actor"]["model"]["path"] = "Qwen/tiny"
         error = refusal(gateway.post("/initialize?identifier=x", json=body), 422, "INVALID_CONFIG")
-        assert "below the first model root" in error["message"] and "hf download Qwen/tiny" in error["message"]
+        assert (
+            "below the first model root" in error["message"]
+            and "hf download Qwen/tiny" in error["message"]
+        )
         elsewhere["actor"]["model"]["path"] = "tiny"
         refusal(
             gateway.post("/initialize?identifier=x", json=body), 503, "GROUP_DOWN"
@@ -198,7 +213,9 @@ def test_roots_are_as_configured(redis_url: str, tmp_path: Path) -> None:
         answer = gateway.get(f"/jobs/{accepted['id']}/result").json()
         assert answer["paths"] == {"actor.model.path": str(tmp_path / "models" / "tiny")}
         ledger.group_destroyed("x", None)
-        job_id = gateway.post("/compute_log_prob", data=frame(), headers={**FRAME, **ASYNC}).json()["id"]
+        job_id = gateway.post("/compute_log_prob", data=frame(), headers={**FRAME, **ASYNC}).json()[
+            "id"
+        ]
         stored = open_store(redis_url.replace("/0", "/1"))
         assert b"".join(stored.stream(job_id)) == frame()
     finally:
@@ -209,14 +226,17 @@ def test_roots_are_as_configured(redis_url: str, tmp_path: Path) -> None:
 def test_a_bad_setting_is_named(redis_url: str) -> None:
     """The process ends at once and says which variable."""
     environment = {"NEXRL_PORT": "eighty", "PATH": "/usr/bin", "PYTHONPATH": ":".join(sys.path)}
-    ended = subprocess.run([sys.executable, "-m", "nexrl_gateway"], env=environment, capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, "-m", "nexrl_gateway"], env=environment, capture_output=True, text=True
+    )
     assert ended.returncode == 1
     assert "NEXRL_PORT" in ended.stderr
 
 
 @pytest.fixture
 def swept_gateway(redis_url: str, tmp_path: Path) -> Iterator[Gateway]:
-    """A gateway on a database of its own, whose janitor has just swept and comes back in a minute; the shared one's never comes."""
+    """A gateway on a database of its own, whose janitor has just swept and comes back in a minute;
+    the shared one's never comes."""
     url = redis_url.replace("/0", "/1")
     gateway = Gateway(tmp_path, url)
     with connect(url) as client:
@@ -226,11 +246,14 @@ def swept_gateway(redis_url: str, tmp_path: Path) -> Iterator[Gateway]:
 
 
 def test_the_janitor_spares_what_is_in_use(swept_gateway: Gateway, redis_url: str) -> None:
-    """Abandoned payloads go, a queued job's payload stays however old it is; two replicas never sweep at once."""
+    """Abandoned payloads go, a queued job's payload stays however old it is; two replicas never
+    sweep at once."""
     gateway, url = swept_gateway, redis_url.replace("/0", "/1")
     ledger = Ledger(connect(url))
     PlayedGroup(ledger, gateway.payloads)
-    job_id = gateway.post("/compute_log_prob", data=frame(), headers={**FRAME, **ASYNC}).json()["id"]
+    job_id = gateway.post("/compute_log_prob", data=frame(), headers={**FRAME, **ASYNC}).json()[
+        "id"
+    ]
     (gateway.payloads / "abandoned").write_bytes(b"x")
     (gateway.payloads / "fresh").write_bytes(b"x")
     long_ago = time.time() - 2 * 24 * 3600
@@ -238,7 +261,9 @@ def test_the_janitor_spares_what_is_in_use(swept_gateway: Gateway, redis_url: st
         os.utime(gateway.payloads / name, (long_ago, long_ago))
 
     async def sweep_twice() -> list[list[str]]:
-        services = Services.start(Settings(data=gateway.data, payloads=f"file://{gateway.payloads}", redis_url=url))
+        services = Services.start(
+            Settings(data=gateway.data, payloads=f"file://{gateway.payloads}", redis_url=url)
+        )
         try:
             return [await asyncio.to_thread(sweep, services) for _ in range(2)]
         finally:
@@ -251,26 +276,37 @@ def test_the_janitor_spares_what_is_in_use(swept_gateway: Gateway, redis_url: st
 
 @pytest.fixture
 def forgetful_gateway(redis_url: str, tmp_path: Path) -> Iterator[Gateway]:
-    """A gateway on a database of its own that keeps everything for seconds only, and no more than two jobs."""
-    kept = {f"NEXRL_{name}": "2" for name in ("RESULT_KEPT_S", "UPLOAD_KEPT_S", "JOBS_KEPT", "JOBS_KEPT_S")}
+    """A gateway on a database of its own that keeps everything for seconds only, and no more than
+    two jobs."""
+    kept = {
+        f"NEXRL_{name}": "2"
+        for name in ("RESULT_KEPT_S", "UPLOAD_KEPT_S", "JOBS_KEPT", "JOBS_KEPT_S")
+    }
     gateway = Gateway(tmp_path, redis_url.replace("/0", "/1"), **kept)
     yield gateway
     gateway.stop()
 
 
-def test_what_finished_work_leaves_is_gone_after_a_while(forgetful_gateway: Gateway, redis_url: str) -> None:
-    """A result goes some time after it was fetched, and not before; jobs are few; a killed client's upload goes,
-    while one that makes progress stays however long it takes."""
+def test_what_finished_work_leaves_is_gone_after_a_while(
+    forgetful_gateway: Gateway, redis_url: str
+) -> None:
+    """A result goes some time after it was fetched, and not before; jobs are few; a killed client's
+    upload goes, while one that makes progress stays however long it takes."""
     gateway = forgetful_gateway
     ledger = Ledger(connect(redis_url.replace("/0", "/1")))
     group = PlayedGroup(ledger, gateway.payloads)
     log_probs = {"old_log_probs": np.zeros((B, R), np.float32)}
     ids = []
     for _ in range(5):
-        ids.append(gateway.post("/compute_log_prob", data=frame(), headers={**FRAME, **ASYNC}).json()["id"])
+        ids.append(
+            gateway.post("/compute_log_prob", data=frame(), headers={**FRAME, **ASYNC}).json()["id"]
+        )
         group.run_next(tensors=log_probs)
     put_parts(gateway, frame()[:200], 100, payload="a" * 32)
-    assert gateway.get(f"/jobs/{ids[4]}/result", headers={"Accept": names.FRAME_TYPE}).status_code == 200
+    assert (
+        gateway.get(f"/jobs/{ids[4]}/result", headers={"Accept": names.FRAME_TYPE}).status_code
+        == 200
+    )
     assert gateway.get(f"/jobs/{ids[4]}/result").status_code == 200, "a lost answer is given again"
 
     for number in range(8):
@@ -278,7 +314,9 @@ def test_what_finished_work_leaves_is_gone_after_a_while(forgetful_gateway: Gate
         put_parts(gateway, bytes(100 * (number + 1)), 100, payload="b" * 32)
     assert gateway.get(f"/payloads/{'b' * 32}").json()["parts"] == list(range(8))
 
-    wait_until(lambda: gateway.stored() == [f".parts-{'b' * 32}", f"{ids[3]}.result"], 15, "the janitor")
+    wait_until(
+        lambda: gateway.stored() == [f".parts-{'b' * 32}", f"{ids[3]}.result"], 15, "the janitor"
+    )
     refusal(gateway.get(f"/jobs/{ids[4]}/result"), 410, "EXPIRED")
     assert gateway.get(f"/jobs/{ids[4]}").json()["state"] == "finished"
     assert gateway.get(f"/jobs/{ids[3]}/result").status_code == 200

@@ -1,4 +1,5 @@
-"""The gateway while Redis loses answers or takes no writes: what a client sees, and that asking again is enough."""
+"""The gateway while Redis loses answers or takes no writes: what a client sees, and that asking
+again is enough."""
 
 from __future__ import annotations
 
@@ -13,13 +14,16 @@ from nexrl_ledger import Ledger, connect
 def test_a_destroy_that_redis_did_not_answer_is_done_when_it_is_asked_for_again(
     tmp_path: Path, redis_server: RedisServer, redis_url: str
 ) -> None:
-    """A group that is down has no ranks that would end the job: what one attempt began the next one must finish."""
+    """A group that is down has no ranks that would end the job: what one attempt began the next one
+    must finish."""
     lossy = LosesReplies(redis_server.port)
     gateway = Gateway(tmp_path, lossy.url, NEXRL_WAIT_LIMIT_S="2")
     ledger = Ledger(connect(redis_url))
     for identifier in ("first", "second"):
         PlayedGroup(ledger, gateway.payloads, identifier, state="down", cause="rank 0 was killed")
-    assert gateway.post("/destroy?identifier=first").status_code == 200  # Redis knows the scripts now
+    assert (
+        gateway.post("/destroy?identifier=first").status_code == 200
+    )  # Redis knows the scripts now
     lossy.command = b"EVALSHA"
     key = {"Idempotency-Key": "destroy-1"}
 
@@ -35,7 +39,8 @@ def test_a_destroy_that_redis_did_not_answer_is_done_when_it_is_asked_for_again(
 
 
 def test_a_redis_that_takes_no_writes_is_away(gateway: Gateway, group: PlayedGroup) -> None:
-    """Its disk is full, or a replica is missing: 503, which a client repeats, and the next attempt is accepted."""
+    """Its disk is full, or a replica is missing: 503, which a client repeats, and the next attempt
+    is accepted."""
     barrier = "/barrier?identifier=student"
     client = group.ledger.client
     client.config_set("min-replicas-to-write", 1)

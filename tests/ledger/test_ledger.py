@@ -1,4 +1,5 @@
-"""The ledger on a real server: idempotent submits, strict order, fences, and bells that may be lost or doubled."""
+"""The ledger on a real server: idempotent submits, strict order, fences, and bells that may be lost
+or doubled."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ job = partial(new_job, identifier=GROUP, queue=QUEUE, fingerprint="f")
 def ledger(redis_url: str) -> Iterator[Ledger]:
     ledger = Ledger(connect(redis_url))
     placement = job("initialize_worker", queue=names.AGENT_QUEUE)
-    ledger.submit(placement, names.PLACE_JOB, group=GroupRecord(identifier=GROUP, created_at=time.time()))
+    ledger.submit(
+        placement, names.PLACE_JOB, group=GroupRecord(identifier=GROUP, created_at=time.time())
+    )
     claimed = ledger.claim(names.AGENT_QUEUE, job_id=placement.id)
     assert claimed is not None
     ledger.finish(claimed, result={})
@@ -42,7 +45,9 @@ def claim(ledger: Ledger, epoch: int = 1) -> JobRecord | None:
     return ledger.claim(QUEUE, identifier=GROUP, epoch=epoch)
 
 
-def test_the_same_key_gives_the_first_job_again_and_other_content_is_refused(ledger: Ledger) -> None:
+def test_the_same_key_gives_the_first_job_again_and_other_content_is_refused(
+    ledger: Ledger,
+) -> None:
     first, replayed = ledger.submit(job(key="k"), names.RUN_JOB)
     again, replayed_again = ledger.submit(job(key="k"), names.RUN_JOB)
 
@@ -81,10 +86,13 @@ def test_jobs_are_claimed_in_order_and_one_at_a_time(ledger: Ledger) -> None:
 
 
 def test_a_held_operation_at_the_head_stays_until_it_is_no_longer_held(ledger: Ledger) -> None:
-    """The claim itself looks, so that none submitted a moment before slips through; what waits behind keeps its place."""
+    """The claim itself looks, so that none submitted a moment before slips through; what waits
+    behind keeps its place."""
     load = ledger.submit(job("load_checkpoint"), names.RUN_JOB)[0]
     ledger.submit(job("update_actor"), names.RUN_JOB)
-    holding = partial(ledger.claim, QUEUE, identifier=GROUP, epoch=1, held=("barrier", "load_checkpoint"))
+    holding = partial(
+        ledger.claim, QUEUE, identifier=GROUP, epoch=1, held=("barrier", "load_checkpoint")
+    )
 
     assert holding() is None
     assert ledger.require_job(load.id).state == "queued"
@@ -128,7 +136,9 @@ def test_a_queued_job_can_be_cancelled_and_a_running_one_cannot(ledger: Ledger) 
     claimed = claim(ledger)
     assert claimed is not None
 
-    assert [ledger.cancel(queued).state for _ in range(2)] == ["cancelled", "cancelled"], "a retry is harmless"
+    assert [ledger.cancel(queued).state for _ in range(2)] == ["cancelled", "cancelled"], (
+        "a retry is harmless"
+    )
     with pytest.raises(ServiceError, match="JOB_RUNNING"):
         ledger.cancel(running)
     ledger.finish(claimed, epoch=1)
@@ -145,13 +155,16 @@ def test_a_group_that_goes_down_fails_every_job_with_the_cause(ledger: Ledger) -
     group = ledger.group(GROUP)
     assert group is not None
     assert (group.state, group.cause) == ("down", "rank 1: out of memory")
-    codes = {job_id: (ledger.require_job(job_id).error or {})["code"] for job_id in (running, queued)}
+    codes = {
+        job_id: (ledger.require_job(job_id).error or {})["code"] for job_id in (running, queued)
+    }
     assert codes == {running: "OPERATION_FAILED", queued: "GROUP_DOWN"}
     assert ledger.queue_length(QUEUE) == 0
 
 
 def test_what_a_group_that_was_taken_for_lost_still_says_changes_nothing(ledger: Ledger) -> None:
-    """Its host was cut off and comes back: a save whose failure was told does not go on, and the group is not alive again."""
+    """Its host was cut off and comes back: a save whose failure was told does not go on, and the
+    group is not alive again."""
     submit(ledger)
     saved = claim(ledger)
     assert saved is not None
@@ -180,11 +193,16 @@ def test_what_was_lost_with_the_weights_is_marked_rolled_back(ledger: Ledger) ->
         ledger.finish(claimed, epoch=1, seq=seq)
 
     assert ledger.roll_back(GROUP, 1, 1) == 2
-    assert [ledger.require_job(job_id).state for job_id in ids] == ["finished", "rolled_back", "rolled_back"]
+    assert [ledger.require_job(job_id).state for job_id in ids] == [
+        "finished",
+        "rolled_back",
+        "rolled_back",
+    ]
 
 
 def test_a_destroyed_group_takes_nothing_more_and_stays_destroyed(ledger: Ledger) -> None:
-    """Its destroy is finished with it: left behind, it would stand before every job of the next group of that name."""
+    """Its destroy is finished with it: left behind, it would stand before every job of the next
+    group of that name."""
     destroy, _ = ledger.submit(job("destroy"), names.RUN_JOB)
     claim(ledger)
 
@@ -201,7 +219,9 @@ def test_a_destroyed_group_takes_nothing_more_and_stays_destroyed(ledger: Ledger
     assert group.state == "destroyed"
 
 
-def test_a_destroy_that_waits_for_a_group_that_goes_down_has_what_it_asks_for(ledger: Ledger) -> None:
+def test_a_destroy_that_waits_for_a_group_that_goes_down_has_what_it_asks_for(
+    ledger: Ledger,
+) -> None:
     """Whoever reports the end need not have seen it: it may have been submitted a moment before."""
     submit(ledger)
     running = claim(ledger)
@@ -266,7 +286,11 @@ class Group:
         self.ran: list[str] = []
         self._ledger = Ledger(connect(url))
         self._worker = ResidentWorker(
-            QUEUE, connect(url, decode=False), name="group", on_bell=lambda _: self._drain(), on_tick=self._drain
+            QUEUE,
+            connect(url, decode=False),
+            name="group",
+            on_bell=lambda _: self._drain(),
+            on_tick=self._drain,
         )
         self._thread = threading.Thread(target=self._worker.run, daemon=True)
 
@@ -284,7 +308,9 @@ class Group:
             self._ledger.finish(claimed, epoch=1)
 
 
-def test_with_the_bell_deleted_by_hand_a_job_still_runs_within_five_seconds(ledger: Ledger, redis_url: str) -> None:
+def test_with_the_bell_deleted_by_hand_a_job_still_runs_within_five_seconds(
+    ledger: Ledger, redis_url: str
+) -> None:
     (job_id,) = submit(ledger)
     ledger.client.delete(f"rq:queue:{QUEUE}", f"rq:job:{job_id}-run")
 
@@ -302,9 +328,13 @@ def test_with_the_bell_tripled_a_job_runs_once(ledger: Ledger, redis_url: str) -
     assert group.ran == [job_id]
 
 
-def test_a_job_hash_that_names_other_code_is_refused_and_the_group_goes_on(ledger: Ledger, redis_url: str) -> None:
+def test_a_job_hash_that_names_other_code_is_refused_and_the_group_goes_on(
+    ledger: Ledger, redis_url: str
+) -> None:
     for serializer in ("json", "pickle"):
-        rq.Queue(QUEUE, connection=connect(redis_url, decode=False), serializer=serializer).enqueue("os.mkdir", "pwned")
+        rq.Queue(QUEUE, connection=connect(redis_url, decode=False), serializer=serializer).enqueue(
+            "os.mkdir", "pwned"
+        )
     (job_id,) = submit(ledger)
 
     with Group(redis_url) as group:
@@ -330,13 +360,16 @@ def test_ended_jobs_leave_no_key_without_an_expiry(ledger: Ledger, redis_url: st
 
 
 def test_names_of_consumers_that_died_are_forgotten(ledger: Ledger, redis_url: str) -> None:
-    """One that was killed signs off nowhere; the next one of its queue drops its name from RQ's two lists."""
+    """One that was killed signs off nowhere; the next one of its queue drops its name from RQ's two
+    lists."""
     lists = "rq:workers", f"rq:workers:{QUEUE}"
     for each in lists:
         ledger.client.sadd(each, "rq:worker:killed")
 
     with Group(redis_url):
-        wait_until(lambda: not any(ledger.client.sismember(each, "rq:worker:killed") for each in lists), 5)
+        wait_until(
+            lambda: not any(ledger.client.sismember(each, "rq:worker:killed") for each in lists), 5
+        )
 
         assert all(ledger.client.scard(each) == 1 for each in lists)
 

@@ -1,4 +1,5 @@
-"""What Redis did although nobody heard of it: a reply is lost, a server goes away, and still everything happens once."""
+"""What Redis did although nobody heard of it: a reply is lost, a server goes away, and still
+everything happens once."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def lossy(redis_server: RedisServer, redis_url: str) -> Iterator[LosesReplies]:
 def test_a_submit_whose_reply_is_lost_is_one_job_and_no_replay(
     lossy: LosesReplies, redis_url: str, key: str | None
 ) -> None:
-    """A replay would make the gateway drop the payload of a job that is queued; a second write would run it again."""
+    """A replay would make the gateway drop the payload of a job that is queued; a second write
+    would run it again."""
     ledger = Ledger(connect(lossy.url))
     ledger.client.ping()
     wanted = job(key=key)
@@ -45,10 +47,16 @@ def test_a_submit_whose_reply_is_lost_is_one_job_and_no_replay(
     assert Ledger(connect(redis_url)).client.llen(f"rq:queue:{QUEUE}") == 1
 
 
-def test_a_save_is_handed_over_once_though_the_reply_is_lost_and_the_checkpointer_is_fast(redis_url: str) -> None:
+def test_a_save_is_handed_over_once_though_the_reply_is_lost_and_the_checkpointer_is_fast(
+    redis_url: str,
+) -> None:
     """The repetition must not look like a fence: rank 0 would end, and the weights with it."""
     ledger = Ledger(connect(redis_url))
-    ledger.submit(job("save_checkpoint"), names.RUN_JOB, group=GroupRecord(identifier=GROUP, created_at=time.time()))
+    ledger.submit(
+        job("save_checkpoint"),
+        names.RUN_JOB,
+        group=GroupRecord(identifier=GROUP, created_at=time.time()),
+    )
     ledger.start_epoch(GROUP, "agent", ["host"])
     saved = ledger.claim(QUEUE, identifier=GROUP, epoch=1)
     assert saved is not None
@@ -72,7 +80,9 @@ def test_a_consumer_stops_while_redis_is_away(tmp_path: Path) -> None:
     def tick() -> None:
         ticks.append(worker.connection.ping())
 
-    worker = ResidentWorker(QUEUE, connect(server.url, decode=False), name="w", on_bell=lambda _: None, on_tick=tick)
+    worker = ResidentWorker(
+        QUEUE, connect(server.url, decode=False), name="w", on_bell=lambda _: None, on_tick=tick
+    )
     thread = threading.Thread(target=worker.run, daemon=True)
     thread.start()
     wait_until(lambda: ticks, 10)
@@ -84,8 +94,11 @@ def test_a_consumer_stops_while_redis_is_away(tmp_path: Path) -> None:
     assert not thread.is_alive()
 
 
-def test_what_a_redis_that_takes_no_writes_refuses_is_said_again_when_it_takes_them(redis_url: str) -> None:
-    """Its disk is full, or a replica is missing. A finish that gave up would leave the job at the head of its queue for ever."""
+def test_what_a_redis_that_takes_no_writes_refuses_is_said_again_when_it_takes_them(
+    redis_url: str,
+) -> None:
+    """Its disk is full, or a replica is missing. A finish that gave up would leave the job at the
+    head of its queue for ever."""
     ledger = Ledger(connect(redis_url))
     ledger.submit(job(), names.RUN_JOB, group=GroupRecord(identifier=GROUP, created_at=time.time()))
     ledger.start_epoch(GROUP, "agent", ["host"])
@@ -107,11 +120,16 @@ def test_what_a_redis_that_takes_no_writes_refuses_is_said_again_when_it_takes_t
 
 
 def test_a_consumer_is_ticked_while_redis_takes_no_writes(redis_url: str) -> None:
-    """A group's rank 0 is asked to stop by a file: unless it looks, it is killed and its weights are lost."""
+    """A group's rank 0 is asked to stop by a file: unless it looks, it is killed and its weights
+    are lost."""
     client = connect(redis_url)
     client.config_set("min-replicas-to-write", 1)
     worker = ResidentWorker(
-        QUEUE, connect(redis_url, decode=False), name="w", on_bell=lambda _: None, on_tick=lambda: worker.stop()
+        QUEUE,
+        connect(redis_url, decode=False),
+        name="w",
+        on_bell=lambda _: None,
+        on_tick=lambda: worker.stop(),
     )
     thread = threading.Thread(target=worker.run, daemon=True)
     try:

@@ -1,4 +1,5 @@
-"""What containers need of the ledger: a name that survives them, and a health check that is true."""
+"""What containers need of the ledger: a name that survives them, and a health check that is
+true."""
 
 from __future__ import annotations
 
@@ -16,9 +17,19 @@ SAY_NAME = "import os, sys; print(os.environ['NAME'], flush=True); sys.stdin.rea
 
 
 def replica(data: Path) -> tuple[subprocess.Popen[str], str]:
-    """A process that became SAY_NAME under a name it took, and that name; it ends when its input is closed."""
+    """A process that became SAY_NAME under a name it took, and that name; it ends when its input is
+    closed."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "nexrl_ledger.replica", "NAME", "worker", sys.executable, "-c", SAY_NAME],
+        [
+            sys.executable,
+            "-m",
+            "nexrl_ledger.replica",
+            "NAME",
+            "worker",
+            sys.executable,
+            "-c",
+            SAY_NAME,
+        ],
         env={**os.environ, "NEXRL_DATA": str(data)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -34,8 +45,11 @@ def health_check(kind: str, redis_url: str) -> int:
     return subprocess.run(command, env=env, stderr=subprocess.DEVNULL).returncode
 
 
-def test_replicas_take_different_names_and_a_killed_ones_name_is_taken_again(tmp_path: Path) -> None:
-    """The name is held through exec and freed by death, so a successor finds what belonged to it."""
+def test_replicas_take_different_names_and_a_killed_ones_name_is_taken_again(
+    tmp_path: Path,
+) -> None:
+    """The name is held through exec and freed by death, so a successor finds what belonged to
+    it."""
     first, first_name = replica(tmp_path)
     second, second_name = replica(tmp_path)
     first.kill()

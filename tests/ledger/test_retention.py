@@ -1,4 +1,5 @@
-"""What finished work leaves behind is bounded by count, and nothing that was done can be done again for it."""
+"""What finished work leaves behind is bounded by count, and nothing that was done can be done again
+for it."""
 
 from __future__ import annotations
 
@@ -38,11 +39,17 @@ def finished(ledger: Ledger, count: int, **result: PayloadRef) -> list[JobRecord
 
 
 def jobs_and_keys(ledger: Ledger) -> int:
-    return len([*ledger.client.scan_iter(match="nexrl:job:*"), *ledger.client.scan_iter(match="nexrl:key:*")])
+    return len(
+        [
+            *ledger.client.scan_iter(match="nexrl:job:*"),
+            *ledger.client.scan_iter(match="nexrl:key:*"),
+        ]
+    )
 
 
 def test_only_the_newest_jobs_are_kept(ledger: Ledger) -> None:
-    """An old one is 410, not 404, and so is its key: a request that comes again is refused, and nothing runs twice."""
+    """An old one is 410, not 404, and so is its key: a request that comes again is refused, and
+    nothing runs twice."""
     jobs = finished(ledger, 12)
     assert ledger.drop_finished(5, at_least_s=0.0) == 7
     assert jobs_and_keys(ledger) == 10
@@ -57,7 +64,10 @@ def test_only_the_newest_jobs_are_kept(ledger: Ledger) -> None:
     ):
         with pytest.raises(ServiceError, match="EXPIRED"):
             again()
-    assert ledger.submit(job(key=jobs[7].key), names.RUN_JOB) == (ledger.require_job(jobs[7].id), True)
+    assert ledger.submit(job(key=jobs[7].key), names.RUN_JOB) == (
+        ledger.require_job(jobs[7].id),
+        True,
+    )
 
 
 def test_what_has_not_ended_or_has_just_ended_stays(ledger: Ledger) -> None:
@@ -69,7 +79,9 @@ def test_what_has_not_ended_or_has_just_ended_stays(ledger: Ledger) -> None:
     assert ledger.require_job(queued.id).state == "queued"
 
 
-def test_spent_keys_are_bounded_by_count_and_kept_for_an_hour(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spent_keys_are_bounded_by_count_and_kept_for_an_hour(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(retention, "SPENT_KEPT", 4)
     finished(ledger, 6)
     ledger.drop_finished(0, at_least_s=0.0)
@@ -81,7 +93,8 @@ def test_spent_keys_are_bounded_by_count_and_kept_for_an_hour(ledger: Ledger, mo
 
 
 def test_a_delivered_result_is_due_once_nobody_has_read_it_for_a_while(ledger: Ledger) -> None:
-    """Whoever reads it again holds it; once it is being removed nobody begins to, until it has gone."""
+    """Whoever reads it again holds it; once it is being removed nobody begins to, until it has
+    gone."""
     ledger.delivered("a")
     assert ledger.take_due_results(keep_s=60.0) == []
     ledger.client.zadd(names.DELIVERED_KEY, {"a": time.time() - 100, "b": time.time() - 100})
@@ -102,7 +115,9 @@ def test_results_go_with_their_jobs_unless_they_are_being_read(ledger: Ledger) -
     assert ledger.require_job(jobs[0].id).state == "finished"
 
 
-def test_records_of_destroyed_groups_are_bounded(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_of_destroyed_groups_are_bounded(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By count, but none that has just ended; one that was made again is no destroyed one."""
     monkeypatch.setattr(retention, "GROUPS_KEPT", 2)
 
@@ -117,7 +132,11 @@ def test_records_of_destroyed_groups_are_bounded(ledger: Ledger, monkeypatch: py
 
     assert ledger.drop_destroyed(at_least_s=60.0) == 0
     assert ledger.drop_destroyed(at_least_s=0.0) == 3
-    left = [name for name in (f"group-{number}" for number in range(6)) if ledger.group(name) is not None]
+    left = [
+        name
+        for name in (f"group-{number}" for number in range(6))
+        if ledger.group(name) is not None
+    ]
     assert left == ["group-0", "group-4", "group-5"]
     assert ledger.identifiers() == ["group-0"]
     ledger.client.zadd(names.DESTROYED_KEY, {"group-4": 1.0})

@@ -1,4 +1,5 @@
-"""The bell overrides methods of RQ 3.0's worker: each must still be there, with the arguments that we take."""
+"""The bell overrides methods of RQ 3.0's worker: each must still be there, with the arguments that
+we take."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ OVERRIDDEN = sorted(
 def test_what_the_resident_worker_overrides_is_still_rqs(name: str) -> None:
     theirs = inspect.signature(getattr(rq.SimpleWorker, name))
 
-    assert list(inspect.signature(getattr(ResidentWorker, name)).parameters) == list(theirs.parameters)
+    assert list(inspect.signature(getattr(ResidentWorker, name)).parameters) == list(
+        theirs.parameters
+    )
 
 
 def test_what_the_bell_job_overrides_is_still_rqs() -> None:

@@ -47,7 +47,9 @@ def frame(tensors: dict[str, np.ndarray]) -> bytes:
     return tensor_codec.encode(tensors, {"nexrl": "{}"}).tobytes()
 
 
-def send_part(store: PayloadStore, payload_id: str, n: int, data: bytes, claimed: str | None = None) -> int:
+def send_part(
+    store: PayloadStore, payload_id: str, n: int, data: bytes, claimed: str | None = None
+) -> int:
     """Send one part in two chunks, as a gateway does."""
     with store.put_part(payload_id, n, len(data)) as part:
         part.write(data[: len(data) // 3])
@@ -85,7 +87,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A folder on a disk of 4 MiB."""
     mount = tmp_path / "disk"
     mount.mkdir()
-    if os.getuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(mount)]).returncode:
-        pytest.skip("only root may mount a small disk; test_file_size_limit covers the same refusal")
+    if (
+        os.getuid() != 0
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(mount)]).returncode
+    ):
+        pytest.skip(
+            "only root may mount a small disk; test_file_size_limit covers the same refusal"
+        )
     yield mount
     subprocess.run(["umount", "--lazy", str(mount)], check=True)

@@ -1,4 +1,5 @@
-"""One flipped bit in a stored payload: whoever opened it with its checksum gets an error that names the place."""
+"""One flipped bit in a stored payload: whoever opened it with its checksum gets an error that names
+the place."""
 
 from __future__ import annotations
 
@@ -63,9 +64,12 @@ def place_of(name: str, row: int, byte: int = 0) -> int:
     return HEADER.data_start + info.start + row * (info.nbytes // ROWS) + byte
 
 
-@pytest.mark.parametrize("rows", [slice(0, ROWS), slice(3, 40), [0, 5, 6, 63], [9, 2], slice(0, 0), []])
+@pytest.mark.parametrize(
+    "rows", [slice(0, ROWS), slice(3, 40), [0, 5, 6, 63], [9, 2], slice(0, 0), []]
+)
 def test_sound_rows_are_what_was_stored(store: PayloadStore, rows: slice | list[int]) -> None:
-    """Whatever rows are asked for, in blocks that they share with other rows or have for themselves."""
+    """Whatever rows are asked for, in blocks that they share with other rows or have for
+    themselves."""
     found = read_rows(store, store.put("a", [FRAME]).checksum, rows)
     for name, tensor in BATCH.items():
         np.testing.assert_array_equal(found[name], tensor[rows])
@@ -73,7 +77,9 @@ def test_sound_rows_are_what_was_stored(store: PayloadStore, rows: slice | list[
 
 @pytest.mark.parametrize("name", BATCH)
 @pytest.mark.parametrize("row", [0, MIDDLE, ROWS - 1])
-def test_a_flipped_bit_is_found_in_every_tensor(store: PayloadStore, flip: Flip, name: str, row: int) -> None:
+def test_a_flipped_bit_is_found_in_every_tensor(
+    store: PayloadStore, flip: Flip, name: str, row: int
+) -> None:
     """In its first row, in its last one, and between; the error names tensor and rows."""
     checksum = store.put("a", [FRAME]).checksum
     flip("a", place_of(name, row))
@@ -82,14 +88,17 @@ def test_a_flipped_bit_is_found_in_every_tensor(store: PayloadStore, flip: Flip,
             read_rows(store, checksum, rows)
         assert error.value.code == "PAYLOAD_DAMAGED"
         first = place_of(name, row) < BLOCK  # beside the header
-        assert ("the header or the rows behind it" if first else f"tensor {name} row") in error.value.message
+        assert (
+            "the header or the rows behind it" if first else f"tensor {name} row"
+        ) in error.value.message
     with pytest.raises(ServiceError, match="PAYLOAD_DAMAGED"):
         list(store.stream("a", checksum))
 
 
 @pytest.mark.parametrize("offset", [0, 3, 8, 60, HEADER.data_start - 1])
 def test_a_flipped_bit_is_found_in_the_header(store: PayloadStore, flip: Flip, offset: int) -> None:
-    """Its length, its text, and the metadata in it: nothing is read by a header that is not the one that was sent."""
+    """Its length, its text, and the metadata in it: nothing is read by a header that is not the one
+    that was sent."""
     checksum = store.put("a", [FRAME]).checksum
     flip("a", offset)
     with pytest.raises(ServiceError, match="PAYLOAD_DAMAGED: the header or the rows behind it"):
@@ -97,7 +106,9 @@ def test_a_flipped_bit_is_found_in_the_header(store: PayloadStore, flip: Flip, o
 
 
 @pytest.mark.parametrize("offset", [BLOCK - 1, BLOCK, 2 * BLOCK - 1, len(FRAME) - 1])
-def test_a_flipped_bit_is_found_at_the_borders_of_blocks(store: PayloadStore, flip: Flip, offset: int) -> None:
+def test_a_flipped_bit_is_found_at_the_borders_of_blocks(
+    store: PayloadStore, flip: Flip, offset: int
+) -> None:
     checksum = store.put("a", [FRAME]).checksum
     flip("a", offset)
     with pytest.raises(ServiceError, match="PAYLOAD_DAMAGED"):
@@ -105,11 +116,14 @@ def test_a_flipped_bit_is_found_at_the_borders_of_blocks(store: PayloadStore, fl
 
 
 def test_other_rows_are_not_read_for_it(store: PayloadStore, flip: Flip) -> None:
-    """A reader compares the blocks of its own rows: what is damaged far from them is another reader's to find."""
+    """A reader compares the blocks of its own rows: what is damaged far from them is another
+    reader's to find."""
     checksum = store.put("a", [FRAME]).checksum
     flip("a", place_of("input_ids", 60))
     with store.open("a", checksum) as payload:
-        np.testing.assert_array_equal(payload.numpy("input_ids", slice(0, 30)), BATCH["input_ids"][:30])
+        np.testing.assert_array_equal(
+            payload.numpy("input_ids", slice(0, 30)), BATCH["input_ids"][:30]
+        )
         with pytest.raises(ServiceError, match="PAYLOAD_DAMAGED: tensor input_ids rows 5"):
             payload.numpy("input_ids", slice(30, 64))
 
@@ -141,7 +155,9 @@ def test_another_payload_in_its_place_is_refused(store: PayloadStore) -> None:
         store.stream("a", checksum)
 
 
-def test_a_file_cut_short_or_without_checksums_is_refused(file_store: PayloadStore, folder: Path) -> None:
+def test_a_file_cut_short_or_without_checksums_is_refused(
+    file_store: PayloadStore, folder: Path
+) -> None:
     checksum = file_store.put("a", [FRAME]).checksum
     os.truncate(folder / "a", len(FRAME) - 8)
     with pytest.raises(ServiceError, match="PAYLOAD_DAMAGED: the length"):
@@ -153,7 +169,8 @@ def test_a_file_cut_short_or_without_checksums_is_refused(file_store: PayloadSto
 
 
 def test_checksums_go_with_their_payload(file_store: PayloadStore, folder: Path) -> None:
-    """Deleted, swept or never followed by it, they leave nothing behind; what is in use keeps them."""
+    """Deleted, swept or never followed by it, they leave nothing behind; what is in use keeps
+    them."""
     for name in ("deleted", "swept", "kept"):
         file_store.put(name, [FRAME])
     file_store.delete("deleted")

@@ -40,8 +40,11 @@ def test_in_order_parts_are_written_once(file_store: PayloadStore, folder: Path)
     assert path.stat().st_ino == inode
 
 
-def test_waiting_parts_are_merged_when_the_gap_closes(file_store: PayloadStore, folder: Path) -> None:
-    """Parts before their turn wait as files of their own, and are gone as soon as their turn has come."""
+def test_waiting_parts_are_merged_when_the_gap_closes(
+    file_store: PayloadStore, folder: Path
+) -> None:
+    """Parts before their turn wait as files of their own, and are gone as soon as their turn has
+    come."""
     for n in (2, 1):
         send_part(file_store, "a", n, b"x" * 1000)
     assert sum(name.startswith("part-") for name in entries(folder / ".parts-a")) == 2
@@ -60,7 +63,8 @@ def test_replicas_and_restarts(file_store: PayloadStore, folder: Path) -> None:
 
 
 def test_a_crash_between_index_and_rename(file_store: PayloadStore, folder: Path) -> None:
-    """A gateway that dies while putting a payload together leaves a state that the next request completes."""
+    """A gateway that dies while putting a payload together leaves a state that the next request
+    completes."""
     send_part(file_store, "a", 0, b"whole")
     ref = file_store.assemble("a", 1)
     os.rename(folder / "a", folder / ".parts-a" / "data-0")
@@ -78,7 +82,8 @@ def test_private_to_the_owner(file_store: PayloadStore, folder: Path) -> None:
 
 
 def test_only_the_rows_are_mapped(file_store: PayloadStore, folder: Path) -> None:
-    """A rank that reads a quarter of the rows has a quarter of the file in memory (and what the kernel maps around)."""
+    """A rank that reads a quarter of the rows has a quarter of the file in memory (and what the
+    kernel maps around)."""
     quarter, around = 16 << 20, 4 << 20
     file_store.put("a", [frame({"x": np.ones((64, quarter * 4 // 64 // 8))})])
     with file_store.open("a") as payload:
@@ -96,7 +101,8 @@ def _resident_bytes(path: Path) -> int:
 
 
 def test_disk_full(small_disk: Path) -> None:
-    """Where there is no room, NO_SPACE comes before the bytes if the length was announced; nothing stays behind."""
+    """Where there is no room, NO_SPACE comes before the bytes if the length was announced; nothing
+    stays behind."""
     store = open_store(url_of(small_disk / "payloads"))
     with pytest.raises(ServiceError) as error:
         store.create("a", 8 << 20)
@@ -110,7 +116,8 @@ def test_disk_full(small_disk: Path) -> None:
 
 
 def test_disk_full_between_parts(small_disk: Path) -> None:
-    """A part without room is refused and gives its room back; parts that are there stay, and the payload is whole."""
+    """A part without room is refused and gives its room back; parts that are there stay, and the
+    payload is whole."""
     store = open_store(url_of(small_disk / "payloads"))
     send_part(store, "a", 0, b"x" * (1 << 20))
     for n in (1, 2):
@@ -129,7 +136,8 @@ def test_disk_full_between_parts(small_disk: Path) -> None:
 
 
 def test_no_room_to_merge(small_disk: Path) -> None:
-    """Parts that arrived keep counting when there is no room to put them together; NO_SPACE says so until there is."""
+    """Parts that arrived keep counting when there is no room to put them together; NO_SPACE says so
+    until there is."""
     store = open_store(url_of(small_disk / "payloads"))
     store.put("other", [bytes(3 << 19)])
     send_part(store, "a", 1, b"y" * (3 << 19))
@@ -158,12 +166,17 @@ def test_file_size_limit(file_store: PayloadStore, folder: Path) -> None:
 
 
 def test_a_folder_that_went_away(file_store: PayloadStore, folder: Path) -> None:
-    """A store whose folder is gone says so in its check and when it is written to; so does one that is no folder.
+    """A store whose folder is gone says so in its check and when it is written to; so does one that
+    is no folder.
 
     A mount may come back; what is in the way, or may not be written to, stays.
     """
     folder.rmdir()
-    attempts = (file_store.check, lambda: file_store.create("a"), lambda: file_store.put_part("a", 0))
+    attempts = (
+        file_store.check,
+        lambda: file_store.create("a"),
+        lambda: file_store.put_part("a", 0),
+    )
     for passes in (True, False):
         for attempt in attempts:
             with pytest.raises(ServiceError) as error:

@@ -45,7 +45,8 @@ def test_assembling_again_is_the_same(store: PayloadStore) -> None:
 
 
 def test_a_part_sent_again(store: PayloadStore) -> None:
-    """A repeated part changes nothing: in its turn, before its turn, and after everything was put together."""
+    """A repeated part changes nothing: in its turn, before its turn, and after everything was put
+    together."""
     send_part(store, "a", 0, PARTS[0])
     send_part(store, "a", 0, PARTS[0])
     send_part(store, "a", 3, PARTS[3])
@@ -71,7 +72,8 @@ def test_a_part_with_other_bytes(store: PayloadStore, n: int) -> None:
 
 @pytest.mark.parametrize("n", [0, 2])
 def test_checksum_mismatch(store: PayloadStore, n: int) -> None:
-    """Bytes that differ from what was sent are refused; the part is not there, and can be sent again."""
+    """Bytes that differ from what was sent are refused; the part is not there, and can be sent
+    again."""
     with pytest.raises(ServiceError) as error:
         send_part(store, "a", n, PARTS[0], claimed=checksum(PARTS[1]))
     assert error.value.code == "CHECKSUM_MISMATCH"
@@ -147,7 +149,8 @@ def test_parts_at_once(store: PayloadStore) -> None:
 
 
 def test_a_stalled_repetition_does_not_stop_the_payload(store: PayloadStore) -> None:
-    """A client gave up on a hanging connection and sent the part again by another: nobody waits for the first."""
+    """A client gave up on a hanging connection and sent the part again by another: nobody waits for
+    the first."""
     send_part(store, "a", 0, PARTS[0])
     stalled = store.put_part("a", 1)
     stalled.write(PARTS[1][:1000])

@@ -28,8 +28,11 @@ def bytes_sent(client: redis.Redis) -> int:
 
 
 def test_ranks_read_the_batch_once(redis_store: PayloadStore, client: redis.Redis) -> None:
-    """Four ranks that each read their rows move 1.02 times the batch together, and a rank that skips tensors less."""
-    batch = {name: np.full((64, 8192), number) for number, name in enumerate("abc")} | {"d": np.ones((64, 8192), bool)}
+    """Four ranks that each read their rows move 1.02 times the batch together, and a rank that
+    skips tensors less."""
+    batch = {name: np.full((64, 8192), number) for number, name in enumerate("abc")} | {
+        "d": np.ones((64, 8192), bool)
+    }
     data = frame(batch)
     redis_store.put("a", [data])
     before = bytes_sent(client)
@@ -45,8 +48,11 @@ def test_ranks_read_the_batch_once(redis_store: PayloadStore, client: redis.Redi
     assert bytes_sent(client) - before < 4 * 8192 + 20_000
 
 
-def test_keys_have_a_life_and_values_are_small(redis_store: PayloadStore, client: redis.Redis) -> None:
-    """At every moment, in mid-upload and after mismatches too, every key has a TTL and no value exceeds 2 MiB."""
+def test_keys_have_a_life_and_values_are_small(
+    redis_store: PayloadStore, client: redis.Redis
+) -> None:
+    """At every moment, in mid-upload and after mismatches too, every key has a TTL and no value
+    exceeds 2 MiB."""
     unfinished = redis_store.create("a")
     unfinished.write(some_bytes(5_000_000))
     part = redis_store.put_part("b", 7)
@@ -92,7 +98,8 @@ def test_leases_are_renewed(redis_store: PayloadStore, client: redis.Redis) -> N
 
 
 def test_repeated_puts_leave_no_orphans(redis_store: PayloadStore, client: redis.Redis) -> None:
-    """A result written twice by a restarted rank: the sweep removes the first one's chunks and keeps the second."""
+    """A result written twice by a restarted rank: the sweep removes the first one's chunks and
+    keeps the second."""
     redis_store.put("a.result", [b"x" * 5_000_000])
     old = set(client.keys("*:a.result:*"))
     redis_store.put("a.result", [b"y" * 5_000_000])
@@ -104,7 +111,8 @@ def test_repeated_puts_leave_no_orphans(redis_store: PayloadStore, client: redis
 
 
 def test_memory_is_kept_between_payloads(redis_store: PayloadStore) -> None:
-    """The next payload is read into the same memory, unless a tensor of the last one still lives."""
+    """The next payload is read into the same memory, unless a tensor of the last one still
+    lives."""
     data = frame({"x": np.ones(1_000_000)})
     redis_store.put("a", [data])
     addresses = []
@@ -119,7 +127,8 @@ def test_memory_is_kept_between_payloads(redis_store: PayloadStore) -> None:
 
 
 def test_rows_read_again_and_again(redis_store: PayloadStore) -> None:
-    """Reading the same tensor more often than the payload has bytes gives sound, separate tensors."""
+    """Reading the same tensor more often than the payload has bytes gives sound, separate
+    tensors."""
     redis_store.put("a", [frame({"x": np.arange(1_000_000)})])
     with redis_store.open("a") as payload:
         copies = [payload.numpy("x") for _ in range(4)]
@@ -128,7 +137,8 @@ def test_rows_read_again_and_again(redis_store: PayloadStore) -> None:
 
 
 def test_a_lost_chunk(redis_store: PayloadStore, client: redis.Redis) -> None:
-    """A payload of which a chunk is gone is not there, rather than wrong; the store goes on to work."""
+    """A payload of which a chunk is gone is not there, rather than wrong; the store goes on to
+    work."""
     redis_store.put("a", [frame({"x": np.arange(1_000_000)})])
     client.delete(*client.keys("*:1"))
     with redis_store.open("a") as payload, pytest.raises(ServiceError) as error:
@@ -157,9 +167,14 @@ def _as_list(client: redis.Redis, key: bytes) -> None:
 )
 @pytest.mark.parametrize("chunk", [0, 1, 3])
 def test_a_spoilt_chunk(
-    chunk: int, spoil: Callable[[redis.Redis, bytes], None], code: str, redis_store: PayloadStore, client: redis.Redis
+    chunk: int,
+    spoil: Callable[[redis.Redis, bytes], None],
+    code: str,
+    redis_store: PayloadStore,
+    client: redis.Redis,
 ) -> None:
-    """Whatever stands where a chunk should is refused at once, and the next read is not confused by it."""
+    """Whatever stands where a chunk should is refused at once, and the next read is not confused by
+    it."""
     data = frame({"x": np.arange(1_000_000)})
     redis_store.put("sound", [data])
     redis_store.put("a", [data])
@@ -176,7 +191,8 @@ def test_a_spoilt_chunk(
 
 
 def test_a_writer_may_use_its_memory_again(redis_store: PayloadStore) -> None:
-    """What was written stays as it was, though the caller overwrites its buffer while Redis still stores it."""
+    """What was written stays as it was, though the caller overwrites its buffer while Redis still
+    stores it."""
     kept = bytearray(2 * 1024 * 1024)
     with redis_store.create("a") as upload:
         for number in range(6):

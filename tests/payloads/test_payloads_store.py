@@ -15,7 +15,22 @@ from nexrl_payloads import PayloadStore, open_store
 
 from .conftest import frame, some_batch, some_bytes, url_of
 
-EVIL_IDS = ["", ".", "..", ".hidden", "../x", "a/b", "a\\b", "/etc/passwd", "a\0b", "a" * 81, "é", "a\n", "a:b", "*"]
+EVIL_IDS = [
+    "",
+    ".",
+    "..",
+    ".hidden",
+    "../x",
+    "a/b",
+    "a\\b",
+    "/etc/passwd",
+    "a\0b",
+    "a" * 81,
+    "é",
+    "a\n",
+    "a:b",
+    "*",
+]
 
 
 def code_of(error: pytest.ExceptionInfo[ServiceError]) -> str:
@@ -24,11 +39,14 @@ def code_of(error: pytest.ExceptionInfo[ServiceError]) -> str:
 
 @pytest.mark.parametrize("nbytes", [0, 1, 2 * 1024 * 1024, 5_000_001])
 def test_what_was_written_is_streamed_back(store: PayloadStore, nbytes: int) -> None:
-    """Chunks of any size come back as the same bytes, in pieces of at most 1 MiB, with length and checksum."""
+    """Chunks of any size come back as the same bytes, in pieces of at most 1 MiB, with length and
+    checksum."""
     data = some_bytes(nbytes)
     with store.create("a", nbytes) as upload:
         for start in range(0, nbytes, 700_001):
-            upload.write(data[start : start + 350_000], memoryview(data)[start + 350_000 : start + 700_001])
+            upload.write(
+                data[start : start + 350_000], memoryview(data)[start + 350_000 : start + 700_001]
+            )
         ref = upload.commit()
     pieces = list(store.stream("a"))
     assert b"".join(pieces) == data
@@ -41,7 +59,9 @@ def test_what_was_written_is_streamed_back(store: PayloadStore, nbytes: int) -> 
 
 def test_a_result_is_put_from_views(store: PayloadStore) -> None:
     """A rank puts tensor_codec's Encoded as it is."""
-    encoded = tensor_codec.encode({"log_probs": torch.arange(3_000_000, dtype=torch.float32).reshape(3, -1)})
+    encoded = tensor_codec.encode(
+        {"log_probs": torch.arange(3_000_000, dtype=torch.float32).reshape(3, -1)}
+    )
     ref = store.put("j.result", encoded)
     assert b"".join(store.stream("j.result", ref.checksum)) == encoded.tobytes()
 
@@ -65,9 +85,12 @@ def test_a_header_longer_than_one_read(store: PayloadStore) -> None:
         assert payload.numpy(f"{'name' * 30}299").tolist() == [299, 299]
 
 
-@pytest.mark.parametrize("rows", [None, slice(4, 9), slice(1, None, 3), slice(3, 3), [5, 6, 7, 2, 2], []])
+@pytest.mark.parametrize(
+    "rows", [None, slice(4, 9), slice(1, None, 3), slice(3, 3), [5, 6, 7, 2, 2], []]
+)
 def test_rows_are_those_of_the_batch(store: PayloadStore, rows: slice | list[int] | None) -> None:
-    """A slice or a list of rows gives the same values, dtype and shape as the array that was sent, by either way."""
+    """A slice or a list of rows gives the same values, dtype and shape as the array that was sent,
+    by either way."""
     batch = some_batch()
     store.put("a", [frame(batch)])
     with store.open("a") as payload:
@@ -75,7 +98,11 @@ def test_rows_are_those_of_the_batch(store: PayloadStore, rows: slice | list[int
             if sent.ndim == 0:
                 assert payload.torch(name).item() == sent.item()
                 continue
-            wanted = sent if rows is None else sent[np.array(rows, int) if isinstance(rows, list) else rows]
+            wanted = (
+                sent
+                if rows is None
+                else sent[np.array(rows, int) if isinstance(rows, list) else rows]
+            )
             got = payload.numpy(name, rows)
             assert got.dtype == wanted.dtype
             assert np.array_equal(got, wanted)
@@ -91,7 +118,8 @@ def test_rows_across_chunks(store: PayloadStore) -> None:
 
 
 def test_bad_rows_and_names(store: PayloadStore) -> None:
-    """Rows and tensors that are not there are refused alike by both stores, and so is reading after close."""
+    """Rows and tensors that are not there are refused alike by both stores, and so is reading after
+    close."""
     store.put("a", [frame(some_batch())])
     with store.open("a") as payload:
         for rows in ([16], [-1], slice(5, 1, -1)):
@@ -106,7 +134,8 @@ def test_bad_rows_and_names(store: PayloadStore) -> None:
 
 
 def test_tensors_outlive_their_payload(store: PayloadStore) -> None:
-    """A tensor keeps its values after close, delete and the next payload: memory in view is not reused."""
+    """A tensor keeps its values after close, delete and the next payload: memory in view is not
+    reused."""
     ones, twos = frame({"x": np.ones(1_000_000)}), frame({"x": np.full(1_000_000, 2.0)})
     store.put("a", [ones])
     store.put("b", [twos])
@@ -128,7 +157,8 @@ def test_what_is_no_frame(store: PayloadStore) -> None:
 
 
 def test_what_is_not_there(store: PayloadStore) -> None:
-    """Every way to read a payload that is gone says PAYLOAD_NOT_FOUND; deleting it again is fine."""
+    """Every way to read a payload that is gone says PAYLOAD_NOT_FOUND; deleting it again is
+    fine."""
     store.put("a", [b"x"])
     store.delete("a")
     store.delete("a")
@@ -141,7 +171,8 @@ def test_what_is_not_there(store: PayloadStore) -> None:
 
 @pytest.mark.parametrize("payload_id", EVIL_IDS)
 def test_evil_ids(store: PayloadStore, payload_id: str) -> None:
-    """An id that could lead out of the store, or clash with its own files, is refused by every method."""
+    """An id that could lead out of the store, or clash with its own files, is refused by every
+    method."""
     for way in ("create", "open", "stream", "nbytes", "local_path", "delete", "touch", "parts"):
         with pytest.raises(ServiceError) as error:
             getattr(store, way)(payload_id)
@@ -187,7 +218,10 @@ def test_unknown_urls(url: str) -> None:
 
 def test_a_gateway_loads_neither_torch_nor_numpy_nor_redis() -> None:
     """Importing the package and opening a folder loads nothing heavy."""
-    script = "import sys, nexrl_payloads.file_store; sys.exit(bool({'torch', 'numpy', 'redis'} & set(sys.modules)))"
+    script = (
+        "import sys, nexrl_payloads.file_store; sys.exit(bool({'torch', 'numpy', 'redis'} & "
+        "set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
@@ -202,7 +236,8 @@ def send(mebibytes):
             upload.write(chunk)
         upload.commit()
     # The rusage of a process counts what its parent held when it was started; this does not.
-    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM:")).split()[1])
+    status = open("/proc/self/status")
+    return int(next(line for line in status if line.startswith("VmHWM:")).split()[1])
 
 before = send(8)
 print((send(128) - before) * 1024)
@@ -211,8 +246,12 @@ print((send(128) - before) * 1024)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("kind", ["file", "redis"])
-def test_a_gateway_does_not_grow_with_the_batch(kind: str, folder: Path, request: pytest.FixtureRequest) -> None:
+def test_a_gateway_does_not_grow_with_the_batch(
+    kind: str, folder: Path, request: pytest.FixtureRequest
+) -> None:
     """An upload that is 120 MiB longer takes no more memory."""
     url = url_of(folder) if kind == "file" else request.getfixturevalue("redis_url")
-    done = subprocess.run([sys.executable, "-c", STREAMER, url], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", STREAMER, url], capture_output=True, text=True, check=True
+    )
     assert int(done.stdout) < 4 << 20

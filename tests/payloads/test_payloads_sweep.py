@@ -31,7 +31,10 @@ sys.stdin.read()
 def kill_in_mid_upload(url: str) -> None:
     """Kill a process while it writes a payload, a part in its turn and one before its turn."""
     process = subprocess.Popen(
-        [sys.executable, "-c", UPLOADER, url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", UPLOADER, url],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     assert process.stdin is not None
@@ -46,7 +49,9 @@ def kill_in_mid_upload(url: str) -> None:
 def store_and_url(request: pytest.FixtureRequest, folder: Path) -> tuple[PayloadStore, str]:
     """Each store with its URL."""
     store: PayloadStore = request.getfixturevalue(f"{request.param}_store")
-    return store, url_of(folder) if request.param == "file" else request.getfixturevalue("redis_url")
+    return store, url_of(folder) if request.param == "file" else request.getfixturevalue(
+        "redis_url"
+    )
 
 
 def traces(url: str) -> list[str]:
@@ -58,7 +63,8 @@ def traces(url: str) -> list[str]:
 
 
 def test_killed_uploads_go_with_the_sweep(store_and_url: tuple[PayloadStore, str]) -> None:
-    """A killed gateway leaves no payload and no part; the sweep, not before their age, leaves nothing of it at all."""
+    """A killed gateway leaves no payload and no part; the sweep, not before their age, leaves
+    nothing of it at all."""
     store, url = store_and_url
     send_part(store, "a", 0, b"sound")
     kill_in_mid_upload(url)

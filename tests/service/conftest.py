@@ -1,4 +1,5 @@
-"""One whole stack for the folder: real Redis, gateway, agent, ranks and checkpointer, and a tiny model to train."""
+"""One whole stack for the folder: real Redis, gateway, agent, ranks and checkpointer, and a tiny
+model to train."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """A stack with six slots; after all tests nothing may have leaked, and no process may be left."""
+    """A stack with six slots; after all tests nothing may have leaked, and no process may be
+    left."""
     stack = Stack(tmp_path_factory.mktemp("service") / "data", "--slots", "6")
     try:
         yield stack.until_ready()
@@ -57,9 +59,12 @@ def make_model(folder: Path, seed: int, **more: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def start_group(stack: Stack, tiny_model: Path) -> StartGroup:
-    """start_group("student", world_size=2, role="actor", lr=1e-3): a client of a group that holds the tiny model."""
+    """start_group("student", world_size=2, role="actor", lr=1e-3): a client of a group that holds
+    the tiny model."""
 
-    def start(identifier: str, *, world_size: int = 1, role: str = "actor", **actor: Any) -> HTTPTrainServiceClient:
+    def start(
+        identifier: str, *, world_size: int = 1, role: str = "actor", **actor: Any
+    ) -> HTTPTrainServiceClient:
         client = HTTPTrainServiceClient(stack.url, identifier)
         config = {"actor": {"model": {"path": str(tiny_model)}, "optim": {"lr": 1e-3}, **actor}}
         client.initialize_worker(config_dict=config, role=role, world_size=world_size)
@@ -71,7 +76,8 @@ def start_group(stack: Stack, tiny_model: Path) -> StartGroup:
 
 @pytest.fixture(scope="session")
 def student(start_group: StartGroup) -> HTTPTrainServiceClient:
-    """The group that most tests share: two ranks. Tests say what they change, none relies on the weights of another."""
+    """The group that most tests share: two ranks. Tests say what they change, none relies on the
+    weights of another."""
     return start_group("student", world_size=2)
 
 

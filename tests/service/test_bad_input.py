@@ -50,8 +50,16 @@ def _poke(name: str, place: tuple[int, ...], value: float) -> Spoil:
         (_set("advantages", torch.zeros(5, 3)), InvalidTensor, "advantages"),
         (_set("advantages", torch.zeros(4)), InvalidTensor, "advantages"),
         (_set("input_ids", torch.zeros(5, 10)), InvalidTensor, "input_ids"),
-        (_set("attention_mask", torch.ones(5, 9, dtype=torch.int64)), InvalidTensor, "attention_mask"),
-        (_set("old_log_probs", torch.zeros(5, 6, dtype=torch.bool)), InvalidTensor, "old_log_probs"),
+        (
+            _set("attention_mask", torch.ones(5, 9, dtype=torch.int64)),
+            InvalidTensor,
+            "attention_mask",
+        ),
+        (
+            _set("old_log_probs", torch.zeros(5, 6, dtype=torch.bool)),
+            InvalidTensor,
+            "old_log_probs",
+        ),
         (_poke("input_ids", (3, 4), 64), InvalidValue, "input_ids"),
         (_poke("input_ids", (0, 4), -1), InvalidValue, "input_ids"),
         (_poke("advantages", (2,), math.nan), InvalidValue, "advantages"),
@@ -90,11 +98,15 @@ def test_what_stands_under_the_mask_does_not_matter(student: HTTPTrainServiceCli
     batch = make_batch()
     clean = student.compute_log_prob(batch)["batch"]["old_log_probs"]
     tensors = batch["tensors"]
-    tensors["input_ids"] = torch.where(tensors["attention_mask"].bool(), tensors["input_ids"], torch.tensor(10**6))
+    tensors["input_ids"] = torch.where(
+        tensors["attention_mask"].bool(), tensors["input_ids"], torch.tensor(10**6)
+    )
     scored = (tensors["attention_mask"] * tensors["loss_mask"])[:, -6:].bool()
     tensors["old_log_probs"] = torch.where(scored, clean, torch.tensor(math.nan))
 
-    assert torch.equal(student.compute_log_prob(batch)["batch"]["old_log_probs"][scored], clean[scored])
+    assert torch.equal(
+        student.compute_log_prob(batch)["batch"]["old_log_probs"][scored], clean[scored]
+    )
     metrics = student.update_actor(batch)["metrics"]
 
     assert math.isfinite(metrics["actor/loss"])
@@ -117,12 +129,16 @@ def _post(stack: Stack, path: str, **arguments: Any) -> tuple[int, dict[str, Any
     return answer.status_code, answer.json()["error"]
 
 
-def test_rubbish_on_the_wire_is_refused_in_one_shape(student: HTTPTrainServiceClient, stack: Stack) -> None:
+def test_rubbish_on_the_wire_is_refused_in_one_shape(
+    student: HTTPTrainServiceClient, stack: Stack
+) -> None:
     frame = {"Content-Type": "application/vnd.nexrl.frame"}
     good = tensor_to_data(torch.zeros(2, 4, dtype=torch.int64))
     path = "/compute_log_prob?identifier=student"
     lying = (2**40).to_bytes(8, "little") + b"{}"
-    truncated = (70).to_bytes(8, "little") + b'{"input_ids":{"dtype":"I64","shape":[2,4],"data_offsets":[0,64]}}     '
+    truncated = (70).to_bytes(
+        8, "little"
+    ) + b'{"input_ids":{"dtype":"I64","shape":[2,4],"data_offsets":[0,64]}}     '
 
     seen = {
         "base64": _post(stack, path, json={"tensors": {"input_ids": {**good, "data": "!!!"}}}),
@@ -143,7 +159,9 @@ def test_rubbish_on_the_wire_is_refused_in_one_shape(student: HTTPTrainServiceCl
         "type": (415, "UNSUPPORTED_TYPE"),
         "encoding": (415, "UNSUPPORTED_TYPE"),
     }
-    assert not any("Traceback" in error["message"] or ".py" in error["message"] for _, error in seen.values())
+    assert not any(
+        "Traceback" in error["message"] or ".py" in error["message"] for _, error in seen.values()
+    )
 
 
 def test_a_group_that_is_not_there_or_not_ready_is_named(
@@ -152,7 +170,9 @@ def test_a_group_that_is_not_there_or_not_ready_is_named(
     with pytest.raises(GroupNotFound, match="nobody"):
         HTTPTrainServiceClient(stack.url, "nobody").update_actor(make_batch())
     bare = HTTPTrainServiceClient(stack.url, "bare")
-    bare.initialize_worker(config_dict={"actor": {"model": {"path": str(tiny_model)}}}, world_size=1)
+    bare.initialize_worker(
+        config_dict={"actor": {"model": {"path": str(tiny_model)}}}, world_size=1
+    )
     with pytest.raises(GroupNotReady, match="init_model"):
         bare.update_actor(make_batch())
     bare.destroy()
@@ -174,7 +194,9 @@ def test_a_configuration_that_cannot_work_is_refused_before_anything_starts(
     client = HTTPTrainServiceClient(stack.url, "wrong")
 
     with pytest.raises((InvalidConfig, StatusError), match=key.replace(".", r"\.")) as caught:
-        client.initialize_worker(config_dict={"actor": {"model": {"path": str(tiny_model)}, **actor}}, world_size=1)
+        client.initialize_worker(
+            config_dict={"actor": {"model": {"path": str(tiny_model)}, **actor}}, world_size=1
+        )
 
     assert getattr(caught.value, "status", None) == 422
     assert "wrong" not in client.get_models()["identifiers"]
@@ -183,7 +205,8 @@ def test_a_configuration_that_cannot_work_is_refused_before_anything_starts(
 def test_weights_that_cannot_be_read_are_refused_and_cost_no_group(
     stack: Stack, student: HTTPTrainServiceClient, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Before the ranks start, which leaves the name free; where they are damaged later, by init_model."""
+    """Before the ranks start, which leaves the name free; where they are damaged later, by
+    init_model."""
     folder = shutil.copytree(tiny_model, tmp_path / "broken")
     config = {"actor": {"model": {"path": str(folder)}}}
     client = HTTPTrainServiceClient(stack.url, "broken")

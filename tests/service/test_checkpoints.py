@@ -1,4 +1,5 @@
-"""Checkpoints through the whole service: they load, at any world size, and nothing that failed has changed anything."""
+"""Checkpoints through the whole service: they load, at any world size, and nothing that failed has
+changed anything."""
 
 from __future__ import annotations
 
@@ -7,7 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from nexrl_client import CheckpointInvalid, GradientsPending, HDFSNotConfigured, HTTPTrainServiceClient, PathRefused
+from nexrl_client import (
+    CheckpointInvalid,
+    GradientsPending,
+    HDFSNotConfigured,
+    HTTPTrainServiceClient,
+    PathRefused,
+)
 from running_stack import Stack
 from service_kit import StartGroup, fingerprint, make_batch
 from transformers import AutoModelForCausalLM
@@ -15,8 +22,11 @@ from transformers import AutoModelForCausalLM
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
-def test_training_goes_on_as_if_nothing_had_happened(student: HTTPTrainServiceClient, start_group: StartGroup) -> None:
-    """Weights, moments, schedule: two more updates after a load at another world size give the weights of the uninterrupted run."""
+def test_training_goes_on_as_if_nothing_had_happened(
+    student: HTTPTrainServiceClient, start_group: StartGroup
+) -> None:
+    """Weights, moments, schedule: two more updates after a load at another world size give the
+    weights of the uninterrupted run."""
     batches = [make_batch(seed=seed) for seed in range(4)]
     for batch in batches[:2]:
         student.update_actor(batch)
@@ -29,8 +39,15 @@ def test_training_goes_on_as_if_nothing_had_happened(student: HTTPTrainServiceCl
     for batch in batches[2:]:
         single.update_actor(batch)
 
-    assert (loaded["optimizer"], loaded["global_step"], loaded["rng"]) == ("restored", 2, "reseeded")
-    ours, theirs = (client.compute_log_prob(batches[0])["batch"]["old_log_probs"] for client in (single, student))
+    assert (loaded["optimizer"], loaded["global_step"], loaded["rng"]) == (
+        "restored",
+        2,
+        "reseeded",
+    )
+    ours, theirs = (
+        client.compute_log_prob(batches[0])["batch"]["old_log_probs"]
+        for client in (single, student)
+    )
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
     single.destroy()
 
@@ -74,7 +91,9 @@ def test_an_exported_folder_loads_into_a_group(student: HTTPTrainServiceClient) 
     assert fingerprint(student) == before
 
 
-def test_conversion_of_a_checkpoint_and_of_the_current_weights(student: HTTPTrainServiceClient, stack: Stack) -> None:
+def test_conversion_of_a_checkpoint_and_of_the_current_weights(
+    student: HTTPTrainServiceClient, stack: Stack
+) -> None:
     student.save_checkpoint("convert/step_1", global_step=1)
     before = fingerprint(student)
     student.update_actor(make_batch(seed=6))
@@ -97,13 +116,17 @@ def test_only_the_previous_full_save_goes_and_only_when_the_new_one_is_there(
     student.save_checkpoint("previous/weights", saved_fully_shared_ckpt=False)
     student.save_checkpoint("previous/step_2", global_step=2)
 
-    assert sorted(path.name for path in (stack.data / "previous").iterdir() if path.name[0] != ".") == [
+    assert sorted(
+        path.name for path in (stack.data / "previous").iterdir() if path.name[0] != "."
+    ) == [
         "step_2",
         "weights",
     ]
 
 
-def test_what_cannot_be_loaded_changes_nothing(student: HTTPTrainServiceClient, stack: Stack) -> None:
+def test_what_cannot_be_loaded_changes_nothing(
+    student: HTTPTrainServiceClient, stack: Stack
+) -> None:
     saved = student.save_checkpoint("broken/step_1", global_step=1)["path"]
     shard = next(Path(saved).glob("model.rank0-*.safetensors"))
     content = bytearray(shard.read_bytes())
@@ -125,7 +148,9 @@ def test_a_path_outside_the_roots_is_refused(student: HTTPTrainServiceClient, pa
         student.save_checkpoint(path)
 
 
-def test_a_folder_that_is_not_ours_is_never_replaced(student: HTTPTrainServiceClient, stack: Stack) -> None:
+def test_a_folder_that_is_not_ours_is_never_replaced(
+    student: HTTPTrainServiceClient, stack: Stack
+) -> None:
     mine = stack.data / "precious"
     mine.mkdir()
     (mine / "notes.txt").write_text("mine")

@@ -1,4 +1,5 @@
-"""Distillation and client-side losses through the service: teachers move the student as the formulas say."""
+"""Distillation and client-side losses through the service: teachers move the student as the
+formulas say."""
 
 from __future__ import annotations
 
@@ -8,7 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from nexrl_client import HTTPTrainServiceClient, InvalidConfig, InvalidTensor, InvalidValue, StatusError
+from nexrl_client import (
+    HTTPTrainServiceClient,
+    InvalidConfig,
+    InvalidTensor,
+    InvalidValue,
+    StatusError,
+)
 from service_kit import VOCABULARY, StartGroup, fingerprint, make_batch
 from transformers import AutoModelForCausalLM
 
@@ -72,7 +79,9 @@ def test_top_k_are_the_likeliest_tokens_with_transformers_own_numbers(
     assert ours["teacher_topk_ids"].shape == ours["teacher_topk_log_probs"].shape == (3, 6, 5)
     attended = mask[:, -6:].bool()
     assert torch.equal(ours["teacher_topk_ids"][attended], theirs.indices[attended])
-    torch.testing.assert_close(ours["teacher_topk_log_probs"][attended], theirs.values[attended], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        ours["teacher_topk_log_probs"][attended], theirs.values[attended], atol=1e-5, rtol=0
+    )
     assert ours["old_log_probs"].shape == (3, 6)
 
 
@@ -85,7 +94,10 @@ def test_at_the_whole_vocabulary_the_loss_is_the_exact_kl_and_it_falls(
     exact = _kl(wanted, student, batch) if loss == "forward_kl" else _kl(student, wanted, batch)
     request = _top(teacher, batch, VOCABULARY)
 
-    metrics = [pupil.update_actor_with_distillation(request, distillation_loss=loss)["metrics"] for _ in range(8)]
+    metrics = [
+        pupil.update_actor_with_distillation(request, distillation_loss=loss)["metrics"]
+        for _ in range(8)
+    ]
 
     assert metrics[0]["actor/teacher_kl"] == pytest.approx(exact, rel=1e-4)
     assert metrics[0]["actor/loss"] == pytest.approx(exact, rel=1e-4)
@@ -110,12 +122,16 @@ def test_a_few_tokens_and_the_rest_give_less_than_the_whole_kl(
 def test_the_policy_gradient_moves_the_student_towards_its_teacher(
     pupil: HTTPTrainServiceClient, teacher: HTTPTrainServiceClient
 ) -> None:
-    """teacher_kl is the mean of student minus teacher over the scored tokens; tokens that the teacher likes gain."""
+    """teacher_kl is the mean of student minus teacher over the scored tokens; tokens that the
+    teacher likes gain."""
     batch = make_batch()
     scored = _scored(batch)
     before = pupil.compute_log_prob(batch)["batch"]["old_log_probs"]
     opinion = teacher.compute_log_prob(batch)["batch"]["old_log_probs"]
-    request = {"tensors": {**batch["tensors"], "teacher_log_probs": opinion}, "metadata": batch["metadata"]}
+    request = {
+        "tensors": {**batch["tensors"], "teacher_log_probs": opinion},
+        "metadata": batch["metadata"],
+    }
     del request["tensors"]["advantages"]
 
     metrics = pupil.update_actor_with_distillation(request)["metrics"]
@@ -126,7 +142,9 @@ def test_the_policy_gradient_moves_the_student_towards_its_teacher(
     assert float((gap * (after - before)[scored]).sum()) > 0
 
 
-def test_two_teachers_give_two_gradients(pupil: HTTPTrainServiceClient, teacher: HTTPTrainServiceClient) -> None:
+def test_two_teachers_give_two_gradients(
+    pupil: HTTPTrainServiceClient, teacher: HTTPTrainServiceClient
+) -> None:
     """And coefficient 0 gives none of either: then the update is that of the advantages alone."""
     batch = make_batch()
     opinion = teacher.compute_log_prob(batch)["batch"]["old_log_probs"]
@@ -145,8 +163,11 @@ def test_two_teachers_give_two_gradients(pupil: HTTPTrainServiceClient, teacher:
     assert after(opinion, 0.0) == after(opposite, 0.0)
 
 
-def test_a_loss_made_by_the_client_moves_the_weights_as_ours_does(pupil: HTTPTrainServiceClient) -> None:
-    """linear with w = dL/dlp of REINFORCE, by token mean, is REINFORCE; the log-probabilities come back in row order."""
+def test_a_loss_made_by_the_client_moves_the_weights_as_ours_does(
+    pupil: HTTPTrainServiceClient,
+) -> None:
+    """linear with w = dL/dlp of REINFORCE, by token mean, is REINFORCE; the log-probabilities come
+    back in row order."""
     batch = make_batch()
     scored = _scored(batch)
     tensors, before = batch["tensors"], pupil.compute_log_prob(batch)["batch"]["old_log_probs"]
@@ -156,11 +177,15 @@ def test_a_loss_made_by_the_client_moves_the_weights_as_ours_does(pupil: HTTPTra
     ours |= pupil.optim_step()
     reinforced = pupil.compute_log_prob(batch)["batch"]["old_log_probs"]
     pupil.load_checkpoint("pupil/start")
-    outside = pupil.forward_backward({"tensors": {**tensors, "loss_weights": weights}}, loss="linear")
+    outside = pupil.forward_backward(
+        {"tensors": {**tensors, "loss_weights": weights}}, loss="linear"
+    )
     norm = pupil.optim_step()["metrics"]["actor/grad_norm"]
     linear = pupil.compute_log_prob(batch)["batch"]["old_log_probs"]
 
-    torch.testing.assert_close(outside["batch"]["log_probs"][scored], before[scored], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        outside["batch"]["log_probs"][scored], before[scored], atol=1e-6, rtol=0
+    )
     assert outside["batch"]["log_probs"].shape == (5, 6)
     assert norm == pytest.approx(ours["metrics"]["actor/grad_norm"], rel=1e-4)
     torch.testing.assert_close(linear, reinforced, atol=2e-5, rtol=0)
@@ -199,9 +224,14 @@ _IDS, _LOG_PROBS = "teacher_topk_ids", "teacher_topk_log_probs"
     ],
 )
 def test_a_teachers_bad_tensors_are_named_and_change_nothing(
-    pupil: HTTPTrainServiceClient, teacher: HTTPTrainServiceClient, name: str, value: Any, error: type[StatusError]
+    pupil: HTTPTrainServiceClient,
+    teacher: HTTPTrainServiceClient,
+    name: str,
+    value: Any,
+    error: type[StatusError],
 ) -> None:
-    """Ids outside the student's vocabulary or twice at one position, masses above 1, shapes, dtypes, NaN."""
+    """Ids outside the student's vocabulary or twice at one position, masses above 1, shapes,
+    dtypes, NaN."""
     before = fingerprint(pupil)
     tensors = _spoiled(_top(teacher, make_batch(), 4)["tensors"], name, value)
 
@@ -217,7 +247,9 @@ def test_what_stands_under_the_mask_of_a_teacher_does_not_matter(
     pupil: HTTPTrainServiceClient, teacher: HTTPTrainServiceClient
 ) -> None:
     request = _top(teacher, make_batch(), 4)
-    clean = pupil.update_actor_with_distillation(request, distillation_loss="forward_kl")["meta_info"]["fingerprint"]
+    clean = pupil.update_actor_with_distillation(request, distillation_loss="forward_kl")[
+        "meta_info"
+    ]["fingerprint"]
     pupil.load_checkpoint("pupil/start")
     hidden = ~_scored(request)[..., None]
     tensors = request["tensors"]
@@ -229,7 +261,9 @@ def test_what_stands_under_the_mask_of_a_teacher_does_not_matter(
     assert spoiled["meta_info"]["fingerprint"] == clean
 
 
-def test_missing_tensors_and_more_tokens_than_there_are_get_a_422(pupil: HTTPTrainServiceClient) -> None:
+def test_missing_tensors_and_more_tokens_than_there_are_get_a_422(
+    pupil: HTTPTrainServiceClient,
+) -> None:
     before = fingerprint(pupil)
     batch = make_batch()
 
@@ -245,7 +279,8 @@ def test_missing_tensors_and_more_tokens_than_there_are_get_a_422(pupil: HTTPTra
 
 
 def test_rollout_correction_wants_the_samplers_numbers(start_group: StartGroup) -> None:
-    """Without rollout_log_probs 422 and nothing changes; with them the weight of the formula is reported."""
+    """Without rollout_log_probs 422 and nothing changes; with them the weight of the formula is
+    reported."""
     correction = {"mode": "token_truncate", "lower": 0.5, "upper": 2.0}
     client = start_group("corrected", rollout_correction=correction)
     try:
@@ -262,8 +297,12 @@ def test_rollout_correction_wants_the_samplers_numbers(start_group: StartGroup) 
         metrics = client.update_actor({"tensors": tensors})["metrics"]
 
         weights = shift.exp().clamp(0.5, 2.0)[_scored(batch)]
-        assert metrics["actor/rollout_weight_mean"] == pytest.approx(float(weights.mean()), rel=1e-4)
-        assert metrics["actor/mismatch_kl"] == pytest.approx(float(-shift[_scored(batch)].mean()), abs=1e-4)
+        assert metrics["actor/rollout_weight_mean"] == pytest.approx(
+            float(weights.mean()), rel=1e-4
+        )
+        assert metrics["actor/mismatch_kl"] == pytest.approx(
+            float(-shift[_scored(batch)].mean()), abs=1e-4
+        )
     finally:
         client.destroy()
 

@@ -8,7 +8,9 @@ from service_kit import fingerprint, make_batch
 
 
 @pytest.mark.parametrize("operation", ["update_actor", "forward_backward", "compute_log_prob"])
-def test_a_plan_comes_back_and_nothing_has_run(student: HTTPTrainServiceClient, operation: str) -> None:
+def test_a_plan_comes_back_and_nothing_has_run(
+    student: HTTPTrainServiceClient, operation: str
+) -> None:
     batch = make_batch(rows=5)
     before = fingerprint(student), student.worker_info()["info"]["optimizer_steps"]
 

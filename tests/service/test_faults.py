@@ -1,4 +1,5 @@
-"""kill -9 of each process under a running trainer: its call ends with the result, once, or with the cause."""
+"""kill -9 of each process under a running trainer: its call ends with the result, once, or with the
+cause."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ def own_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 def trained(own_stack: Stack, tiny_model: Path) -> Iterator[HTTPTrainServiceClient]:
     client = HTTPTrainServiceClient(own_stack.url, "student")
     client.initialize_worker(
-        config_dict={"actor": {"model": {"path": str(tiny_model)}, "optim": {"lr": 1e-3}}}, role="actor", world_size=1
+        config_dict={"actor": {"model": {"path": str(tiny_model)}, "optim": {"lr": 1e-3}}},
+        role="actor",
+        world_size=1,
     )
     client.init_model()
     yield client
@@ -71,7 +74,10 @@ def test_an_update_survives_the_death_of_what_carries_it_and_trains_once(
     trained.load_checkpoint(f"faults/{victim}")
 
     def hurt() -> None:
-        wait_until(lambda: trained.get_models()["models"]["student"].get("running_job") or _runs(trained), 20)
+        wait_until(
+            lambda: trained.get_models()["models"]["student"].get("running_job") or _runs(trained),
+            20,
+        )
         kill(own_stack, victim)
 
     result = during(lambda: trained.update_actor(large()), hurt)
@@ -84,7 +90,9 @@ def _runs(client: HTTPTrainServiceClient) -> bool:
     return any(job["state"] == "running" for job in client.jobs(limit=3))
 
 
-def test_a_save_survives_the_death_of_the_checkpointer(own_stack: Stack, trained: HTTPTrainServiceClient) -> None:
+def test_a_save_survives_the_death_of_the_checkpointer(
+    own_stack: Stack, trained: HTTPTrainServiceClient
+) -> None:
     saved = during(
         lambda: trained.save_checkpoint("faults/checkpointer", global_step=7),
         lambda: kill(own_stack, "nexrl_checkpointer"),
@@ -94,8 +102,11 @@ def test_a_save_survives_the_death_of_the_checkpointer(own_stack: Stack, trained
     assert trained.load_checkpoint("faults/checkpointer")["global_step"] == 7
 
 
-def test_a_killed_agent_loses_the_weights_and_says_so(own_stack: Stack, trained: HTTPTrainServiceClient) -> None:
-    """Its ranks die with it. What had been trained is marked rolled back; the group is down until it is made again."""
+def test_a_killed_agent_loses_the_weights_and_says_so(
+    own_stack: Stack, trained: HTTPTrainServiceClient
+) -> None:
+    """Its ranks die with it. What had been trained is marked rolled back; the group is down until
+    it is made again."""
     learned = trained.submit("update_actor", make_batch())
     learned.result(60)
 
@@ -113,7 +124,9 @@ def test_a_killed_agent_loses_the_weights_and_says_so(own_stack: Stack, trained:
     assert time.monotonic() - asked < 20, "a group that is down was waited for"
 
 
-def test_a_killed_agent_brings_an_untrained_group_back(own_stack: Stack, trained: HTTPTrainServiceClient) -> None:
+def test_a_killed_agent_brings_an_untrained_group_back(
+    own_stack: Stack, trained: HTTPTrainServiceClient
+) -> None:
     before = trained.compute_log_prob(make_batch())["batch"]["old_log_probs"]
     rank = int((own_stack.data / ".nexrl" / "groups" / "student" / "run" / "rank0.pid").read_text())
     running = trained.submit("compute_log_prob", large())
@@ -134,7 +147,8 @@ def test_after_ctrl_c_the_groups_come_back_as_they_were(tmp_path: Path, tiny_mod
     first = Stack(data, "--slots", "1").until_ready()
     client = HTTPTrainServiceClient(first.url, "student")
     client.initialize_worker(
-        config_dict={"actor": {"model": {"path": str(tiny_model)}, "optim": {"lr": 1e-3}}}, world_size=1
+        config_dict={"actor": {"model": {"path": str(tiny_model)}, "optim": {"lr": 1e-3}}},
+        world_size=1,
     )
     client.init_model()
     job = client.submit("update_actor", make_batch())
@@ -153,7 +167,9 @@ def test_after_ctrl_c_the_groups_come_back_as_they_were(tmp_path: Path, tiny_mod
 
     third = Stack(data, "--slots", "1").until_ready()
     client = HTTPTrainServiceClient(third.url, "student")
-    group = wait_until(lambda: (group := client.get_models()["models"]["student"])["cause"] and group, 30)
+    group = wait_until(
+        lambda: (group := client.get_models()["models"]["student"])["cause"] and group, 30
+    )
     assert group["state"] == "down"
     assert "1 finished operation" in group["cause"]
     assert third.stop() == 0

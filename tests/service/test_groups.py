@@ -77,8 +77,11 @@ def test_health_is_true(student: HTTPTrainServiceClient, stack: Stack) -> None:
     assert requests.get(f"{stack.url}/ready", timeout=5).status_code == 200
 
 
-def test_a_rank_that_gets_no_more_memory_takes_less_and_the_group_lives(start_group: StartGroup, stack: Stack) -> None:
-    """Allocations that fail for real, on one rank of two: the step is that of a group with enough, and says so."""
+def test_a_rank_that_gets_no_more_memory_takes_less_and_the_group_lives(
+    start_group: StartGroup, stack: Stack
+) -> None:
+    """Allocations that fail for real, on one rank of two: the step is that of a group with enough,
+    and says so."""
     batch = make_batch(rows=400, length=128, responses=64)
     groups = [start_group(name, world_size=2) for name in ("plenty", "short")]
     pid = int((stack.data / ".nexrl" / "groups" / "short" / "run" / "rank1.pid").read_text())

@@ -1,4 +1,5 @@
-"""Jobs: asked for twice they run once, asked for asynchronously they can be followed, and one group never waits for another."""
+"""Jobs: asked for twice they run once, asked for asynchronously they can be followed, and one group
+never waits for another."""
 
 from __future__ import annotations
 
@@ -19,11 +20,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def json_batch(batch: dict[str, Any]) -> dict[str, Any]:
-    return {"tensors": {k: tensor_to_data(v) for k, v in batch["tensors"].items()}, "metadata": batch["metadata"]}
+    return {
+        "tensors": {k: tensor_to_data(v) for k, v in batch["tensors"].items()},
+        "metadata": batch["metadata"],
+    }
 
 
 def test_a_retried_update_trains_once(student: HTTPTrainServiceClient, stack: Stack) -> None:
-    """The same key five times, at once and after the end, moves the weights as far as one call does."""
+    """The same key five times, at once and after the end, moves the weights as far as one call
+    does."""
     student.save_checkpoint("jobs/start", remove_previous_ckpt=False)
     student.update_actor(make_batch(seed=21))
     once = fingerprint(student)
@@ -34,7 +39,12 @@ def test_a_retried_update_trains_once(student: HTTPTrainServiceClient, stack: St
     def post() -> None:
         headers = {"Idempotency-Key": key}
         answers.append(
-            requests.post(f"{stack.url}/update_actor?identifier=student", json=body, headers=headers, timeout=60)
+            requests.post(
+                f"{stack.url}/update_actor?identifier=student",
+                json=body,
+                headers=headers,
+                timeout=60,
+            )
         )
 
     threads = [threading.Thread(target=post) for _ in range(4)]
@@ -49,7 +59,9 @@ def test_a_retried_update_trains_once(student: HTTPTrainServiceClient, stack: St
     assert fingerprint(student) == once
 
 
-def test_one_key_for_other_content_is_refused_and_trains_nothing(student: HTTPTrainServiceClient, stack: Stack) -> None:
+def test_one_key_for_other_content_is_refused_and_trains_nothing(
+    student: HTTPTrainServiceClient, stack: Stack
+) -> None:
     headers = {"Idempotency-Key": uuid.uuid4().hex}
     url = f"{stack.url}/update_actor?identifier=student"
     first = requests.post(url, json=json_batch(make_batch(seed=1)), headers=headers, timeout=60)
@@ -62,7 +74,9 @@ def test_one_key_for_other_content_is_refused_and_trains_nothing(student: HTTPTr
     assert fingerprint(student) == before
 
 
-def test_an_asynchronous_request_can_be_followed_to_its_result(student: HTTPTrainServiceClient, stack: Stack) -> None:
+def test_an_asynchronous_request_can_be_followed_to_its_result(
+    student: HTTPTrainServiceClient, stack: Stack
+) -> None:
     body = json_batch(make_batch())
     url = f"{stack.url}/compute_log_prob?identifier=student"
 
@@ -76,7 +90,9 @@ def test_an_asynchronous_request_can_be_followed_to_its_result(student: HTTPTrai
     assert result["batch"] == direct["batch"]
 
 
-def test_a_timeout_names_the_job_which_goes_on(student: HTTPTrainServiceClient, stack: Stack) -> None:
+def test_a_timeout_names_the_job_which_goes_on(
+    student: HTTPTrainServiceClient, stack: Stack
+) -> None:
     impatient = HTTPTrainServiceClient(stack.url, "student")
     impatient.request_timeout = 0.001
 
@@ -103,8 +119,11 @@ def test_a_queued_operation_says_why_it_waits_and_can_be_cancelled(
     assert slow.result(60)["batch"]["old_log_probs"].shape == (256, 128)
 
 
-def test_a_student_and_a_teacher_work_side_by_side(student: HTTPTrainServiceClient, start_group: StartGroup) -> None:
-    """Two groups on one stack: the teacher answers while the student is busy, and has no step to take."""
+def test_a_student_and_a_teacher_work_side_by_side(
+    student: HTTPTrainServiceClient, start_group: StartGroup
+) -> None:
+    """Two groups on one stack: the teacher answers while the student is busy, and has no step to
+    take."""
     teacher = start_group("teacher", role="teacher")
     batch = make_batch()
     busy = student.submit("compute_log_prob", make_batch(rows=512, length=256, responses=128))
@@ -116,7 +135,9 @@ def test_a_student_and_a_teacher_work_side_by_side(student: HTTPTrainServiceClie
     batch["tensors"]["teacher_log_probs"] = scores
     learned = student.update_actor_with_distillation(batch)["metrics"]
 
-    assert student_was_busy, f"the teacher answered after {waited:.1f} s, when the student had ended"
+    assert student_was_busy, (
+        f"the teacher answered after {waited:.1f} s, when the student had ended"
+    )
     assert learned["step_applied"] is True
     with pytest.raises(RoleUnsupported):
         teacher.update_actor(batch)
@@ -138,7 +159,8 @@ def test_json_and_frame_give_the_same_answer(student: HTTPTrainServiceClient, st
 
 
 def test_a_batch_in_parts_is_one_step(student: HTTPTrainServiceClient, stack: Stack) -> None:
-    """A client with a small request limit uploads parts; they are one batch and one optimizer step."""
+    """A client with a small request limit uploads parts; they are one batch and one optimizer
+    step."""
     in_parts = HTTPTrainServiceClient(stack.url, "student", max_request_bytes=1000)
     student.save_checkpoint("jobs/parts", remove_previous_ckpt=False)
     student.update_actor(make_batch(rows=16, seed=4))

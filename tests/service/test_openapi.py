@@ -19,23 +19,32 @@ _OPEN = ("metrics", "config")
 def test_the_answers_shown_have_the_keys_of_real_ones(
     student: HTTPTrainServiceClient, stack: Stack, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Every request of the page, sent as it stands to a group of actors; then the service's own reports."""
+    """Every request of the page, sent as it stands to a group of actors; then the service's own
+    reports."""
     paths = requests.get(f"{stack.url}/openapi.json", timeout=30).json()["paths"]
     for name, operation in OPERATIONS.items():
         if "actor" not in operation.roles or not operation.by_ranks:
             continue
-        content = paths[f"/{name}"]["post"]["requestBody"]["content"]["application/json"]["examples"]
+        content = paths[f"/{name}"]["post"]["requestBody"]["content"]["application/json"][
+            "examples"
+        ]
         request = content["tensors" if operation.takes_batch else "typical"]["value"]
         text = json.dumps(request).replace("ckpt/step_1", f"openapi/{tmp_path.name}")
-        assert_as_shown(paths, f"/{name}", call(stack, student, "POST", f"/{name}", json=json.loads(text)))
+        assert_as_shown(
+            paths, f"/{name}", call(stack, student, "POST", f"/{name}", json=json.loads(text))
+        )
     config = {"actor": {"model": {"path": str(tiny_model)}, "optim": {"lr": 1e-3}}}
-    found = call(stack, student, "POST", "/initialize", json={"config_dict": config, "world_size": 2})
+    found = call(
+        stack, student, "POST", "/initialize", json={"config_dict": config, "world_size": 2}
+    )
     assert_as_shown(paths, "/initialize", found)
     for path in ("/health", "/ready", "/worker_info", "/jobs"):
         assert_as_shown(paths, path, call(stack, student, "GET", path), "get")
 
 
-def call(stack: Stack, student: HTTPTrainServiceClient, method: str, path: str, **options: Any) -> Any:
+def call(
+    stack: Stack, student: HTTPTrainServiceClient, method: str, path: str, **options: Any
+) -> Any:
     query = {"identifier": student.identifier}
     response = requests.request(method, f"{stack.url}{path}", params=query, timeout=60, **options)
     assert response.status_code == 200, response.text

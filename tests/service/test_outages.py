@@ -1,4 +1,5 @@
-"""What an operator does to a running stack: Ctrl-C at any moment, too few slots, a full disk. Nothing that was learned is lost."""
+"""What an operator does to a running stack: Ctrl-C at any moment, too few slots, a full disk.
+Nothing that was learned is lost."""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ def start(data: Path) -> Iterator[Start]:
     for stack in started:
         stack.process.kill()
         stack.process.wait()
-    wait_until(lambda: not any(stack.processes() for stack in started), 10, "the end of every process")
+    wait_until(
+        lambda: not any(stack.processes() for stack in started), 10, "the end of every process"
+    )
 
 
 def trained(stack: Stack, model: Path, world_size: int) -> HTTPTrainServiceClient:
@@ -55,7 +58,8 @@ def trained(stack: Stack, model: Path, world_size: int) -> HTTPTrainServiceClien
 
 
 def hold(stack: Stack, client: HTTPTrainServiceClient) -> tuple[int, str]:
-    """Make an update last: the process of rank 1, which is held, and the id of the update that waits for it."""
+    """Make an update last: the process of rank 1, which is held, and the id of the update that
+    waits for it."""
     rank = int((stack.data / ".nexrl" / "groups" / "student" / "run" / "rank1.pid").read_text())
     os.kill(rank, signal.SIGSTOP)
     job = client.submit("update_actor", make_batch())
@@ -64,7 +68,8 @@ def hold(stack: Stack, client: HTTPTrainServiceClient) -> tuple[int, str]:
 
 
 def test_ctrl_c_waits_for_what_runs_and_says_so(start: Start, tiny_model: Path) -> None:
-    """The update is kept; with too few slots for the group there is no ready line, and a second Ctrl-C ends at once."""
+    """The update is kept; with too few slots for the group there is no ready line, and a second
+    Ctrl-C ends at once."""
     stack = start("--slots", "2").until_ready()
     rank, job = hold(stack, trained(stack, tiny_model, 2))
     stack.process.send_signal(signal.SIGINT)
@@ -98,7 +103,8 @@ def test_ctrl_c_waits_for_what_runs_and_says_so(start: Start, tiny_model: Path) 
 
 
 def test_a_full_disk_is_waited_out(start: Start, data: Path, tiny_model: Path) -> None:
-    """It is said once; the stack goes on by itself when there is room, with the weights that it had."""
+    """It is said once; the stack goes on by itself when there is room, with the weights that it
+    had."""
     namespace = ("unshare", "--user", "--map-root-user", "--mount")
     if subprocess.run([*namespace, "true"], check=False).returncode != 0:
         pytest.skip("a small disk needs user namespaces")
@@ -138,7 +144,8 @@ def test_a_full_disk_is_waited_out(start: Start, data: Path, tiny_model: Path) -
 
 
 def _fill(stack: Stack, filler: Path) -> None:
-    """No page of the disk is left, and none in the append-only file: what Redis writes next is too much."""
+    """No page of the disk is left, and none in the append-only file: what Redis writes next is too
+    much."""
     with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(4096))

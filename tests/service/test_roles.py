@@ -1,4 +1,5 @@
-"""Critic, reward, reference and teacher groups through the client: their numbers are transformers' own, their limits are said.
+"""Critic, reward, reference and teacher groups through the client: their numbers are transformers'
+own, their limits are said.
 
 The tests that need two ranks more come first: all the groups together fill the stack's slots.
 """
@@ -36,12 +37,19 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def _config(**more: Any) -> Qwen2Config:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     return Qwen2Config(vocab_size=VOCABULARY, num_key_value_heads=2, **sizes, **more)
 
 
 @pytest.fixture(scope="module")
-def critic(start_group: StartGroup, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HTTPTrainServiceClient]:
+def critic(
+    start_group: StartGroup, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[HTTPTrainServiceClient]:
     """From a folder whose head is random, so that values differ."""
     folder = tmp_path_factory.mktemp("critic") / "model"
     torch.manual_seed(1)
@@ -84,16 +92,22 @@ def _exported(client: HTTPTrainServiceClient, stack: Stack, path: str) -> Path:
 
 
 def _values_batch(rows: int = 7) -> dict[str, Any]:
-    """R = 6 responses of which some are not attended or not scored; returns that the critic does not foresee."""
+    """R = 6 responses of which some are not attended or not scored; returns that the critic does
+    not foresee."""
     batch = make_batch(rows=rows, seed=9)
     batch["tensors"]["returns"] = torch.randn(rows, 6, generator=torch.Generator().manual_seed(3))
     return batch
 
 
-def test_values_are_the_heads_at_the_position_before_each_token(critic: HTTPTrainServiceClient, stack: Stack) -> None:
-    """values[:, k] is transformers' own token classifier at position S-R-1+k, in row order, float32."""
+def test_values_are_the_heads_at_the_position_before_each_token(
+    critic: HTTPTrainServiceClient, stack: Stack
+) -> None:
+    """values[:, k] is transformers' own token classifier at position S-R-1+k, in row order,
+    float32."""
     tensors = make_batch(rows=7)["tensors"]
-    model = AutoModelForTokenClassification.from_pretrained(_exported(critic, stack, "roles/critic"))
+    model = AutoModelForTokenClassification.from_pretrained(
+        _exported(critic, stack, "roles/critic")
+    )
     with torch.no_grad():
         theirs = model(tensors["input_ids"], **_positions(tensors)).logits[..., 0]
 
@@ -105,7 +119,8 @@ def test_values_are_the_heads_at_the_position_before_each_token(critic: HTTPTrai
 
 
 def test_a_critic_learns_its_returns(critic: HTTPTrainServiceClient) -> None:
-    """The first vf_loss is the formula's; twenty updates on one batch halve it at least, and each is a new weight version."""
+    """The first vf_loss is the formula's; twenty updates on one batch halve it at least, and each
+    is a new weight version."""
     batch = _values_batch()
     tensors = batch["tensors"]
     scored = (tensors["attention_mask"] * tensors["loss_mask"])[:, -6:].bool()
@@ -119,12 +134,15 @@ def test_a_critic_learns_its_returns(critic: HTTPTrainServiceClient) -> None:
     assert losses[-1] < 0.5 * losses[0]
     first, last = results[0], results[-1]
     assert last["meta_info"]["weight_version"] == first["meta_info"]["weight_version"] + 19
-    assert last["metrics"]["critic/explained_variance"] > first["metrics"]["critic/explained_variance"]
+    assert (
+        last["metrics"]["critic/explained_variance"] > first["metrics"]["critic/explained_variance"]
+    )
     assert first["metrics"]["critic/grad_norm"] > 0
 
 
 def test_values_far_from_the_old_ones_are_clipped(critic: HTTPTrainServiceClient) -> None:
-    """With values of the batch far away, the larger of both squares counts: 0.5 max((v-ret)^2, (clip(v)-ret)^2)."""
+    """With values of the batch far away, the larger of both squares counts: 0.5 max((v-ret)^2,
+    (clip(v)-ret)^2)."""
     batch = _values_batch()
     tensors = batch["tensors"]
     values = critic.compute_values(batch)["batch"]["values"]
@@ -155,16 +173,22 @@ def test_a_critics_checkpoint_loads_at_another_world_size_and_in_transformers(
     moved = [client.compute_values(batch)["batch"]["values"] for client in (critic, pair)]
     pair.destroy()
 
-    assert torch.equal(fresh, torch.zeros(7, 6)), "a critic made of a language model's folder starts at zero"
+    assert torch.equal(fresh, torch.zeros(7, 6)), (
+        "a critic made of a language model's folder starts at zero"
+    )
     assert (loaded["optimizer"], loaded["global_step"]) == ("restored", 3)
     torch.testing.assert_close(again, values, atol=1e-5, rtol=0)
     assert after[0] == pytest.approx(after[1], rel=1e-4)
     torch.testing.assert_close(moved[0], moved[1], atol=1e-4, rtol=0)
-    model, report = AutoModelForTokenClassification.from_pretrained(folder, output_loading_info=True)
+    model, report = AutoModelForTokenClassification.from_pretrained(
+        folder, output_loading_info=True
+    )
     assert not report["missing_keys"]
     assert model.config.num_labels == 1
     with torch.no_grad():
-        theirs = model(batch["tensors"]["input_ids"], **_positions(batch["tensors"])).logits[:, 3:-1, 0]
+        theirs = model(batch["tensors"]["input_ids"], **_positions(batch["tensors"])).logits[
+            :, 3:-1, 0
+        ]
     torch.testing.assert_close(theirs, values, atol=1e-5, rtol=0)
 
 
@@ -194,7 +218,9 @@ def test_a_reference_answers_as_its_folder_says_and_a_json_caller_gets_the_same(
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     with torch.no_grad():
         logits = model(tensors["input_ids"], **_positions(tensors)).logits
-    theirs = torch.log_softmax(logits[:, :-1], -1).gather(-1, tensors["input_ids"][:, 1:, None])[..., 0][:, -6:]
+    theirs = torch.log_softmax(logits[:, :-1], -1).gather(-1, tensors["input_ids"][:, 1:, None])[
+        ..., 0
+    ][:, -6:]
 
     current = reference.compute_log_prob({"tensors": tensors})["batch"]["old_log_probs"]
     frozen = reference.compute_ref_log_prob({"tensors": tensors})["batch"]["ref_log_prob"]
@@ -209,13 +235,21 @@ def test_json_callers_reach_the_heads_too(
 ) -> None:
     client = critic if verb == "compute_values" else reward
     tensors = make_batch(rows=3)["tensors"]
-    body = {"tensors": {name: tensor_to_data(tensors[name]) for name in ("input_ids", "attention_mask", "responses")}}
-    answer = requests.post(f"{stack.url}/{verb}?identifier={client.identifier}", json=body, timeout=60)
+    body = {
+        "tensors": {
+            name: tensor_to_data(tensors[name])
+            for name in ("input_ids", "attention_mask", "responses")
+        }
+    }
+    answer = requests.post(
+        f"{stack.url}/{verb}?identifier={client.identifier}", json=body, timeout=60
+    )
 
     assert answer.status_code == 200, answer.text
     name = verb.removeprefix("compute_")
     assert torch.equal(
-        data_to_tensor(answer.json()["batch"][name]), getattr(client, verb)({"tensors": tensors})["batch"][name]
+        data_to_tensor(answer.json()["batch"][name]),
+        getattr(client, verb)({"tensors": tensors})["batch"][name],
     )
 
 
@@ -224,7 +258,12 @@ _PARAMS: dict[str, dict[str, Any]] = {
     "load_checkpoint": {"path": "x"},
     "convert_checkpoint_to_huggingface": {"local_path": "x"},
 }
-_LACKING = [(role, name) for role in ROLES for name, operation in OPERATIONS.items() if role not in operation.roles]
+_LACKING = [
+    (role, name)
+    for role in ROLES
+    for name, operation in OPERATIONS.items()
+    if role not in operation.roles
+]
 
 
 @pytest.mark.parametrize(("role", "operation"), _LACKING)
@@ -237,8 +276,15 @@ def test_what_a_role_lacks_is_said_and_changes_nothing(
     reference: HTTPTrainServiceClient,
     teacher: HTTPTrainServiceClient,
 ) -> None:
-    """409 ROLE_UNSUPPORTED names role and operation, whatever the batch: it is judged before the batch."""
-    groups = {"actor": student, "critic": critic, "reward": reward, "ref": reference, "teacher": teacher}
+    """409 ROLE_UNSUPPORTED names role and operation, whatever the batch: it is judged before the
+    batch."""
+    groups = {
+        "actor": student,
+        "critic": critic,
+        "reward": reward,
+        "ref": reference,
+        "teacher": teacher,
+    }
     batch = make_batch() if OPERATIONS[operation].takes_batch else None
 
     with pytest.raises(RoleUnsupported, match=operation) as caught:
@@ -250,7 +296,10 @@ def test_what_a_role_lacks_is_said_and_changes_nothing(
 
 @pytest.mark.parametrize("role", ["ref", "teacher", "reward"])
 def test_a_forward_role_holds_no_optimizer(
-    role: str, reference: HTTPTrainServiceClient, teacher: HTTPTrainServiceClient, reward: HTTPTrainServiceClient
+    role: str,
+    reference: HTTPTrainServiceClient,
+    teacher: HTTPTrainServiceClient,
+    reward: HTTPTrainServiceClient,
 ) -> None:
     """A full save of one has the weights, and not one tensor of an optimizer."""
     client = {"ref": reference, "teacher": teacher, "reward": reward}[role]

@@ -1,4 +1,5 @@
-"""One YAML with several services: each becomes a group with its own role and settings, by its name."""
+"""One YAML with several services: each becomes a group with its own role and settings, by its
+name."""
 
 from __future__ import annotations
 
@@ -42,9 +43,14 @@ def _file(folder: Path, stack: Stack, model: Path) -> Path:
     return path
 
 
-def test_every_entry_becomes_a_group_of_its_role(stack: Stack, tiny_model: Path, tmp_path: Path) -> None:
-    """By name and by role; learning rates of 2e-6 are numbers; what belongs to the trainer is not looked at."""
-    with create_train_service_clients(load_service_config(_file(tmp_path, stack, tiny_model))) as clients:
+def test_every_entry_becomes_a_group_of_its_role(
+    stack: Stack, tiny_model: Path, tmp_path: Path
+) -> None:
+    """By name and by role; learning rates of 2e-6 are numbers; what belongs to the trainer is not
+    looked at."""
+    with create_train_service_clients(
+        load_service_config(_file(tmp_path, stack, tiny_model))
+    ) as clients:
         try:
             for client in clients.values():
                 client.initialize_worker()
@@ -55,7 +61,10 @@ def test_every_entry_becomes_a_group_of_its_role(stack: Stack, tiny_model: Path,
             update = clients["main_actor"].update_actor(batch)["metrics"]
             values = clients.by_role("critic").compute_values(batch)["batch"]["values"]
             critic = clients["main_critic"].update_critic(batch)["metrics"]
-            roles = {name: entry["role"] for name, entry in clients["main_actor"].get_models()["models"].items()}
+            roles = {
+                name: entry["role"]
+                for name, entry in clients["main_actor"].get_models()["models"].items()
+            }
 
             assert clients.by_role("actor") is clients["main_actor"]
             assert {name: roles[name] for name in ("yaml-student", "yaml-critic")} == {
@@ -71,8 +80,11 @@ def test_every_entry_becomes_a_group_of_its_role(stack: Stack, tiny_model: Path,
                 client.destroy()
 
 
-def test_one_file_serves_clients_made_one_by_one(stack: Stack, tiny_model: Path, tmp_path: Path) -> None:
-    """config_path of the whole file: the entry of the client's identifier is taken; a bad key names its place."""
+def test_one_file_serves_clients_made_one_by_one(
+    stack: Stack, tiny_model: Path, tmp_path: Path
+) -> None:
+    """config_path of the whole file: the entry of the client's identifier is taken; a bad key names
+    its place."""
     config = load_service_config(_file(tmp_path, stack, tiny_model))
     config["main_actor"]["actor"]["optim"]["learning_rate"] = 1.0
     with create_train_service_clients(config) as clients:

@@ -17,7 +17,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 def test_the_lines_of_the_readme_work_as_they_stand(stack: Stack, tiny_model: Path) -> None:
     client = create_train_service_client(backend="self-hosted", url=stack.url, identifier="readme")
     client.initialize_worker(
-        config_dict={"actor": {"model": {"path": str(tiny_model)}, "optim": {"lr": 1e-3}}}, role="actor", world_size=2
+        config_dict={"actor": {"model": {"path": str(tiny_model)}, "optim": {"lr": 1e-3}}},
+        role="actor",
+        world_size=2,
     )
     client.init_model()
     batch = make_batch()
@@ -35,9 +37,15 @@ def test_the_lines_of_the_readme_work_as_they_stand(stack: Stack, tiny_model: Pa
     client.destroy()
 
 
-def test_log_probs_are_transformers_own_in_row_order(student: HTTPTrainServiceClient, stack: Stack) -> None:
-    student.save_checkpoint("spine/weights", saved_fully_shared_ckpt=False, remove_previous_ckpt=False)
-    model = AutoModelForCausalLM.from_pretrained(stack.data / "spine" / "weights", dtype=torch.float32)
+def test_log_probs_are_transformers_own_in_row_order(
+    student: HTTPTrainServiceClient, stack: Stack
+) -> None:
+    student.save_checkpoint(
+        "spine/weights", saved_fully_shared_ckpt=False, remove_previous_ckpt=False
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        stack.data / "spine" / "weights", dtype=torch.float32
+    )
     batch = make_batch(rows=7)
     tensors = batch["tensors"]
     positions = (tensors["attention_mask"].cumsum(1) - 1).clamp(min=0)
@@ -45,13 +53,20 @@ def test_log_probs_are_transformers_own_in_row_order(student: HTTPTrainServiceCl
     ours = student.compute_log_prob(batch)["batch"]["old_log_probs"]
 
     with torch.no_grad():
-        logits = model(tensors["input_ids"], attention_mask=tensors["attention_mask"], position_ids=positions).logits
-    theirs = torch.log_softmax(logits[:, :-1], -1).gather(-1, tensors["input_ids"][:, 1:, None])[..., 0][:, -6:]
+        logits = model(
+            tensors["input_ids"], attention_mask=tensors["attention_mask"], position_ids=positions
+        ).logits
+    theirs = torch.log_softmax(logits[:, :-1], -1).gather(-1, tensors["input_ids"][:, 1:, None])[
+        ..., 0
+    ][:, -6:]
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-def test_the_two_halves_equal_the_whole(start_group: StartGroup, student: HTTPTrainServiceClient) -> None:
-    """forward_backward on two halves of a batch and one optim_step move the weights as one update_actor does, on one rank as on two."""
+def test_the_two_halves_equal_the_whole(
+    start_group: StartGroup, student: HTTPTrainServiceClient
+) -> None:
+    """forward_backward on two halves of a batch and one optim_step move the weights as one
+    update_actor does, on one rank as on two."""
     whole, halves = student, start_group("halves", world_size=1)
     whole.save_checkpoint("spine/start", remove_previous_ckpt=False)
     halves.load_checkpoint("spine/start")
@@ -59,7 +74,10 @@ def test_the_two_halves_equal_the_whole(start_group: StartGroup, student: HTTPTr
     whole.update_actor(batch)
     for part in (slice(0, 2), slice(2, 6)):
         halves.forward_backward(
-            {"tensors": {k: v[part] for k, v in batch["tensors"].items()}, "metadata": batch["metadata"]}
+            {
+                "tensors": {k: v[part] for k, v in batch["tensors"].items()},
+                "metadata": batch["metadata"],
+            }
         )
     halves.optim_step()
 
@@ -69,29 +87,41 @@ def test_the_two_halves_equal_the_whole(start_group: StartGroup, student: HTTPTr
     halves.destroy()
 
 
-def test_a_group_that_is_there_is_not_made_again(student: HTTPTrainServiceClient, tiny_model: Path) -> None:
+def test_a_group_that_is_there_is_not_made_again(
+    student: HTTPTrainServiceClient, tiny_model: Path
+) -> None:
     same = {"actor": {"model": {"path": str(tiny_model)}, "optim": {"lr": 1e-3}}}
     before = fingerprint(student)
 
-    assert student.initialize_worker(config_dict=same, role="actor", world_size=2)["already"] is True
+    assert (
+        student.initialize_worker(config_dict=same, role="actor", world_size=2)["already"] is True
+    )
     assert student.init_model()["already"] is True
     with pytest.raises(GroupExists, match=r"optim\.lr"):
-        student.initialize_worker(config_dict={"actor": {**same["actor"], "optim": {"lr": 1e-4}}}, world_size=2)
+        student.initialize_worker(
+            config_dict={"actor": {**same["actor"], "optim": {"lr": 1e-4}}}, world_size=2
+        )
     assert fingerprint(student) == before
 
 
-def test_a_trainer_and_a_controller_share_one_group(student: HTTPTrainServiceClient, stack: Stack) -> None:
+def test_a_trainer_and_a_controller_share_one_group(
+    student: HTTPTrainServiceClient, stack: Stack
+) -> None:
     controller = HTTPTrainServiceClient(stack.url, "student")
     batch = make_batch()
 
-    handles = [client.submit("compute_log_prob", batch) for client in (student, controller, student)]
+    handles = [
+        client.submit("compute_log_prob", batch) for client in (student, controller, student)
+    ]
     answers = [handle.result(60)["batch"]["old_log_probs"] for handle in handles]
 
     assert torch.equal(answers[0], answers[1])
     assert torch.equal(answers[0], answers[2])
 
 
-def test_the_only_group_needs_no_name_and_several_do(student: HTTPTrainServiceClient, stack: Stack) -> None:
+def test_the_only_group_needs_no_name_and_several_do(
+    student: HTTPTrainServiceClient, stack: Stack
+) -> None:
     nameless = HTTPTrainServiceClient(stack.url)
 
     assert nameless.barrier()["identifier"] == "student"
@@ -110,7 +140,9 @@ def test_supervised_steps_lower_the_loss(start_group: StartGroup) -> None:
     client.destroy()
 
 
-def test_reference_log_probs_are_of_the_first_weights_whatever_was_trained(student: HTTPTrainServiceClient) -> None:
+def test_reference_log_probs_are_of_the_first_weights_whatever_was_trained(
+    student: HTTPTrainServiceClient,
+) -> None:
     batch = make_batch()
     before = student.compute_ref_log_prob(batch)["batch"]["ref_log_prob"]
     student.update_actor(batch)

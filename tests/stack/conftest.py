@@ -51,7 +51,11 @@ def nexrl() -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "nexrl_stack", *arguments], capture_output=True, text=True, timeout=60, check=False
+            [sys.executable, "-m", "nexrl_stack", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
 
     return run

@@ -53,7 +53,8 @@ def test_gateway_that_does_not_answer(command: str, nexrl: Nexrl) -> None:
 def test_a_proxy_is_not_for_this_machine_and_is_named_elsewhere(
     command: str, nexrl: Nexrl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Towards loopback it is not asked; where it answers for a gateway, or is away, the message says so."""
+    """Towards loopback it is not asked; where it answers for a gateway, or is away, the message
+    says so."""
     for name in ("no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     away = f"http://127.0.0.1:{free_port()}"
@@ -64,13 +65,20 @@ def test_a_proxy_is_not_for_this_machine_and_is_named_elsewhere(
         assert proxy.asked == []
         answer = nexrl(command, "--url", "http://training.invalid:8000")
         assert (answer.returncode, answer.stdout) == (1, "")
-        assert f"the proxy {proxy.url}, asked for http://training.invalid:8000/" in answer.stderr.replace("\n", "")
+        assert (
+            f"the proxy {proxy.url}, asked for http://training.invalid:8000/"
+            in answer.stderr.replace("\n", "")
+        )
         assert len(proxy.asked) == 1
     answer = nexrl(command, "--url", "http://training.invalid:8000")
-    assert answer.returncode == 1 and f"by way of the proxy {proxy.url}" in answer.stderr.replace("\n", "")
+    assert answer.returncode == 1 and f"by way of the proxy {proxy.url}" in answer.stderr.replace(
+        "\n", ""
+    )
 
 
-def test_status_by_the_names_of_loopback(shared_stack: Any, nexrl: Nexrl, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_by_the_names_of_loopback(
+    shared_stack: Any, nexrl: Nexrl, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A gateway of this machine is asked whatever proxy is set; an address needs no http://."""
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
@@ -81,7 +89,8 @@ def test_status_by_the_names_of_loopback(shared_stack: Any, nexrl: Nexrl, monkey
 
 
 def test_logs_carry_the_rank(tmp_path: Path, nexrl: Nexrl) -> None:
-    """Every line of every rank, in the order of ranks (10 after 2), a last line without its end included."""
+    """Every line of every rank, in the order of ranks (10 after 2), a last line without its end
+    included."""
     folder = tmp_path / ".nexrl" / "logs" / "groups" / "student"
     folder.mkdir(parents=True)
     for rank, text in ((0, "first\nsecond\n"), (2, "two\n"), (10, "unfinished")):
@@ -93,7 +102,8 @@ def test_logs_carry_the_rank(tmp_path: Path, nexrl: Nexrl) -> None:
 def test_logs_are_bounded_and_none_of_their_lines_is_lost(
     tmp_path: Path, nexrl: Nexrl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that appends is not disturbed; whoever follows reads on, and who comes later sees what is kept."""
+    """A process that appends is not disturbed; whoever follows reads on, and who comes later sees
+    what is kept."""
     monkeypatch.setattr(rank_logs, "_POLL_S", 0.001)
     folder = tmp_path / ".nexrl" / "logs" / "groups" / "student"
     folder.mkdir(parents=True)
@@ -113,7 +123,9 @@ def test_logs_are_bounded_and_none_of_their_lines_is_lost(
     assert len(shown) > 100
 
 
-@pytest.mark.parametrize(("identifier", "message"), [("nobody", "there are no logs"), ("../x", "is no identifier")])
+@pytest.mark.parametrize(
+    ("identifier", "message"), [("nobody", "there are no logs"), ("../x", "is no identifier")]
+)
 def test_logs_of_no_group(identifier: str, message: str, tmp_path: Path, nexrl: Nexrl) -> None:
     """An unknown group and what is no identifier are refused with a message."""
     answer = nexrl("logs", identifier, "--data", str(tmp_path))
@@ -122,7 +134,8 @@ def test_logs_of_no_group(identifier: str, message: str, tmp_path: Path, nexrl: 
 
 
 def test_checkpoints_lists_what_is_published(tmp_path: Path, nexrl: Nexrl) -> None:
-    """Folders with a manifest under the data folder and the roots; what is not published is not shown."""
+    """Folders with a manifest under the data folder and the roots; what is not published is not
+    shown."""
     data, root = tmp_path / "data", tmp_path / "root"
     for folder, step in ((data / "ckpt" / "step_1", 1), (root / "step_2", 2)):
         _publish(folder, step)
@@ -146,7 +159,9 @@ def test_a_root_is_written_as_a_shell_would_have_it(
     monkeypatch.setenv("HOME", str(tmp_path))
     _publish(tmp_path / "data" / "step_1", 1)
     answer = nexrl("checkpoints", "--data=~/data", "--checkpoint-root=~/none", "--json")
-    assert [item["path"] for item in json.loads(answer.stdout)["checkpoints"]] == [str(tmp_path / "data" / "step_1")]
+    assert [item["path"] for item in json.loads(answer.stdout)["checkpoints"]] == [
+        str(tmp_path / "data" / "step_1")
+    ]
     answer = nexrl("checkpoints", "--checkpoint-root", str(tmp_path / "a:b"))
     assert answer.returncode == 1 and "a:b cannot be a root" in answer.stderr
 

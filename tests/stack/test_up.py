@@ -44,7 +44,8 @@ def test_ready_line_restarts_and_clean_stop(start_stack: StartStack) -> None:
 
 @pytest.mark.slow
 def test_killed_outright_it_leaves_no_process(start_stack: StartStack) -> None:
-    """kill -9 of ``nexrl up`` takes every process of the stack with it, and the folder can be used again at once."""
+    """kill -9 of ``nexrl up`` takes every process of the stack with it, and the folder can be used
+    again at once."""
     stack = start_stack().until_ready()
     assert len(stack.processes()) >= 4
     stack.process.kill()
@@ -55,7 +56,8 @@ def test_killed_outright_it_leaves_no_process(start_stack: StartStack) -> None:
 
 @pytest.mark.slow
 def test_records_outlive_the_stack_until_fresh(start_stack: StartStack) -> None:
-    """The same folder brings the records back; --fresh forgets them and leaves the user's files alone."""
+    """The same folder brings the records back; --fresh forgets them and leaves the user's files
+    alone."""
     stack = start_stack().until_ready()
     redis.Redis.from_url(stack.redis_url).set("nexrl:test:kept", "yes")
     (stack.data / "checkpoint").write_text("mine")
@@ -71,7 +73,8 @@ def test_records_outlive_the_stack_until_fresh(start_stack: StartStack) -> None:
 
 
 def test_data_folder_in_use_is_refused(shared_stack: Any, nexrl: Callable[..., Any]) -> None:
-    """A second stack on the same folder is refused before it starts anything, and the first one goes on."""
+    """A second stack on the same folder is refused before it starts anything, and the first one
+    goes on."""
     stack = shared_stack
     before = {process.pid for process in stack.processes()}
     second = nexrl("up", "--port", "0", "--fresh", "--data", str(stack.data))
@@ -96,7 +99,15 @@ def test_redis_that_is_away_is_refused(tmp_path: Path, nexrl: Callable[..., Any]
     """A Redis given with --redis must answer."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    refused = nexrl("up", "--redis", f"redis://127.0.0.1:{port}/0", "--port", "0", "--data", str(tmp_path / "data"))
+    refused = nexrl(
+        "up",
+        "--redis",
+        f"redis://127.0.0.1:{port}/0",
+        "--port",
+        "0",
+        "--data",
+        str(tmp_path / "data"),
+    )
     assert refused.returncode == 1
     assert "no Redis answers at --redis" in refused.stderr
 
@@ -104,7 +115,8 @@ def test_redis_that_is_away_is_refused(tmp_path: Path, nexrl: Callable[..., Any]
 def test_external_redis_is_used_and_left_running(
     start_stack: StartStack, tmp_path: Path, nexrl: Callable[..., Any]
 ) -> None:
-    """With --redis no embedded server is started, the given one is not stopped, and one that would forget is refused."""
+    """With --redis no embedded server is started, the given one is not stopped, and one that would
+    forget is refused."""
     server = RedisServer(tmp_path)
     server.start("--appendonly", "no")
     refused = nexrl("up", "--redis", server.url, "--port", "0", "--data", str(tmp_path / "data"))
@@ -121,7 +133,8 @@ def test_external_redis_is_used_and_left_running(
 
 @pytest.mark.slow
 def test_a_process_that_cannot_live_ends_the_stack_with_its_log(start_stack: StartStack) -> None:
-    """Five deaths right after the start: the end of the log on stderr, exit status 1, no process left."""
+    """Five deaths right after the start: the end of the log on stderr, exit status 1, no process
+    left."""
     stack = start_stack("--payloads", "nonsense://nowhere")
     assert stack.process.wait(60) == 1
     assert "died 5 times right after its start" in stack.err
@@ -149,8 +162,11 @@ def _ready(url: str) -> bool:
 
 
 @pytest.mark.parametrize("how", ["middle", "base", "manifest"])
-def test_damaged_records_are_told_with_what_to_do(how: str, tmp_path: Path, nexrl: Callable[..., Any]) -> None:
-    """At once, with the file; the offered command mends what can be mended with what is installed, and --fresh begins anew."""
+def test_damaged_records_are_told_with_what_to_do(
+    how: str, tmp_path: Path, nexrl: Callable[..., Any]
+) -> None:
+    """At once, with the file; the offered command mends what can be mended with what is installed,
+    and --fresh begins anew."""
     records = _records(tmp_path / "data")
     file = {
         "middle": records / "appendonly.aof.1.incr.aof",

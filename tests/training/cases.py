@@ -1,4 +1,5 @@
-"""Random configurations of an update, the batches they run on, and what the plain loop makes of them."""
+"""Random configurations of an update, the batches they run on, and what the plain loop makes of
+them."""
 
 from __future__ import annotations
 
@@ -14,7 +15,15 @@ from hypothesis import strategies as st
 from nexrl_worker.training.losses.aggregation import MODES
 from nexrl_worker.training.losses.correction import MODES as CORRECTIONS
 from nexrl_worker.training.losses.divergence import KINDS
-from plain_loop import Trained, outputs_at, policy_step, scored_columns, temperature_of, train, value_step
+from plain_loop import (
+    Trained,
+    outputs_at,
+    policy_step,
+    scored_columns,
+    temperature_of,
+    train,
+    value_step,
+)
 from safetensors.torch import save_file
 from support import SMALL, MemoryRows
 from torch import Tensor, nn
@@ -79,7 +88,8 @@ DRAWN = st.fixed_dictionaries(
 
 @dataclass
 class Case:
-    """`loss` and `rows` for the plain loop, `names` being what the loss may read; `order` is what the ranks are told."""
+    """`loss` and `rows` for the plain loop, `names` being what the loss may read; `order` is what
+    the ranks are told."""
 
     loss: Loss
     rows: MemoryRows
@@ -89,16 +99,23 @@ class Case:
 
 @cache
 def drawn(count: int, first: int) -> list[dict[str, Any]]:
-    """`count` draws by hypothesis, the same in every run, each unlike all others in more than a third of its keys."""
+    """`count` draws by hypothesis, the same in every run, each unlike all others in more than a
+    third of its keys."""
     found: list[dict[str, Any]] = []
 
     @seed(first)
     @settings(
-        max_examples=500, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+        max_examples=500,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
     )
     @given(DRAWN)
     def draw(case: dict[str, Any]) -> None:
-        if len(found) < count and all(sum(case[key] != old[key] for key in case) > len(case) // 3 for old in found):
+        if len(found) < count and all(
+            sum(case[key] != old[key] for key in case) > len(case) // 3 for old in found
+        ):
             found.append(case)
 
     draw()
@@ -113,7 +130,9 @@ def load(path: str, critic: bool) -> nn.Module:
     return model.eval()
 
 
-def make(folder: Path, name: str, variant: str, draw: dict[str, Any], path: str, dtype: str) -> Case:
+def make(
+    folder: Path, name: str, variant: str, draw: dict[str, Any], path: str, dtype: str
+) -> Case:
     """The case of `variant` and `draw`, its batch in a file for the ranks."""
     critic = variant == "critic"
     loss = _loss(LOSSES[variant], draw, critic)
@@ -121,7 +140,13 @@ def make(folder: Path, name: str, variant: str, draw: dict[str, Any], path: str,
     rows = _rows(draw, load(path, critic), critic)
     ratio = loss.name in ("ppo", "grpo", "gspo", "cispo", "importance_sampling")
     needs_old = ratio or loss.correction is not None
-    names = ["advantages", "loss_weights", "teacher_log_probs", "teacher_topk_ids", "teacher_topk_log_probs"]
+    names = [
+        "advantages",
+        "loss_weights",
+        "teacher_log_probs",
+        "teacher_topk_ids",
+        "teacher_topk_log_probs",
+    ]
     if critic:
         names = ["returns", *(["values"] if draw["old"] else [])]
     elif loss.teacher is not None and loss.name not in TOP_K:
@@ -137,8 +162,12 @@ def make(folder: Path, name: str, variant: str, draw: dict[str, Any], path: str,
         loss = replace(loss, name="reinforce")
     names += ["rollout_log_probs"] if loss.correction or loss.student == "rollout_log_probs" else []
     names += ["ref_log_prob"] if loss.kl else []
-    rows.tensors = {key: value for key, value in rows.tensors.items() if key in names or key in _INPUTS}
-    sent = {key: value for key, value in rows.tensors.items() if key != "ref_log_prob" or not _own(draw)}
+    rows.tensors = {
+        key: value for key, value in rows.tensors.items() if key in names or key in _INPUTS
+    }
+    sent = {
+        key: value for key, value in rows.tensors.items() if key != "ref_log_prob" or not _own(draw)
+    }
     save_file({key: value.contiguous() for key, value in sent.items()}, folder / f"{name}.batch")
     operation = "update_critic" if critic else "update_actor"
     params: dict[str, Any] = {}
@@ -159,7 +188,14 @@ def make(folder: Path, name: str, variant: str, draw: dict[str, Any], path: str,
     return Case(loss, rows, [key for key in names if key in rows.tensors], order)
 
 
-_INPUTS = ("input_ids", "attention_mask", "responses", "scoring_attention_mask", "loss_mask", "temperature")
+_INPUTS = (
+    "input_ids",
+    "attention_mask",
+    "responses",
+    "scoring_attention_mask",
+    "loss_mask",
+    "temperature",
+)
 
 
 def _own(draw: dict[str, Any]) -> bool:
@@ -171,7 +207,13 @@ def _loss(plain: Loss, draw: dict[str, Any], critic: bool) -> Loss:
     if critic:
         return replace(plain, mode=draw["mode"], scale=12.0)
     corrects = plain.name not in ("cross_entropy", "linear", *TOP_K) and draw["correction"]
-    corrects = "sequence_mask" if plain.drops and draw["wide"] else "token_mask" if plain.drops else corrects
+    corrects = (
+        "sequence_mask"
+        if plain.drops and draw["wide"]
+        else "token_mask"
+        if plain.drops
+        else corrects
+    )
     kl_type = draw["kl_type"] or ("k3" if plain.kl_times_ratio else None)
     return replace(
         plain,
@@ -219,7 +261,8 @@ def _config(loss: Loss, draw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rows(draw: dict[str, Any], model: nn.Module, critic: bool) -> MemoryRows:
-    """Every tensor that any loss reads; row 1 scores nothing, and what is not scored holds NaN or an impossible id."""
+    """Every tensor that any loss reads; row 1 scores nothing, and what is not scored holds NaN or
+    an impossible id."""
     random = torch.Generator().manual_seed(draw["seed"])
     size, response, width = draw["size"], draw["response"], 14
     attention = torch.stack([_attended(draw["padding"], width, random) for _ in range(size)])
@@ -247,7 +290,9 @@ def _rows(draw: dict[str, Any], model: nn.Module, critic: bool) -> MemoryRows:
         return around + spread * torch.randn(size, width, generator=random, dtype=torch.float64)
 
     old = noise(0.25, near)
-    logs = torch.log_softmax(2 * torch.randn(size, width, VOCABULARY, generator=random, dtype=torch.float64), dim=-1)
+    logs = torch.log_softmax(
+        2 * torch.randn(size, width, VOCABULARY, generator=random, dtype=torch.float64), dim=-1
+    )
     best = logs.topk(draw["k"], dim=-1)
     values = {
         "advantages": noise(1.0),
@@ -270,7 +315,8 @@ def _rows(draw: dict[str, Any], model: nn.Module, critic: bool) -> MemoryRows:
 
 
 def _attended(padding: str, width: int, random: torch.Generator) -> Tensor:
-    """A row's attention mask; the sixth column from the end and two before it are always attended."""
+    """A row's attention mask; the sixth column from the end and two before it are always
+    attended."""
     mask = torch.ones(width, dtype=torch.int32)
     left, right = (int(n) for n in torch.randint(0, 6, (2,), generator=random))
     if padding != "right":
@@ -303,7 +349,11 @@ def plain(case: Case, orders: list[list[int]]) -> Trained:
     critic = case.order["role"] == "critic"
     model = load(case.order["path"], critic)
     step = (
-        value_step(model, case.rows, case.loss, EPS) if critic else policy_step(model, case.rows, case.loss, case.names)
+        value_step(model, case.rows, case.loss, EPS)
+        if critic
+        else policy_step(model, case.rows, case.loss, case.names)
     )
     clip = case.order["config"]["grad_clip"] or float("inf")
-    return train(model, case.rows, case.loss, step, orders, {**case.order["config"]["optim"], "clip": clip})
+    return train(
+        model, case.rows, case.loss, step, orders, {**case.order["config"]["optim"], "clip": clip}
+    )

@@ -1,4 +1,5 @@
-"""What the ranks of test_cuts.py and test_role_memory.py run: `cut_ranks.py CHECKS RANK WORLD MEETING OUT [ARGUMENTS]`."""
+"""What the ranks of test_cuts.py and test_role_memory.py run: `cut_ranks.py CHECKS RANK WORLD
+MEETING OUT [ARGUMENTS]`."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ from support import MemoryRows, planned
 from torch import Tensor
 
 
-def agreed_plan(engine: Engine, operation: str, rows: MemoryRows, **params: Any) -> tuple[Prepared, Plan]:
+def agreed_plan(
+    engine: Engine, operation: str, rows: MemoryRows, **params: Any
+) -> tuple[Prepared, Plan]:
     """Made once, sent as JSON, as the runtime does."""
     prepared, plan = planned(engine, operation, rows, **params)
     text = [json.dumps(plan.to_dict()) if dist.get_rank() == 0 else ""]
@@ -33,7 +36,11 @@ def watch(engine: Engine, into: list[dict[str, Tensor]]) -> None:
     step = optimizer.step
 
     def seen(scale: float, lr: float) -> None:
-        grads = {name: param.grad for name, param in engine._root.hf.named_parameters() if param.grad is not None}
+        grads = {
+            name: param.grad
+            for name, param in engine._root.hf.named_parameters()
+            if param.grad is not None
+        }
         into.append({name: grad.full_tensor().clone() for name, grad in grads.items()})
         step(scale, lr)
 
@@ -54,17 +61,22 @@ def one(folder: Path, name: str, case: dict[str, Any]) -> dict[str, Any]:
         engine.check(prepared, plan)
         metrics += [result.metrics for result in engine.update(prepared, plan)]
         orders += [sorted(mini.rows()) for mini in plan.mini_batches]
-    tensors = {f"{step}/{key}": grad for step, grads in enumerate(found) for key, grad in grads.items()}
+    tensors = {
+        f"{step}/{key}": grad for step, grads in enumerate(found) for key, grad in grads.items()
+    }
     save(folder, name, tensors | {f"end/{key}": value for key, value in weights(engine).items()})
     return {"metrics": metrics, "orders": orders, "packing": engine.info()["packing"]}
 
 
 def cases(folder: Path, file: str) -> dict[str, Any]:
-    return {name: one(folder, name, case) for name, case in json.loads(Path(file).read_text()).items()}
+    return {
+        name: one(folder, name, case) for name, case in json.loads(Path(file).read_text()).items()
+    }
 
 
 def memory(folder: Path, path: str, role: str) -> dict[str, Any]:
-    """Bytes by which this process has grown with the group and one operation, and how many moments it holds."""
+    """Bytes by which this process has grown with the group and one operation, and how many moments
+    it holds."""
     before = resident()
     engine = build(path, role, dtype="float32")
     ids = torch.ones(2, 8).long()

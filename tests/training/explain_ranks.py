@@ -1,4 +1,5 @@
-"""What the ranks of test_explain.py run: explain an update, run it, and say both; arguments as in ranks.py."""
+"""What the ranks of test_explain.py run: explain an update, run it, and say both; arguments as in
+ranks.py."""
 
 from __future__ import annotations
 
@@ -14,21 +15,36 @@ from support import MemoryRows, config, planned
 
 def explain(_: Path, path: str, settings: str) -> dict[str, Any]:
     """The plan of an update, and the update's own account."""
-    engine = Engine.build(config(path, **{"dtype": "float32", **json.loads(settings)}), "actor", torch.device("cpu"))
+    engine = Engine.build(
+        config(path, **{"dtype": "float32", **json.loads(settings)}), "actor", torch.device("cpu")
+    )
     random = torch.Generator().manual_seed(1)
     size, width = 10, 320
     attention = torch.ones(size, width, dtype=torch.int64)
     for row in range(size):
         attention[row, width - int(torch.randint(1, width // 2, (1,), generator=random)) :] = 0
     ids = torch.randint(0, 1000, (size, width), generator=random)
-    tensors = {"input_ids": ids, "attention_mask": attention, "advantages": torch.ones(size, width - 1)}
+    tensors = {
+        "input_ids": ids,
+        "attention_mask": attention,
+        "advantages": torch.ones(size, width - 1),
+    }
     rows = MemoryRows(tensors, temperature=1.0)
     before = engine.state.fingerprint()
     prepared, plan = planned(engine, "update_actor", rows)
     explained = engine.explain(prepared, plan, rows.lengths())
-    unchanged = engine.state.fingerprint() == before and engine.state.optimizer_steps == 0 and not engine.state.pending
+    unchanged = (
+        engine.state.fingerprint() == before
+        and engine.state.optimizer_steps == 0
+        and not engine.state.pending
+    )
     results = [result.metrics for result in engine.update(prepared, plan)]
-    return {"explained": explained, "unchanged": unchanged, "results": results, "lengths": rows.lengths()}
+    return {
+        "explained": explained,
+        "unchanged": unchanged,
+        "results": results,
+        "lengths": rows.lengths(),
+    }
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""The losses again, row by row and straight from the formulas: what tests hold against the worker's.
+"""The losses again, row by row and straight from the formulas: what tests hold against the
+worker's.
 
-Every function takes the log-probabilities of one row's scored tokens twice: `lp`, which gradients go through, and
-`held`, the same numbers as constants, which stand wherever a formula says stop-gradient.
+Every function takes the log-probabilities of one row's scored tokens twice: `lp`, which gradients
+go through, and `held`, the same numbers as constants, which stand wherever a formula says
+stop-gradient.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ Row = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Loss:
-    """One configuration of an update; the names are those of the issue, `low` None is no lower bound."""
+    """One configuration of an update; the names are those of the issue, `low` None is no lower
+    bound."""
 
     name: str
     mode: str = "token-mean"
@@ -41,7 +44,9 @@ def policy(loss: Loss, lp: Tensor, held: Tensor, row: Row) -> Tensor:
     old = row.get("old_log_probs", held)
     gain = row.get("advantages", torch.zeros_like(held))
     if loss.teacher is not None:
-        gain = gain + loss.teacher * (row["teacher_log_probs"] - (row[loss.student] if loss.student else held))
+        gain = gain + loss.teacher * (
+            row["teacher_log_probs"] - (row[loss.student] if loss.student else held)
+        )
     term = _terms(loss, lp, held, old, gain, row)
     if loss.correction is None:
         return term
@@ -72,7 +77,8 @@ def _terms(loss: Loss, lp: Tensor, held: Tensor, old: Tensor, gain: Tensor, row:
 
 
 def _pessimistic(loss: Loss, ratio: Tensor, gain: Tensor) -> Tensor:
-    """Case by case: a good token earns at most -A(1+high), a bad one costs |A|(1-low) at the least and |A|c at most."""
+    """Case by case: a good token earns at most -A(1+high), a bad one costs |A|(1-low) at the least
+    and |A|c at most."""
     assert loss.low is not None
     lines = []
     for r, a in zip(ratio, gain, strict=True):
@@ -80,7 +86,11 @@ def _pessimistic(loss: Loss, ratio: Tensor, gain: Tensor) -> Tensor:
             bounded = r if r < 1 + loss.high else torch.full_like(r, 1 + loss.high)
         else:
             bounded = r if r > 1 - loss.low else torch.full_like(r, 1 - loss.low)
-            bounded = bounded if loss.dual is None or bounded < loss.dual else torch.full_like(r, loss.dual)
+            bounded = (
+                bounded
+                if loss.dual is None or bounded < loss.dual
+                else torch.full_like(r, loss.dual)
+            )
         lines.append(-a * bounded)
     return torch.stack(lines) if lines else ratio
 
@@ -88,7 +98,11 @@ def _pessimistic(loss: Loss, ratio: Tensor, gain: Tensor) -> Tensor:
 def correction(old: Tensor, rollout: Tensor, mode: str, lower: float, upper: float) -> Tensor:
     """w of one row's scored tokens."""
     gaps = (old - rollout).tolist()
-    weights = [math.exp(sum(gaps))] * len(gaps) if mode.startswith("sequence") else [math.exp(gap) for gap in gaps]
+    weights = (
+        [math.exp(sum(gaps))] * len(gaps)
+        if mode.startswith("sequence")
+        else [math.exp(gap) for gap in gaps]
+    )
     if mode.endswith("truncate"):
         return torch.tensor([min(max(w, lower), upper) for w in weights], dtype=old.dtype)
     return torch.tensor([w if lower <= w <= upper else 0.0 for w in weights], dtype=old.dtype)
@@ -103,11 +117,16 @@ def kept(old: Tensor, rollout: Tensor, mode: str, lower: float, upper: float) ->
 def weighted_divergence(loss: Loss, lp: Tensor, held: Tensor, row: Row) -> Tensor:
     """The KL estimate of one row's scored tokens, times pi / pi_old where `loss` says so."""
     value = divergence(loss.kl_type, lp, held, row["ref_log_prob"])
-    return value * torch.exp(lp) / torch.exp(row.get("old_log_probs", held)) if loss.kl_times_ratio else value
+    return (
+        value * torch.exp(lp) / torch.exp(row.get("old_log_probs", held))
+        if loss.kl_times_ratio
+        else value
+    )
 
 
 def divergence(kind: str, lp: Tensor, held: Tensor, reference: Tensor) -> Tensor:
-    """The KL estimate of one row's scored tokens; k1+ and k3+ are worth k1 and k3 and change as k2 does."""
+    """The KL estimate of one row's scored tokens; k1+ and k3+ are worth k1 and k3 and change as k2
+    does."""
     d, fixed = lp - reference, held - reference
     match kind:
         case "k1" | "kl":
@@ -126,7 +145,8 @@ def divergence(kind: str, lp: Tensor, held: Tensor, reference: Tensor) -> Tensor
 
 
 def over_candidates(student: Tensor, ids: Tensor, teacher: Tensor, forward: bool) -> Tensor:
-    """KL of the distributions over K tokens and all others, [T]: student [T,V], ids and teacher [T,K] (log-probs)."""
+    """KL of the distributions over K tokens and all others, [T]: student [T,V], ids and teacher
+    [T,K] (log-probs)."""
     lines = []
     for logs, chosen, given in zip(student, ids, teacher, strict=True):
         q, p = torch.exp(logs[chosen]), torch.exp(given)
@@ -141,10 +161,17 @@ def over_candidates(student: Tensor, ids: Tensor, teacher: Tensor, forward: bool
 
 
 def aggregate(loss: Loss, lines: list[Tensor]) -> Tensor:
-    """One number from the per-token values of every row (rows without a scored token are empty lines)."""
+    """One number from the per-token values of every row (rows without a scored token are empty
+    lines)."""
     used = [line for line in lines if len(line)]
     every = torch.cat(used)
-    match "sum" if loss.name == "linear" else "seq-mean-token-mean" if loss.name == "gspo" else loss.mode:
+    match (
+        "sum"
+        if loss.name == "linear"
+        else "seq-mean-token-mean"
+        if loss.name == "gspo"
+        else loss.mode
+    ):
         case "sum":
             return every.sum()
         case "token-mean":

@@ -1,4 +1,5 @@
-"""What the ranks of test_step_options.py run: `packing_ranks.py CHECKS RANK WORLD MEETING OUT [ARGUMENTS]`."""
+"""What the ranks of test_step_options.py run: `packing_ranks.py CHECKS RANK WORLD MEETING OUT
+[ARGUMENTS]`."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ def build(path: str, **changes: Any) -> Scorer:
 
 def backward(root: Scorer, rows: MemoryRows, indices: list[int], packed: bool) -> None:
     """Sum of squared log-probabilities of these rows; FSDP averages over ranks."""
-    micro = BatchReader(rows, Layout.of(rows), (), CPU, torch.float64, packed, temperature=0.7).read(indices)
+    micro = BatchReader(
+        rows, Layout.of(rows), (), CPU, torch.float64, packed, temperature=0.7
+    ).read(indices)
     log_probs, _ = root.score(micro, entropy=False, all_labels=True)
     total = torch.where(micro.mask, log_probs, 0.0).square().sum() * dist.get_world_size()
     total.backward()  # type: ignore[no-untyped-call]
@@ -54,7 +57,8 @@ def cut(rank: int, world: int) -> list[list[int]]:
 
 
 def synchronisation(folder: Path, path: str) -> dict[str, Any]:
-    """Gradients of two accumulations: synchronised at every micro-batch, at the last one, and after an error."""
+    """Gradients of two accumulations: synchronised at every micro-batch, at the last one, and after
+    an error."""
     root, rows = build(path), batch()
     clock = Clock(CPU)
     clock.watch(root.collectives)
@@ -66,7 +70,11 @@ def synchronisation(folder: Path, path: str) -> dict[str, Any]:
             synchronise(root, not kept_back or number == len(micros) - 1)
             backward(root, rows, indices, packed)
 
-    for name, kept_back, packed in (("each", False, False), ("last", True, False), ("packed", True, True)):
+    for name, kept_back, packed in (
+        ("each", False, False),
+        ("last", True, False),
+        ("packed", True, True),
+    ):
         clock.start()
         for _ in range(2):
             accumulate(kept_back, packed)
@@ -99,7 +107,9 @@ def waiting(folder: Path, path: str) -> dict[str, Any]:
     if dist.get_rank() == 1:
         time.sleep(1.5)
     with clock.measure("forward"):
-        micro = BatchReader(rows, Layout.of(rows), (), CPU, torch.float64, temperature=0.7).read([0])
+        micro = BatchReader(rows, Layout.of(rows), (), CPU, torch.float64, temperature=0.7).read(
+            [0]
+        )
         loss = root.score(micro, entropy=False, all_labels=True)[0].sum()
     with clock.measure("backward"):
         loss.backward()  # type: ignore[no-untyped-call]

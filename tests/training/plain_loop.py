@@ -1,4 +1,5 @@
-"""A plain single-process loop in float64, one row at a time, from `formulas` alone: what training must come to."""
+"""A plain single-process loop in float64, one row at a time, from `formulas` alone: what training
+must come to."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ LEVELS = {"min": 0.0, "p01": 0.01, "p50": 0.5, "p99": 0.99, "max": 1.0}
 
 @dataclass
 class Trained:
-    """Of every optimizer step the gradients before clipping, their norm and the metrics; the weights at both ends.
+    """Of every optimizer step the gradients before clipping, their norm and the metrics; the
+    weights at both ends.
 
     Rows without any scored token make no step: their metrics are None.
     """
@@ -30,12 +32,25 @@ class Trained:
 
 
 def train(
-    model: nn.Module, rows: MemoryRows, loss: Loss, step: Step, orders: Sequence[list[int]], optim: dict[str, Any]
+    model: nn.Module,
+    rows: MemoryRows,
+    loss: Loss,
+    step: Step,
+    orders: Sequence[list[int]],
+    optim: dict[str, Any],
 ) -> Trained:
-    """One AdamW step for each list of rows in `orders`, at a constant rate, on gradients clipped to `optim["clip"]`."""
-    decayed = get_decayed(model) if optim.get("no_decay") else {name for name, _ in model.named_parameters()}
+    """One AdamW step for each list of rows in `orders`, at a constant rate, on gradients clipped to
+    `optim["clip"]`."""
+    decayed = (
+        get_decayed(model)
+        if optim.get("no_decay")
+        else {name for name, _ in model.named_parameters()}
+    )
     groups = [
-        {"params": [p for n, p in model.named_parameters() if (n in decayed) == yes], "weight_decay": decay}
+        {
+            "params": [p for n, p in model.named_parameters() if (n in decayed) == yes],
+            "weight_decay": decay,
+        }
         for yes, decay in ((True, optim["weight_decay"]), (False, 0.0))
     ]
     adamw = torch.optim.AdamW(groups, lr=optim["lr"], eps=optim["eps"])
@@ -47,7 +62,9 @@ def train(
         adamw.zero_grad()
         total, metrics = step(chosen)
         total.backward()
-        made.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        made.gradients.append(
+            {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        )
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim["clip"])
         made.metrics.append({**metrics, "grad_norm": float(norm), "loss": total.item()})
         adamw.step()
@@ -65,7 +82,8 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def scored_columns(rows: MemoryRows, row: int) -> list[int]:
-    """Columns of the row's scored tokens, by the batch contract: attended, on the response, with a token before."""
+    """Columns of the row's scored tokens, by the batch contract: attended, on the response, with a
+    token before."""
     tensors = rows.tensors
     width = tensors["input_ids"].shape[1]
     attention = tensors["attention_mask"][row].bool()
@@ -83,7 +101,11 @@ def used_columns(rows: MemoryRows, row: int, loss: Loss) -> list[int]:
     if not loss.drops or loss.correction is None:
         return columns
     pair = [line_of(rows, name, row, columns) for name in ("old_log_probs", "rollout_log_probs")]
-    return [column for column, stays in zip(columns, kept(*pair, **loss.correction), strict=True) if stays]
+    return [
+        column
+        for column, stays in zip(columns, kept(*pair, **loss.correction), strict=True)
+        if stays
+    ]
 
 
 def line_of(rows: MemoryRows, name: str, row: int, columns: list[int]) -> Tensor:
@@ -96,7 +118,8 @@ def line_of(rows: MemoryRows, name: str, row: int, columns: list[int]) -> Tensor
 
 
 def outputs_at(model: nn.Module, rows: MemoryRows, row: int, columns: list[int]) -> Tensor:
-    """The model's answers [T,...] at the tokens that predict these columns; the row alone, without its padding."""
+    """The model's answers [T,...] at the tokens that predict these columns; the row alone, without
+    its padding."""
     real = rows.tensors["attention_mask"][row].bool()
     alone = rows.tensors["input_ids"][row][real]
     places = [int(real[:column].sum()) - 1 for column in columns]
@@ -106,7 +129,11 @@ def outputs_at(model: nn.Module, rows: MemoryRows, row: int, columns: list[int])
 
 def temperature_of(rows: MemoryRows, row: int) -> float:
     """The row's own, else the batch's."""
-    return float(rows.tensors["temperature"][row] if rows.has("temperature") else rows.metadata["temperature"])
+    return float(
+        rows.tensors["temperature"][row]
+        if rows.has("temperature")
+        else rows.metadata["temperature"]
+    )
 
 
 def policy_step(model: nn.Module, rows: MemoryRows, loss: Loss, names: Sequence[str]) -> Step:
@@ -114,10 +141,14 @@ def policy_step(model: nn.Module, rows: MemoryRows, loss: Loss, names: Sequence[
 
     def step(chosen: list[int]) -> tuple[Tensor, dict[str, float]]:
         parts: dict[str, list[Tensor]] = {"policy": [], "entropy": [], "kl": []}
-        seen: dict[str, list[Tensor]] = {name: [] for name in ("ratio", "gain", "gap", "teacher", "mismatch")}
+        seen: dict[str, list[Tensor]] = {
+            name: [] for name in ("ratio", "gain", "gap", "teacher", "mismatch")
+        }
         for row in chosen:
             columns = used_columns(rows, row, loss)
-            logs = torch.log_softmax(outputs_at(model, rows, row, columns) / temperature_of(rows, row), dim=-1)
+            logs = torch.log_softmax(
+                outputs_at(model, rows, row, columns) / temperature_of(rows, row), dim=-1
+            )
             labels = rows.tensors["input_ids"][row][columns]
             lp = logs[range(len(columns)), labels]
             held = lp.detach()
@@ -129,7 +160,9 @@ def policy_step(model: nn.Module, rows: MemoryRows, loss: Loss, names: Sequence[
             _look(loss, held, line, seen)
             if "rollout_log_probs" in names:
                 every = scored_columns(rows, row)
-                old = line_of(rows, "old_log_probs", row, every) if "old_log_probs" in names else held
+                old = (
+                    line_of(rows, "old_log_probs", row, every) if "old_log_probs" in names else held
+                )
                 seen["mismatch"].append(line_of(rows, "rollout_log_probs", row, every) - old)
         total = aggregate(loss, parts["policy"]) - loss.entropy * aggregate(loss, parts["entropy"])
         metrics = {
@@ -169,14 +202,20 @@ def _look(loss: Loss, held: Tensor, line: dict[str, Tensor], seen: dict[str, lis
 
 def _counted(loss: Loss, lines: list[Tensor], seen: dict[str, list[Tensor]]) -> dict[str, float]:
     """Means over the tokens, and nearest-rank quantiles."""
-    found = {"tokens": float(sum(len(line) for line in lines)), "rows": float(sum(len(line) > 0 for line in lines))}
+    found = {
+        "tokens": float(sum(len(line) for line in lines)),
+        "rows": float(sum(len(line) > 0 for line in lines)),
+    }
     if seen["teacher"]:
         found["teacher_kl"] = float(torch.cat(seen["teacher"]).mean())
     if loss.name in ("reinforce", "cross_entropy", "linear", "forward_kl", "reverse_kl"):
         return found
     ratio, gain = torch.cat(seen["ratio"]), torch.cat(seen["gain"])
     ordered = sorted(ratio.tolist())
-    found |= {f"ratio_{name}": ordered[round(level * (len(ordered) - 1))] for name, level in LEVELS.items()}
+    found |= {
+        f"ratio_{name}": ordered[round(level * (len(ordered) - 1))]
+        for name, level in LEVELS.items()
+    }
     found["ratio_mean"] = float(ratio.mean())
     found["ratio_outside"] = sum(r < 0.9 or r > 1.1 for r in ordered) / len(ordered)
     found["ppo_kl"] = float(torch.cat(seen["gap"]).mean())
@@ -195,7 +234,8 @@ def _counted(loss: Loss, lines: list[Tensor], seen: dict[str, list[Tensor]]) -> 
 
 
 def value_step(model: nn.Module, rows: MemoryRows, loss: Loss, eps: float) -> Step:
-    """0.5 max((v - ret)^2, (clip(v, old - eps, old + eps) - ret)^2); without `values` in the batch 0.5 (v - ret)^2."""
+    """0.5 max((v - ret)^2, (clip(v, old - eps, old + eps) - ret)^2); without `values` in the batch
+    0.5 (v - ret)^2."""
 
     def step(chosen: list[int]) -> tuple[Tensor, dict[str, float]]:
         lines, errors, targets, found, clipped = [], [], [], [], 0
@@ -218,8 +258,10 @@ def value_step(model: nn.Module, rows: MemoryRows, loss: Loss, eps: float) -> St
         spread = float(target.var(correction=0))
         explained = 1 - float(error.var(correction=0)) / spread if spread > 0 else 0.0
         return total, {
-            "vf_loss": total.item(), "vf_clipfrac": clipped / count, "explained_variance": explained,
-            "values_mean": float(torch.cat(found).mean()), "returns_mean": float(target.mean()), "tokens": float(count),
+            "vf_loss": total.item(), "vf_clipfrac": clipped / count,
+            "explained_variance": explained,
+            "values_mean": float(torch.cat(found).mean()), "returns_mean": float(target.mean()),
+            "tokens": float(count),
         }  # fmt: skip
 
     return step

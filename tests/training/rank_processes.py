@@ -1,4 +1,5 @@
-"""Ranks that are processes of their own: `run_ranks` starts them, `be_a_rank` is what their script does."""
+"""Ranks that are processes of their own: `run_ranks` starts them, `be_a_rank` is what their script
+does."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def run_ranks(
     script: str = "ranks.py",
     variables: Mapping[str, str] | None = None,
 ) -> Any:
-    """Run `checks` of `script` (beside this file, or a whole path) on that many processes over gloo: rank 0's answer.
+    """Run `checks` of `script` (beside this file, or a whole path) on that many processes over
+    gloo: rank 0's answer.
 
     `variables` are added to their environment.
     """
@@ -41,12 +43,24 @@ def run_ranks(
     program = str(Path(__file__).parent / script)
     ranks = [
         subprocess.Popen(
-            [sys.executable, program, checks, str(rank), str(world_size), str(meeting), str(out), *arguments],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [
+                sys.executable,
+                program,
+                checks,
+                str(rank),
+                str(world_size),
+                str(meeting),
+                str(out),
+                *arguments,
+            ],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
             preexec_fn=die_with_parent,
         )
         for rank in range(world_size)
-    ]  # fmt: skip
+    ]
     try:
         outputs = [rank.communicate(timeout=limit)[0] for rank in ranks]
     finally:
@@ -58,14 +72,18 @@ def run_ranks(
 
 
 def be_a_rank(checks: Mapping[str, Callable[..., Any]]) -> NoReturn:
-    """Run the checks that the command line names, `SCRIPT CHECKS RANK WORLD MEETING OUT [ARGUMENTS]`.
+    """Run the checks that the command line names, `SCRIPT CHECKS RANK WORLD MEETING OUT
+    [ARGUMENTS]`.
 
-    They get OUT's folder and the arguments; rank 0 writes their answer as JSON. The process then leaves at once, as a
-    rank of the service does: now and then torch aborts an interpreter that is taken down after a group of gloo.
+    They get OUT's folder and the arguments; rank 0 writes their answer as JSON. The process then
+    leaves at once, as a rank of the service does: now and then torch aborts an interpreter that is
+    taken down after a group of gloo.
     """
     name, rank, world, meeting, out, *arguments = sys.argv[1:]
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=int(world))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=int(world)
+    )
     answer = checks[name](Path(out).parent, *arguments)
     if rank == "0":
         Path(out).write_text(json.dumps(answer))

@@ -1,4 +1,5 @@
-"""What the ranks of a test run: `ranks.py CHECKS RANK WORLD MEETING OUT [ARGUMENTS]`; rank 0 writes JSON to OUT."""
+"""What the ranks of a test run: `ranks.py CHECKS RANK WORLD MEETING OUT [ARGUMENTS]`; rank 0 writes
+JSON to OUT."""
 
 from __future__ import annotations
 
@@ -36,7 +37,11 @@ def run(engine: Engine, operation: str, rows: MemoryRows, **params: Any) -> Any:
         return engine.accumulate(prepared, plan).metrics
     if operation.startswith("update"):
         steps = [result.metrics for result in engine.update(prepared, plan)]
-        return steps[0] if len(steps) == 1 else {name: [step.get(name) for step in steps] for name in steps[0]}
+        return (
+            steps[0]
+            if len(steps) == 1
+            else {name: [step.get(name) for step in steps] for name in steps[0]}
+        )
     (parts,) = engine.compute(prepared, plan).answers.values()
     return parts
 
@@ -45,19 +50,26 @@ def collect(engine: Engine, operation: str, rows: MemoryRows, **params: Any) -> 
     """Log-probabilities of all ranks, in the batch's order."""
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, run(engine, operation, rows, **params))
-    result = torch.full((rows.size, parts[0][0][1].shape[1] if parts[0] else parts[1][0][1].shape[1]), float("nan"))
+    result = torch.full(
+        (rows.size, parts[0][0][1].shape[1] if parts[0] else parts[1][0][1].shape[1]), float("nan")
+    )
     for indices, values in (pair for part in parts for pair in part):
         result[indices] = values
     return result
 
 
 def weights(engine: Engine) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in engine.state.full_weights() if tensor is not None}
+    return {
+        name: tensor.clone() for name, tensor in engine.state.full_weights() if tensor is not None
+    }
 
 
 def save(folder: Path, name: str, tensors: dict[str, Tensor]) -> None:
     if dist.get_rank() == 0:
-        save_file({key: value.contiguous() for key, value in tensors.items()}, str(folder / f"{name}.safetensors"))
+        save_file(
+            {key: value.contiguous() for key, value in tensors.items()},
+            str(folder / f"{name}.safetensors"),
+        )
 
 
 def training(folder: Path, cases_file: str) -> dict[str, Any]:
@@ -92,7 +104,9 @@ def behaviour(folder: Path, path: str) -> dict[str, Any]:
     answer["all_masked_unchanged"] = engine.state.fingerprint() == before
     save(folder, f"masked-plain-{dist.get_world_size()}", gradients(engine, rows))
     save(folder, f"masked-poisoned-{dist.get_world_size()}", gradients(engine, poisoned(rows)))
-    answer["halves"] = [run(engine, "forward_backward", rows.pick(part)) for part in ([0, 1, 2], [3, 4, 5, 6])]
+    answer["halves"] = [
+        run(engine, "forward_backward", rows.pick(part)) for part in ([0, 1, 2], [3, 4, 5, 6])
+    ]
     answer["pending"] = engine.state.pending
     answer["optim_step"] = engine.step()
     save(folder, f"halves-{dist.get_world_size()}", weights(engine))
@@ -113,7 +127,10 @@ def memory(_: Path, path: str) -> dict[str, Any]:
     rooms: list[Any] = [None, None]
     dist.all_gather_object(rooms, whole.room.mib)
     cut.room = replace(cut.room, mib=1e-3)
-    micros = [len(planned(engine, "update_actor", batch())[1].mini_batches[0].ranks[0]) for engine in (whole, cut)]
+    micros = [
+        len(planned(engine, "update_actor", batch())[1].mini_batches[0].ranks[0])
+        for engine in (whole, cut)
+    ]
     for engine in (whole, cut):
         run(engine, "update_actor", batch())
     ours, theirs = weights(whole), weights(cut)
@@ -128,7 +145,8 @@ def gradients(engine: Engine, rows: MemoryRows) -> dict[str, Tensor]:
     run(engine, "forward_backward", rows)
     found = {
         name: param.grad.full_tensor().clone()
-        for name, param in engine._root.hf.named_parameters()  # what a caller cannot see, but a test must
+        # what a caller cannot see, but a test must
+        for name, param in engine._root.hf.named_parameters()
     }
     engine.step(discard=True)
     return found
@@ -143,12 +161,15 @@ def poisoned(rows: MemoryRows) -> MemoryRows:
 
 
 def state_of(engine: Engine) -> list[Any]:
-    """Every rank's weights and moments, hashed, with the schedule's position, AdamW's count and the pending gradients."""
+    """Every rank's weights and moments, hashed, with the schedule's position, AdamW's count and the
+    pending gradients."""
     digest = hashlib.sha256()
     for part in engine.state.shards():
         digest.update(part.name.encode() + part.local_tensor.contiguous().numpy().tobytes())
     every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, [digest.hexdigest(), engine.state.scalars(), engine.state.pending])
+    dist.all_gather_object(
+        every, [digest.hexdigest(), engine.state.scalars(), engine.state.pending]
+    )
     return every
 
 
@@ -160,7 +181,8 @@ def not_finite(engine: Engine, rows: MemoryRows) -> dict[str, Any]:
 
 
 def refused(engine: Engine, rows: MemoryRows) -> dict[str, Any]:
-    """Every bad batch raises on the rank that reads the row; the answer holds what was raised, per rank."""
+    """Every bad batch raises on the rank that reads the row; the answer holds what was raised, per
+    rank."""
     place = (4, 8)  # a scored token: row 4, k = 2
     row, column = place
     assert rows.tensors["scoring_attention_mask"][place] == 1
@@ -176,7 +198,9 @@ def refused(engine: Engine, rows: MemoryRows) -> dict[str, Any]:
         "mask": changed("attention_mask", place, 2),
         "shape": MemoryRows({**rows.tensors, "advantages": torch.zeros(7, 5)}, **rows.metadata),
         "temperature": MemoryRows(rows.tensors, temperature=0.0),
-        "missing": MemoryRows({k: v for k, v in rows.tensors.items() if k != "advantages"}, **rows.metadata),
+        "missing": MemoryRows(
+            {k: v for k, v in rows.tensors.items() if k != "advantages"}, **rows.metadata
+        ),
     }
     found = {}
     before = state_of(engine)
@@ -193,7 +217,9 @@ def refused(engine: Engine, rows: MemoryRows) -> dict[str, Any]:
         found[name] = every
     found["unchanged"] = [before == state_of(engine)]
     run(engine, "update_actor", rows)
-    found["goes_on"] = [all(one[0] != other[0] for one, other in zip(before, state_of(engine), strict=True))]
+    found["goes_on"] = [
+        all(one[0] != other[0] for one, other in zip(before, state_of(engine), strict=True))
+    ]
     return found
 
 
@@ -214,14 +240,25 @@ def whole(folder: Path, path: str, rows: MemoryRows, settings: dict[str, Any]) -
 def first_ratio(path: str, rows: MemoryRows) -> list[Any]:
     cuts = (
         {"ppo_micro_batch_size_per_gpu": 3},
-        {"use_dynamic_bsz": True, "ppo_max_token_len_per_gpu": 30, "shuffle": True, "ppo_mini_batch_size": 4},
+        {
+            "use_dynamic_bsz": True,
+            "ppo_max_token_len_per_gpu": 30,
+            "shuffle": True,
+            "ppo_mini_batch_size": 4,
+        },
         {},
     )
     found = []
     for cut in cuts:
         engine = build(path, dtype="float32", **cut)
         old = collect(engine, "compute_log_prob", rows)
-        found.append(run(engine, "update_actor", MemoryRows({**rows.tensors, "old_log_probs": old}, **rows.metadata)))
+        found.append(
+            run(
+                engine,
+                "update_actor",
+                MemoryRows({**rows.tensors, "old_log_probs": old}, **rows.metadata),
+            )
+        )
     return found
 
 
@@ -253,7 +290,8 @@ class File:
 
 
 def state(folder: Path, path: str, rows: MemoryRows, settings: dict[str, Any]) -> dict[str, Any]:
-    """Two ranks save after one update and make another; any world size that loads must arrive at the same weights."""
+    """Two ranks save after one update and make another; any world size that loads must arrive at
+    the same weights."""
     saved = folder / "state.safetensors"
     world = dist.get_world_size()
     if world == 2:
@@ -261,7 +299,11 @@ def state(folder: Path, path: str, rows: MemoryRows, settings: dict[str, Any]) -
         run(engine, "update_actor", rows)
         parts: list[Any] = [None] * world
         dist.all_gather_object(
-            parts, [(s.name, s.local_tensor.clone(), s.global_shape, s.offset_dim0) for s in engine.state.shards()]
+            parts,
+            [
+                (s.name, s.local_tensor.clone(), s.global_shape, s.offset_dim0)
+                for s in engine.state.shards()
+            ],
         )
         tensors: dict[str, Tensor] = {}
         for name, local, shape, offset in (piece for part in parts for piece in part):
@@ -295,7 +337,9 @@ def distillation(path: str, rows: MemoryRows) -> list[Any]:
             if name == "reinforce":
                 del tensors["old_log_probs"]
             engine = build(path)
-            found.append(run(engine, "update_actor_with_distillation", MemoryRows(tensors, **rows.metadata)))
+            found.append(
+                run(engine, "update_actor_with_distillation", MemoryRows(tensors, **rows.metadata))
+            )
     return found
 
 

@@ -1,4 +1,5 @@
-"""What the ranks of test_reference.py run: `reference_ranks.py CHECKS RANK WORLD MEETING OUT [ARGUMENTS]`."""
+"""What the ranks of test_reference.py run: `reference_ranks.py CHECKS RANK WORLD MEETING OUT
+[ARGUMENTS]`."""
 
 from __future__ import annotations
 

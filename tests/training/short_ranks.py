@@ -1,4 +1,5 @@
-"""Two ranks of which one runs out of memory, at any place: `short_ranks.py CHECKS RANK WORLD MEETING OUT PATH ...`."""
+"""Two ranks of which one runs out of memory, at any place: `short_ranks.py CHECKS RANK WORLD
+MEETING OUT PATH ...`."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 class OutOfMemoryAt(TorchDispatchMode):
-    """Counts torch's calls, forward, backward and FSDP's own, and lets the one numbered `at` fail."""
+    """Counts torch's calls, forward, backward and FSDP's own, and lets the one numbered `at`
+    fail."""
 
     def __init__(self, at: int | None = None) -> None:
         super().__init__()
@@ -70,7 +72,8 @@ def micro_batches(during: Callable[[Any], AbstractContextManager[Any]]) -> Itera
 
 @contextmanager
 def out_of_memory(rank: int, at: int | None = None) -> Iterator[OutOfMemoryAt]:
-    """Fail at that call of all that the rank's micro-batches make inside the block, or count them."""
+    """Fail at that call of all that the rank's micro-batches make inside the block, or count
+    them."""
     mode = OutOfMemoryAt(at)
     own = Collective._issue
 
@@ -90,7 +93,8 @@ def out_of_memory(rank: int, at: int | None = None) -> Iterator[OutOfMemoryAt]:
 def gradients(engine: Engine) -> dict[str, Tensor]:
     return {
         name: param.grad.full_tensor().clone()
-        for name, param in engine._root.hf.named_parameters()  # what a caller cannot see, but a test must
+        # what a caller cannot see, but a test must
+        for name, param in engine._root.hf.named_parameters()
         if param.grad is not None
     }
 
@@ -114,8 +118,11 @@ def counted(act: Callable[[], Any]) -> list[int]:
     return counts
 
 
-def sweep(act: Callable[[], dict[str, Tensor]], places: int, wanted: dict[str, Tensor] | None = None) -> dict[str, Any]:
-    """`act` undisturbed, and with every of `places`, spread over all calls, failing on one rank or the other."""
+def sweep(
+    act: Callable[[], dict[str, Tensor]], places: int, wanted: dict[str, Tensor] | None = None
+) -> dict[str, Any]:
+    """`act` undisturbed, and with every of `places`, spread over all calls, failing on one rank or
+    the other."""
     wanted = act() if wanted is None else wanted
     counts = counted(act)
     worst = 0.0
@@ -159,7 +166,9 @@ def operations(_: Path, path: str) -> dict[str, Any]:
         answer[operation] = {"worst": apart(weights(short), weights(plain)), "retries": retries}
     engine = build(path, ppo_micro_batch_size_per_gpu=2)
     for operation in ("compute_log_prob", "compute_ref_log_prob"):
-        answer[operation] = sweep(lambda operation=operation: {"": collect(engine, operation, ROWS)}, 8)
+        answer[operation] = sweep(
+            lambda operation=operation: {"": collect(engine, operation, ROWS)}, 8
+        )
     with out_of_memory(1, 500):
         answer["retries"] = engine.compute(*planned(engine, "compute_log_prob", ROWS)).metrics
     answer["everything"] = sweep(partial(accumulated, build(path, **SETTINGS["everything"])), 10)
@@ -167,7 +176,8 @@ def operations(_: Path, path: str) -> dict[str, Any]:
 
 
 def refused(engine: Engine, path: str) -> list[Any]:
-    """What either rank says when one row never fits on rank 1, in a query, on pending gradients and amid an update."""
+    """What either rank says when one row never fits on rank 1, in a query, on pending gradients and
+    amid an update."""
 
     def too_long(rows: Any) -> AbstractContextManager[Any]:
         return OutOfMemoryAt(1 if 6 in rows else None)

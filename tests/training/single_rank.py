@@ -1,4 +1,5 @@
-"""An engine of one rank in this process: its operations are planned, checked and run as the runtime does."""
+"""An engine of one rank in this process: its operations are planned, checked and run as the runtime
+does."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ def build(path: str, role: str = "actor", **changes: Any) -> Engine:
     return Engine.build(config(path, **changes), role, CPU)
 
 
-def update(engine: Engine, rows: MemoryRows, operation: str = "update_actor", **params: Any) -> list[Result]:
+def update(
+    engine: Engine, rows: MemoryRows, operation: str = "update_actor", **params: Any
+) -> list[Result]:
     prepared, plan = planned(engine, operation, rows, **params)
     engine.check(prepared, plan)
     return engine.update(prepared, plan)

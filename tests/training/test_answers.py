@@ -1,4 +1,5 @@
-"""What operations answer besides the loss: costs, skipped steps, sampled weights, rows without tokens, refused models."""
+"""What operations answer besides the loss: costs, skipped steps, sampled weights, rows without
+tokens, refused models."""
 
 from __future__ import annotations
 
@@ -23,8 +24,11 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize("loss", ["reinforce", "importance_sampling"])
-def test_a_rollout_correction_weighs_by_the_old_log_probs_that_were_sent(path: str, loss: str) -> None:
-    """w = exp(old - rollout) whatever the loss reads: with a gap of 0.5 everywhere it is exp(0.5)."""
+def test_a_rollout_correction_weighs_by_the_old_log_probs_that_were_sent(
+    path: str, loss: str
+) -> None:
+    """w = exp(old - rollout) whatever the loss reads: with a gap of 0.5 everywhere it is
+    exp(0.5)."""
     rows = batch()
     rows.tensors["rollout_log_probs"] = rows.tensors["old_log_probs"] - 0.5
     correction = SimpleNamespace(mode="token_truncate", lower=0.0, upper=9.0, drop_rejected=False)
@@ -40,7 +44,9 @@ def test_a_correction_over_several_steps_needs_old_log_probs(path: str) -> None:
     rows = batch()
     rows.tensors["rollout_log_probs"] = rows.tensors.pop("old_log_probs")
     correction = SimpleNamespace(mode="token_mask", lower=0.0, upper=2.0, drop_rejected=False)
-    engine = build(path, policy_loss="reinforce", rollout_correction=correction, ppo_mini_batch_size=3)
+    engine = build(
+        path, policy_loss="reinforce", rollout_correction=correction, ppo_mini_batch_size=3
+    )
 
     with pytest.raises(InvalidValue, match="need old_log_probs"):
         update(engine, rows)
@@ -73,8 +79,11 @@ def test_seconds_are_those_of_the_operation(path: str) -> None:
 
 @pytest.mark.parametrize("micro", [None, 1, 2, 3])
 @pytest.mark.parametrize("packing", [False, True])
-def test_a_row_without_tokens_has_reward_zero(tmp_path: Path, micro: int | None, packing: bool) -> None:
-    """Such rows pad a batch; another row's score must not stand in their place, however the rows are cut."""
+def test_a_row_without_tokens_has_reward_zero(
+    tmp_path: Path, micro: int | None, packing: bool
+) -> None:
+    """Such rows pad a batch; another row's score must not stand in their place, however the rows
+    are cut."""
     torch.manual_seed(0)
     made = Qwen2Config(**SMALL, num_labels=1, tie_word_embeddings=True, pad_token_id=0)
     Qwen2ForSequenceClassification(made).save_pretrained(tmp_path)
@@ -84,13 +93,19 @@ def test_a_row_without_tokens_has_reward_zero(tmp_path: Path, micro: int | None,
 
     parts = engine.compute(*planned(engine, "compute_rewards", rows)).answers["rewards"]
 
-    found = {row: float(value) for indices, values in parts for row, value in zip(indices, values, strict=True)}
+    found = {
+        row: float(value)
+        for indices, values in parts
+        for row, value in zip(indices, values, strict=True)
+    }
     assert found[2] == 0.0 and all(found[row] != 0.0 for row in found if row != 2)
 
 
 def test_a_plan_of_a_model_with_few_positions(tmp_path: Path) -> None:
     """`explain` measures on rows that the model can take."""
-    GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=24, n_layer=2, n_head=2, n_positions=16)).save_pretrained(tmp_path)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=61, n_embd=24, n_layer=2, n_head=2, n_positions=16)
+    ).save_pretrained(tmp_path)
     rows = batch()
     engine = build(str(tmp_path), dtype="float32")
 

@@ -1,7 +1,9 @@
-"""The same result however the work is cut: random losses, batches and cuts on 1, 2 and 4 ranks against a plain loop.
+"""The same result however the work is cut: random losses, batches and cuts on 1, 2 and 4 ranks
+against a plain loop.
 
-Bounds in float64: gradients, gradient norms and every metric to 1e-9, weights after at least three AdamW steps to 1e-9
-of the update. In float32: gradients and norm of the first step to 1e-5, weights to 1e-3 of the update.
+Bounds in float64: gradients, gradient norms and every metric to 1e-9, weights after at least three
+AdamW steps to 1e-9 of the update. In float32: gradients and norm of the first step to 1e-5, weights
+to 1e-3 of the update.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ DRAWN = {
 def save_critic(folder: Path) -> str:
     """A tiny Qwen2 with a value head that is not zero."""
     torch.manual_seed(5)
-    Qwen2ForTokenClassification(Qwen2Config(**SMALL, num_labels=1, tie_word_embeddings=True)).save_pretrained(folder)  # type: ignore[arg-type]
+    Qwen2ForTokenClassification(
+        Qwen2Config(**SMALL, num_labels=1, tie_word_embeddings=True)
+    ).save_pretrained(folder)  # type: ignore[arg-type]
     return str(folder)
 
 
@@ -48,7 +52,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cases_of(folder: Path, world: int, dtype: str) -> dict[str, Case]:
-    """Some draws of each variant that fall to this world size; over the draws a variant meets several."""
+    """Some draws of each variant that fall to this world size; over the draws a variant meets
+    several."""
     found = {}
     variants, count = DRAWN[dtype]
     draws = iter(drawn(len(variants) * count, first=11 if dtype == "float64" else 12))
@@ -74,21 +79,37 @@ def ran(folder: Path, request: pytest.FixtureRequest) -> Ran:
 
 
 def distance(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """Relative L2 distance of two sets of tensors; absolute where all that is wanted is 0 (every weight rejected)."""
+    """Relative L2 distance of two sets of tensors; absolute where all that is wanted is 0 (every
+    weight rejected)."""
     assert found.keys() == wanted.keys()
-    apart = math.fsum(float((found[name].double() - wanted[name]).square().sum()) for name in wanted)
-    return math.sqrt(apart / (math.fsum(float(value.square().sum()) for value in wanted.values()) or 1.0))
+    apart = math.fsum(
+        float((found[name].double() - wanted[name]).square().sum()) for name in wanted
+    )
+    return math.sqrt(
+        apart / (math.fsum(float(value.square().sum()) for value in wanted.values()) or 1.0)
+    )
 
 
 def step_of(tensors: dict[str, Tensor], step: int | str) -> dict[str, Tensor]:
-    return {key.split("/", 1)[1]: value for key, value in tensors.items() if key.startswith(f"{step}/")}
+    return {
+        key.split("/", 1)[1]: value for key, value in tensors.items() if key.startswith(f"{step}/")
+    }
 
 
-def compare(case: Case, answer: dict[str, Any], tensors: dict[str, Tensor], wanted: Trained) -> dict[str, float]:
-    """The worst relative deviations: of gradients, weights (of the update), gradient norms and all other metrics."""
+def compare(
+    case: Case, answer: dict[str, Any], tensors: dict[str, Tensor], wanted: Trained
+) -> dict[str, float]:
+    """The worst relative deviations: of gradients, weights (of the update), gradient norms and all
+    other metrics."""
     prefix = "critic" if case.order["role"] == "critic" else "actor"
     gaps = [distance(step_of(tensors, step), grads) for step, grads in enumerate(wanted.gradients)]
-    worst = {"first_gradient": gaps[0], "gradient": max(gaps), "norm": 0.0, "first_norm": 0.0, "metric": 0.0}
+    worst = {
+        "first_gradient": gaps[0],
+        "gradient": max(gaps),
+        "norm": 0.0,
+        "first_norm": 0.0,
+        "metric": 0.0,
+    }
     for step, (found, numbers) in enumerate(zip(answer["metrics"], wanted.metrics, strict=True)):
         if numbers is None:
             assert found["step_applied"] is False and found["skipped"] == "nothing_to_learn"
@@ -111,7 +132,9 @@ def all_compared(folder: Path, ran: Ran, dtype: str) -> dict[str, dict[str, floa
         if not name.startswith(dtype):
             continue
         answer = answers[name]
-        assert len(answer["orders"]) >= 3 and (answer["packing"] or not case.order["config"]["packing"])
+        assert len(answer["orders"]) >= 3 and (
+            answer["packing"] or not case.order["config"]["packing"]
+        )
         check_order(case, answer["orders"])
         wanted = plain(case, answer["orders"])
         found[name] = compare(case, answer, load_file(folder / f"{name}.safetensors"), wanted)
@@ -119,7 +142,8 @@ def all_compared(folder: Path, ran: Ran, dtype: str) -> dict[str, dict[str, floa
 
 
 def check_order(case: Case, orders: list[list[int]]) -> None:
-    """Every epoch steps over each row once, `ppo_mini_batch_size` rows at a time, in order unless shuffled."""
+    """Every epoch steps over each row once, `ppo_mini_batch_size` rows at a time, in order unless
+    shuffled."""
     settings, size = case.order["config"], case.rows.size
     step = settings["ppo_mini_batch_size"] or size
     usual = [list(range(at, min(at + step, size))) for at in range(0, size, step)]
@@ -127,7 +151,9 @@ def check_order(case: Case, orders: list[list[int]]) -> None:
     for at in range(0, len(orders), len(usual)):
         epoch = orders[at : at + len(usual)]
         assert sorted(row for rows in epoch for row in rows) == list(range(size))
-        assert list(map(len, epoch)) == list(map(len, usual)) and (settings["shuffle"] or epoch == usual)
+        assert list(map(len, epoch)) == list(map(len, usual)) and (
+            settings["shuffle"] or epoch == usual
+        )
 
 
 def test_float64(folder: Path, ran: Ran) -> None:
@@ -138,7 +164,8 @@ def test_float64(folder: Path, ran: Ran) -> None:
 
 
 def test_float32(folder: Path, ran: Ran) -> None:
-    """The same in float32: the first step's gradients and norm to 1e-5 of the float64 loop, weights to 1e-3."""
+    """The same in float32: the first step's gradients and norm to 1e-5 of the float64 loop, weights
+    to 1e-3."""
     found = all_compared(folder, ran, "float32")
     assert len(found) == len(DRAWN["float32"][0])
     for name, worst in found.items():

@@ -16,7 +16,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-ABSENT = ("fastapi", "uvicorn", "requests", "redis", "rq", "xxhash", "nexrl_client", "nexrl_ledger", "nexrl_payloads")
+ABSENT = (
+    "fastapi",
+    "uvicorn",
+    "requests",
+    "redis",
+    "rq",
+    "xxhash",
+    "nexrl_client",
+    "nexrl_ledger",
+    "nexrl_payloads",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -30,12 +40,14 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("gpu-check")
     program = (
         f"import runpy, sys; sys.modules.update(dict.fromkeys({ABSENT!r}));"
-        f"sys.argv = ['gpu_check.py', '--small', '--out', {str(folder)!r}]; sys.path.insert(0, {str(SCRIPTS)!r});"
+        f"sys.argv = ['gpu_check.py', '--small', '--out', {str(folder)!r}]; sys.path.insert(0, "
+        f"{str(SCRIPTS)!r});"
         f"runpy.run_path({str(SCRIPTS / 'gpu_check.py')!r}, run_name='__main__')"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=110, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=110,
+        check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads((folder / "gpu-check.json").read_text())
@@ -44,9 +56,12 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_every_part_answers(report: dict[str, Any]) -> None:
-    """Parity holds in float32 and is visibly worse in bfloat16; all sides take the same step; packing packs."""
+    """Parity holds in float32 and is visibly worse in bfloat16; all sides take the same step;
+    packing packs."""
     parts = report["parts"]
-    assert list(parts) == ["parity", "full", "padded", "eight_layers"] and all(part["ok"] for part in parts.values())
+    assert list(parts) == ["parity", "full", "padded", "eight_layers"] and all(
+        part["ok"] for part in parts.values()
+    )
     ways = parts["parity"]["result"]["ways"]
     assert max(ways["CPU"].values()) <= 1e-5 < ways["CPU, bfloat16"]["gradients"]
     assert max(ways["CPU, packed"].values()) <= 1e-5
@@ -54,19 +69,27 @@ def test_every_part_answers(report: dict[str, Any]) -> None:
         sides = parts[name]["result"]["sides"]
         norms = [side["gradient_norm"] for side in sides.values()]
         assert norms == pytest.approx([norms[0]] * len(norms), rel=1e-4)
-        assert all(side["tokens_per_s"] > 0 and side["peak_mib"] >= side["held_mib"] > 0 for side in sides.values())
+        assert all(
+            side["tokens_per_s"] > 0 and side["peak_mib"] >= side["held_mib"] > 0
+            for side in sides.values()
+        )
     packed = parts["padded"]["result"]["sides"]["engine, packed"]
     assert packed["told"]["packing"] and packed["parts_s"]["time/forward_s"] > 0
     assert parts["padded"]["result"]["padding_share"] == pytest.approx(0.4, abs=0.02)
     told = {name: side["told"] for name, side in parts["eight_layers"]["result"]["sides"].items()}
-    assert told["engine"]["chunked_log_probs"] and not told["engine, whole logits"]["chunked_log_probs"]
+    assert (
+        told["engine"]["chunked_log_probs"]
+        and not told["engine, whole logits"]["chunked_log_probs"]
+    )
 
 
 @pytest.mark.slow
 def test_the_page_says_what_was_measured(report: dict[str, Any]) -> None:
     """The page names the machine and has every side of every part."""
     page = report["page"]
-    assert torch.__version__ in page and report["machine"]["date"] in page and "**failed**" not in page
+    assert (
+        torch.__version__ in page and report["machine"]["date"] in page and "**failed**" not in page
+    )
     for part in report["parts"].values():
         assert f"## {part['title']}\n" in page
         assert all(f"| {side} | " in page for side in part["result"].get("sides", {}))
@@ -104,16 +127,26 @@ def test_a_side_that_fails_is_left_out() -> None:
             return self._norm, {}
 
     shape = half_billion(small=True)
-    makers = {name: lambda norm=norm: Fixed(norm) for name, norm in {"a": 1.0, "b": 0.0, "c": 1.01, "d": 1.2}.items()}
+    makers = {
+        name: lambda norm=norm: Fixed(norm)
+        for name, norm in {"a": 1.0, "b": 0.0, "c": 1.01, "d": 1.2}.items()
+    }
     found = contest(
-        makers, shape, make_rows(shape, padded=False), torch.device("cpu"), rounds=2, steps=3, until=float("inf")
+        makers,
+        shape,
+        make_rows(shape, padded=False),
+        torch.device("cpu"),
+        rounds=2,
+        steps=3,
+        until=float("inf"),
     )
     assert found["sides"]["a"]["samples"] == 6 and "samples" not in found["sides"]["b"]
     assert [failure[0] for failure in found["failed"]] == ["b", "d"]
 
 
 def test_defaults_are_the_documented_ones() -> None:
-    """What the script trains with, key by key, is what the service takes for keys that are not given."""
+    """What the script trains with, key by key, is what the service takes for keys that are not
+    given."""
     from gpu.actor import defaults
 
     documented = ActorConfig.model_validate({"model": {"path": "somewhere"}}).model_dump()
@@ -128,14 +161,34 @@ def test_defaults_are_the_documented_ones() -> None:
     compare(defaults("somewhere"), documented)
 
 
-@pytest.mark.parametrize("config", [
-    Qwen2Config(vocab_size=97, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-                intermediate_size=40, tie_word_embeddings=True),
-    LlamaConfig(vocab_size=53, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1,
-                intermediate_size=20, head_dim=16, tie_word_embeddings=False),
-], ids=["qwen2, tied", "llama, wide heads"])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        Qwen2Config(
+            vocab_size=97,
+            hidden_size=24,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=40,
+            tie_word_embeddings=True,
+        ),
+        LlamaConfig(
+            vocab_size=53,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            intermediate_size=20,
+            head_dim=16,
+            tie_word_embeddings=False,
+        ),
+    ],
+    ids=["qwen2, tied", "llama, wide heads"],
+)
 def test_flops_are_those_that_torch_counts(config: Any) -> None:
-    """Forward and backward of a model with eager attention (which computes the whole square), row by row."""
+    """Forward and backward of a model with eager attention (which computes the whole square), row
+    by row."""
     from gpu.shapes import step_flops
 
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
@@ -144,7 +197,8 @@ def test_flops_are_those_that_torch_counts(config: Any) -> None:
     with counter:
         for length in lengths:
             model(input_ids=torch.arange(length)[None], use_cache=False).logits.sum().backward()
-    # torch counts the backward of the first layer's inputs too, for the embedding; the rotary table is a product as well.
+    # torch counts the backward of the first layer's inputs too, for the embedding; the rotary table
+    # is a product as well.
     assert counter.get_total_flops() == pytest.approx(step_flops(config, lengths), rel=0.01)
 
 

@@ -1,4 +1,5 @@
-"""float32 weights, layers in bfloat16, as on a GPU: every role, packed and padded, near what float32 gives."""
+"""float32 weights, layers in bfloat16, as on a GPU: every role, packed and padded, near what
+float32 gives."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ def engine(paths: dict[str, str], role: str, dtype: str, **changes: Any) -> Engi
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_an_update_starts_at_ratio_one_and_takes_float32s_step(paths: dict[str, str], packing: bool) -> None:
+def test_an_update_starts_at_ratio_one_and_takes_float32s_step(
+    paths: dict[str, str], packing: bool
+) -> None:
     norms = {}
     for dtype in ("float32", "bfloat16"):
         actor, rows = engine(paths, "actor", dtype, packing=packing, entropy_coeff=0.1), batch()
@@ -52,18 +55,24 @@ def test_an_update_starts_at_ratio_one_and_takes_float32s_step(paths: dict[str, 
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
-def test_a_student_learns_from_a_teachers_top_k(paths: dict[str, str], kind: str, packing: bool) -> None:
-    """The teacher sees the text at another temperature; a student that is its equal at the same one has nothing to learn."""
+def test_a_student_learns_from_a_teachers_top_k(
+    paths: dict[str, str], kind: str, packing: bool
+) -> None:
+    """The teacher sees the text at another temperature; a student that is its equal at the same one
+    has nothing to learn."""
     found = {}
     for dtype in ("float32", "bfloat16"):
         rows, warmer = batch(), batch(temperature=1.4)
-        top = compute(engine(paths, "teacher", dtype, packing=packing), "compute_log_prob", warmer, top_k=5)
+        top = compute(
+            engine(paths, "teacher", dtype, packing=packing), "compute_log_prob", warmer, top_k=5
+        )
         rows.tensors |= {name: tensor for name, tensor in top.items() if name != "old_log_probs"}
         student = engine(paths, "actor", dtype, packing=packing, distillation_loss=kind)
         found[dtype] = update(student, rows, "update_actor_with_distillation")[0].metrics
     for name in ("actor/teacher_kl", "actor/grad_norm"):
         assert (
-            found["bfloat16"][name] == pytest.approx(found["float32"][name], rel=NEAR) and found["float32"][name] > 1e-3
+            found["bfloat16"][name] == pytest.approx(found["float32"][name], rel=NEAR)
+            and found["float32"][name] > 1e-3
         )
 
 
@@ -76,7 +85,9 @@ def test_values_and_rewards(paths: dict[str, str], packing: bool) -> None:
         rows.tensors["returns"] = rows.tensors["advantages"]
         rows.tensors["values"] = compute(critic, "compute_values", rows)["values"]
         norms[dtype] = update(critic, rows, "update_critic")[0].metrics["critic/grad_norm"]
-        rewards[dtype] = compute(engine(paths, "reward", dtype, packing=packing), "compute_rewards", batch())["rewards"]
+        rewards[dtype] = compute(
+            engine(paths, "reward", dtype, packing=packing), "compute_rewards", batch()
+        )["rewards"]
     assert norms["bfloat16"] == pytest.approx(norms["float32"], rel=NEAR)
     gap = (rewards["bfloat16"] - rewards["float32"]).norm() / rewards["float32"].norm()
     assert 0 < gap < 3 * NEAR

@@ -1,4 +1,5 @@
-"""The LM head's peak memory: a subprocess measures one forward and backward over a vocabulary of 50,000."""
+"""The LM head's peak memory: a subprocess measures one forward and backward over a vocabulary of
+50,000."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ FEWER = 512  # enough to show what the plain way takes
 ONE = TOKENS * VOCABULARY * 4 / MIB
 GRADIENTS = (TOKENS * WIDTH + VOCABULARY * WIDTH) * 4 / MIB
 CHUNKED = """
-active = chunked.active_chunks(torch.ones(T, dtype=torch.bool), chunked.chunk_length(V, hidden.device))
+length = chunked.chunk_length(V, hidden.device)
+active = chunked.active_chunks(torch.ones(T, dtype=torch.bool), length)
 log_probs, entropies = chunked.head_log_probs(
     hidden, weight, None, labels, 0.9, chunked.chunk_length(V, hidden.device), active, True
 )
@@ -46,13 +48,16 @@ sys.stdout.write(str(status("VmHWM") - before))
 def growth(way: str, tokens: int) -> float:
     """MiB that the peak of resident memory lies above what the process held before."""
     program = PROGRAM.format(tokens=tokens, vocabulary=VOCABULARY, width=WIDTH, way=way)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=100
+    )
     return float(done.stdout)
 
 
 @pytest.mark.slow
 def test_chunks_take_half_of_one_copy_of_the_logits() -> None:
-    """Log-probabilities, entropies and their backward: at most half of one float32 [tokens,V] beside the gradients."""
+    """Log-probabilities, entropies and their backward: at most half of one float32 [tokens,V]
+    beside the gradients."""
     assert growth(CHUNKED, TOKENS) <= ONE / 2 + GRADIENTS
 
 
@@ -76,7 +81,8 @@ def test_peak_of_a_block() -> None:
 
 
 def hold_for_a_moment(mib: int) -> None:
-    """Memory mapped anew and unmapped again: what malloc hands out may be pages that the process holds already."""
+    """Memory mapped anew and unmapped again: what malloc hands out may be pages that the process
+    holds already."""
     with mmap.mmap(-1, mib * MIB) as memory:
         for _ in range(mib):
             memory.write(bytes(MIB))

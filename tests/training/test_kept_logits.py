@@ -1,4 +1,5 @@
-"""The LM head's backward: what is kept from the forward, and what is computed again, give the same bits."""
+"""The LM head's backward: what is kept from the forward, and what is computed again, give the same
+bits."""
 
 from __future__ import annotations
 
@@ -9,9 +10,13 @@ from torch import Tensor
 
 
 def gradients(temperature: float, entropy: bool, repeats: int = 1) -> list[Tensor]:
-    """Of hidden states, weight and bias, over three chunks of which one has no label that counts."""
+    """Of hidden states, weight and bias, over three chunks of which one has no label that
+    counts."""
     generator = torch.Generator().manual_seed(0)
-    leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in ((12, 5), (7, 5), (7,))]
+    leaves = [
+        torch.randn(shape, generator=generator).requires_grad_()
+        for shape in ((12, 5), (7, 5), (7,))
+    ]
     hidden, weight, bias = leaves
     labels = torch.randint(0, 7, (12,), generator=generator)
     log_probs, entropies = chunked.head_log_probs(
@@ -31,7 +36,8 @@ def gradients(temperature: float, entropy: bool, repeats: int = 1) -> list[Tenso
 def test_kept_logits_change_no_bit(
     monkeypatch: pytest.MonkeyPatch, room: int, temperature: float, entropy: bool
 ) -> None:
-    """No chunk kept, one, or all: the gradients are equal; and so they are in a second backward, which finds none."""
+    """No chunk kept, one, or all: the gradients are equal; and so they are in a second backward,
+    which finds none."""
     monkeypatch.setattr(chunked, "_KEPT", {})
     expected = gradients(temperature, entropy)
     monkeypatch.setattr(chunked, "_KEPT", {"cpu": room})

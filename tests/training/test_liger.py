@@ -1,8 +1,9 @@
 """Our policy losses against those of liger-kernel: another library's code, in float64 on the CPU.
 
-Where it means something else by a name: its CISPO bound is that of the ratio itself (our 1 + high), it divides sums of
-rows by all rows and not by those with a scored token, its advantages are one per row, and its sequence ratio carries
-the whole gradient where ours (GSPO-token) splits it over the tokens; with one advantage per row that is the same.
+Where it means something else by a name: its CISPO bound is that of the ratio itself (our 1 + high),
+it divides sums of rows by all rows and not by those with a scored token, its advantages are one per
+row, and its sequence ratio carries the whole gradient where ours (GSPO-token) splits it over the
+tokens; with one advantage per row that is the same.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from nexrl_worker.training.losses.policy import FUNCTIONS, Clip, select_tokens
 from torch import Tensor
 
 ROWS, WIDTH = 6, 9
-# Our mode, and the loss_type that sums as it does; `dr_grpo` divides by rows times max_completion_length.
+# Our mode, and the loss_type that sums as it does; `dr_grpo` divides by rows times
+# max_completion_length.
 TYPES = {"token-mean": "bnpo", "seq-mean-token-mean": "grpo", "seq-mean-token-sum-norm": "dr_grpo"}
 
 
@@ -60,7 +62,12 @@ def theirs(data: dict[str, Tensor], **settings: Any) -> tuple[Tensor, Tensor, li
 
 
 def ours(
-    data: dict[str, Tensor], name: str, mode: str, clip: Clip, beta: float, by: Correction | None = None
+    data: dict[str, Tensor],
+    name: str,
+    mode: str,
+    clip: Clip,
+    beta: float,
+    by: Correction | None = None,
 ) -> tuple[Tensor, Tensor, float]:
     """The loss, its gradient, and the share of tokens that a clip held back."""
     leaf = data["log_probs"].clone().requires_grad_()
@@ -69,7 +76,9 @@ def ours(
     made = FUNCTIONS[name](tokens, clip)
     weights = 1.0 if by is None else by.weights(tokens.old, data["rollout"], mask)
     aggregation = Aggregation(mode, WIDTH if mode.endswith("norm") else 1.0)
-    terms = made.loss * weights + beta * kl_terms(tokens.log_probs, torch.where(mask, data["reference"], 0.0), "k3")
+    terms = made.loss * weights + beta * kl_terms(
+        tokens.log_probs, torch.where(mask, data["reference"], 0.0), "k3"
+    )
     loss = aggregation.numerator(terms, mask) / aggregation.divisor(float(aggregation.count(mask)))
     loss.backward()
     low, high = made.clipped_low, made.clipped_high
@@ -88,17 +97,23 @@ def same(one: tuple[Any, ...], other: tuple[Any, ...]) -> None:
 @pytest.mark.parametrize("mode", TYPES)
 @pytest.mark.parametrize("dual", [None, 1.6])
 def test_ppo(dual: float | None, mode: str, beta: float) -> None:
-    """Separate bounds, a dual clip (their `delta`, above 1 + high), k3 and clip fractions, in every mode they have.
+    """Separate bounds, a dual clip (their `delta`, above 1 + high), k3 and clip fractions, in every
+    mode they have.
 
-    Below 1 + high `delta` bounds the ratio before the other clip, and so costs (1 + high) |A| where ours costs c |A|.
+    Below 1 + high `delta` bounds the ratio before the other clip, and so costs (1 + high) |A| where
+    ours costs c |A|.
     """
     data = batch()
     found = ours(data, "ppo", mode, Clip(0.15, 0.3, dual), beta)
-    wanted = theirs(data, epsilon_low=0.15, epsilon_high=0.3, delta=dual, beta=beta, loss_type=TYPES[mode])
+    wanted = theirs(
+        data, epsilon_low=0.15, epsilon_high=0.3, delta=dual, beta=beta, loss_type=TYPES[mode]
+    )
     same(found, wanted)
     assert found[2] == pytest.approx(float(wanted[2][-1])) and found[2] > 0.1
     dapo = theirs(data, epsilon_low=0.15, epsilon_high=0.3, delta=dual, beta=beta, loss_type="dapo")
-    assert mode != "token-mean" or torch.allclose(found[1], dapo[1], rtol=1e-6)  # its divisor is a float32
+    assert mode != "token-mean" or torch.allclose(
+        found[1], dapo[1], rtol=1e-6
+    )  # its divisor is a float32
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
@@ -107,7 +122,12 @@ def test_gspo(bounds: tuple[float, float], beta: float) -> None:
     """One ratio per row from the mean of its scored tokens."""
     data = batch()
     found = ours(data, "gspo", "seq-mean-token-mean", Clip(*bounds), beta)
-    settings = {"epsilon_low": bounds[0], "epsilon_high": bounds[1], "beta": beta, "loss_type": "grpo"}
+    settings = {
+        "epsilon_low": bounds[0],
+        "epsilon_high": bounds[1],
+        "beta": beta,
+        "loss_type": "grpo",
+    }
     wanted = theirs(data, importance_sampling_level="sequence", **settings)
     same(found, wanted)
     assert found[2] == pytest.approx(float(wanted[2][-1])) and 0 < found[2] < 1
@@ -119,7 +139,9 @@ def test_cispo(beta: float) -> None:
     data = batch()
     found = ours(data, "cispo", "token-mean", Clip(None, 0.2), beta)
     wanted = theirs(data, epsilon_high=1.2, beta=beta, loss_type="cispo")
-    assert torch.allclose(found[0], wanted[0], rtol=1e-6) and torch.allclose(found[1], wanted[1], rtol=1e-6)
+    assert torch.allclose(found[0], wanted[0], rtol=1e-6) and torch.allclose(
+        found[1], wanted[1], rtol=1e-6
+    )
     assert found[1].abs().max() > 1e-3
 
 

@@ -1,4 +1,5 @@
-"""Every loss, aggregation, KL type and rollout correction: value and slope against the formula, in float64."""
+"""Every loss, aggregation, KL type and rollout correction: value and slope against the formula, in
+float64."""
 
 from __future__ import annotations
 
@@ -39,9 +40,15 @@ VARIANTS = {
 
 def numbers(seed: int, spread: float = 1.0, around: Tensor | None = None) -> Tensor:
     """Of all tokens [4,5]; NaN and infinities where nothing is scored."""
-    values = spread * torch.randn(MASK.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    values = spread * torch.randn(
+        MASK.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     values = values if around is None else around + values
-    junk = torch.tensor(list(itertools.islice(itertools.cycle(JUNK), MASK.numel()))).view(MASK.shape).double()
+    junk = (
+        torch.tensor(list(itertools.islice(itertools.cycle(JUNK), MASK.numel())))
+        .view(MASK.shape)
+        .double()
+    )
     return torch.where(MASK, values, junk)
 
 
@@ -77,8 +84,11 @@ def slope(value: Callable[[Tensor], float], at: Tensor) -> Tensor:
     return found
 
 
-def agrees(made: Callable[[Tensor], Tensor], formula: Callable[[Tensor, Tensor], float], at: Tensor) -> None:
-    """The worker's `made` has the formula's value, and the slope that it has with its second argument held at `at`."""
+def agrees(
+    made: Callable[[Tensor], Tensor], formula: Callable[[Tensor, Tensor], float], at: Tensor
+) -> None:
+    """The worker's `made` has the formula's value, and the slope that it has with its second
+    argument held at `at`."""
     leaf = at.clone().requires_grad_()
     loss = made(leaf)
     loss.backward()
@@ -103,12 +113,15 @@ def over(aggregation: Aggregation, values: Tensor) -> Tensor:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("old", [True, False], ids=["old", "no-old"])
 def test_policy_losses(variant: str, mode: str, old: bool) -> None:
-    """Value and gradient of every loss in every mode; without old_log_probs the ratio starts at 1."""
+    """Value and gradient of every loss in every mode; without old_log_probs the ratio starts at
+    1."""
     loss = Loss(**{**vars(VARIANTS[variant]), "mode": mode, "scale": SCALE})
     given = {name: value for name, value in BATCH.items() if old or name != "old_log_probs"}
 
     def made(log_probs: Tensor) -> Tensor:
-        tokens = select_tokens(log_probs, MASK, given.get("old_log_probs"), BATCH["advantages"], BATCH["loss_weights"])
+        tokens = select_tokens(
+            log_probs, MASK, given.get("old_log_probs"), BATCH["advantages"], BATCH["loss_weights"]
+        )
         per_token = FUNCTIONS[loss.name](tokens, Clip(loss.low, loss.high, loss.dual))
         return over(ours(loss), per_token.loss)
 
@@ -126,7 +139,8 @@ def test_policy_losses(variant: str, mode: str, old: bool) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weighed", [False, True], ids=["plain", "times-ratio"])
 def test_kl_types(kind: str, mode: str, weighed: bool) -> None:
-    """Value and gradient of every KL type in every mode, also times the ratio; k1+ and k3+ have the gradient of k2."""
+    """Value and gradient of every KL type in every mode, also times the ratio; k1+ and k3+ have the
+    gradient of k2."""
     loss = Loss("ppo", mode=mode, scale=SCALE, kl_type=kind, kl_times_ratio=weighed)
 
     def made(log_probs: Tensor) -> Tensor:
@@ -136,7 +150,12 @@ def test_kl_types(kind: str, mode: str, weighed: bool) -> None:
 
     def formula(moving: Tensor, held: Tensor) -> float:
         lines = enumerate(zip(rows(moving), rows(held), strict=True))
-        return float(aggregate(loss, [weighted_divergence(loss, *pair, with_others(number)) for number, pair in lines]))
+        return float(
+            aggregate(
+                loss,
+                [weighted_divergence(loss, *pair, with_others(number)) for number, pair in lines],
+            )
+        )
 
     agrees(made, formula, LOG_PROBS)
 
@@ -145,7 +164,8 @@ def test_kl_types(kind: str, mode: str, weighed: bool) -> None:
 @pytest.mark.parametrize("kind", CORRECTIONS)
 @pytest.mark.parametrize("name", ["ppo", "reinforce", "cispo"])
 def test_rollout_correction(name: str, kind: str, mode: str) -> None:
-    """The policy term times w, w held fixed, the denominators as without it; both bounds are met."""
+    """The policy term times w, w held fixed, the denominators as without it; both bounds are
+    met."""
     settings = {"mode": kind, "lower": 0.8, "upper": 1.3}
     loss = Loss(name, mode=mode, scale=SCALE, correction=settings)
     pairs = zip(rows(BATCH["old_log_probs"]), rows(BATCH["rollout_log_probs"]), strict=True)
@@ -171,16 +191,21 @@ def test_rollout_correction(name: str, kind: str, mode: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("old", [True, False], ids=["clipped", "plain"])
 def test_value_loss(mode: str, old: bool) -> None:
-    """0.5 max((v - ret)^2, (clip(v, old - eps, old + eps) - ret)^2), and 0.5 (v - ret)^2 without old values."""
+    """0.5 max((v - ret)^2, (clip(v, old - eps, old + eps) - ret)^2), and 0.5 (v - ret)^2 without
+    old values."""
     loss = Loss("ppo", mode=mode, scale=SCALE)
 
     def made(values: Tensor) -> Tensor:
-        kept, returns, before = (torch.where(MASK, v, 0.0) for v in (values, BATCH["returns"], BATCH["values"]))
+        kept, returns, before = (
+            torch.where(MASK, v, 0.0) for v in (values, BATCH["returns"], BATCH["values"])
+        )
         return over(ours(loss), ValueLoss(0.3)(kept, returns, before if old else None)[0])
 
     def one(value: float, target: float, before: float) -> float:
         near = min(max(value, before - 0.3), before + 0.3)
-        return 0.5 * (max((value - target) ** 2, (near - target) ** 2) if old else (value - target) ** 2)
+        return 0.5 * (
+            max((value - target) ** 2, (near - target) ** 2) if old else (value - target) ** 2
+        )
 
     def formula(moving: Tensor, held: Tensor) -> float:
         lines = zip(rows(moving), rows(BATCH["returns"]), rows(BATCH["values"]), strict=True)

@@ -32,7 +32,9 @@ def test_ppo_by_hand() -> None:
     wanted = [-2.2, -2.6, -1.0, 2.2, 3.0, 1.8]
     assert FUNCTIONS["ppo"](made, Clip(0.1, 0.3)).loss.tolist()[0] == pytest.approx(wanted)
     wanted[4] = 2.8  # the dual clip bounds what a negative advantage can cost
-    assert FUNCTIONS["ppo"](made, Clip(0.1, 0.3, dual=1.4)).loss.tolist()[0] == pytest.approx(wanted)
+    assert FUNCTIONS["ppo"](made, Clip(0.1, 0.3, dual=1.4)).loss.tolist()[0] == pytest.approx(
+        wanted
+    )
 
 
 def test_other_losses_by_hand() -> None:
@@ -46,7 +48,8 @@ def test_other_losses_by_hand() -> None:
 
 
 def test_gspo_by_hand() -> None:
-    """s = exp(mean(lp - old)) of the row: 3e-4 and 4e-4 around 1, the worth of -sA, the gradient -sA of every token."""
+    """s = exp(mean(lp - old)) of the row: 3e-4 and 4e-4 around 1, the worth of -sA, the gradient
+    -sA of every token."""
     for shift, gain, slope in (
         (3.9e-4, 2.0, True),
         (4.1e-4, 2.0, False),
@@ -59,13 +62,16 @@ def test_gspo_by_hand() -> None:
         assert bounds == (3e-4, 4e-4)
         found = FUNCTIONS["gspo"](made, Clip(*bounds))
         s = math.exp(shift)
-        assert found.loss.tolist()[0] == pytest.approx([-gain * min(max(s, 1 - 3e-4), 1 + 4e-4)] * 3, rel=1e-14)
+        assert found.loss.tolist()[0] == pytest.approx(
+            [-gain * min(max(s, 1 - 3e-4), 1 + 4e-4)] * 3, rel=1e-14
+        )
         found.loss.sum().backward()
         assert lp.grad.tolist()[0] == pytest.approx([-gain * s if slope else 0.0] * 3, rel=1e-12)
 
 
 def test_cispo_by_hand() -> None:
-    """-w A lp with w = min(r, 1.2): every token keeps its gradient, and a lower bound is there only where it is set."""
+    """-w A lp with w = min(r, 1.2): every token keeps its gradient, and a lower bound is there only
+    where it is set."""
     ratios, gains = [0.5, 1.1, 1.5], [2.0, -1.0, 3.0]
     for low, least in ((None, 0.5), (0.2, 0.8)):
         lp, made = tokens([math.log(r) - 1 for r in ratios], [-1.0] * 3, gains)
@@ -76,12 +82,18 @@ def test_cispo_by_hand() -> None:
             [-w * a * x for w, a, x in zip(weights, gains, logs, strict=True)]
         )
         found.loss.sum().backward()
-        assert lp.grad.tolist()[0] == pytest.approx([-w * a for w, a in zip(weights, gains, strict=True)])
+        assert lp.grad.tolist()[0] == pytest.approx(
+            [-w * a for w, a in zip(weights, gains, strict=True)]
+        )
 
 
 def test_correction_by_hand() -> None:
-    """Ratios 0.5, 1.5 and 4, whose product is 3, between bounds of 0.8 and 2: clipped, dropped, and both by the row."""
-    old, mask = torch.tensor([[0.5, 1.5, 4.0, float("nan")]]).double().log(), torch.tensor([[True, True, True, False]])
+    """Ratios 0.5, 1.5 and 4, whose product is 3, between bounds of 0.8 and 2: clipped, dropped, and
+    both by the row."""
+    old, mask = (
+        torch.tensor([[0.5, 1.5, 4.0, float("nan")]]).double().log(),
+        torch.tensor([[True, True, True, False]]),
+    )
     wanted = {
         "token_truncate": [0.8, 1.5, 2.0],
         "token_mask": [0.0, 1.5, 0.0],
@@ -107,19 +119,27 @@ def test_correction_by_hand() -> None:
 def test_a_ratio_beyond_float32_costs_what_its_clipped_loss_says(
     name: str, gain: float, clip: Clip, loss: float
 ) -> None:
-    """exp(200) is inf in float32: where the formula bounds the loss it stays finite, its gradient is 0, the ratio told."""
+    """exp(200) is inf in float32: where the formula bounds the loss it stays finite, its gradient
+    is 0, the ratio told."""
     lp = torch.tensor([[-1.0]], requires_grad=True)
-    made = select_tokens(lp, torch.ones(1, 1).bool(), torch.tensor([[-201.0]]), torch.tensor([[gain]]))
+    made = select_tokens(
+        lp, torch.ones(1, 1).bool(), torch.tensor([[-201.0]]), torch.tensor([[gain]])
+    )
     found = FUNCTIONS[name](made, clip)
     found.loss.sum().backward()
-    assert found.loss.item() == pytest.approx(loss) and lp.grad is not None and lp.grad.item() == 0.0
+    assert (
+        found.loss.item() == pytest.approx(loss) and lp.grad is not None and lp.grad.item() == 0.0
+    )
     assert found.ratio is not None and found.ratio.item() == math.inf
 
 
 def test_a_ratio_beyond_float32_is_not_hidden_where_it_counts() -> None:
-    """A < 0 without a dual clip: the formula's loss is beyond float32 too, and the step is refused for it."""
+    """A < 0 without a dual clip: the formula's loss is beyond float32 too, and the step is refused
+    for it."""
     _, made = tokens([-1.0], [-201.0], [-1.0])
-    made = replace(made, **{f.name: getattr(made, f.name).float() for f in fields(made) if f.name != "mask"})
+    made = replace(
+        made, **{f.name: getattr(made, f.name).float() for f in fields(made) if f.name != "mask"}
+    )
     assert FUNCTIONS["ppo"](made, Clip()).loss.item() == math.inf
 
 
@@ -130,8 +150,13 @@ def test_masked_values_never_matter(name: str) -> None:
     mask = torch.tensor([[True, False, True, False]])
     found = []
     for under in ([0.0, 0.0], [junk, infinite], [-infinite, junk], [1e308, -1e308]):
-        lp = torch.tensor([[-1.0, under[0], -2.0, under[1]]], dtype=torch.float64, requires_grad=True)
-        more = [torch.tensor([[x, under[1], y, under[0]]]).double() for x, y in ((-1.5, -1.9), (2.0, -1.5), (0.5, 3.0))]
+        lp = torch.tensor(
+            [[-1.0, under[0], -2.0, under[1]]], dtype=torch.float64, requires_grad=True
+        )
+        more = [
+            torch.tensor([[x, under[1], y, under[0]]]).double()
+            for x, y in ((-1.5, -1.9), (2.0, -1.5), (0.5, 3.0))
+        ]
         made = select_tokens(lp, mask, *more)
         loss = Aggregation("token-mean").numerator(FUNCTIONS[name](made, Clip()).loss, mask)
         loss.backward()
@@ -161,11 +186,14 @@ def test_aggregation_by_hand() -> None:
     wanted["seq-mean-token-sum-norm"] = 19 / (2 * 8)
     for mode, value in wanted.items():
         found = Aggregation(mode, 8.0)
-        assert found.numerator(values, mask).item() / found.divisor(float(found.count(mask))) == pytest.approx(value)
+        assert found.numerator(values, mask).item() / found.divisor(
+            float(found.count(mask))
+        ) == pytest.approx(value)
 
 
 def test_kl_types_by_formula() -> None:
-    """k1 = d, abs = |d|, k2 = d^2/2, k3 = exp(-d) - 1 + d, under both their names; k1+ and k3+ have their values."""
+    """k1 = d, abs = |d|, k2 = d^2/2, k3 = exp(-d) - 1 + d, under both their names; k1+ and k3+ have
+    their values."""
     d = np.array([-0.7, 0.0, 1.3])
     wanted = {"k1": d, "abs": abs(d), "k2": d**2 / 2, "k3": np.exp(-d) - 1 + d}
     wanted |= {
@@ -176,4 +204,6 @@ def test_kl_types_by_formula() -> None:
         "low_var_kl": wanted["k3"],
     }
     for kind, value in wanted.items():
-        assert kl_terms(torch.from_numpy(d), torch.zeros(3).double(), kind).tolist() == pytest.approx(value.tolist())
+        assert kl_terms(
+            torch.from_numpy(d), torch.zeros(3).double(), kind
+        ).tolist() == pytest.approx(value.tolist())

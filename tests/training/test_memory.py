@@ -1,4 +1,5 @@
-"""Batches that are too large for memory: cut by what is there, refused, or begun again with less; the result is the same."""
+"""Batches that are too large for memory: cut by what is there, refused, or begun again with less;
+the result is the same."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ from torch import Tensor
 TOO_MUCH = (
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+        "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you "
+        "tried to allocate"
     ),
 )
 
@@ -39,7 +41,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def weights(engine: Engine) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in engine.state.full_weights() if tensor is not None}
+    return {
+        name: tensor.clone() for name, tensor in engine.state.full_weights() if tensor is not None
+    }
 
 
 def assert_alike(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -51,12 +55,17 @@ def assert_alike(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 def tighten(engine: Engine, rows: int) -> None:
     """Leave room for so many of the batch's longest rows."""
     longest = max(batch().lengths())
-    engine.room = replace(engine.room, mib=engine.room.need_mib([longest] * rows, trains=True) * 1.001)
+    engine.room = replace(
+        engine.room, mib=engine.room.need_mib([longest] * rows, trains=True) * 1.001
+    )
 
 
 @contextmanager
-def short_of_memory(engine: Engine, error: Exception, fits: int, backward: bool) -> Iterator[list[int]]:
-    """A layer that runs out of memory with more than `fits` rows, in its forward or in its backward."""
+def short_of_memory(
+    engine: Engine, error: Exception, fits: int, backward: bool
+) -> Iterator[list[int]]:
+    """A layer that runs out of memory with more than `fits` rows, in its forward or in its
+    backward."""
     met: list[int] = []
 
     def fail(rows: int) -> None:
@@ -102,18 +111,23 @@ def test_rows_are_cut_in_their_order_by_what_fits() -> None:
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_batch_is_cut_by_the_memory_that_is_there(packing: bool, path: str) -> None:
-    """Steps, scores and top k are those of one forward, to rounding; a small batch is not cut at all."""
+    """Steps, scores and top k are those of one forward, to rounding; a small batch is not cut at
+    all."""
     whole, cut = build(path, packing=packing), build(path, packing=packing)
     prepared, plan = planned(whole, "update_actor", batch())
     assert len(plan.mini_batches[0].ranks[0]) == 1
     assert not whole.needs_lengths(prepared)
     tighten(cut, 2)
     assert cut.needs_lengths(prepared)
-    plans = [planned(cut, operation, batch())[1] for operation in ("update_actor", "compute_log_prob")]
+    plans = [
+        planned(cut, operation, batch())[1] for operation in ("update_actor", "compute_log_prob")
+    ]
     assert len(plans[0].mini_batches[0].ranks[0]) >= 3
     assert plans[0].mini_batches == plans[1].mini_batches, "an update starts at ratio 1"
     for params in ({}, {"top_k": 3}):
-        ours, theirs = (compute(engine, "compute_log_prob", batch(), **params) for engine in (cut, whole))
+        ours, theirs = (
+            compute(engine, "compute_log_prob", batch(), **params) for engine in (cut, whole)
+        )
         for name, tensor in ours.items():
             assert torch.allclose(tensor.double(), theirs[name].double(), atol=1e-6)
     for _ in range(2):
@@ -137,7 +151,10 @@ def test_a_row_that_fits_no_cut_is_refused_with_the_numbers(path: str) -> None:
     engine.room = replace(engine.room, activations=per_byte)
     before = engine.state.fingerprint()
     with pytest.raises(
-        InvalidValue, match=r"row \d+ has \d+ attended tokens, which take about \d+ MiB, .* \d+ MiB, what is free"
+        InvalidValue,
+        match=(
+            r"row \d+ has \d+ attended tokens, which take about \d+ MiB, .* \d+ MiB, what is free"
+        ),
     ):
         update(engine, batch())
     assert engine.state.fingerprint() == before
@@ -147,11 +164,16 @@ def test_a_row_that_fits_no_cut_is_refused_with_the_numbers(path: str) -> None:
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("error", TOO_MUCH, ids=["device", "host"])
 @pytest.mark.parametrize("backward", [False, True])
-def test_memory_that_runs_out_is_asked_for_less(backward: bool, error: Exception, path: str) -> None:
-    """Forward or backward: with half the rows at a time, and the same weights as where there was enough."""
+def test_memory_that_runs_out_is_asked_for_less(
+    backward: bool, error: Exception, path: str
+) -> None:
+    """Forward or backward: with half the rows at a time, and the same weights as where there was
+    enough."""
     plain, short = build(path), build(path)
     for engine in (plain, short):
-        engine.accumulate(*planned(engine, "forward_backward", batch()))  # pending sums survive what comes
+        engine.accumulate(
+            *planned(engine, "forward_backward", batch())
+        )  # pending sums survive what comes
     update_of = [build(path), build(path)]
     update(update_of[0], batch())
     with short_of_memory(update_of[1], error, 2, backward) as met:
@@ -168,16 +190,20 @@ def test_memory_that_runs_out_is_asked_for_less(backward: bool, error: Exception
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["kept back", "reduced at once", "recompute", "packed", "frozen reference"])
+@pytest.mark.parametrize(
+    "name", ["kept back", "reduced at once", "recompute", "packed", "frozen reference"]
+)
 def test_one_rank_of_two_may_run_out_at_every_place(name: str, path: str, tmp_path: Path) -> None:
-    """Forward, backward and recomputation, the head, FSDP's own work, with and without gradients kept back."""
+    """Forward, backward and recomputation, the head, FSDP's own work, with and without gradients
+    kept back."""
     answer = run_ranks(2, "positions", tmp_path, path, "40", name, script="short_ranks.py")[name]
     assert answer["calls"] > 1000 and answer["worst"] < 1e-9
 
 
 @pytest.mark.slow
 def test_one_rank_of_two_may_run_out(path: str, tmp_path: Path) -> None:
-    """The other goes with it: gradients on top of pending ones, weights and scores are those of enough memory.
+    """The other goes with it: gradients on top of pending ones, weights and scores are those of
+    enough memory.
 
     A row that fits nowhere is named on all ranks, and leaves them as they were.
     """
@@ -189,7 +215,11 @@ def test_one_rank_of_two_may_run_out(path: str, tmp_path: Path) -> None:
     for operation in ("compute_log_prob", "compute_ref_log_prob"):
         assert answer[operation]["calls"] > 100 and answer[operation]["worst"] < 1e-6
     assert answer["retries"] == {"memory/retries": 1}
-    said = [["DoesNotFit", 6], ["DoesNotFit", 6], ["MemoryError", None]]  # the last one after a step was taken
+    said = [
+        ["DoesNotFit", 6],
+        ["DoesNotFit", 6],
+        ["MemoryError", None],
+    ]  # the last one after a step was taken
     assert [one[:3] for one in answer["refused"]] == [said, said]
     assert answer["refused"][0][3] < 1e-9
 
@@ -210,7 +240,10 @@ def test_a_single_row_that_runs_out_fails_and_leaves_the_group_as_it_was(path: s
     engine, plain = build(path), build(path)
     for one in (engine, plain):
         one.accumulate(*planned(one, "forward_backward", batch()))
-    with short_of_memory(engine, TOO_MUCH[1], 0, backward=True), pytest.raises(DoesNotFit, match="under a single row"):
+    with (
+        short_of_memory(engine, TOO_MUCH[1], 0, backward=True),
+        pytest.raises(DoesNotFit, match="under a single row"),
+    ):
         engine.accumulate(*planned(engine, "forward_backward", batch()))
     assert engine.state.pending
     engine.step(), plain.step()
@@ -219,7 +252,9 @@ def test_a_single_row_that_runs_out_fails_and_leaves_the_group_as_it_was(path: s
 
 
 def test_what_is_free_is_within_the_host() -> None:
-    available = next(line for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line)
+    available = next(
+        line for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line
+    )
     free = free_mib(CPU, 1)
     assert 0 < free <= float(available.split()[1]) / 1024 * 1.1
     assert free_mib(CPU, 4) == pytest.approx(free / 4, rel=0.1)
@@ -251,18 +286,38 @@ def test_a_death_is_told_by_its_signal(end: str, kills: int, said: str) -> None:
     ("said", "kills"),
     [
         (
-            {"sys/fs/cgroup/a/b/memory.events": "oom 3\noom_kill 2\n", "sys/fs/cgroup/a/memory.events": "oom_kill 5\n"},
+            {
+                "sys/fs/cgroup/a/b/memory.events": "oom 3\noom_kill 2\n",
+                "sys/fs/cgroup/a/memory.events": "oom_kill 5\n",
+            },
             2,
         ),
         ({"sys/fs/cgroup/a/memory.events": "oom_kill 5\n"}, 5),  # the own one does not count memory
-        ({"sys/fs/cgroup/memory/c/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 4\n"}, 4),
-        ({"sys/fs/cgroup/memory/memory.oom_control": "oom_kill 0\n"}, 0),  # a container, which sees the host's path
+        (
+            {
+                "sys/fs/cgroup/memory/c/memory.oom_control": (
+                    "oom_kill_disable 0\nunder_oom 0\noom_kill 4\n"
+                )
+            },
+            4,
+        ),
+        (
+            {"sys/fs/cgroup/memory/memory.oom_control": "oom_kill 0\n"},
+            0,
+        ),  # a container, which sees the host's path
         ({}, 9),
     ],
 )
-def test_only_kills_in_the_own_control_group_are_told(said: dict[str, str], kills: int, tmp_path: Path) -> None:
-    """Those of other people on the same host are no reason for a death here; only where nothing else counts, they may be."""
-    files = {"proc/self/cgroup": "4:memory:/c\n2:cpu:/\n0::/a/b\n", "proc/vmstat": "nr_free 1\noom_kill 9\n", **said}
+def test_only_kills_in_the_own_control_group_are_told(
+    said: dict[str, str], kills: int, tmp_path: Path
+) -> None:
+    """Those of other people on the same host are no reason for a death here; only where nothing
+    else counts, they may be."""
+    files = {
+        "proc/self/cgroup": "4:memory:/c\n2:cpu:/\n0::/a/b\n",
+        "proc/vmstat": "nr_free 1\noom_kill 9\n",
+        **said,
+    }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -270,7 +325,8 @@ def test_only_kills_in_the_own_control_group_are_told(said: dict[str, str], kill
 
 
 def test_memory_that_a_process_may_not_take_is_named_as_such() -> None:
-    """A real allocation beyond a limit on addresses: what is free counts the limit, and the error is known."""
+    """A real allocation beyond a limit on addresses: what is free counts the limit, and the error
+    is known."""
     limited = """
 import resource, torch
 from nexrl_worker.training.memory import free_mib, is_out_of_memory

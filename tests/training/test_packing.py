@@ -1,4 +1,5 @@
-"""Packing: one stream of attended tokens gives what every row alone gives, whatever its padding, masks and positions."""
+"""Packing: one stream of attended tokens gives what every row alone gives, whatever its padding,
+masks and positions."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ CPU = torch.device("cpu")
 TEMPERATURE = 0.7
 COMMON = dict(
     vocab_size=61, hidden_size=24, intermediate_size=28, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, max_position_embeddings=64, initializer_range=0.2, pad_token_id=0,
+    num_key_value_heads=2, head_dim=8, max_position_embeddings=64, initializer_range=0.2,
+    pad_token_id=0,
     bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
 FAMILIES: dict[str, PretrainedConfig] = {
@@ -51,13 +53,22 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**COMMON),
     "mistral": MistralConfig(**COMMON, sliding_window=4),
     "gemma2": Gemma2Config(**COMMON, sliding_window=4, attn_logit_softcapping=2.0),
-    "gpt2": GPT2Config(vocab_size=61, n_embd=24, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2),
+    "gpt2": GPT2Config(
+        vocab_size=61,
+        n_embd=24,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
     "cohere": CohereConfig(**COMMON),
 }
 
 
 def hard_rows() -> MemoryRows:
-    """Left and right padding, holes, two rows without any token, and positions that never restart between rows."""
+    """Left and right padding, holes, two rows without any token, and positions that never restart
+    between rows."""
     rows = batch()
     attention = rows.tensors["attention_mask"]
     attention[4, 3:6] = 0
@@ -72,7 +83,9 @@ def hard_rows() -> MemoryRows:
 
 
 def reader(rows: MemoryRows, packed: bool) -> BatchReader:
-    return BatchReader(rows, Layout.of(rows), (), CPU, torch.float64, packed, temperature=TEMPERATURE)
+    return BatchReader(
+        rows, Layout.of(rows), (), CPU, torch.float64, packed, temperature=TEMPERATURE
+    )
 
 
 def mixture(rows: MemoryRows, row: int) -> Tensor:
@@ -81,15 +94,20 @@ def mixture(rows: MemoryRows, row: int) -> Tensor:
 
 
 def alone(model: Any, rows: MemoryRows, width: int = 8) -> tuple[Tensor, Tensor]:
-    """(log-probabilities, entropies) [B,R] of each row's attended tokens by the model itself, without padding."""
+    """(log-probabilities, entropies) [B,R] of each row's attended tokens by the model itself,
+    without padding."""
     scores = torch.zeros(2, rows.size, width, dtype=torch.float64)
     lines = []
     for row in range(rows.size):
         kept = rows.tensors["attention_mask"][row].bool()
         if not kept.any():
             continue
-        ids, positions = rows.tensors["input_ids"][row][kept], rows.tensors["position_ids"][row][kept]
-        # A mask, though of ones: without it transformers takes a step in the positions for another row's beginning.
+        ids, positions = (
+            rows.tensors["input_ids"][row][kept],
+            rows.tensors["position_ids"][row][kept],
+        )
+        # A mask, though of ones: without it transformers takes a step in the positions for another
+        # row's beginning.
         inputs = {
             "input_ids": ids[None],
             "position_ids": positions[None].long(),
@@ -101,16 +119,22 @@ def alone(model: Any, rows: MemoryRows, width: int = 8) -> tuple[Tensor, Tensor]
         for at in range(1, len(places)):
             k = places[at] - (len(kept) - width)
             if k >= 0:
-                lines.append((row, k, logs[at - 1, ids[at]], -(logs[at - 1].exp() * logs[at - 1]).sum()))
+                lines.append(
+                    (row, k, logs[at - 1, ids[at]], -(logs[at - 1].exp() * logs[at - 1]).sum())
+                )
     for row, k, log_prob, entropy in lines:
         scores = scores.index_put(
-            (torch.tensor([0, 1]), torch.tensor(row), torch.tensor(k)), torch.stack((log_prob, entropy))
+            (torch.tensor([0, 1]), torch.tensor(row), torch.tensor(k)),
+            torch.stack((log_prob, entropy)),
         )
     return scores[0], scores[1]
 
 
 def loss_of(log_probs: Tensor, entropies: Tensor, rows: MemoryRows, indices: list[int]) -> Tensor:
-    mask = rows.tensors["scoring_attention_mask"][indices][:, -8:] * rows.tensors["attention_mask"][indices][:, -8:]
+    mask = (
+        rows.tensors["scoring_attention_mask"][indices][:, -8:]
+        * rows.tensors["attention_mask"][indices][:, -8:]
+    )
     weights = torch.stack([mixture(rows, row) for row in indices]) * mask
     return (weights * log_probs + 0.3 * weights.square() * entropies).sum()
 
@@ -122,7 +146,8 @@ def gradients(model: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("cut", [[[0, 1, 2, 3, 4, 5, 6]], [[6, 2], [5], [4, 0, 1], [], [3]]])
 def test_every_row_as_if_alone(tmp_path: Path, packed: bool, cut: list[list[int]]) -> None:
-    """Log-probabilities, entropies and gradients in float64 equal those of every row alone to 1e-9, however cut."""
+    """Log-probabilities, entropies and gradients in float64 equal those of every row alone to 1e-9,
+    however cut."""
     rows = hard_rows()
     model: Any = AutoModelForCausalLM.from_pretrained(save_model(tmp_path), dtype=torch.float64)
     wanted = alone(model, rows)
@@ -143,7 +168,8 @@ def test_every_row_as_if_alone(tmp_path: Path, packed: bool, cut: list[list[int]
 
 
 def test_a_stream_holds_attended_tokens_only() -> None:
-    """No padding is computed; a micro-batch without any token and the dummy still hold something to run on."""
+    """No padding is computed; a micro-batch without any token and the dummy still hold something to
+    run on."""
     rows = hard_rows()
     micro = reader(rows, True).read(list(range(7)))
     lengths = [int(count) for count in rows.tensors["attention_mask"].sum(dim=1) if count]
@@ -166,13 +192,16 @@ def test_last_tokens(tmp_path: Path, packed: bool) -> None:
 
 
 def test_a_first_token_is_no_label() -> None:
-    """Left- and right-padded rows score the same labels: nothing predicts a row's first token, so it never counts."""
+    """Left- and right-padded rows score the same labels: nothing predicts a row's first token, so
+    it never counts."""
     ids = torch.arange(1, 7)
     left = torch.cat([torch.zeros(3, dtype=torch.int64), ids])[None]
     right = torch.cat([ids, torch.zeros(3, dtype=torch.int64)])[None]
     for packed in (True, False):
         micros = [
-            reader(MemoryRows({"input_ids": one, "attention_mask": (one > 0).long()}), packed).read([0])
+            reader(MemoryRows({"input_ids": one, "attention_mask": (one > 0).long()}), packed).read(
+                [0]
+            )
             for one in (left, right)
         ]
         assert [micro.labels.tolist() for micro in micros] == [[2, 3, 4, 5, 6]] * 2
@@ -180,12 +209,14 @@ def test_a_first_token_is_no_label() -> None:
         assert torch.equal(micros[0].input_ids, micros[1].input_ids)
 
 
-# -- families ----------------------------------------------------------------------------------------------------------
+# -- families
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_families_pack_soundly(family: str) -> None:
-    """Every family passes the probe and scores packed rows as its own code scores each alone (window and cap on)."""
+    """Every family passes the probe and scores packed rows as its own code scores each alone
+    (window and cap on)."""
     rows = hard_rows()
     torch.manual_seed(0)
     made = copy.deepcopy(FAMILIES[family])
@@ -212,9 +243,12 @@ def llama(**changes: Any) -> Scorer:
 
 
 def test_families_that_cannot_pack_say_why() -> None:
-    """Fixed attention code, attention sinks, a window that attention is not told, rows that see each other: refused."""
+    """Fixed attention code, attention sinks, a window that attention is not told, rows that see
+    each other: refused."""
     bloom = BloomConfig(vocab_size=61, hidden_size=24, n_layer=1, n_head=4)
-    sinks = GptOssConfig(**{**COMMON, "num_local_experts": 2, "num_experts_per_tok": 1, "rope_scaling": None})
+    sinks = GptOssConfig(
+        **{**COMMON, "num_local_experts": 2, "num_experts_per_tok": 1, "rope_scaling": None}
+    )
     for made, words in ((bloom, "exchanged"), (sinks, "s_aux")):
         outcome = probed(Scorer(AutoModelForCausalLM.from_config(made, dtype=torch.float32).eval()))
         assert not outcome.packs and words in (outcome.packing_reason or ""), outcome
@@ -226,19 +260,25 @@ def test_families_that_cannot_pack_say_why() -> None:
 
 
 def test_a_language_model_is_packed_though_the_part_that_reads_images_keeps_its_attention() -> None:
-    """Where its own cannot be exchanged either, everything is put back: padded rows are computed as before."""
+    """Where its own cannot be exchanged either, everything is put back: padded rows are computed as
+    before."""
     eyes = dict(
-        hidden_size=16, output_channels=8, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16,
+        hidden_size=16, output_channels=8, num_hidden_layers=1, num_attention_heads=2,
+        image_size=32, patch_size=16,
         mlp_dim=16, global_attn_indexes=[0],
     )  # fmt: skip
-    made = GotOcr2Config(text_config={**COMMON, "model_type": "qwen2"}, vision_config=eyes, image_token_index=60)
+    made = GotOcr2Config(
+        text_config={**COMMON, "model_type": "qwen2"}, vision_config=eyes, image_token_index=60
+    )
     torch.manual_seed(0)
     scorer, rows = Scorer(AutoModelForMultimodalLM.from_config(made).eval()), hard_rows()
     wanted = alone(scorer.hf, rows)[0]
     outcome = probed(scorer)
     assert (outcome.reason, outcome.packing_reason, outcome.packs) == (None, None, True)
     for packed in (True, False):
-        found = scorer.score(reader(rows, packed).read(list(range(7))), entropy=False, all_labels=True)[0].double()
+        found = scorer.score(
+            reader(rows, packed).read(list(range(7))), entropy=False, all_labels=True
+        )[0].double()
         assert torch.allclose(found, wanted, atol=2e-5), packed
 
     text = scorer.hf.config.get_text_config()
@@ -249,21 +289,31 @@ def test_a_language_model_is_packed_though_the_part_that_reads_images_keeps_its_
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_that_see_each_other_are_found_out(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    """The probe tells a stream attended to as one row from packed rows, through bfloat16's rounding too."""
+def test_rows_that_see_each_other_are_found_out(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """The probe tells a stream attended to as one row from packed rows, through bfloat16's rounding
+    too."""
     scorer = llama().to(dtype)
     assert probe(scorer, CPU, dtype, packing=True).packs
 
     def as_one(self: Segments, _: object = None) -> tuple[int, ...]:
         return (20,)
 
-    monkeypatch.setattr(Segments, "lengths", property(as_one, lambda self, value: None), raising=False)
+    monkeypatch.setattr(
+        Segments, "lengths", property(as_one, lambda self, value: None), raising=False
+    )
     outcome = probe(scorer, CPU, dtype, packing=True)
-    assert not outcome.packs and "differ" in (outcome.packing_reason or "") and outcome.packed_difference > 5.0
+    assert (
+        not outcome.packs
+        and "differ" in (outcome.packing_reason or "")
+        and outcome.packed_difference > 5.0
+    )
 
 
 def test_attention_refuses_what_it_cannot_do() -> None:
-    """A mask, an attention that is not causal, and a call without segments raise instead of attending anyhow."""
+    """A mask, an attention that is not causal, and a call without segments raise instead of
+    attending anyhow."""
     module = torch.nn.Module()
     states = torch.zeros(1, 2, 5, 4)
     segments = Segments((2, 3), CPU)
@@ -280,38 +330,64 @@ def test_attention_refuses_what_it_cannot_do() -> None:
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("scaling", [None, 0.3])
-def test_attention_by_formula(window: int | None, softcap: float | None, scaling: float | None) -> None:
-    """softmax(cap(scale q k)) v over the same row, not later, less than `window` before; heads share keys in groups."""
+def test_attention_by_formula(
+    window: int | None, softcap: float | None, scaling: float | None
+) -> None:
+    """softmax(cap(scale q k)) v over the same row, not later, less than `window` before; heads
+    share keys in groups."""
     random = torch.Generator().manual_seed(0)
     query = torch.randn(1, 4, 9, 6, generator=random)
     key, value = (torch.randn(1, 2, 9, 6, generator=random) for _ in range(2))
     found = attend(
-        torch.nn.Module(), query, key, value, None, scaling=scaling, sliding_window=window, softcap=softcap,
+        torch.nn.Module(), query, key, value, None, scaling=scaling, sliding_window=window,
+        softcap=softcap,
         segments=Segments((4, 5), CPU),
     )[0]  # fmt: skip
     row = [0] * 4 + [1] * 5
     for head in range(4):
         for at in range(9):
-            seen = [j for j in range(9) if row[j] == row[at] and j <= at and (window is None or at - j < window)]
-            scores = query[0, head, at] @ key[0, head // 2, seen].T * (6**-0.5 if scaling is None else scaling)
+            seen = [
+                j
+                for j in range(9)
+                if row[j] == row[at] and j <= at and (window is None or at - j < window)
+            ]
+            scores = (
+                query[0, head, at]
+                @ key[0, head // 2, seen].T
+                * (6**-0.5 if scaling is None else scaling)
+            )
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
             wanted = torch.softmax(scores, dim=-1) @ value[0, head // 2, seen]
             assert torch.allclose(found[0, at, head], wanted, atol=1e-5)
 
 
-# -- sharded -----------------------------------------------------------------------------------------------------------
+# -- sharded
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("family", ["qwen2", "sinks"])
 def test_the_probe_leaves_nothing_gathered(tmp_path: Path, family: str) -> None:
-    """After a probe that passed or failed every parameter is a shard again, and the model scores as before."""
-    sinks = GptOssConfig(**{**COMMON, "num_local_experts": 2, "num_experts_per_tok": 1, "rope_scaling": None})
+    """After a probe that passed or failed every parameter is a shard again, and the model scores as
+    before."""
+    sinks = GptOssConfig(
+        **{**COMMON, "num_local_experts": 2, "num_experts_per_tok": 1, "rope_scaling": None}
+    )
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(FAMILIES[family] if family == "qwen2" else sinks).save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_config(
+        FAMILIES[family] if family == "qwen2" else sinks
+    ).save_pretrained(tmp_path)
     precision = Precision.of(config("", dtype="float32").fsdp_config, CPU)
-    root = build_root(str(tmp_path), kind_of("actor"), precision, init_device_mesh("cpu", (1,)), CPU, Options(), True)
+    root = build_root(
+        str(tmp_path),
+        kind_of("actor"),
+        precision,
+        init_device_mesh("cpu", (1,)),
+        CPU,
+        Options(),
+        True,
+    )
     assert isinstance(root, Scorer)
     micro: MicroBatch = reader(hard_rows(), False).read([0, 1, 6])
     before = root.score(micro, entropy=False, all_labels=True)[0]
@@ -325,7 +401,8 @@ def test_the_probe_leaves_nothing_gathered(tmp_path: Path, family: str) -> None:
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("family", ["qwen2", "mistral"])
 def test_packing_where_layers_compute_in_another_dtype(tmp_path: Path, family: str) -> None:
-    """float32 weights and bfloat16 layers, the usual way on a GPU: packed, and as close to float64 as padded rows are."""
+    """float32 weights and bfloat16 layers, the usual way on a GPU: packed, and as close to float64
+    as padded rows are."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(FAMILIES[family]).save_pretrained(tmp_path)
     half = Space(param_dtype="bfloat16", reduce_dtype=None)
@@ -337,6 +414,12 @@ def test_packing_where_layers_compute_in_another_dtype(tmp_path: Path, family: s
         settings.fsdp_config.mixed_precision = half
         engine = Engine.build(settings, "teacher", CPU)
         info = engine.info()
-        assert info["compute_dtype"] == "bfloat16" and info["packing"] is packing and info["packing_reason"] is None
-        gaps.append(float((compute(engine, "compute_log_prob", rows)["old_log_probs"] - truth).norm()))
+        assert (
+            info["compute_dtype"] == "bfloat16"
+            and info["packing"] is packing
+            and info["packing_reason"] is None
+        )
+        gaps.append(
+            float((compute(engine, "compute_log_prob", rows)["old_log_probs"] - truth).norm())
+        )
     assert 0 < gaps[0] < 1.5 * gaps[1] < 0.05 * float(truth.norm())

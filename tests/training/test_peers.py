@@ -1,6 +1,8 @@
-"""Where other libraries differ: their formulas beside ours in float64, and the figures that docs/training.md gives.
+"""Where other libraries differ: their formulas beside ours in float64, and the figures that
+docs/training.md gives.
 
-`theirs` are restated from the libraries' own text, on whole tensors; nothing of the worker is in them.
+`theirs` are restated from the libraries' own text, on whole tensors; nothing of the worker is in
+them.
 """
 
 from __future__ import annotations
@@ -25,12 +27,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, get_scheduler
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
 ROWS = {cells[1].strip(): line for line in PAGE.splitlines() if len(cells := line.split("|")) == 7}
 FAMILIES = (
-    "llama qwen2 qwen3 gpt2 gpt_neox opt bloom gemma2 gemma3_text cohere olmo2 phi stablelm mixtral qwen3_moe falcon"
+    "llama qwen2 qwen3 gpt2 gpt_neox opt bloom gemma2 gemma3_text cohere olmo2 phi stablelm "
+    "mixtral qwen3_moe falcon"
 )
 
 
 def values(*rows: list[float]) -> Tensor:
-    return torch.tensor([row + [float("nan")] * (3 - len(row)) for row in rows], dtype=torch.float64)
+    return torch.tensor(
+        [row + [float("nan")] * (3 - len(row)) for row in rows], dtype=torch.float64
+    )
 
 
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
@@ -57,7 +62,8 @@ def off(mine: Found, other: Found) -> float:
 
 
 def ours(
-    lp: Tensor, name: str = "ppo", old: Tensor | None = OLD, gain: Tensor = ADVANTAGES, by: Tensor | float = 1.0,
+    lp: Tensor, name: str = "ppo", old: Tensor | None = OLD, gain: Tensor = ADVANTAGES,
+    by: Tensor | float = 1.0,
     mask: Tensor = MASK,
 ) -> Tensor:  # fmt: skip
     aggregation = Aggregation("token-mean")
@@ -67,7 +73,9 @@ def ours(
 
 def our_kl(lp: Tensor, old: Tensor | None) -> Tensor:
     kept, reference = (torch.where(MASK, value, 0.0) for value in (lp, REF))
-    return kl_terms(kept, reference, "k3", None if old is None else torch.where(MASK, old, 0.0))[MASK].mean()
+    return kl_terms(kept, reference, "k3", None if old is None else torch.where(MASK, old, 0.0))[
+        MASK
+    ].mean()
 
 
 def clipped(lp: Tensor, old: Tensor) -> Tensor:
@@ -94,8 +102,11 @@ def test_the_kl_times_the_ratio() -> None:
 
 
 def test_the_mean_of_micro_batch_means() -> None:
-    """verl: the token mean of each row, then their mean; ours with advantages scaled by N / (M n) is the same."""
-    theirs = at(lambda lp: torch.stack([clipped(lp, OLD)[row][MASK[row]].mean() for row in (0, 1)]).mean())
+    """verl: the token mean of each row, then their mean; ours with advantages scaled by N / (M n)
+    is the same."""
+    theirs = at(
+        lambda lp: torch.stack([clipped(lp, OLD)[row][MASK[row]].mean() for row in (0, 1)]).mean()
+    )
     plain = at(ours)
     scaled = at(lambda lp: ours(lp, gain=ADVANTAGES * torch.tensor([[4 / (2 * 3)], [4 / (2 * 1)]])))
     assert off(scaled, theirs) < 1e-7 and scaled[0] == pytest.approx(theirs[0], rel=1e-7)
@@ -141,7 +152,11 @@ def test_a_warm_up_is_one_step_ahead() -> None:
         adamw.step()
         theirs.step()
     mine = [schedule.lr(step) for step in range(8)]
-    assert rates[0] == 0.0 and mine[:7] == pytest.approx(rates[1:]) and sum(mine) - sum(rates) == pytest.approx(0.5)
+    assert (
+        rates[0] == 0.0
+        and mine[:7] == pytest.approx(rates[1:])
+        and sum(mine) - sum(rates) == pytest.approx(0.5)
+    )
     says("warm-up of n", "lr (t+1)/n", "lr in all")
 
 
@@ -155,22 +170,33 @@ def test_what_weight_decay_spares_is_what_transformers_trainer_spares(family: st
 
 @pytest.mark.usefixtures("one_rank")
 def test_spared_parameters_stay_where_no_gradient_moves_them(tmp_path: Path) -> None:
-    """Decay shrinks weights by lr x weight_decay a step; a state saved without the setting goes on under it."""
+    """Decay shrinks weights by lr x weight_decay a step; a state saved without the setting goes on
+    under it."""
     path = save_model(tmp_path / "model", tie_word_embeddings=True)
     optim = {"lr": 1e-2, "weight_decay": 0.1}
-    first, second = (build(path, optim={**optim, "no_decay": rule}) for rule in (None, "norms and biases"))
+    first, second = (
+        build(path, optim={**optim, "no_decay": rule}) for rule in (None, "norms and biases")
+    )
     rows = batch()
-    rows.tensors["advantages"] = torch.zeros_like(rows.tensors["advantages"])  # what moves a weight now is decay alone
-    before = {name: value.clone() for name, value in first.state.full_weights() if value is not None}
+    rows.tensors["advantages"] = torch.zeros_like(
+        rows.tensors["advantages"]
+    )  # what moves a weight now is decay alone
+    before = {
+        name: value.clone() for name, value in first.state.full_weights() if value is not None
+    }
     for engine in (first, second):
         assert update(engine, rows)[0].metrics["step_applied"]
     spared = norms_and_biases(second._root.hf)
-    for (name, decayed), (_, kept) in zip(first.state.full_weights(), second.state.full_weights(), strict=True):
+    for (name, decayed), (_, kept) in zip(
+        first.state.full_weights(), second.state.full_weights(), strict=True
+    ):
         assert decayed is not None and kept is not None
         assert torch.allclose(decayed, before[name] * (1 - 1e-3), atol=1e-12)
         assert torch.allclose(kept, before[name] * (1 if name in spared else 1 - 1e-3), atol=1e-12)
     saved = {part.name: part.local_tensor.clone() for part in first.state.shards()}
-    second.state.load_shards(Space(read=lambda name, offset, length: saved[name][offset : offset + length]))
+    second.state.load_shards(
+        Space(read=lambda name, offset, length: saved[name][offset : offset + length])
+    )
     second.state.load_scalars(first.state.scalars())
     assert update(second, rows)[0].metrics["step_applied"]
     for name, value in second.state.full_weights():
@@ -181,27 +207,40 @@ def test_spared_parameters_stay_where_no_gradient_moves_them(tmp_path: Path) -> 
 
 @pytest.mark.usefixtures("one_rank")
 def test_a_hole_is_a_token_that_is_not_there(tmp_path: Path) -> None:
-    """Ours is the row without it; transformers, given verl's positions, differs at the token after the hole alone."""
+    """Ours is the row without it; transformers, given verl's positions, differs at the token after
+    the hole alone."""
     path = save_model(tmp_path / "model")
-    ids = torch.randint(0, int(str(SMALL["vocab_size"])), (1, 12), generator=torch.Generator().manual_seed(2))
+    ids = torch.randint(
+        0, int(str(SMALL["vocab_size"])), (1, 12), generator=torch.Generator().manual_seed(2)
+    )
     mask = torch.ones_like(ids)
     mask[0, 5] = 0
     rows = MemoryRows({"input_ids": ids, "attention_mask": mask}, temperature=1.0)
     found = compute(build(path), "compute_log_prob", rows)["old_log_probs"][0].double()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
 
-    def scores(tokens: Tensor, visible: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    def scores(
+        tokens: Tensor, visible: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
         with torch.no_grad():
-            logits = model(input_ids=tokens, attention_mask=visible, position_ids=positions, use_cache=False).logits
+            logits = model(
+                input_ids=tokens, attention_mask=visible, position_ids=positions, use_cache=False
+            ).logits
         return torch.log_softmax(logits[0], -1)[:-1].gather(1, tokens[0, 1:, None])[:, 0]
 
-    there = [column for column in range(11) if column != 4]  # of the labels: column 5 of the row is the hole
+    there = [
+        column for column in range(11) if column != 4
+    ]  # of the labels: column 5 of the row is the hole
     assert torch.allclose(found[there], scores(ids[:, mask[0].bool()]), atol=1e-6)
     verl, plain = scores(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)), scores(ids, mask)
     others = [column for column in there if column != 5]
     assert torch.allclose(found[others], verl[others], atol=1e-6)
-    assert (found[5] - verl[5]).abs() > 1e-2 and (found[others] - plain[others])[5:].abs().mean() > 1e-2
+    assert (found[5] - verl[5]).abs() > 1e-2 and (found[others] - plain[others])[
+        5:
+    ].abs().mean() > 1e-2
     shown = MemoryRows({"input_ids": ids, "attention_mask": torch.ones_like(mask)}, temperature=1.0)
     assert torch.allclose(
-        compute(build(path), "compute_log_prob", shown)["old_log_probs"][0].double(), scores(ids), atol=1e-6
+        compute(build(path), "compute_log_prob", shown)["old_log_probs"][0].double(),
+        scores(ids),
+        atol=1e-6,
     )

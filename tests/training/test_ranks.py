@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM
 
 BASE: dict[str, Any] = {
     "entropy_coeff": 0.05, "use_kl_loss": True, "kl_loss_coef": 0.1, "ppo_mini_batch_size": 4,
-    "optim": {"lr_warmup_steps": 2, "lr_scheduler": "cosine", "total_training_steps": 6, "min_lr_ratio": 0.1},
+    "optim": {"lr_warmup_steps": 2, "lr_scheduler": "cosine", "total_training_steps": 6, (
+        "min_lr_ratio"
+): 0.1},
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "token-mean": {"ppo_micro_batch_size_per_gpu": 3},
@@ -58,8 +60,11 @@ def plain(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
-def test_training_is_the_plain_loop(folder: Path, plain: dict[str, dict[str, Any]], world_size: int) -> None:
-    """Four AdamW steps give the plain loop's weights and gradient norms, however rows and tokens are cut."""
+def test_training_is_the_plain_loop(
+    folder: Path, plain: dict[str, dict[str, Any]], world_size: int
+) -> None:
+    """Four AdamW steps give the plain loop's weights and gradient norms, however rows and tokens
+    are cut."""
     answer = run_ranks(world_size, "training", folder, str(folder / "cases.json"))
     for name, wanted in plain.items():
         found = load_file(folder / f"{name}-{world_size}.safetensors")
@@ -67,7 +72,9 @@ def test_training_is_the_plain_loop(folder: Path, plain: dict[str, dict[str, Any
         assert relative_gap(found, wanted["end"], wanted["start"]) <= 1e-9, name
         norms = [norm for result in answer[name] for norm in result["actor/grad_norm"]]
         assert norms == pytest.approx(wanted["norms"], rel=1e-9), name
-        assert [rate for result in answer[name] for rate in result["actor/lr"]] == pytest.approx(RATES, rel=1e-12)
+        assert [rate for result in answer[name] for rate in result["actor/lr"]] == pytest.approx(
+            RATES, rel=1e-12
+        )
 
 
 @pytest.fixture(scope="module")
@@ -86,15 +93,19 @@ class TestFacts:
         assert result["actor/loss"] == pytest.approx(facts[1]["one_row"]["actor/loss"], rel=1e-12)
 
     def test_all_masked(self, facts: dict[int, dict[str, Any]], world_size: int) -> None:
-        """A mini-batch without a scored token takes no step and says so; its numbers are 0, not NaN."""
+        """A mini-batch without a scored token takes no step and says so; its numbers are 0, not
+        NaN."""
         result = facts[world_size]["all_masked"]
         assert result["step_applied"] is False and result["skipped"] == "nothing_to_learn"
         assert result["actor/loss"] == 0.0 and facts[world_size]["all_masked_unchanged"]
 
-    def test_masked_nan(self, folder: Path, facts: dict[int, dict[str, Any]], world_size: int) -> None:
+    def test_masked_nan(
+        self, folder: Path, facts: dict[int, dict[str, Any]], world_size: int
+    ) -> None:
         """NaN under the mask changes no bit of the gradients."""
         plain, poisoned = (
-            load_file(folder / f"masked-{kind}-{world_size}.safetensors") for kind in ("plain", "poisoned")
+            load_file(folder / f"masked-{kind}-{world_size}.safetensors")
+            for kind in ("plain", "poisoned")
         )
         assert all(torch.equal(plain[name], poisoned[name]) for name in plain)
         assert any(value.abs().max() > 0 for value in plain.values())
@@ -102,12 +113,17 @@ class TestFacts:
     def test_halves(self, folder: Path, facts: dict[int, dict[str, Any]], world_size: int) -> None:
         """Two forward_backward and one optim_step equal one update_actor on the rows put together.
 
-        Up to the rounding of Qwen2's norms, which compute in float32 whatever the dtype: one way divides by the
-        denominator before the backward, the other at the step.
+        Up to the rounding of Qwen2's norms, which compute in float32 whatever the dtype: one way
+        divides by the denominator before the backward, the other at the step.
         """
-        halves, whole = (load_file(folder / f"{kind}-{world_size}.safetensors") for kind in ("halves", "whole"))
+        halves, whole = (
+            load_file(folder / f"{kind}-{world_size}.safetensors") for kind in ("halves", "whole")
+        )
         start = load_file(folder / "model-token-mean" / "model.safetensors")
-        assert relative_gap(halves, whole, {name: value.double() for name, value in start.items()}) <= 1e-5
+        assert (
+            relative_gap(halves, whole, {name: value.double() for name, value in start.items()})
+            <= 1e-5
+        )
         fact = facts[world_size]
         assert fact["pending"] and fact["optim_step"]["actor/grad_norm"] == pytest.approx(
             fact["whole"]["actor/grad_norm"], rel=1e-6
@@ -115,25 +131,42 @@ class TestFacts:
         assert sum(half["actor/tokens"] for half in fact["halves"]) == fact["whole"]["actor/tokens"]
 
     def test_not_finite(self, facts: dict[int, dict[str, Any]], world_size: int) -> None:
-        """A gradient that is not finite skips the step and changes no weight, moment or schedule on any rank."""
+        """A gradient that is not finite skips the step and changes no weight, moment or schedule on
+        any rank."""
         result = facts[world_size]["not_finite"]
-        assert result["step_applied"] is False and result["skipped"] == "non_finite_gradient" and result["unchanged"]
+        assert (
+            result["step_applied"] is False
+            and result["skipped"] == "non_finite_gradient"
+            and result["unchanged"]
+        )
 
     def test_refused(self, facts: dict[int, dict[str, Any]], world_size: int) -> None:
-        """Bad values are refused by name and row, by the rank that reads them; nothing changes and the group goes on."""
+        """Bad values are refused by name and row, by the rank that reads them; nothing changes and
+        the group goes on."""
         refused = facts[world_size]["refused"]
-        nan, wrong_id, mask = ([error for error in refused[kind] if error] for kind in ("nan", "id", "mask"))
+        nan, wrong_id, mask = (
+            [error for error in refused[kind] if error] for kind in ("nan", "id", "mask")
+        )
         assert [(e["tensor"], e["row"], e["actual"]) for e in nan] == [("advantages", 4, "nan")]
         assert [(e["tensor"], e["row"], e["actual"]) for e in wrong_id] == [("input_ids", 4, "61")]
-        assert [(e["tensor"], e["row"], e["expected"]) for e in mask] == [("attention_mask", 4, "0 or 1")]
-        assert all(error["tensor"] == "advantages" and error["actual"] == "[7, 5]" for error in refused["shape"])
+        assert [(e["tensor"], e["row"], e["expected"]) for e in mask] == [
+            ("attention_mask", 4, "0 or 1")
+        ]
+        assert all(
+            error["tensor"] == "advantages" and error["actual"] == "[7, 5]"
+            for error in refused["shape"]
+        )
         assert all("temperature" in error["message"] for error in refused["temperature"])
         assert all(error["actual"] == "missing" for error in refused["missing"])
         assert refused["unchanged"] == [True] and refused["goes_on"] == [True]
 
-    def test_reference(self, folder: Path, facts: dict[int, dict[str, Any]], world_size: int) -> None:
+    def test_reference(
+        self, folder: Path, facts: dict[int, dict[str, Any]], world_size: int
+    ) -> None:
         """compute_ref_log_prob scores with the weights on disk, however far training has gone."""
-        model = AutoModelForCausalLM.from_pretrained(folder / "model-token-mean", dtype=torch.float64)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder / "model-token-mean", dtype=torch.float64
+        )
         with torch.no_grad():
             wanted, _ = plain_scores(model, batch())
         fact = facts[world_size]
@@ -156,7 +189,9 @@ class TestFacts:
 
     def test_resume(self, folder: Path, facts: dict[int, dict[str, Any]], world_size: int) -> None:
         """State saved by two ranks loads at any world size, and training goes on the same."""
-        resumed, kept = (load_file(folder / f"resumed-{world}.safetensors") for world in (world_size, 2))
+        resumed, kept = (
+            load_file(folder / f"resumed-{world}.safetensors") for world in (world_size, 2)
+        )
         assert all(torch.allclose(resumed[name], kept[name], rtol=0, atol=1e-13) for name in kept)
         assert facts[world_size]["state"]["scalars"]["optimizer_steps"] == 2
 
@@ -164,7 +199,9 @@ class TestFacts:
         """Two teachers give two gradients, through REINFORCE and through importance sampling."""
         norms = [result["actor/grad_norm"] for result in facts[world_size]["distillation"]]
         assert abs(norms[0] - norms[2]) > 1e-3 and abs(norms[1] - norms[3]) > 1e-3
-        assert norms == pytest.approx([result["actor/grad_norm"] for result in facts[1]["distillation"]], rel=1e-9)
+        assert norms == pytest.approx(
+            [result["actor/grad_norm"] for result in facts[1]["distillation"]], rel=1e-9
+        )
 
 
 @pytest.mark.slow

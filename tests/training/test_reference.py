@@ -1,4 +1,5 @@
-"""The frozen reference is probed itself: what holds for the group's own model need not hold for it."""
+"""The frozen reference is probed itself: what holds for the group's own model need not hold for
+it."""
 
 from __future__ import annotations
 
@@ -50,18 +51,28 @@ def attended(values: Tensor, rows: MemoryRows) -> Tensor:
 
 @pytest.mark.parametrize(("group", "reference"), [(1.0, 8.0), (8.0, 1.0)])
 @pytest.mark.parametrize("packing", [False, True])
-def test_another_logits_scaling(tmp_path: Path, group: float, reference: float, packing: bool) -> None:
-    """The reference gives the log-probabilities of its own plain model, whether only it scales its logits or the group."""
+def test_another_logits_scaling(
+    tmp_path: Path, group: float, reference: float, packing: bool
+) -> None:
+    """The reference gives the log-probabilities of its own plain model, whether only it scales its
+    logits or the group."""
     own, other = granite(tmp_path / "own", group, 1), granite(tmp_path / "other", reference, 2)
     rows = batch()
     engine = engine_of(own, other, packing=packing)
-    assert engine.info()["chunked_log_probs"] is (group == 1.0) and engine.info()["packing"] is packing
+    assert (
+        engine.info()["chunked_log_probs"] is (group == 1.0) and engine.info()["packing"] is packing
+    )
 
     found = scored(engine, "compute_ref_log_prob", rows)
 
-    torch.testing.assert_close(attended(found, rows), attended(plain(other, rows), rows), atol=1e-5, rtol=0)
     torch.testing.assert_close(
-        attended(scored(engine, "compute_log_prob", rows), rows), attended(plain(own, rows), rows), atol=1e-5, rtol=0
+        attended(found, rows), attended(plain(other, rows), rows), atol=1e-5, rtol=0
+    )
+    torch.testing.assert_close(
+        attended(scored(engine, "compute_log_prob", rows), rows),
+        attended(plain(own, rows), rows),
+        atol=1e-5,
+        rtol=0,
     )
 
 
@@ -88,11 +99,14 @@ def test_two_ranks(tmp_path: Path) -> None:
 
     found = torch.tensor(run_ranks(2, "frozen", tmp_path, own, other, script="reference_ranks.py"))
 
-    torch.testing.assert_close(attended(found, rows), attended(plain(other, rows), rows), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        attended(found, rows), attended(plain(other, rows), rows), atol=1e-5, rtol=0
+    )
 
 
 def test_one_that_cannot_be_packed_is_refused(tmp_path: Path) -> None:
-    """A group that packs refuses it every time with a way out and goes on; one that pads uses it."""
+    """A group that packs refuses it every time with a way out and goes on; one that pads uses
+    it."""
     own = save_model(tmp_path / "own", "llama")
     other = save_model(tmp_path / "other", "llama", attention_chunk_size=64)
     rows = batch()
@@ -108,13 +122,17 @@ def test_one_that_cannot_be_packed_is_refused(tmp_path: Path) -> None:
         packed.compute(prepared, plan)
 
     wanted = attended(plain(own, rows), rows)  # both folders hold the same weights
-    for found in (scored(packed, "compute_log_prob", rows), scored(padded, "compute_ref_log_prob", rows)):
+    for found in (
+        scored(packed, "compute_log_prob", rows),
+        scored(padded, "compute_ref_log_prob", rows),
+    ):
         torch.testing.assert_close(attended(found, rows), wanted, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("role", ["ref", "teacher"])
 def test_a_frozen_group_is_its_own_reference(tmp_path: Path, role: str) -> None:
-    """No second model while its weights are the folder's; after a load the folder's are read again."""
+    """No second model while its weights are the folder's; after a load the folder's are read
+    again."""
     path, rows = save_model(tmp_path / "model"), batch()
     engine = engine_of(path, None, role)
     wanted = attended(plain(path, rows), rows)
@@ -123,9 +141,17 @@ def test_a_frozen_group_is_its_own_reference(tmp_path: Path, role: str) -> None:
     torch.testing.assert_close(attended(shared, rows), wanted, atol=1e-5, rtol=0)
 
     engine.state.load_shards(
-        MemoryReader({name: tensor * 0.5 for name, tensor in engine.state.full_weights() if tensor is not None})
+        MemoryReader(
+            {
+                name: tensor * 0.5
+                for name, tensor in engine.state.full_weights()
+                if tensor is not None
+            }
+        )
     )
-    engine.state.load_scalars({"optimizer_steps": 0, "adamw_steps": 0, "weight_version": 0})  # saved before any step
+    engine.state.load_scalars(
+        {"optimizer_steps": 0, "adamw_steps": 0, "weight_version": 0}
+    )  # saved before any step
 
     assert engine.uses_reference(engine.prepare("compute_ref_log_prob", rows, {}))
     assert torch.equal(scored(engine, "compute_ref_log_prob", rows), shared)
@@ -139,4 +165,6 @@ def test_a_frozen_group_with_another_reference_reads_it(tmp_path: Path) -> None:
 
     found = scored(engine_of(own, other, "ref"), "compute_ref_log_prob", rows)
 
-    torch.testing.assert_close(attended(found, rows), attended(plain(other, rows), rows), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        attended(found, rows), attended(plain(other, rows), rows), atol=1e-5, rtol=0
+    )

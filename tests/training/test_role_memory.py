@@ -1,4 +1,5 @@
-"""What a role holds: only a group that learns has an optimizer, and its process is that much larger."""
+"""What a role holds: only a group that learns has an optimizer, and its process is that much
+larger."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from rank_processes import run_ranks
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
 BIG: dict[str, Any] = dict(
-    vocab_size=8000, hidden_size=768, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=8,
+    vocab_size=8000, hidden_size=768, intermediate_size=2048, num_hidden_layers=4,
+    num_attention_heads=8,
     num_key_value_heads=4, tie_word_embeddings=True, num_labels=1, pad_token_id=0,
 )  # fmt: skip
 
@@ -19,7 +21,8 @@ BIG: dict[str, Any] = dict(
 @pytest.mark.slow
 @pytest.mark.parametrize("role", ["actor", "ref", "teacher", "reward"])
 def test_memory(tmp_path: Path, role: str) -> None:
-    """After one operation an actor holds weights and two moments; the others weights alone, and what the allocator keeps."""
+    """After one operation an actor holds weights and two moments; the others weights alone, and
+    what the allocator keeps."""
     torch.manual_seed(0)
     kind = Qwen2ForSequenceClassification if role == "reward" else Qwen2ForCausalLM
     kind(Qwen2Config(**BIG)).save_pretrained(tmp_path / "model")

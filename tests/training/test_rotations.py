@@ -1,4 +1,5 @@
-"""Rotations that go by the length of a row: a row's numbers are those of transformers on that row alone, in a new model."""
+"""Rotations that go by the length of a row: a row's numbers are those of transformers on that row
+alone, in a new model."""
 
 from __future__ import annotations
 
@@ -35,20 +36,25 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 
 COMMON: dict[str, Any] = dict(
     vocab_size=61, hidden_size=24, intermediate_size=28, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=8, initializer_range=0.3, pad_token_id=0, bos_token_id=1,
+    num_key_value_heads=2, max_position_embeddings=8, initializer_range=0.3, pad_token_id=0,
+    bos_token_id=1,
     eos_token_id=2,
 )  # fmt: skip
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
 LONGROPE = {
-    "rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2], "long_factor": [2.0, 5.0, 9.0], "rope_theta": 10000.0,
+    "rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2], "long_factor": [2.0, 5.0, 9.0],
+    "rope_theta": 10000.0,
 }  # fmt: skip
 LONG = {**COMMON, "max_position_embeddings": 32, "original_max_position_embeddings": 8}
 FAMILIES: dict[str, PretrainedConfig] = {
     "dynamic": LlamaConfig(**COMMON, rope_parameters=DYNAMIC),
     "longrope": Phi3Config(**LONG, rope_parameters=LONGROPE),
     "by layer type": Gemma3TextConfig(
-        **{**COMMON, "head_dim": 8}, sliding_window=6, layer_types=["sliding_attention", "full_attention"],
-        rope_parameters={"sliding_attention": {"rope_type": "default", "rope_theta": 100.0}, "full_attention": DYNAMIC},
+        **{**COMMON, "head_dim": 8}, sliding_window=6,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={"sliding_attention": {"rope_type": "default", "rope_theta": 100.0}, (
+            "full_attention"
+): DYNAMIC},
     ),
     "with a scale by length": PhimoeConfig(
         **LONG, num_local_experts=2, num_experts_per_tok=1,
@@ -64,7 +70,9 @@ def ragged() -> MemoryRows:
     columns = torch.arange(22)
     starts = torch.tensor([0, 2, 5, 1, 9])[:, None]
     attention = ((columns >= starts) & (columns < starts + torch.tensor(LENGTHS)[:, None])).long()
-    return MemoryRows({"input_ids": ids, "attention_mask": attention, "advantages": torch.ones(len(LENGTHS))})
+    return MemoryRows(
+        {"input_ids": ids, "attention_mask": attention, "advantages": torch.ones(len(LENGTHS))}
+    )
 
 
 def saved(folder: Path, made: PretrainedConfig, auto: Any = AutoModelForCausalLM) -> str:
@@ -74,7 +82,8 @@ def saved(folder: Path, made: PretrainedConfig, auto: Any = AutoModelForCausalLM
 
 
 def own(path: str, dtype: torch.dtype, rows: MemoryRows) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [B,S-1] and the norm of their sum's gradient over N, each row by a model of its own."""
+    """Log-probabilities [B,S-1] and the norm of their sum's gradient over N, each row by a model of
+    its own."""
     scores = torch.zeros(rows.size, 21, dtype=dtype)
     total: dict[str, Tensor] = {}
     for row in range(rows.size):
@@ -93,19 +102,23 @@ def own(path: str, dtype: torch.dtype, rows: MemoryRows) -> tuple[Tensor, Tensor
 
 
 CASES = [(family, dtype) for family in sorted(FAMILIES) for dtype in (torch.float64, torch.float32)]
-CASES.remove(("with a scale by length", torch.float64))  # torch multiplies experts in float32 at the most
+CASES.remove(
+    ("with a scale by length", torch.float64)
+)  # torch multiplies experts in float32 at the most
 
 
 @pytest.mark.parametrize(("family", "dtype"), CASES, ids=str)
 def test_a_row_is_computed_as_it_is_alone(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Whatever stands beside it or came before: scores and the gradient's norm for every cut, packed and padded."""
+    """Whatever stands beside it or came before: scores and the gradient's norm for every cut,
+    packed and padded."""
     path, rows = saved(tmp_path, FAMILIES[family]), ragged()
     wanted, norm = own(path, dtype, rows)
     exact = dtype == torch.float64
     for packing in (False, True):
         for size in (1, 2, None):
             engine = build(
-                path, dtype=str(dtype).removeprefix("torch."), packing=packing, policy_loss="reinforce",
+                path, dtype=str(dtype).removeprefix("torch."), packing=packing,
+                policy_loss="reinforce",
                 ppo_micro_batch_size_per_gpu=size, recompute=size == 2,
             )  # fmt: skip
             for _ in range(2):  # a rotation must not remember the longest row that it met
@@ -114,11 +127,15 @@ def test_a_row_is_computed_as_it_is_alone(family: str, dtype: torch.dtype, tmp_p
             got = update(engine, rows)[0].metrics["actor/grad_norm"]
             assert got == pytest.approx(float(norm), rel=1e-5 if exact else 1e-3), (packing, size)
             info = engine.info()
-            assert (info["max_position_embeddings"], info["packing"]) == (32, packing), info["packing_reason"]
+            assert (info["max_position_embeddings"], info["packing"]) == (32, packing), info[
+                "packing_reason"
+            ]
 
 
 @pytest.mark.parametrize(("family", "packing"), [("dynamic", False), ("longrope", True)])
-def test_a_reference_and_a_critic_give_each_row_its_own_number(family: str, packing: bool, tmp_path: Path) -> None:
+def test_a_reference_and_a_critic_give_each_row_its_own_number(
+    family: str, packing: bool, tmp_path: Path
+) -> None:
     """However the rows are cut; a reference may be stretched where the group's own model is not."""
     path, rows = saved(tmp_path / "it", FAMILIES[family]), ragged()
     made = FAMILIES[family].__class__
@@ -129,12 +146,18 @@ def test_a_reference_and_a_critic_give_each_row_its_own_number(family: str, pack
     for size in (1, None):
         cut = {"packing": packing, "ppo_micro_batch_size_per_gpu": size}
         engine = build(group, ref=Space(model=Space(path=path)), **cut)
-        assert torch.allclose(compute(engine, "compute_ref_log_prob", rows)["ref_log_prob"].double(), wanted, atol=1e-6)
+        assert torch.allclose(
+            compute(engine, "compute_ref_log_prob", rows)["ref_log_prob"].double(),
+            wanted,
+            atol=1e-6,
+        )
         assert engine.info()["packing"] is packing
 
         found = compute(build(valued, "critic", **cut), "compute_values", rows)["values"].double()
         for row in range(rows.size):
-            model = AutoModelForTokenClassification.from_pretrained(valued, dtype=torch.float64).eval()
+            model = AutoModelForTokenClassification.from_pretrained(
+                valued, dtype=torch.float64
+            ).eval()
             places = rows.tensors["attention_mask"][row].nonzero()[:, 0]
             alone = rows.tensors["input_ids"][row, places]
             values = model(alone[None], use_cache=False).logits[0, :-1, 0].detach()
@@ -159,8 +182,14 @@ def test_a_reward_is_that_of_the_row_alone(head: str, tmp_path: Path) -> None:
 
 
 def test_the_probe_sees_windows_longer_than_its_rows() -> None:
-    """A window that only the packed or only the padded way has is found, though no row of the probe is as long."""
-    small = {**COMMON, "max_position_embeddings": 64, "sliding_window": 32, "num_experts_per_tok": 2}
+    """A window that only the packed or only the padded way has is found, though no row of the probe
+    is as long."""
+    small = {
+        **COMMON,
+        "max_position_embeddings": 64,
+        "sliding_window": 32,
+        "num_experts_per_tok": 2,
+    }
     for made, packs in (
         (OlmoeConfig(**small, num_experts=4), False),  # tells its attention, but not the mask
         (MixtralConfig(**small, num_local_experts=4), True),
@@ -202,7 +231,8 @@ def rotary(most: int, **rope: Any) -> PretrainedConfig:
     ids=lambda value: str(getattr(value, "model_type", value)),
 )  # fmt: skip
 def test_positions_end_where_the_model_does(made: PretrainedConfig, most: int | None) -> None:
-    """Stretched rotations reach their original length times the factor; tables end, plain rotations and ALiBi do not."""
+    """Stretched rotations reach their original length times the factor; tables end, plain rotations
+    and ALiBi do not."""
     with torch.device("meta"):
         assert position_limit(AutoModelForCausalLM.from_config(made)) == most
 
@@ -217,7 +247,8 @@ def test_plain_rotations_are_taken_beyond_the_maximum_that_is_shown(tmp_path: Pa
 
 
 def test_rows_beyond_the_original_length_are_taken_up_to_the_factor(tmp_path: Path) -> None:
-    """YaRN as model cards set it up: right beyond `max_position_embeddings`, refused beyond the factor."""
+    """YaRN as model cards set it up: right beyond `max_position_embeddings`, refused beyond the
+    factor."""
     yarn = dict(rope_type="yarn", factor=2.0, original_max_position_embeddings=8)
     path, rows = saved(tmp_path, rotary(8, **yarn)), ragged()
     rows.tensors["attention_mask"][:, 16:] = 0

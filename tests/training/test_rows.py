@@ -26,8 +26,11 @@ def asked(url: str) -> int:
 
 @pytest.mark.parametrize("kept", [[2, 3, 4, 5], [0, 3, 6]])
 @pytest.mark.parametrize("wanted", [slice(3, 5), [3], [5, 3], [6, 0]])
-def test_kept_rows_are_the_rows_of_the_batch(redis_url: str, kept: list[int], wanted: Sequence[int] | slice) -> None:
-    """Whatever is kept, and whether the rows wanted are among it or not, their values are those that were sent."""
+def test_kept_rows_are_the_rows_of_the_batch(
+    redis_url: str, kept: list[int], wanted: Sequence[int] | slice
+) -> None:
+    """Whatever is kept, and whether the rows wanted are among it or not, their values are those
+    that were sent."""
     store = open_store(redis_url)
     store.put("batch", encode(BATCH))
     with PayloadRows(store, "batch", OPERATIONS["update_actor"]) as rows:
@@ -40,7 +43,10 @@ def test_kept_rows_are_the_rows_of_the_batch(redis_url: str, kept: list[int], wa
 def test_unsigned_ids_come_as_signed_ones(tmp_path: Path, dtype: torch.dtype) -> None:
     """As torch computes nothing with them; beyond int64 they are negative, and so no token."""
     store = open_store(f"file://{tmp_path}")
-    store.put("batch", encode({"input_ids": IDS.to(dtype), "responses": torch.full((8, 2), 2**16 - 1).to(dtype)}))
+    store.put(
+        "batch",
+        encode({"input_ids": IDS.to(dtype), "responses": torch.full((8, 2), 2**16 - 1).to(dtype)}),
+    )
     with PayloadRows(store, "batch", OPERATIONS["update_actor"]) as rows:
         for wanted in (slice(0, 8), [1, 5]):
             assert torch.equal(rows.tensor("input_ids", wanted), IDS[wanted])
@@ -48,8 +54,11 @@ def test_unsigned_ids_come_as_signed_ones(tmp_path: Path, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("where", ["file", "redis"])
-def test_damage_in_kept_rows_is_found_before_any_is_used(redis_url: str, tmp_path: Path, where: str) -> None:
-    """Also in a tensor that is asked for much later; rows of another rank are that rank's to find."""
+def test_damage_in_kept_rows_is_found_before_any_is_used(
+    redis_url: str, tmp_path: Path, where: str
+) -> None:
+    """Also in a tensor that is asked for much later; rows of another rank are that rank's to
+    find."""
     url = redis_url if where == "redis" else f"file://{tmp_path}"
     store = open_store(url)
     ids = torch.arange(64 * 512).reshape(64, 512)
@@ -61,10 +70,16 @@ def test_damage_in_kept_rows_is_found_before_any_is_used(redis_url: str, tmp_pat
         (tmp_path / "batch").write_bytes(frame)
     else:
         with redis.Redis.from_url(url) as client:
-            client.setrange(next(client.scan_iter(match="nexrl:payload:batch:*:0")), last, bytes([frame[last] ^ 1]))
+            client.setrange(
+                next(client.scan_iter(match="nexrl:payload:batch:*:0")),
+                last,
+                bytes([frame[last] ^ 1]),
+            )
     with PayloadRows(store, "batch", OPERATIONS["update_actor"], checksum) as rows:
         assert torch.equal(rows.tensor("input_ids", slice(0, 20)), ids[:20])
-        with pytest.raises(ServiceError, match=r"PAYLOAD_DAMAGED: .*tensor advantages rows 0 to 63"):
+        with pytest.raises(
+            ServiceError, match=r"PAYLOAD_DAMAGED: .*tensor advantages rows 0 to 63"
+        ):
             rows.keep([60, 61, 62, 63])
 
 

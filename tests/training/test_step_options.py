@@ -1,4 +1,5 @@
-"""Options of a step that change its cost and not its result: gradient synchronisation, compilation, the head's dtype."""
+"""Options of a step that change its cost and not its result: gradient synchronisation, compilation,
+the head's dtype."""
 
 from __future__ import annotations
 
@@ -49,7 +50,9 @@ def plain_gradients(path: str) -> dict[str, Tensor]:
     for row in range(rows.size):
         kept = rows.tensors["attention_mask"][row].bool()
         ids = rows.tensors["input_ids"][row][kept]
-        logs = torch.log_softmax(model(input_ids=ids[None], use_cache=False).logits[0].double() / 0.7, dim=-1)
+        logs = torch.log_softmax(
+            model(input_ids=ids[None], use_cache=False).logits[0].double() / 0.7, dim=-1
+        )
         scored = rows.tensors["scoring_attention_mask"][row].clone()
         scored[:6] = 0
         picked = scored[kept].bool()[1:]
@@ -61,18 +64,22 @@ def plain_gradients(path: str) -> dict[str, Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_gradients_kept_back_are_the_same(tmp_path: Path, world_size: int) -> None:
-    """Synchronised at the last of three micro-batches, in two accumulations, packed or not: a plain loop's gradients."""
+    """Synchronised at the last of three micro-batches, in two accumulations, packed or not: a plain
+    loop's gradients."""
     path = save_model(tmp_path / "model")
     answer = run_ranks(world_size, "synchronisation", tmp_path, path, script=RANKS)
     wanted = plain_gradients(path)
     for name in ("each", "last", "packed", "after-error"):
-        assert gap(load_file(str(tmp_path / f"{name}-{world_size}.safetensors")), wanted) <= 1e-9, name
+        assert gap(load_file(str(tmp_path / f"{name}-{world_size}.safetensors")), wanted) <= 1e-9, (
+            name
+        )
     assert (answer["communication"]["each"] > 0.0) == (world_size > 1)
 
 
 @pytest.mark.slow
 def test_the_clock_shows_who_waits(tmp_path: Path) -> None:
-    """A rank that waits 1.5 s for another in a collective reports it as communication, inside its forward.
+    """A rank that waits 1.5 s for another in a collective reports it as communication, inside its
+    forward.
 
     Or some of it: on a busy machine it is late itself.
     """
@@ -82,7 +89,8 @@ def test_the_clock_shows_who_waits(tmp_path: Path) -> None:
 
 
 def test_clock_adds_up_and_forgets() -> None:
-    """Blocks of one name add up, an exception does not lose its block; nothing counts before `start`, after `seconds`."""
+    """Blocks of one name add up, an exception does not lose its block; nothing counts before
+    `start`, after `seconds`."""
     clock = Clock(CPU)
     with clock.measure("backward"):
         pass
@@ -99,7 +107,8 @@ def test_clock_adds_up_and_forgets() -> None:
     assert set(clock.seconds().values()) == {0.0}
 
 
-# -- one rank ----------------------------------------------------------------------------------------------------------
+# -- one rank
+# --------------------------------------------------------------------------------------------------
 
 
 def build(path: str, **changes: Any) -> Scorer:
@@ -113,10 +122,14 @@ def build(path: str, **changes: Any) -> Scorer:
     return root
 
 
-def scored(root: Scorer, indices: list[int], packed: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+def scored(
+    root: Scorer, indices: list[int], packed: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Log-probabilities of the rows, and the gradients of their sum of squares."""
     rows = batch()
-    micro = BatchReader(rows, Layout.of(rows), (), CPU, torch.float64, packed, temperature=0.7).read(indices)
+    micro = BatchReader(
+        rows, Layout.of(rows), (), CPU, torch.float64, packed, temperature=0.7
+    ).read(indices)
     log_probs, _ = root.score(micro, entropy=False, all_labels=True)
     log_probs.square().sum().backward()
     found = {}
@@ -128,7 +141,8 @@ def scored(root: Scorer, indices: list[int], packed: bool = False) -> tuple[Tens
 
 @pytest.mark.usefixtures("one_rank")
 def test_an_error_in_a_layer_leaves_nothing_gathered(tmp_path: Path) -> None:
-    """After an error amid a forward and `forget_kept_back`, parameters are shards, and the next step is the same."""
+    """After an error amid a forward and `forget_kept_back`, parameters are shards, and the next
+    step is the same."""
     root = build(save_model(tmp_path))
     wanted, expected = scored(root, [0, 4])
     synchronise(root, False)
@@ -145,9 +159,13 @@ def test_an_error_in_a_layer_leaves_nothing_gathered(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("own_logits", [False, True])
 def test_a_head_in_float32(tmp_path: Path, own_logits: bool) -> None:
-    """With lm_head_dtype float32 the head's product keeps what bfloat16 logits lose: the scores are finer by far."""
+    """With lm_head_dtype float32 the head's product keeps what bfloat16 logits lose: the scores are
+    finer by far."""
     path = save_model(tmp_path)
-    roots = {wide: build(path, dtype="float32", param="bfloat16", lm_head_dtype=wide) for wide in (None, "float32")}
+    roots = {
+        wide: build(path, dtype="float32", param="bfloat16", lm_head_dtype=wide)
+        for wide in (None, "float32")
+    }
     results = {}
     for wide, root in roots.items():
         hidden: list[Tensor] = []
@@ -161,7 +179,9 @@ def test_a_head_in_float32(tmp_path: Path, own_logits: bool) -> None:
         ids = batch().tensors["input_ids"][4]
         wanted = logs[5:13].gather(1, ids[6:, None])[:, 0]
         results[wide] = float((log_probs[0] - wanted).abs().max())
-        assert all(torch.isfinite(grad).all() and grad.dtype == torch.float32 for grad in grads.values())
+        assert all(
+            torch.isfinite(grad).all() and grad.dtype == torch.float32 for grad in grads.values()
+        )
     assert results["float32"] < 1e-4 < 1e-3 < results[None]
 
 
@@ -171,20 +191,27 @@ def test_a_head_in_float32(tmp_path: Path, own_logits: bool) -> None:
 @pytest.mark.skipif(missing_compiler(CPU) is not None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.usefixtures("one_rank")
 def test_compiled_layers_compute_the_same(tmp_path: Path) -> None:
-    """A compiled layer, recomputed in the backward, on streams of two lengths: the same names, scores and gradients.
+    """A compiled layer, recomputed in the backward, on streams of two lengths: the same names,
+    scores and gradients.
 
-    Not to 1e-9: compiled norms round the float32 in which this family computes them in another order.
+    Not to 1e-9: compiled norms round the float32 in which this family computes them in another
+    order.
     """
     path = save_model(tmp_path, num_hidden_layers=1)
     plain, root = build(path), build(path, compiled=True, recompute=True)
-    assert [name for name, _ in root.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    assert [name for name, _ in root.named_parameters()] == [
+        name for name, _ in plain.named_parameters()
+    ]
     for indices in ([0, 1, 4], [6, 2]):
-        (log_probs, grads), (wanted, expected) = (scored(one, indices, packed=True) for one in (root, plain))
+        (log_probs, grads), (wanted, expected) = (
+            scored(one, indices, packed=True) for one in (root, plain)
+        )
         assert (log_probs - wanted).abs().max() <= 1e-5 and gap(grads, expected) <= 1e-5
 
 
 def test_no_compiler_is_a_clear_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no compiler is found, the configuration key is named instead of a step failing later."""
+    """Where no compiler is found, the configuration key is named instead of a step failing
+    later."""
     from torch._inductor import cpp_builder
 
     def none() -> str:

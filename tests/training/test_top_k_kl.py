@@ -39,7 +39,8 @@ def test_whole_vocabulary_is_the_full_kl(forward: bool) -> None:
 @pytest.mark.parametrize("forward", [True, False])
 @pytest.mark.parametrize("k", [1, 3, 8])
 def test_coarse_grained(k: int, forward: bool) -> None:
-    """With K < V it is the KL of the coarse-grained distributions, its slope theirs, and never above the full KL."""
+    """With K < V it is the KL of the coarse-grained distributions, its slope theirs, and never
+    above the full KL."""
     student, teacher = logits(2).requires_grad_(), torch.log_softmax(logits(3), dim=-1)
     values, ids = teacher.topk(k, dim=-1)
     found = top_k_kl(*coarse(student, ids), values, forward)
@@ -48,8 +49,13 @@ def test_coarse_grained(k: int, forward: bool) -> None:
     grads = [torch.autograd.grad(kl.sum(), student)[0] for kl in (found, wanted)]
     assert torch.allclose(*grads, rtol=1e-9, atol=1e-12)
     every = torch.arange(V).expand(T, V)
-    assert (found <= over_candidates(torch.log_softmax(student, dim=-1), every, teacher, forward) + 1e-12).all()
-    assert torch.autograd.gradcheck(lambda moved: top_k_kl(*coarse(moved, ids), values, forward), (student,))
+    assert (
+        found
+        <= over_candidates(torch.log_softmax(student, dim=-1), every, teacher, forward) + 1e-12
+    ).all()
+    assert torch.autograd.gradcheck(
+        lambda moved: top_k_kl(*coarse(moved, ids), values, forward), (student,)
+    )
 
 
 @pytest.mark.parametrize("forward", [True, False])
@@ -65,18 +71,24 @@ def test_equal_distributions_are_no_distance_apart(forward: bool) -> None:
 
 @pytest.mark.parametrize("forward", [True, False])
 def test_a_teacher_without_rest(forward: bool) -> None:
-    """Probabilities that add up to 1, or by float32 rounding to more, give finite numbers and gradients."""
+    """Probabilities that add up to 1, or by float32 rounding to more, give finite numbers and
+    gradients."""
     student = logits(5, torch.float32).requires_grad_()
     values, ids = torch.log_softmax(40 * logits(6, torch.float32), dim=-1).topk(3, dim=-1)
     for given in (values, values + 1e-6):
         found = top_k_kl(*coarse(student, ids), given, forward)
         gradient = torch.autograd.grad(found.sum(), student)[0]
-        assert torch.isfinite(found).all() and torch.isfinite(gradient).all() and gradient.abs().max() > 0
+        assert (
+            torch.isfinite(found).all()
+            and torch.isfinite(gradient).all()
+            and gradient.abs().max() > 0
+        )
 
 
 @pytest.mark.parametrize("forward", [True, False])
 def test_mass_of_nothing(forward: bool) -> None:
-    """A student without any mass on a token: its share is 0 in reverse, and no gradient is NaN in either direction."""
+    """A student without any mass on a token: its share is 0 in reverse, and no gradient is NaN in
+    either direction."""
     student = logits(7)
     student[:, 0] = -2000.0
     student.requires_grad_()

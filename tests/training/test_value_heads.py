@@ -1,4 +1,5 @@
-"""Heads of every family: rewards and values against transformers' own forward of each row alone, and a plain loop."""
+"""Heads of every family: rewards and values against transformers' own forward of each row alone,
+and a plain loop."""
 
 from __future__ import annotations
 
@@ -31,7 +32,11 @@ SMALL: dict[str, Any] = dict(
     num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3,
     pad_token_id=1, bos_token_id=0, eos_token_id=2, cls_token_id=3, sep_token_id=4,
 )  # fmt: skip
-ALTERNATING = {"pos_att_type": ["p2c", "c2p"], "relative_attention": True, "position_biased_input": False}
+ALTERNATING = {
+    "pos_att_type": ["p2c", "c2p"],
+    "relative_attention": True,
+    "position_biased_input": False,
+}
 # Whether a linear head on the last token is what the family does.
 REWARDS: dict[str, tuple[dict[str, Any], bool]] = {
     "bert": ({}, False),
@@ -49,7 +54,8 @@ REWARDS: dict[str, tuple[dict[str, Any], bool]] = {
     "gemma2": ({"head_dim": 8}, True),
     "opt": ({"word_embed_proj_dim": 32}, True),
 }
-# Families without a class for token classification, some whose hidden states are not as wide as the model, and some with.
+# Families without a class for token classification, some whose hidden states are not as wide as the
+# model, and some with.
 CRITICS: dict[str, dict[str, Any]] = {
     "gemma3_text": {"head_dim": 8, "sliding_window": 4},
     "opt": {"word_embed_proj_dim": 16},
@@ -85,7 +91,9 @@ def padded(padding: str, end: int | None = None) -> MemoryRows:
         if end is not None and row % 2:
             ids[row, attention[row].nonzero()[-1:]] = end
     ids[attention == 0] = 60
-    return MemoryRows({"input_ids": ids, "attention_mask": attention, "responses": ids[:, 6:]}, temperature=1.0)
+    return MemoryRows(
+        {"input_ids": ids, "attention_mask": attention, "responses": ids[:, 6:]}, temperature=1.0
+    )
 
 
 @torch.no_grad()
@@ -93,13 +101,16 @@ def alone(model: nn.Module, rows: MemoryRows) -> Tensor:
     """[B]: the model's own answer to each row, without padding or a mask."""
     real = rows.tensors["attention_mask"].bool()
     ids = rows.tensors["input_ids"]
-    return torch.stack([model(input_ids=ids[row][real[row]][None]).logits[0, 0] for row in range(rows.size)])
+    return torch.stack(
+        [model(input_ids=ids[row][real[row]][None]).logits[0, 0] for row in range(rows.size)]
+    )
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("family", REWARDS)
 def test_rewards_are_the_models_own(tmp_path: Path, family: str, padding: str) -> None:
-    """Whatever stands between backbone and head, and wherever a row's padding id stands; worker_info says which way."""
+    """Whatever stands between backbone and head, and wherever a row's padding id stands;
+    worker_info says which way."""
     keys, linear = REWARDS[family]
     path = saved(tmp_path, family, AutoModelForSequenceClassification, keys)
     engine = build(path, "reward", ppo_micro_batch_size_per_gpu=3)
@@ -109,12 +120,18 @@ def test_rewards_are_the_models_own(tmp_path: Path, family: str, padding: str) -
         rows = padded(padding, end)
         wanted = alone(model, rows)
         assert wanted.std() > 1e-2
-        assert torch.allclose(compute(engine, "compute_rewards", rows)["rewards"], wanted.float(), atol=1e-5, rtol=1e-5)
+        assert torch.allclose(
+            compute(engine, "compute_rewards", rows)["rewards"],
+            wanted.float(),
+            atol=1e-5,
+            rtol=1e-5,
+        )
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_packed_rewards(tmp_path: Path, family: str) -> None:
-    """Packed where the head is linear, else padded with the reason; rows that end in the padding id are the same."""
+    """Packed where the head is linear, else padded with the reason; rows that end in the padding id
+    are the same."""
     path = saved(tmp_path, family, AutoModelForSequenceClassification, REWARDS[family][0])
     engine = build(path, "reward", packing=True, ppo_micro_batch_size_per_gpu=3)
     assert engine.info()["packing"] is REWARDS[family][1]
@@ -130,9 +147,14 @@ def test_packed_rewards(tmp_path: Path, family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
 @pytest.mark.parametrize("param", ["float32", "bfloat16"])
-def test_answers_near_zero_are_not_taken_for_wrong_ones(tmp_path: Path, family: str, param: str) -> None:
-    """Rounding goes by the head's terms, not by a sum in which they cancel: here on each of the probe's rows."""
-    path = saved(tmp_path / "model", family, AutoModelForSequenceClassification, {**REWARDS[family][0]})
+def test_answers_near_zero_are_not_taken_for_wrong_ones(
+    tmp_path: Path, family: str, param: str
+) -> None:
+    """Rounding goes by the head's terms, not by a sum in which they cancel: here on each of the
+    probe's rows."""
+    path = saved(
+        tmp_path / "model", family, AutoModelForSequenceClassification, {**REWARDS[family][0]}
+    )
     model = AutoModelForSequenceClassification.from_pretrained(path)
     head = model.score if family == "llama" else model.classifier
     lengths = (9, 4, 7)
@@ -142,14 +164,18 @@ def test_answers_near_zero_are_not_taken_for_wrong_ones(tmp_path: Path, family: 
     with torch.no_grad():
         for row, length in enumerate(lengths):
             model.eval()(input_ids=tiny.tensor("input_ids", [row])[:, :length])
-        pooled = torch.stack([states[-2 if row == 1 and len(states) > 1 else -1] for row, states in enumerate(seen)])
+        pooled = torch.stack(
+            [states[-2 if row == 1 and len(states) > 1 else -1] for row, states in enumerate(seen)]
+        )
         head.weight -= head.weight @ torch.linalg.pinv(pooled) @ pooled
         assert (head.weight @ pooled.T).abs().max() < 1e-5
         if head.bias is not None:
             head.bias.zero_()
     model.save_pretrained(tmp_path / "near")
     precision = SimpleNamespace(param_dtype=param, reduce_dtype=None)
-    fsdp = SimpleNamespace(model_dtype="float32", gradient_sync="micro_batch", mixed_precision=precision)
+    fsdp = SimpleNamespace(
+        model_dtype="float32", gradient_sync="micro_batch", mixed_precision=precision
+    )
     engine = build(str(tmp_path / "near"), "reward", fsdp_config=fsdp)
     assert (engine.info()["chunked_log_probs_reason"] is None) is REWARDS[family][1]
 
@@ -167,19 +193,33 @@ def test_a_reward_model_without_a_padding_id(tmp_path: Path, padding: int | None
 def test_a_reward_model_that_cannot_be_right_is_refused(tmp_path: Path) -> None:
     """Several outputs; a pooling that needs a token of its own in every row."""
     torch.manual_seed(0)
-    many = AutoModelForSequenceClassification.from_config(CONFIG_MAPPING["bert"](**SMALL, num_labels=3))
+    many = AutoModelForSequenceClassification.from_config(
+        CONFIG_MAPPING["bert"](**SMALL, num_labels=3)
+    )
     many.save_pretrained(tmp_path / "many")
     with pytest.raises(InvalidValue, match="3 outputs"):
         build(str(tmp_path / "many"), "reward")
-    keys = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 32, "encoder_ffn_dim": 28, "decoder_ffn_dim": 28}
-    path = saved(tmp_path / "bart", "bart", AutoModelForSequenceClassification, {**keys, "decoder_start_token_id": 2})
+    keys = {
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "d_model": 32,
+        "encoder_ffn_dim": 28,
+        "decoder_ffn_dim": 28,
+    }
+    path = saved(
+        tmp_path / "bart",
+        "bart",
+        AutoModelForSequenceClassification,
+        {**keys, "decoder_start_token_id": 2},
+    )
     with pytest.raises(InvalidValue) as caught:
         build(path, "reward")
     assert "Bart" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_positions_that_the_model_counts_itself(tmp_path: Path) -> None:
-    """Those of each row from 0 are taken, others refused by row; so is a row longer than what is left of the table."""
+    """Those of each row from 0 are taken, others refused by row; so is a row longer than what is
+    left of the table."""
     engine = build(saved(tmp_path, "roberta", AutoModelForSequenceClassification, {}), "reward")
     rows = padded("left")
     before = compute(engine, "compute_rewards", rows)["rewards"]
@@ -191,7 +231,9 @@ def test_positions_that_the_model_counts_itself(tmp_path: Path) -> None:
     assert caught.value.details()["row"] == 4 and caught.value.details()["tensor"] == "position_ids"
     for length in (62, 63):  # of 64 rows of the table two are kept
         ids = torch.full((1, length), 7)
-        wide = MemoryRows({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, temperature=1.0)
+        wide = MemoryRows(
+            {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, temperature=1.0
+        )
         if length == 62:
             assert compute(engine, "compute_rewards", wide)["rewards"].isfinite().all()
         else:
@@ -217,7 +259,11 @@ def exported(engine: Engine, source: str, folder: Path) -> str:
     folder.mkdir()
     stamp = Stamp("t", 1, 1, "0" * 16)
     writer = FolderWriter(
-        folder, Path(source), stamp, config_changes=engine.state.config_changes(), layout=engine.state.layout()
+        folder,
+        Path(source),
+        stamp,
+        config_changes=engine.state.config_changes(),
+        layout=engine.state.layout(),
     )
     assert export(engine.state.full_weights(), writer) is None
     writer.finish()
@@ -231,13 +277,20 @@ def head(folder: str) -> tuple[Tensor, Tensor]:
     return weight, bias
 
 
-@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # OPT's layers return views; nothing changes them in place
+@pytest.mark.filterwarnings(
+    "ignore:FSDP2-wrapped module"
+)  # OPT's layers return views; nothing changes them in place
 @pytest.mark.parametrize("family", CRITICS)
 def test_a_critic_of_any_family(tmp_path: Path, family: str) -> None:
-    """It begins at 0 and learns; exported, a base model and a linear layer give its values, steps and all."""
+    """It begins at 0 and learns; exported, a base model and a linear layer give its values, steps
+    and all."""
     path = saved(tmp_path / "model", family, AutoModelForCausalLM, CRITICS[family])
     rows = padded("left")
-    cut = {"ppo_micro_batch_size_per_gpu": 3, "export_dtype": "float64", "loss_agg_mode": "token-mean"}
+    cut = {
+        "ppo_micro_batch_size_per_gpu": 3,
+        "export_dtype": "float64",
+        "loss_agg_mode": "token-mean",
+    }
     engine = build(path, "critic", **cut)
     assert compute(engine, "compute_values", rows)["values"].abs().max() == 0
     rows.tensors["returns"] = torch.linspace(-1, 1, 56).view(7, 8).double()
@@ -248,26 +301,35 @@ def test_a_critic_of_any_family(tmp_path: Path, family: str) -> None:
     plain = PlainCritic(folder, *head(folder))
     again = build(folder, "critic", **cut)
     found = compute(again, "compute_values", rows)["values"]
-    assert torch.equal(found, compute(engine, "compute_values", rows)["values"]) and found.std() > 1e-3
+    assert (
+        torch.equal(found, compute(engine, "compute_values", rows)["values"]) and found.std() > 1e-3
+    )
     for row in range(rows.size):
         columns = scored_columns(rows, row)
         real = rows.tensors["attention_mask"][row].bool()
         values = plain(rows.tensors["input_ids"][row][real][None]).logits[0, :, 0]
         places = [int(real[:column].sum()) - 1 for column in columns]
-        assert torch.allclose(found[row][[c - 6 for c in columns]], values[places].float(), atol=1e-5)
+        assert torch.allclose(
+            found[row][[c - 6 for c in columns]], values[places].float(), atol=1e-5
+        )
 
     metrics = update(again, rows, "update_critic")[0].metrics
     loss, optim = Loss("value"), {"lr": 1e-2, "eps": 1e-8, "weight_decay": 0.01, "clip": 1.0}
-    made = train(plain, rows, loss, value_step(plain, rows, loss, 0.5), [list(range(rows.size))], optim)
+    made = train(
+        plain, rows, loss, value_step(plain, rows, loss, 0.5), [list(range(rows.size))], optim
+    )
     assert made.metrics[0] is not None
     assert metrics["critic/grad_norm"] == pytest.approx(made.metrics[0]["grad_norm"], rel=1e-5)
     assert metrics["critic/loss"] == pytest.approx(made.metrics[0]["loss"], rel=1e-6)
-    ours = {own_name(name): tensor for name, tensor in again.state.full_weights() if tensor is not None}
+    ours = {
+        own_name(name): tensor for name, tensor in again.state.full_weights() if tensor is not None
+    }
     assert relative_gap({name: ours[name] for name in made.end}, made.end, made.start) < 1e-3
 
 
 def test_a_critic_without_clipping_steps_on_the_gradient_as_it_is(tmp_path: Path) -> None:
-    """grad_clip null: the norm is measured all the same, and the step is a plain loop's that does not clip."""
+    """grad_clip null: the norm is measured all the same, and the step is a plain loop's that does
+    not clip."""
     path = saved(tmp_path / "model", "llama", AutoModelForCausalLM, {})
     rows = padded("left")
     rows.tensors["returns"] = torch.linspace(-100, 300, 56).view(7, 8).double()
@@ -278,11 +340,18 @@ def test_a_critic_without_clipping_steps_on_the_gradient_as_it_is(tmp_path: Path
 
     metrics = update(engine, rows, "update_critic")[0].metrics
 
-    loss, optim = Loss("value"), {"lr": 1e-2, "eps": 1e-8, "weight_decay": 0.01, "clip": float("inf")}
-    made = train(plain, rows, loss, value_step(plain, rows, loss, 0.5), [list(range(rows.size))], optim)
+    loss, optim = (
+        Loss("value"),
+        {"lr": 1e-2, "eps": 1e-8, "weight_decay": 0.01, "clip": float("inf")},
+    )
+    made = train(
+        plain, rows, loss, value_step(plain, rows, loss, 0.5), [list(range(rows.size))], optim
+    )
     assert made.metrics[0] is not None and made.metrics[0]["grad_norm"] > 10
     assert metrics["critic/grad_norm"] == pytest.approx(made.metrics[0]["grad_norm"], rel=1e-5)
-    ours = {own_name(name): tensor for name, tensor in engine.state.full_weights() if tensor is not None}
+    ours = {
+        own_name(name): tensor for name, tensor in engine.state.full_weights() if tensor is not None
+    }
     assert relative_gap({name: ours[name] for name in made.end}, made.end, made.start) < 1e-3
 
 
@@ -293,9 +362,12 @@ def own_name(name: str) -> str:
 
 
 def test_a_critic_whose_rows_would_be_counted_otherwise_is_refused(tmp_path: Path) -> None:
-    """RoBERTa counts positions from 2, and a layer stands before ModernBERT's head: one line, before any value."""
+    """RoBERTa counts positions from 2, and a layer stands before ModernBERT's head: one line,
+    before any value."""
     path = saved(tmp_path / "roberta", "roberta", AutoModelForTokenClassification, {})
-    with pytest.raises(InvalidValue, match="no critic can be made of RobertaForTokenClassification"):
+    with pytest.raises(
+        InvalidValue, match="no critic can be made of RobertaForTokenClassification"
+    ):
         build(path, "critic")
     path = saved(tmp_path / "modernbert", "modernbert", AutoModelForTokenClassification, {})
     with pytest.raises(InvalidValue, match="no critic can be made of a modernbert"):

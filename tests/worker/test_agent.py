@@ -1,4 +1,5 @@
-"""The agent on real processes: whatever dies or is lost, groups are what the ledger says, and slots come back."""
+"""The agent on real processes: whatever dies or is lost, groups are what the ledger says, and slots
+come back."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ from running_agent import START_S, Agents
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
-def test_ranks_that_still_start_die_with_their_agent(agents: Agents, redis_url: str, model: Path) -> None:
+def test_ranks_that_still_start_die_with_their_agent(
+    agents: Agents, redis_url: str, model: Path
+) -> None:
     """They load torch for seconds before they could notice anything themselves."""
     agents.start(redis_url)
     agents.place(model, world_size=2)
@@ -33,7 +36,8 @@ def test_ranks_that_still_start_die_with_their_agent(agents: Agents, redis_url: 
 def test_a_group_that_cannot_be_started_is_down_and_the_agent_goes_on(
     agents: Agents, redis_url: str, model: Path
 ) -> None:
-    """Its slots are free again, and the next group starts; a group whose ranks die at the start is down, too."""
+    """Its slots are free again, and the next group starts; a group whose ranks die at the start is
+    down, too."""
     groups = agents.data / ".nexrl" / "groups"
     groups.mkdir(parents=True)
     (groups / "student").write_text("no folder")
@@ -45,10 +49,15 @@ def test_a_group_that_cannot_be_started_is_down_and_the_agent_goes_on(
     assert "could not be started" in failed.error["message"]
     assert agents.group().state == "down"
     other = agents.place(model, "other", world_size=2)
-    pid = wait_until(lambda: (groups / "other" / "run" / "rank1.pid").read_text() if _started(groups) else "", START_S)
+    pid = wait_until(
+        lambda: (groups / "other" / "run" / "rank1.pid").read_text() if _started(groups) else "",
+        START_S,
+    )
     os.kill(int(pid), signal.SIGKILL)
     assert agents.ended(other).state == "failed"
-    assert (agents.group("other").state, agents.free()) == ("down", 2), "who hears of the failure sees the truth"
+    assert (agents.group("other").state, agents.free()) == ("down", 2), (
+        "who hears of the failure sees the truth"
+    )
 
 
 def _started(groups: Path) -> bool:
@@ -102,7 +111,8 @@ def test_a_name_that_is_used_again_never_gets_the_former_groups_weights(
 def test_what_destroyed_groups_leave_is_bounded(
     agents: Agents, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No state, and logs of the last few; a living group, or one that Redis does not know, keeps its state."""
+    """No state, and logs of the last few; a living group, or one that Redis does not know, keeps
+    its state."""
     monkeypatch.setattr(watch, "LOGS_KEPT", 2)
     own = agents.data / ".nexrl"
     for days, name in enumerate(["living", "last", "last-but-one", "earlier", "old", "earliest"]):
@@ -120,7 +130,11 @@ def test_what_destroyed_groups_leave_is_bounded(
 
     watch.clear_destroyed(agents.ledger, agents.data, [])
     assert sorted(path.name for path in (own / "groups").iterdir()) == ["living", "old"]
-    assert sorted(path.name for path in (own / "logs" / "groups").iterdir()) == ["last", "last-but-one", "living"]
+    assert sorted(path.name for path in (own / "logs" / "groups").iterdir()) == [
+        "last",
+        "last-but-one",
+        "living",
+    ]
 
     monkeypatch.setattr(watch, "LOGS_KEPT_S", 1.5 * 24 * 3600)
     watch.clear_destroyed(agents.ledger, agents.data, [])
@@ -144,7 +158,8 @@ def test_an_agent_with_too_few_slots_for_its_groups_says_so_and_keeps_their_stat
 def test_a_placement_left_behind_by_a_former_group_does_not_place_the_next_one(
     agents: Agents, redis_url: str, model: Path
 ) -> None:
-    """Its agent was lost while it placed; the group was taken for lost, destroyed, and made again."""
+    """Its agent was lost while it placed; the group was taken for lost, destroyed, and made
+    again."""
     former = agents.place(model)
     assert agents.ledger.claim(names.AGENT_QUEUE, job_id=former.id) is not None
     epoch = agents.ledger.start_epoch("student", "lost", ["host"])
@@ -159,7 +174,9 @@ def test_a_placement_left_behind_by_a_former_group_does_not_place_the_next_one(
     assert agents.ended(former, 20).state == "failed"
 
 
-def test_a_destroy_that_waits_is_done_when_the_group_goes_down(agents: Agents, redis_url: str, model: Path) -> None:
+def test_a_destroy_that_waits_is_done_when_the_group_goes_down(
+    agents: Agents, redis_url: str, model: Path
+) -> None:
     """Nobody who wanted the group gone is told that it failed."""
     agents.start(redis_url)
     placement = agents.place(model)
@@ -174,13 +191,18 @@ def test_a_destroy_that_waits_is_done_when_the_group_goes_down(agents: Agents, r
 
 def _pid(agents: Agents) -> int:
     try:
-        return int((agents.data / ".nexrl" / "groups" / "student" / "run" / "rank0.pid").read_text())
+        return int(
+            (agents.data / ".nexrl" / "groups" / "student" / "run" / "rank0.pid").read_text()
+        )
     except (FileNotFoundError, ValueError):
         return 0
 
 
-def test_a_barrier_behind_a_save_waits_until_it_is_published(agents: Agents, redis_url: str, model: Path) -> None:
-    """Of the two halves of a save the second is the checkpointer's; what does not count on it need not wait."""
+def test_a_barrier_behind_a_save_waits_until_it_is_published(
+    agents: Agents, redis_url: str, model: Path
+) -> None:
+    """Of the two halves of a save the second is the checkpointer's; what does not count on it need
+    not wait."""
     agents.start(redis_url)
     agents.ready(model)
     save = agents.submit("save_checkpoint", local_path=str(agents.data / "step_1"), global_step=1)
@@ -203,7 +225,8 @@ def test_a_barrier_behind_a_save_waits_until_it_is_published(agents: Agents, red
 def test_a_group_whose_loss_was_half_reported_is_down_all_the_same(
     agents: Agents, redis_server: RedisServer, redis_url: str, model: Path
 ) -> None:
-    """The agent that found its ranks killed loses Redis while it says so; it must not take what is left for all there was."""
+    """The agent that found its ranks killed loses Redis while it says so; it must not take what is
+    left for all there was."""
     agents.start(redis_url)
     agents.ready(model)
     lost = agents.ended(agents.submit("load_checkpoint", path=str(model)))
@@ -219,9 +242,16 @@ def test_a_group_whose_loss_was_half_reported_is_down_all_the_same(
     lossy.command = names.applied_key("student").encode()
 
     agents.start(lossy.url)
-    wait_until(lambda: agents.group().epoch > 1 and agents.group().state in ("down", "ready"), START_S, "the end")
+    wait_until(
+        lambda: agents.group().epoch > 1 and agents.group().state in ("down", "ready"),
+        START_S,
+        "the end",
+    )
 
     assert lossy.command is None, "nothing was lost"
-    assert (agents.group().state, agents.ledger.require_job(lost.id).state) == ("down", "rolled_back")
+    assert (agents.group().state, agents.ledger.require_job(lost.id).state) == (
+        "down",
+        "rolled_back",
+    )
     assert "1 finished operations" in str(agents.group().cause)
     lossy.close()

@@ -1,4 +1,5 @@
-"""What two ranks refuse, they refuse together: the job fails with the reason, no weight changes, and the group goes on."""
+"""What two ranks refuse, they refuse together: the job fails with the reason, no weight changes,
+and the group goes on."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``tiny``; ``small``, which knows fewer tokens; ``short``, whose embedding lacks the last rows."""
+    """``tiny``; ``small``, which knows fewer tokens; ``short``, whose embedding lacks the last
+    rows."""
     folder = tmp_path_factory.mktemp("models")
     save_model(folder / "tiny")
     save_model(folder / "small", vocabulary=8)
@@ -38,7 +40,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def agents(tmp_path_factory: pytest.TempPathFactory, redis_server: RedisServer, models: Path) -> Iterator[Agents]:
+def agents(
+    tmp_path_factory: pytest.TempPathFactory, redis_server: RedisServer, models: Path
+) -> Iterator[Agents]:
     """An agent and its group of two ranks, whose reference knows too few tokens."""
     data = tmp_path_factory.mktemp("refusals") / "data"
     data.mkdir()
@@ -64,7 +68,11 @@ def test_a_message_that_is_longer_than_its_place_reaches_all_ranks(agents: Agent
     """Rank 0 alone finds the path too long, and says so in characters that take six bytes each."""
     path = str(agents.data / ("\u4e2d" * 800))
 
-    refused(agents, agents.submit("save_checkpoint", local_path=path, saved_fully_shared_ckpt=False), "PATH_REFUSED")
+    refused(
+        agents,
+        agents.submit("save_checkpoint", local_path=path, saved_fully_shared_ckpt=False),
+        "PATH_REFUSED",
+    )
 
     assert agents.fingerprint()
 
@@ -75,7 +83,11 @@ def test_a_result_that_cannot_be_stored_for_a_while_is_stored_later(agents: Agen
     in_the_way = agents.data / ".nexrl" / "payloads" / f"{job.id}.result"
     in_the_way.mkdir(parents=True)
     agents.submit_batch("compute_log_prob", {"input_ids": torch.full((4, 6), 3)}, job)
-    wait_until(lambda: "STORE_UNAVAILABLE" in (agents.logs() / "rank0.log").read_text(), 20, "the store's refusal")
+    wait_until(
+        lambda: "STORE_UNAVAILABLE" in (agents.logs() / "rank0.log").read_text(),
+        20,
+        "the store's refusal",
+    )
 
     in_the_way.rmdir()
 
@@ -83,8 +95,11 @@ def test_a_result_that_cannot_be_stored_for_a_while_is_stored_later(agents: Agen
 
 
 @pytest.mark.parametrize("where", ["header", "row 0", "last row"])
-def test_a_bit_flipped_in_a_queued_batch_fails_its_job_on_all_ranks(agents: Agents, where: str) -> None:
-    """The header is read by both ranks, a row by one of them; the vote makes it everybody's refusal."""
+def test_a_bit_flipped_in_a_queued_batch_fails_its_job_on_all_ranks(
+    agents: Agents, where: str
+) -> None:
+    """The header is read by both ranks, a row by one of them; the vote makes it everybody's
+    refusal."""
     before = agents.fingerprint()
     ids = torch.full((512, 64), 3)
     tensors = {"input_ids": ids, "advantages": torch.ones(512)}
@@ -115,7 +130,8 @@ def test_a_reference_that_knows_too_few_tokens_is_refused(agents: Agents) -> Non
 
 
 def test_a_checkpoint_whose_parts_lie_is_refused_before_any_weight_changes(agents: Agents) -> None:
-    """Its hashes are right; what they protect is an index of other files, no random state, or no seed."""
+    """Its hashes are right; what they protect is an index of other files, no random state, or no
+    seed."""
     saved = agents.submit("save_checkpoint", local_path=str(agents.data / "unused"))
     wait_until(lambda: agents.ledger.require_job(saved.id).queue == names.CHECKPOINT_QUEUE, 20)
     agents.published(saved)
@@ -153,7 +169,9 @@ def _edit(path: Path, change: Callable[[Any], object]) -> None:
 
 def _sign(folder: Path) -> None:
     files = tuple(
-        describe(folder, str(path.relative_to(folder))) for path in sorted(folder.rglob("*")) if path.is_file()
+        describe(folder, str(path.relative_to(folder)))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
     )
     manifest = Manifest(
         identifier="student",
@@ -169,10 +187,15 @@ def _sign(folder: Path) -> None:
     write_manifest(folder, manifest)
 
 
-def test_a_family_that_cannot_be_run_is_refused_while_the_ranks_start(agents: Agents, models: Path) -> None:
-    """The answer to initialize_worker says so; name and slots are free, and a group of that name starts."""
+def test_a_family_that_cannot_be_run_is_refused_while_the_ranks_start(
+    agents: Agents, models: Path
+) -> None:
+    """The answer to initialize_worker says so; name and slots are free, and a group of that name
+    starts."""
     (models / "bert").mkdir()
-    BertConfig(vocab_size=64, hidden_size=16, num_attention_heads=2).save_pretrained(models / "bert")
+    BertConfig(vocab_size=64, hidden_size=16, num_attention_heads=2).save_pretrained(
+        models / "bert"
+    )
     shutil.copy(models / "tiny" / "model.safetensors", models / "bert")
     agents.ended(agents.submit("destroy"))
     wait_until(lambda: agents.free() == 2, 20, "the slots")
@@ -180,14 +203,17 @@ def test_a_family_that_cannot_be_run_is_refused_while_the_ranks_start(agents: Ag
     ended = agents.ended(agents.place(models / "bert"))
 
     assert ended.error is not None
-    assert (ended.error["code"], ended.error["key"]) == ("INVALID_CONFIG", "actor.model.path"), ended.error
+    assert (ended.error["code"], ended.error["key"]) == ("INVALID_CONFIG", "actor.model.path"), (
+        ended.error
+    )
     assert "bert" in ended.error["message"] and "\n" not in ended.error["message"]
     assert (agents.group().state, agents.free(), agents.ranks()) == ("destroyed", 2, [])
     agents.ready(models / "tiny", world_size=2)
 
 
 def test_a_model_that_one_rank_cannot_read_is_refused_by_all(agents: Agents, models: Path) -> None:
-    """The rows that the file lacks are the second rank's. The group can be destroyed like any other."""
+    """The rows that the file lacks are the second rank's. The group can be destroyed like any
+    other."""
     agents.ended(agents.submit("destroy"))
     assert agents.ended(agents.place(models / "short", world_size=2)).state == "finished"
 

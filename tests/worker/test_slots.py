@@ -1,4 +1,5 @@
-"""Which GPUs an agent offers: those that its environment leaves it, of those that the driver lists."""
+"""Which GPUs an agent offers: those that its environment leaves it, of those that the driver
+lists."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ TWO_GPUS = "#!/bin/sh\necho 0; echo 1\n"
 def test_an_agent_offers_the_gpus_of_its_environment(
     visible: str | None, gpus: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CUDA_VISIBLE_DEVICES says which, by number or UUID; set to nothing it means the CPU. `nexrl up` counts the same."""
+    """CUDA_VISIBLE_DEVICES says which, by number or UUID; set to nothing it means the CPU. `nexrl
+    up` counts the same."""
     program = tmp_path / "nvidia-smi"
     program.write_text(TWO_GPUS)
     program.chmod(0o755)

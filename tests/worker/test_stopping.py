@@ -30,14 +30,18 @@ def state(agents: Agents, job: JobRecord) -> str:
 
 
 def begin(agents: Agents, redis_url: str, model: Path, **settings: str) -> int:
-    """An agent with a group of two ranks; rank 1's process, which a test may hold to make an operation last."""
+    """An agent with a group of two ranks; rank 1's process, which a test may hold to make an
+    operation last."""
     agents.start(redis_url, **settings)
     agents.ready(model, world_size=2)
     return int((agents.data / ".nexrl" / "groups" / "student" / "run" / "rank1.pid").read_text())
 
 
-def test_only_pending_gradients_are_lost_in_a_clean_stop(agents: Agents, redis_url: str, model: Path) -> None:
-    """Weights, optimizer and schedule come back as the last step left them; each lost forward_backward is rolled back."""
+def test_only_pending_gradients_are_lost_in_a_clean_stop(
+    agents: Agents, redis_url: str, model: Path
+) -> None:
+    """Weights, optimizer and schedule come back as the last step left them; each lost
+    forward_backward is rolled back."""
     begin(agents, redis_url, model)
     updated = agents.ended(agents.submit_batch("update_actor", batch()))
     before = agents.fingerprint()
@@ -45,26 +49,42 @@ def test_only_pending_gradients_are_lost_in_a_clean_stop(agents: Agents, redis_u
     assert [job.state for job in lost] == ["finished", "finished"]
     assert agents.stop() == 0
     agents.start(redis_url)
-    wait_until(lambda: agents.group().epoch == 2 and agents.group().state in ("ready", "down"), START_S, "the group")
+    wait_until(
+        lambda: agents.group().epoch == 2 and agents.group().state in ("ready", "down"),
+        START_S,
+        "the group",
+    )
 
     assert (agents.group().state, agents.group().cause) == ("ready", None)
-    assert [state(agents, job) for job in (updated, *lost)] == ["finished", "rolled_back", "rolled_back"]
+    assert [state(agents, job) for job in (updated, *lost)] == [
+        "finished",
+        "rolled_back",
+        "rolled_back",
+    ]
     assert agents.group().seq == updated.seq
     assert agents.group().info["optimizer_steps"] == 1
     assert agents.fingerprint() == before
 
-    # Nobody can take what is left for the whole: the next step says what is missing, once, and a second stop forgets nothing.
+    # Nobody can take what is left for the whole: the next step says what is missing, once, and a
+    # second stop forgets nothing.
     again = agents.ended(agents.submit_batch("forward_backward", batch()))
     assert agents.stop() == 0
     agents.start(redis_url)
-    wait_until(lambda: agents.group().epoch == 3 and agents.group().state in ("ready", "down"), START_S, "the group")
+    wait_until(
+        lambda: agents.group().epoch == 3 and agents.group().state in ("ready", "down"),
+        START_S,
+        "the group",
+    )
     refused = agents.ended(agents.submit("optim_step"))
     assert (refused.state, (refused.error or {})["code"]) == ("failed", "GRADIENTS_LOST")
     assert (refused.error or {})["jobs"] == [job.id for job in (*lost, again)]
     assert agents.fingerprint() == before
     nothing = agents.ended(agents.submit("optim_step")).result
     assert nothing is not None
-    assert (nothing["metrics"]["step_applied"], nothing["meta_info"]["skipped"]) == (False, "nothing_to_learn")
+    assert (nothing["metrics"]["step_applied"], nothing["meta_info"]["skipped"]) == (
+        False,
+        "nothing_to_learn",
+    )
 
     # What a clean stop had dropped must not excuse a later crash.
     crashed = agents.ended(agents.submit_batch("update_actor", batch()))
@@ -75,21 +95,32 @@ def test_only_pending_gradients_are_lost_in_a_clean_stop(agents: Agents, redis_u
     assert state(agents, crashed) == "rolled_back"
 
 
-def test_gradients_before_the_first_step_are_all_that_is_lost(agents: Agents, redis_url: str, model: Path) -> None:
+def test_gradients_before_the_first_step_are_all_that_is_lost(
+    agents: Agents, redis_url: str, model: Path
+) -> None:
     """A group that has not been trained comes back with the weights of its model folder."""
     begin(agents, redis_url, model)
     lost = agents.ended(agents.submit_batch("forward_backward", batch()))
     assert agents.stop() == 0
     agents.start(redis_url)
-    wait_until(lambda: agents.group().epoch == 2 and agents.group().state in ("ready", "down"), START_S, "the group")
+    wait_until(
+        lambda: agents.group().epoch == 2 and agents.group().state in ("ready", "down"),
+        START_S,
+        "the group",
+    )
 
-    assert (agents.group().state, agents.group().seq, state(agents, lost)) == ("ready", 0, "rolled_back")
+    assert (agents.group().state, agents.group().seq, state(agents, lost)) == (
+        "ready",
+        0,
+        "rolled_back",
+    )
 
 
 def test_a_group_that_does_not_stop_in_time_is_ended_with_the_true_cause(
     agents: Agents, redis_url: str, model: Path
 ) -> None:
-    """The operation that took too long fails, and what had finished without being kept is rolled back."""
+    """The operation that took too long fails, and what had finished without being kept is rolled
+    back."""
     rank = begin(agents, redis_url, model, NEXRL_STOP_LIMIT_S="2")
     lost = agents.ended(agents.submit_batch("update_actor", batch()))
     os.kill(rank, signal.SIGSTOP)
@@ -108,7 +139,9 @@ def test_a_group_that_does_not_stop_in_time_is_ended_with_the_true_cause(
     assert (error["code"], cause in error["message"]) == ("OPERATION_FAILED", True)
 
 
-def test_a_stop_waits_for_an_operation_and_keeps_what_it_did(agents: Agents, redis_url: str, model: Path) -> None:
+def test_a_stop_waits_for_an_operation_and_keeps_what_it_did(
+    agents: Agents, redis_url: str, model: Path
+) -> None:
     """Nobody takes the agent for gone while it waits, and its end is clean."""
     rank = begin(agents, redis_url, model, NEXRL_STOP_LIMIT_S="60")
     os.kill(rank, signal.SIGSTOP)
@@ -117,7 +150,11 @@ def test_a_stop_waits_for_an_operation_and_keeps_what_it_did(agents: Agents, red
     assert agents.process is not None
     agents.process.send_signal(signal.SIGTERM)
     asked = time.time()
-    wait_until(lambda: agents.ledger.agents()[0].heartbeat > asked + 1, 15, "a beat of the agent that waits")
+    wait_until(
+        lambda: agents.ledger.agents()[0].heartbeat > asked + 1,
+        15,
+        "a beat of the agent that waits",
+    )
     os.kill(rank, signal.SIGCONT)
 
     assert agents.process.wait(60) == 0
@@ -125,7 +162,9 @@ def test_a_stop_waits_for_an_operation_and_keeps_what_it_did(agents: Agents, red
     assert suspended(agents.data / ".nexrl" / "groups" / "student" / "state").seq == 1
 
 
-def test_an_agent_without_the_slots_for_its_groups_is_never_heard(agents: Agents, redis_url: str, model: Path) -> None:
+def test_an_agent_without_the_slots_for_its_groups_is_never_heard(
+    agents: Agents, redis_url: str, model: Path
+) -> None:
     """It says what it needs and ends before anybody takes it for ready."""
     begin(agents, redis_url, model)
     assert agents.stop() == 0
@@ -146,7 +185,8 @@ def test_an_agent_without_the_slots_for_its_groups_is_never_heard(agents: Agents
 def test_an_operation_ends_although_redis_took_no_writes_when_it_did(
     agents: Agents, redis_url: str, model: Path
 ) -> None:
-    """Redis' disk was full for a moment: the job is reported when there is room, and the next one runs."""
+    """Redis' disk was full for a moment: the job is reported when there is room, and the next one
+    runs."""
     rank = begin(agents, redis_url, model)
     os.kill(rank, signal.SIGSTOP)
     job = agents.submit("barrier")

@@ -13,21 +13,25 @@ ALIASES = {"loss_func_type": "policy_loss"}
 """Other names of keys of ``actor``."""
 _CLIP_DEFAULT = ActorConfig.model_fields["clip_ratio"].default
 _SINGLE_CLIP = ("NX_20250515", "NX_20241031")
-"""Losses of NexRL 1.x that never read ``clip_ratio_c``, which its recipes set as a matter of course."""
+"""Losses of NexRL 1.x that never read ``clip_ratio_c``, which its recipes set as a matter of
+course."""
 
 
 def normalise(config: dict[str, Any], role: str) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """``loss_func_type`` and its values, short dtype names, and what a loss fixes by itself; ``config`` stays as it is.
+    """``loss_func_type`` and its values, short dtype names, and what a loss fixes by itself;
+    ``config`` stays as it is.
 
-    Also the dotted names of the keys that the loss's old name makes mean nothing. Raises INVALID_CONFIG for a loss
-    whose meaning cannot be had here.
+    Also the dotted names of the keys that the loss's old name makes mean nothing. Raises
+    INVALID_CONFIG for a loss whose meaning cannot be had here.
     """
     actor = config.get("actor")
     if not isinstance(actor, dict):
         return config, ()
     dated = actor.get("loss_func_type", actor.get("policy_loss")) in _SINGLE_CLIP
     dropped = ("actor.clip_ratio_c",) if dated and actor.get("clip_ratio_c") is not None else ()
-    actor = _own_loss({name: value for name, value in actor.items() if not (dated and name == "clip_ratio_c")})
+    actor = _own_loss(
+        {name: value for name, value in actor.items() if not (dated and name == "clip_ratio_c")}
+    )
     loss = LOSSES.get(str(actor.get("policy_loss"))) if role == "actor" else None
     if loss is not None and loss.aggregation in get_args(AggregationMode):
         actor.setdefault("loss_agg_mode", loss.aggregation)
@@ -36,7 +40,9 @@ def normalise(config: dict[str, Any], role: str) -> tuple[dict[str, Any], tuple[
         bounds = [name for name in ("clip_ratio_low", "clip_ratio_high") if actor.get(name) is None]
         actor |= dict.fromkeys(bounds, actor["clip_ratio"])
     optim = actor.get("optim")
-    if isinstance(optim, dict) and optim.get("total_training_steps") == 0:  # how NexRL 1.x said: not known
+    if (
+        isinstance(optim, dict) and optim.get("total_training_steps") == 0
+    ):  # how NexRL 1.x said: not known
         actor["optim"] = {**optim, "total_training_steps": None}
     fsdp = actor.get("fsdp_config")
     if isinstance(fsdp, dict):
@@ -45,13 +51,17 @@ def normalise(config: dict[str, Any], role: str) -> tuple[dict[str, Any], tuple[
 
 
 def _own_loss(actor: dict[str, Any]) -> dict[str, Any]:
-    """NexRL 1.x called its losses by date: PPO-clip, the same with a dual clip, and a symmetric one by token mean."""
+    """NexRL 1.x called its losses by date: PPO-clip, the same with a dual clip, and a symmetric one
+    by token mean."""
     key = "loss_func_type" if "loss_func_type" in actor else "policy_loss"
     if key == "loss_func_type":
         alias = actor.pop("loss_func_type")
         if actor.setdefault("policy_loss", alias) != alias:
             named = actor["policy_loss"]
-            raise _refused("loss_func_type", f"loss_func_type {alias!r} and policy_loss {named!r} differ; keep one")
+            raise _refused(
+                "loss_func_type",
+                f"loss_func_type {alias!r} and policy_loss {named!r} differ; keep one",
+            )
     name = actor.get("policy_loss")
     if not isinstance(name, str) or not name.startswith("NX_"):
         return actor
@@ -62,11 +72,17 @@ def _own_loss(actor: dict[str, Any]) -> dict[str, Any]:
     if name == "NX_20241031":
         for bound in ("clip_ratio_low", "clip_ratio_high"):
             if actor.get(bound) not in (None, actor.get("clip_ratio")):
-                raise _refused(bound, f"{key} {name} clips by clip_ratio alone; use ppo, or leave {bound} out")
+                raise _refused(
+                    bound, f"{key} {name} clips by clip_ratio alone; use ppo, or leave {bound} out"
+                )
         if actor.get("loss_agg_mode", "token-mean") != "token-mean":
-            raise _refused("loss_agg_mode", f"{key} {name} is always token-mean; use ppo for other modes")
+            raise _refused(
+                "loss_agg_mode", f"{key} {name} is always token-mean; use ppo for other modes"
+            )
         return {**actor, "policy_loss": "ppo"}
-    raise _refused(key, f"{key} {name!r} has no counterpart here; use ppo, gspo, cispo or importance_sampling")
+    raise _refused(
+        key, f"{key} {name!r} has no counterpart here; use ppo, gspo, cispo or importance_sampling"
+    )
 
 
 def _refused(key: str, message: str) -> ServiceError:

@@ -1,4 +1,5 @@
-"""The one check of a batch, by what its header says: gateway, ranks and mock refuse the same. Values are the ranks' business."""
+"""The one check of a batch, by what its header says: gateway, ranks and mock refuse the same.
+Values are the ranks' business."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from nexrl_contract.tensors import TENSORS, Described, invalid_tensor, sizes_of
 
 _DISTILLATION_METADATA = ("distillation_coeff", "entropy_coeff", "loss_agg_mode")
 SETTINGS = ("temperature", *_DISTILLATION_METADATA)
-"""Metadata of a batch that changes what is computed; all but the temperature in distillation alone."""
+"""Metadata of a batch that changes what is computed; all but the temperature in distillation
+alone."""
 TENSOR_SECTION, VALUE_SECTION, METADATA_SECTION = (
     ("tensors", "batch"),
     ("values", "non_tensor_batch"),
@@ -33,7 +35,8 @@ _NAME_LENGTH = 64
 
 @dataclass(frozen=True, slots=True)
 class CheckedBatch:
-    """A batch that the ranks may see: B, S and R, and which tensors the operation's loss reads besides text and masks."""
+    """A batch that the ranks may see: B, S and R, and which tensors the operation's loss reads
+    besides text and masks."""
 
     rows: int
     sequence: int
@@ -51,7 +54,9 @@ class Reads:
     optional: tuple[str, ...] = ()
 
 
-def check_params(operation: Operation, given: Mapping[str, Any], beside: Sequence[str] = ()) -> dict[str, Any]:
+def check_params(
+    operation: Operation, given: Mapping[str, Any], beside: Sequence[str] = ()
+) -> dict[str, Any]:
     """The operation's arguments with defaults; ``beside`` names what a request may hold besides.
 
     Raises INVALID_ARGUMENT naming the argument and the nearest known one.
@@ -63,9 +68,13 @@ def check_params(operation: Operation, given: Mapping[str, Any], beside: Sequenc
 
 
 def check_batch(
-    tensors: Mapping[str, Described], operation: Operation, params: Mapping[str, Any], actor: ActorConfig | None
+    tensors: Mapping[str, Described],
+    operation: Operation,
+    params: Mapping[str, Any],
+    actor: ActorConfig | None,
 ) -> CheckedBatch:
-    """Check what ``operation`` reads of a batch with this header, in a group of this configuration (None: not known).
+    """Check what ``operation`` reads of a batch with this header, in a group of this configuration
+    (None: not known).
 
     Raises INVALID_TENSOR naming tensor, expected and actual.
     """
@@ -82,13 +91,20 @@ def check_batch(
             raise invalid_tensor(name, "shape", f"{rows} rows, as input_ids has", tensor.shape)
         TENSORS[name].check_shape(tensor.shape, rows, sequence, response)
     _check_one_k(known)
-    names = tuple(name for name in dict.fromkeys((*reads.required, *reads.optional)) if name in known)
+    names = tuple(
+        name for name in dict.fromkeys((*reads.required, *reads.optional)) if name in known
+    )
     looked_at = known.keys() if actor is None else {*(known.keys() & {*SCORED}), *names}
-    return CheckedBatch(rows, sequence, response, names, tuple(name for name in tensors if name not in looked_at))
+    return CheckedBatch(
+        rows, sequence, response, names, tuple(name for name in tensors if name not in looked_at)
+    )
 
 
 def reads_of(
-    operation: Operation, params: Mapping[str, Any], actor: ActorConfig | None, given: Collection[str]
+    operation: Operation,
+    params: Mapping[str, Any],
+    actor: ActorConfig | None,
+    given: Collection[str],
 ) -> Reads:
     """What the loss of this operation reads of a batch that holds ``given``."""
     if operation.name == "update_critic":
@@ -105,12 +121,16 @@ def reads_of(
     optional: tuple[str, ...] = _of_kl(actor)
     if loss.advantages:
         required += ("advantages", *_of_correction(corrects))
-        compared = loss.ratio or "rollout_log_probs" in given  # with the sampler's, for the metrics of a mismatch
+        compared = (
+            loss.ratio or "rollout_log_probs" in given
+        )  # with the sampler's, for the metrics of a mismatch
         optional += ("rollout_log_probs", "old_log_probs") if compared else ("rollout_log_probs",)
     return Reads(required, optional)
 
 
-def answers_of(operation: Operation, params: Mapping[str, Any], actor: ActorConfig | None) -> tuple[str, ...]:
+def answers_of(
+    operation: Operation, params: Mapping[str, Any], actor: ActorConfig | None
+) -> tuple[str, ...]:
     """The tensors that the operation answers with, for these arguments and this configuration."""
     name = params.get("loss") or (actor.policy_loss if actor is not None else None)
     weighs = name is not None and LOSSES[name].weights
@@ -119,12 +139,18 @@ def answers_of(operation: Operation, params: Mapping[str, Any], actor: ActorConf
 
 
 def unread_metadata(operation: str, metadata: Mapping[str, Any]) -> list[str]:
-    """Keys of a batch's metadata that seem meant to change what is computed, and do nothing in this operation.
+    """Keys of a batch's metadata that seem meant to change what is computed, and do nothing in this
+    operation.
 
-    Those that distillation alone reads, and names close to one that is read. Trainers send many others.
+    Those that distillation alone reads, and names close to one that is read. Trainers send many
+    others.
     """
     read = {"temperature", *(_DISTILLATION_METADATA if operation == DISTILLATION else ())}
-    return [name for name in itertools.islice(metadata, _LOOKED_AT) if name not in read and _seems_meant(name)]
+    return [
+        name
+        for name in itertools.islice(metadata, _LOOKED_AT)
+        if name not in read and _seems_meant(name)
+    ]
 
 
 def shortened(names: Sequence[str]) -> list[str]:
@@ -135,8 +161,11 @@ def shortened(names: Sequence[str]) -> list[str]:
 
 
 def _of_distillation(params: Mapping[str, Any], actor: ActorConfig | None) -> Reads:
-    """Candidates, or the teacher's log-probabilities as a policy gradient, whose advantages and ratio may be sent too."""
-    kind = params.get("distillation_loss") or (actor.distillation_loss if actor is not None else "policy_gradient")
+    """Candidates, or the teacher's log-probabilities as a policy gradient, whose advantages and
+    ratio may be sent too."""
+    kind = params.get("distillation_loss") or (
+        actor.distillation_loss if actor is not None else "policy_gradient"
+    )
     if kind != "policy_gradient":
         return Reads(TOP_K, _of_kl(actor))
     student = actor.distillation_student if actor is not None else "current"

@@ -1,6 +1,7 @@
 """Reads a worker group's configuration.
 
-:func:`parse_config` turns what a client sent into a :class:`GroupConfig`; :attr:`GroupConfig.ignored` names known keys without effect.
+:func:`parse_config` turns what a client sent into a :class:`GroupConfig`;
+:attr:`GroupConfig.ignored` names known keys without effect.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class GroupConfig(BaseModel):
     def settings(self, world_size: int = 1) -> dict[str, Any]:
         """What makes two groups equal: the effective ``actor`` keys, JSON-able, defaults filled in.
 
-        Of ``world_size`` ranks each takes its share of ``ppo_micro_batch_size``, where it has no size of its own.
+        Of ``world_size`` ranks each takes its share of ``ppo_micro_batch_size``, where it has no
+        size of its own.
         """
         actor = self.entry.actor
         if actor.ppo_micro_batch_size_per_gpu is None and actor.ppo_micro_batch_size is not None:
@@ -74,11 +76,14 @@ def _refused_value(error: ValidationError) -> ServiceError:
     key = ".".join(str(part) for part in first["loc"])
     close = nearest(str(first["input"])[:100], _known_values(first))
     hint = f"; did you mean {close}?" if close else ""
-    return ServiceError("INVALID_CONFIG", f"config key {key}: {first['msg']}{hint}", key=key, nearest=close)
+    return ServiceError(
+        "INVALID_CONFIG", f"config key {key}: {first['msg']}{hint}", key=key, nearest=close
+    )
 
 
 def argument_error(errors: Any, known: Any = ()) -> ServiceError:
-    """INVALID_ARGUMENT for the first of pydantic's errors, naming the argument and the nearest of ``known``."""
+    """INVALID_ARGUMENT for the first of pydantic's errors, naming the argument and the nearest of
+    ``known``."""
     first = errors[0]
     key = ".".join(map(str, first["loc"]))
     if first["type"] == "literal_error":
@@ -89,7 +94,9 @@ def argument_error(errors: Any, known: Any = ()) -> ServiceError:
         return ServiceError("INVALID_ARGUMENT", f"{key}: {first['msg']}", key=key)
     close = nearest(key, known)
     hint = f"did you mean {close}?" if close else f"known are {', '.join(known) or 'none'}"
-    return ServiceError("INVALID_ARGUMENT", f"unknown argument {key[:100]!a}; {hint}", key=key[:100], nearest=close)
+    return ServiceError(
+        "INVALID_ARGUMENT", f"unknown argument {key[:100]!a}; {hint}", key=key[:100], nearest=close
+    )
 
 
 def checked_argument_error(error: ValidationError, known: Any) -> ServiceError:
@@ -98,7 +105,8 @@ def checked_argument_error(error: ValidationError, known: Any) -> ServiceError:
 
 
 def _known_values(error: Mapping[str, Any]) -> list[str]:
-    """The values that one of pydantic's errors names, where it is about a value that is none of them."""
+    """The values that one of pydantic's errors names, where it is about a value that is none of
+    them."""
     return re.findall("'([^']+)'", error["msg"]) if error["type"] == "literal_error" else []
 
 
@@ -122,13 +130,18 @@ def effective(section: Section) -> dict[str, Any]:
             continue
         value = getattr(section, name)
         values[name] = (
-            effective(value) if isinstance(value, Section) else list(value) if isinstance(value, tuple) else value
+            effective(value)
+            if isinstance(value, Section)
+            else list(value)
+            if isinstance(value, tuple)
+            else value
         )
     return values
 
 
 def completed(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings that an older version kept, with the keys it did not know at their defaults; as they are if unreadable."""
+    """Settings that an older version kept, with the keys it did not know at their defaults; as they
+    are if unreadable."""
     try:
         return effective(ActorConfig.model_validate(settings))
     except ValidationError:
@@ -148,7 +161,8 @@ def differing_keys(left: dict[str, Any], right: dict[str, Any], prefix: str = ""
 
 
 def nearest(word: str, known: Any) -> str | None:
-    """The known word that ``word`` abbreviates to (``learning_rate``: ``lr``) or resembles most, None when nothing is close."""
+    """The known word that ``word`` abbreviates to (``learning_rate``: ``lr``) or resembles most,
+    None when nothing is close."""
     words = [str(name) for name in known]
     initials = "".join(part[:1] for part in word.split("_"))
     if len(initials) > 1 and initials in words:
@@ -168,27 +182,41 @@ def _with_warmup(actor: ActorConfig) -> ActorConfig:
 def _refuse_contradictions(actor: ActorConfig, role: str) -> None:
     """Keys that are fine each by itself and not together."""
     optim, correction = actor.optim, actor.rollout_correction
-    if optim.lr_scheduler != "constant" and (optim.total_training_steps or 0) <= optim.lr_warmup_steps:
-        message = f"lr_scheduler {optim.lr_scheduler!r} needs total_training_steps above lr_warmup_steps"
+    if (
+        optim.lr_scheduler != "constant"
+        and (optim.total_training_steps or 0) <= optim.lr_warmup_steps
+    ):
+        message = (
+            f"lr_scheduler {optim.lr_scheduler!r} needs total_training_steps above lr_warmup_steps"
+        )
         raise _contradiction("optim.total_training_steps", message)
     if role == "actor":
         _refuse_other_losses_keys(actor)
     scaled = actor.loss_agg_mode == "seq-mean-token-sum-norm"
     if scaled and actor.loss_scale_factor is None:
-        raise _contradiction("loss_scale_factor", "loss_agg_mode 'seq-mean-token-sum-norm' needs loss_scale_factor")
+        raise _contradiction(
+            "loss_scale_factor", "loss_agg_mode 'seq-mean-token-sum-norm' needs loss_scale_factor"
+        )
     if not scaled and actor.loss_scale_factor is not None:
         raise _contradiction(
-            "loss_scale_factor", "only loss_agg_mode 'seq-mean-token-sum-norm' has a loss_scale_factor"
+            "loss_scale_factor",
+            "only loss_agg_mode 'seq-mean-token-sum-norm' has a loss_scale_factor",
         )
     if correction is not None and correction.lower > correction.upper:
-        raise _contradiction("rollout_correction.lower", "rollout_correction.lower is above rollout_correction.upper")
+        raise _contradiction(
+            "rollout_correction.lower", "rollout_correction.lower is above rollout_correction.upper"
+        )
     _refuse_mixed_float64(actor)
 
 
 def _refuse_other_losses_keys(actor: ActorConfig) -> None:
     """Keys that the group's loss has no use for, where that would go unnoticed."""
     loss, fixed = LOSSES[actor.policy_loss], LOSSES[actor.policy_loss].aggregation
-    left_out = fixed if fixed in get_args(AggregationMode) else ActorConfig.model_fields["loss_agg_mode"].default
+    left_out = (
+        fixed
+        if fixed in get_args(AggregationMode)
+        else ActorConfig.model_fields["loss_agg_mode"].default
+    )
     if fixed is not None and actor.loss_agg_mode != left_out:
         message = f"policy_loss {loss.name!r} is always {fixed}; leave loss_agg_mode out"
         raise _contradiction("loss_agg_mode", message)
@@ -204,7 +232,9 @@ def _refuse_mixed_float64(actor: ActorConfig) -> None:
         value = getattr(mixed, name)
         if actor.fsdp_config.model_dtype == "float64" and value not in (None, "float64"):
             key = f"fsdp_config.mixed_precision.{name}"
-            raise _contradiction(key, f"{key} {value!r} contradicts model_dtype 'float64'; leave it out")
+            raise _contradiction(
+                key, f"{key} {value!r} contradicts model_dtype 'float64'; leave it out"
+            )
 
 
 def _contradiction(key: str, message: str) -> ServiceError:
@@ -223,20 +253,27 @@ def _refuse_not_offered(section: Section, prefix: str) -> None:
 
 
 def _refuse_interpolation(config: dict[str, Any]) -> None:
-    pending: list[tuple[str, Any]] = [("", config)]  # no recursion: the depth is the sender's choice
+    pending: list[tuple[str, Any]] = [
+        ("", config)
+    ]  # no recursion: the depth is the sender's choice
     while pending:
         path, value = pending.pop()
         if isinstance(value, dict):
-            pending += [(f"{path}.{name}" if path else str(name), inner) for name, inner in value.items()]
+            pending += [
+                (f"{path}.{name}" if path else str(name), inner) for name, inner in value.items()
+            ]
         elif isinstance(value, list):
             pending += [(f"{path}[{index}]", inner) for index, inner in enumerate(value)]
         elif isinstance(value, str) and "${" in value:
-            message = f"config key {path}: interpolation {value!r} is not resolved here; write the value"
+            message = (
+                f"config key {path}: interpolation {value!r} is not resolved here; write the value"
+            )
             raise ServiceError("INVALID_CONFIG", message, key=path)
 
 
 def _nearest_key(name: str, section: type[Section], prefix: str) -> str | None:
-    """The dotted name of what was meant: that name in another section, else what resembles it, here before elsewhere."""
+    """The dotted name of what was meant: that name in another section, else what resembles it, here
+    before elsewhere."""
     elsewhere: dict[str, str] = {}
     for dotted in _keys_with_effect(ServiceEntry, ""):
         elsewhere.setdefault(dotted.rpartition(".")[2], dotted)
@@ -260,14 +297,19 @@ def _keys_with_effect(section: type[Section], prefix: str) -> Iterator[str]:
 
 
 def _without_nulls(config: dict[str, Any], section: type[Section]) -> dict[str, Any]:
-    """A YAML key without a value is as if it were not there; null stays where it says something of its own."""
+    """A YAML key without a value is as if it were not there; null stays where it says something of
+    its own."""
     kept: dict[str, Any] = {}
     for name, value in config.items():
         info = section.model_fields.get(name)
         inner = section_of(info) if info is not None else None
         if inner is not None and isinstance(value, dict):
             kept[name] = _without_nulls(value, inner)
-        elif value is not None or (info is None and name not in ALIASES) or (info is not None and means_null(info)):
+        elif (
+            value is not None
+            or (info is None and name not in ALIASES)
+            or (info is not None and means_null(info))
+        ):
             kept[name] = value
     return kept
 
@@ -279,7 +321,9 @@ def _refuse_unknown(config: dict[str, Any], section: type[Section], prefix: str)
             close = _nearest_key(str(name), section, prefix)
             hint = f"; did you mean {close}?" if close else ""
             key = f"{prefix}{name}"
-            raise ServiceError("INVALID_CONFIG", f"unknown config key {key}{hint}", key=key, nearest=close)
+            raise ServiceError(
+                "INVALID_CONFIG", f"unknown config key {key}{hint}", key=key, nearest=close
+            )
         inner = section_of(info)
         if inner is not None and isinstance(value, dict):
             _refuse_unknown(value, inner, f"{prefix}{name}.")

@@ -1,4 +1,5 @@
-"""Files and folders that are wholly there or not: written beside their place, synced, renamed or swapped."""
+"""Files and folders that are wholly there or not: written beside their place, synced, renamed or
+swapped."""
 
 from __future__ import annotations
 
@@ -38,10 +39,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def replace_folder(new: Path, path: Path, remove: Callable[[Path], None] | None = None) -> None:
-    """Put ``new`` (a folder, or a link) at ``path``, its sibling, synced; then remove what was there, if it can be.
+    """Put ``new`` (a folder, or a link) at ``path``, its sibling, synced; then remove what was
+    there, if it can be.
 
-    Linux swaps the two in one step; elsewhere ``path`` is missing between two renames. ``remove`` gets the former
-    ``path`` under its hidden name; without it, all of that is deleted.
+    Linux swaps the two in one step; elsewhere ``path`` is missing between two renames. ``remove``
+    gets the former ``path`` under its hidden name; without it, all of that is deleted.
     """
     aside = _put(new, path)
     sync_folder(path.parent)
@@ -78,7 +80,8 @@ def remove_folder(folder: Path) -> None:
 
 
 def unlisted(folder: Path, names: Iterable[str]) -> list[str]:
-    """What lies in ``folder`` besides the files ``names`` and the folders on the way to them: relative paths, sorted.
+    """What lies in ``folder`` besides the files ``names`` and the folders on the way to them:
+    relative paths, sorted.
 
     A folder or a link that is not on the way stands for all that is in it.
     """
@@ -102,10 +105,11 @@ def first_few(names: Sequence[str]) -> str:
 
 
 def remove_listed(folder: Path, names: Iterable[str], record: str) -> None:
-    """Delete the files ``names``, then ``record`` (the file that lists them), and ``folder`` if it is empty then.
+    """Delete the files ``names``, then ``record`` (the file that lists them), and ``folder`` if it
+    is empty then.
 
-    Whatever others put there stays, and nothing is reached through a link. A killed removal can be repeated as long
-    as ``record`` is there.
+    Whatever others put there stays, and nothing is reached through a link. A killed removal can be
+    repeated as long as ``record`` is there.
     """
     files = [name for name in names if name != record]
     for name in files:

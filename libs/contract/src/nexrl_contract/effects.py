@@ -1,4 +1,5 @@
-"""Which of the given keys do nothing: because nothing here reads them, or because the group's role or loss does not."""
+"""Which of the given keys do nothing: because nothing here reads them, or because the group's role
+or loss does not."""
 
 from __future__ import annotations
 
@@ -8,7 +9,14 @@ from typing import Any
 from nexrl_contract.aliases import ALIASES
 from nexrl_contract.losses import LOSSES
 from nexrl_contract.operations import FORWARD_ROLES
-from nexrl_contract.sections import ActorConfig, OptimConfig, Section, ServiceEntry, is_inert, section_of
+from nexrl_contract.sections import (
+    ActorConfig,
+    OptimConfig,
+    Section,
+    ServiceEntry,
+    is_inert,
+    section_of,
+)
 
 _ROUTING = ("identifier", "role", "backend", "url")
 
@@ -57,12 +65,18 @@ WITHOUT_EFFECT: Mapping[str, tuple[str, ...]] = {
 
 
 def keys_without_effect(config: Mapping[str, Any], entry: ServiceEntry, role: str) -> list[str]:
-    """Dotted names of those keys of ``config``, read as ``entry``, that do nothing in a group of this role.
+    """Dotted names of those keys of ``config``, read as ``entry``, that do nothing in a group of
+    this role.
 
-    A key that repeats its default is not named for its role: leaving it out would change nothing either.
+    A key that repeats its default is not named for its role: leaving it out would change nothing
+    either.
     """
     inert = [name for name in _inert(config, ServiceEntry, "") if name not in _ROUTING]
-    unread = [f"actor.{given}" for given, key in _changed(config["actor"], entry.actor, "") if _covered(key, role)]
+    unread = [
+        f"actor.{given}"
+        for given, key in _changed(config["actor"], entry.actor, "")
+        if _covered(key, role)
+    ]
     return [*inert, *unread, *_superseded(entry.actor, role)]
 
 
@@ -96,14 +110,31 @@ def _changed(config: Mapping[str, Any], section: Section, prefix: str) -> Iterat
 
 def _superseded(actor: ActorConfig, role: str) -> Iterator[str]:
     """Keys that another one has replaced, or has no use for."""
-    if role == "actor" and actor.clip_ratio_c is not None and not LOSSES[actor.policy_loss].dual_clip:
+    if (
+        role == "actor"
+        and actor.clip_ratio_c is not None
+        and not LOSSES[actor.policy_loss].dual_clip
+    ):
         yield "actor.clip_ratio_c"
-    if role == "actor" and actor.use_bias_correction_kl and not (actor.use_kl_loss and actor.kl_loss_coef):
+    if (
+        role == "actor"
+        and actor.use_bias_correction_kl
+        and not (actor.use_kl_loss and actor.kl_loss_coef)
+    ):
         yield "actor.use_bias_correction_kl"
     correction = actor.rollout_correction
-    if role == "actor" and correction is not None and correction.drop_rejected and "mask" not in correction.mode:
+    if (
+        role == "actor"
+        and correction is not None
+        and correction.drop_rejected
+        and "mask" not in correction.mode
+    ):
         yield "actor.rollout_correction.drop_rejected"
-    if role not in FORWARD_ROLES and actor.optim.no_decay is not None and actor.optim.weight_decay == 0.0:
+    if (
+        role not in FORWARD_ROLES
+        and actor.optim.no_decay is not None
+        and actor.optim.weight_decay == 0.0
+    ):
         yield "actor.optim.no_decay"
     rows = [name for name in _MICRO_ROWS if getattr(actor, name) is not None]
     yield from (f"actor.{name}" for name in (rows if actor.use_dynamic_bsz else rows[1:]))
@@ -112,6 +143,9 @@ def _superseded(actor: ActorConfig, role: str) -> Iterator[str]:
 
 
 def takes_warmup_ratio(optim: OptimConfig) -> bool:
-    """Whether ``lr_warmup_steps_ratio`` says the steps of the warm-up: a total is known, and nothing else says them."""
+    """Whether ``lr_warmup_steps_ratio`` says the steps of the warm-up: a total is known, and
+    nothing else says them."""
     given = "lr_warmup_steps" in optim.model_fields_set
-    return bool(optim.lr_warmup_steps_ratio) and optim.total_training_steps is not None and not given
+    return (
+        bool(optim.lr_warmup_steps_ratio) and optim.total_training_steps is not None and not given
+    )

@@ -1,7 +1,8 @@
-"""What travels in a frame beside its tensors: JSON under one key of the safetensors metadata, with a version.
+"""What travels in a frame beside its tensors: JSON under one key of the safetensors metadata, with
+a version.
 
-A request has the batch's ``metadata`` and the operation's ``params``; a result has ``metrics``, ``meta_info`` and
-whatever else the operation answers.
+A request has the batch's ``metadata`` and the operation's ``params``; a result has ``metrics``,
+``meta_info`` and whatever else the operation answers.
 """
 
 from __future__ import annotations
@@ -29,8 +30,11 @@ class Envelope:
         return written({"metadata": self.metadata, "params": self.params})
 
     @classmethod
-    def read(cls, frame_metadata: Mapping[str, str], loads: Callable[[str], Any] = json.loads) -> Envelope:
-        """That of a frame, empty for a plain safetensors file; raises MALFORMED and what ``loads`` raises."""
+    def read(
+        cls, frame_metadata: Mapping[str, str], loads: Callable[[str], Any] = json.loads
+    ) -> Envelope:
+        """That of a frame, empty for a plain safetensors file; raises MALFORMED and what ``loads``
+        raises."""
         document = read(frame_metadata, loads)
         metadata, params = document.get("metadata") or {}, document.get("params") or {}
         if not isinstance(metadata, dict) or not isinstance(params, dict):
@@ -44,12 +48,17 @@ def written(document: Mapping[str, Any]) -> dict[str, str]:
     return {FRAME_METADATA_KEY: text}
 
 
-def read(frame_metadata: Mapping[str, str], loads: Callable[[str], Any] = json.loads) -> dict[str, Any]:
-    """What :func:`written` wrote, {} for a plain safetensors file; raises MALFORMED for another version."""
+def read(
+    frame_metadata: Mapping[str, str], loads: Callable[[str], Any] = json.loads
+) -> dict[str, Any]:
+    """What :func:`written` wrote, {} for a plain safetensors file; raises MALFORMED for another
+    version."""
     if FRAME_METADATA_KEY not in frame_metadata:
         return {}
     document = loads(frame_metadata[FRAME_METADATA_KEY])
     if not isinstance(document, dict) or document.pop("version", None) != VERSION:
-        message = f"the frame's {FRAME_METADATA_KEY} metadata must be an object of version {VERSION}"
+        message = (
+            f"the frame's {FRAME_METADATA_KEY} metadata must be an object of version {VERSION}"
+        )
         raise ServiceError("MALFORMED", message)
     return document

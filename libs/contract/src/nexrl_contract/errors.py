@@ -1,7 +1,8 @@
 """One table of error codes: the HTTP status of each and whether the same request may succeed later.
 
-An error may say for itself that it is not retryable: GROUP_DOWN passes while the group restarts, and not otherwise.
-Every error a user meets is a :class:`ServiceError`; its :meth:`~ServiceError.body` is the one JSON shape of the whole service.
+An error may say for itself that it is not retryable: GROUP_DOWN passes while the group restarts,
+and not otherwise. Every error a user meets is a :class:`ServiceError`; its
+:meth:`~ServiceError.body` is the one JSON shape of the whole service.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ RETRY_AFTER_S = 2
 
 
 class ServiceError(Exception):
-    """A refusal or failure with a code of :data:`ERRORS`; ``details`` are further JSON fields (tensor, row, key, nearest...).
+    """A refusal or failure with a code of :data:`ERRORS`; ``details`` are further JSON fields
+    (tensor, row, key, nearest...).
 
     ``retryable`` is the code's unless given: whether waiting can make the same request succeed.
     """
@@ -106,7 +108,9 @@ class ServiceError(Exception):
     @classmethod
     def from_body(cls, body: dict[str, Any]) -> Self:
         """The inverse of :meth:`body`; an unknown code becomes ``INTERNAL``."""
-        details = {key: value for key, value in body.items() if key not in ("code", "message", "retryable")}
+        details = {
+            key: value for key, value in body.items() if key not in ("code", "message", "retryable")
+        }
         code = str(body.get("code", "INTERNAL"))
         if code not in ERRORS:
             return cls("INTERNAL", str(body.get("message", "")), **details)

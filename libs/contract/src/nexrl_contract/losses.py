@@ -1,12 +1,17 @@
-"""The policy losses: what each reads and fixes. Their formulas are in the worker, under the same names."""
+"""The policy losses: what each reads and fixes. Their formulas are in the worker, under the same
+names."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-LossName = Literal["ppo", "grpo", "gspo", "cispo", "importance_sampling", "reinforce", "cross_entropy", "linear"]
-AggregationMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+LossName = Literal[
+    "ppo", "grpo", "gspo", "cispo", "importance_sampling", "reinforce", "cross_entropy", "linear"
+]
+AggregationMode = Literal[
+    "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
+]
 DistillationLoss = Literal["policy_gradient", "forward_kl", "reverse_kl"]
 
 
@@ -31,13 +36,16 @@ class Loss:
     """``clip_ratio_c`` bounds it."""
 
 
-# "grpo" differs from "ppo" in how the trainer makes the advantages (Shao et al., "DeepSeekMath", 2024), not here.
+# "grpo" differs from "ppo" in how the trainer makes the advantages (Shao et al., "DeepSeekMath",
+# 2024), not here.
 LOSSES: dict[str, Loss] = {
     loss.name: loss
     for loss in (
         Loss("ppo", ratio=True, dual_clip=True),
         Loss("grpo", ratio=True, dual_clip=True),
-        Loss("gspo", ratio=True, dual_clip=True, aggregation="seq-mean-token-mean", clip=(3e-4, 4e-4)),
+        Loss(
+            "gspo", ratio=True, dual_clip=True, aggregation="seq-mean-token-mean", clip=(3e-4, 4e-4)
+        ),
         Loss("cispo", ratio=True, lower_bound=False),
         Loss("importance_sampling", ratio=True),
         Loss("reinforce"),

@@ -14,7 +14,8 @@ _MB = 1024**2
 
 
 def lack_of_room(folder: Path) -> str | None:
-    """What to do about the disk of ``folder`` where it has no room for the service's own records, None while it has."""
+    """What to do about the disk of ``folder`` where it has no room for the service's own records,
+    None while it has."""
     try:
         disk = os.statvfs(folder)
     except OSError:  # a folder that is gone is no full one
@@ -28,10 +29,13 @@ def lack_of_room(folder: Path) -> str | None:
 
 
 def visible_gpus() -> tuple[str, ...]:
-    """Those of CUDA_VISIBLE_DEVICES where it is set (set but empty: none), else all by nvidia-smi's numbers; none without a driver."""
+    """Those of CUDA_VISIBLE_DEVICES where it is set (set but empty: none), else all by nvidia-smi's
+    numbers; none without a driver."""
     query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
     try:
-        listed = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.split()
+        listed = subprocess.run(
+            query, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.split()
     except (OSError, subprocess.SubprocessError):
         return ()
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")

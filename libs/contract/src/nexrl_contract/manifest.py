@@ -1,6 +1,8 @@
-"""What a checkpoint says about itself: ``manifest.json`` in a sharded one, ``nexrl.json`` in a Hugging Face folder.
+"""What a checkpoint says about itself: ``manifest.json`` in a sharded one, ``nexrl.json`` in a
+Hugging Face folder.
 
-A folder without its manifest is not a checkpoint: it is written last, before the folder gets its name.
+A folder without its manifest is not a checkpoint: it is written last, before the folder gets its
+name.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ class Described(BaseModel):
 
 
 class FileEntry(Described):
-    """One file of a checkpoint, by its path relative to the folder; ``size`` in bytes, ``sha256`` in hex."""
+    """One file of a checkpoint, by its path relative to the folder; ``size`` in bytes, ``sha256``
+    in hex."""
 
     name: Annotated[str, AfterValidator(_inside)]
     size: int
@@ -57,7 +60,8 @@ class _Checkpoint(Described):
 
 
 class Manifest(_Checkpoint):
-    """A sharded checkpoint: ``seq`` operations are in its weights, ``world_size`` ranks wrote it for job ``job_id``."""
+    """A sharded checkpoint: ``seq`` operations are in its weights, ``world_size`` ranks wrote it
+    for job ``job_id``."""
 
     kind: Literal["sharded"] = "sharded"
     job_id: str
@@ -68,10 +72,11 @@ class Manifest(_Checkpoint):
 
 
 class Export(_Checkpoint):
-    """A Hugging Face folder that this service wrote; ``weight_version`` counts the operations in its weights.
+    """A Hugging Face folder that this service wrote; ``weight_version`` counts the operations in
+    its weights.
 
-    ``fingerprint`` is of the tensors in its files; ``master_fingerprint`` of the group's own, from which they were
-    cast, renamed and cut.
+    ``fingerprint`` is of the tensors in its files; ``master_fingerprint`` of the group's own, from
+    which they were cast, renamed and cut.
     """
 
     kind: Literal["huggingface"] = "huggingface"
@@ -108,7 +113,8 @@ def describe(folder: Path, name: str) -> FileEntry:
 
 
 def write_manifest(folder: Path, manifest: Manifest | Export) -> None:
-    """Write the file that makes ``folder`` a checkpoint, synced; the last thing to do before the rename."""
+    """Write the file that makes ``folder`` a checkpoint, synced; the last thing to do before the
+    rename."""
     name = MANIFEST if isinstance(manifest, Manifest) else EXPORT
     write_file(folder / name, manifest.model_dump_json(indent=1).encode())
 
@@ -122,7 +128,8 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def read_export(folder: Path) -> Export | None:
-    """The record of a Hugging Face folder of ours, None where there is none; raises ``CHECKPOINT_INVALID``."""
+    """The record of a Hugging Face folder of ours, None where there is none; raises
+    ``CHECKPOINT_INVALID``."""
     return _read(folder / EXPORT, Export)
 
 
@@ -134,16 +141,20 @@ def _read(path: Path, model: type[AnyCheckpoint]) -> AnyCheckpoint | None:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ServiceError("CHECKPOINT_INVALID", f"{path}: {where + ': ' if where else ''}{first['msg']}") from None
+        raise ServiceError(
+            "CHECKPOINT_INVALID", f"{path}: {where + ': ' if where else ''}{first['msg']}"
+        ) from None
 
 
 def verify_files(folder: Path, files: Iterable[FileEntry]) -> None:
-    """Compare files with what was written about them; raises ``CHECKPOINT_INVALID`` naming the first that differs."""
+    """Compare files with what was written about them; raises ``CHECKPOINT_INVALID`` naming the
+    first that differs."""
     for entry in files:
         check_size(folder, entry)
         if describe(folder, entry.name).sha256 != entry.sha256:
             raise ServiceError(
-                "CHECKPOINT_INVALID", f"{folder / entry.name} is corrupt: its sha256 is not the recorded one"
+                "CHECKPOINT_INVALID",
+                f"{folder / entry.name} is corrupt: its sha256 is not the recorded one",
             )
 
 
@@ -155,12 +166,14 @@ def check_size(folder: Path, entry: FileEntry) -> None:
     except (FileNotFoundError, NotADirectoryError):
         raise ServiceError("CHECKPOINT_INVALID", f"{path} is missing") from None
     if size != entry.size:
-        raise ServiceError("CHECKPOINT_INVALID", f"{path} has {size} bytes; {entry.size} were written")
+        raise ServiceError(
+            "CHECKPOINT_INVALID", f"{path} has {size} bytes; {entry.size} were written"
+        )
 
 
 def published(roots: Iterable[Path]) -> list[Published]:
-    """Every published checkpoint under ``roots`` (hidden folders and what lies deeper than four levels left out),
-    oldest first.
+    """Every published checkpoint under ``roots`` (hidden folders and what lies deeper than four
+    levels left out), oldest first.
     """
     found = {item.path: item for root in roots for item in _scan(root, _SCAN_DEPTH)}
     return sorted(found.values(), key=lambda item: (item.checkpoint.created, item.path))
@@ -169,7 +182,11 @@ def published(roots: Iterable[Path]) -> list[Published]:
 def _scan(folder: Path, depth: int) -> Iterator[Published]:
     try:
         checkpoint = read_manifest(folder) or read_export(folder)
-        children = sorted(folder.iterdir()) if checkpoint is None and depth and not folder.is_symlink() else []
+        children = (
+            sorted(folder.iterdir())
+            if checkpoint is None and depth and not folder.is_symlink()
+            else []
+        )
     except (OSError, ServiceError):
         return
     if checkpoint is not None:

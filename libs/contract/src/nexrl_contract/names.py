@@ -1,4 +1,5 @@
-"""Names that cross a process boundary: Redis keys, queues, job functions, content types, patterns."""
+"""Names that cross a process boundary: Redis keys, queues, job functions, content types,
+patterns."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ REQUEST_ID_HEADER = "X-NexRL-Request-ID"
 
 AGENT_QUEUE = "agents"
 CHECKPOINT_QUEUE = "checkpoints"
-# What RQ calls a job's function. They name a bell, not code: no consumer of ours ever imports what a job hash says.
+# What RQ calls a job's function. They name a bell, not code: no consumer of ours ever imports what
+# a job hash says.
 RUN_JOB = "nexrl.run"
 PLACE_JOB = "nexrl.place"
 PUBLISH_JOB = "nexrl.publish"
@@ -35,9 +37,11 @@ LEDGER_KEY = f"{_PREFIX}:ledger"
 """Tells one Redis from another, and from itself after it was emptied."""
 JANITOR_KEY = f"{_PREFIX}:janitor"
 DELIVERED_KEY = f"{_PREFIX}:delivered"
-"""Sorted set, time -> job id: results that have been delivered; infinity while one is being removed."""
+"""Sorted set, time -> job id: results that have been delivered; infinity while one is being
+removed."""
 SPENT_KEY = f"{_PREFIX}:spent"
-"""Sorted set, time -> idempotency key: keys of jobs whose records were dropped because there were many."""
+"""Sorted set, time -> idempotency key: keys of jobs whose records were dropped because there were
+many."""
 FORGOTTEN_KEY = f"{_PREFIX}:forgotten"
 """The youngest id among the jobs that were dropped so."""
 DESTROYED_KEY = f"{_PREFIX}:destroyed"
@@ -94,7 +98,8 @@ def valid_idempotency_key(text: str) -> bool:
 
 
 def new_job_id() -> str:
-    """32 hex digits that begin with the time in milliseconds (the layout of UUIDv7), so ids sort by age."""
+    """32 hex digits that begin with the time in milliseconds (the layout of UUIDv7), so ids sort by
+    age."""
     milliseconds = int(time.time() * 1000)
     return f"{milliseconds:012x}7{uuid.uuid4().hex[:19]}"
 
@@ -107,7 +112,8 @@ def job_age_s(job_id: str) -> float | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address or name, as a URL has it, means this machine itself: no proxy leads there."""
+    """Whether an address or name, as a URL has it, means this machine itself: no proxy leads
+    there."""
     name = host.strip("[]").rstrip(".").lower()
     try:
         address = ipaddress.ip_address(name)

@@ -1,4 +1,5 @@
-"""The operations of a worker group, one row each. Routes, clients, mock and ranks are made from these rows."""
+"""The operations of a worker group, one row each. Routes, clients, mock and ranks are made from
+these rows."""
 
 from __future__ import annotations
 
@@ -50,20 +51,23 @@ class LossParams(BatchParams):
 
 
 class DistillParams(BatchParams):
-    """``update_actor_with_distillation``: None takes the batch's metadata (coefficient) and the group's configuration."""
+    """``update_actor_with_distillation``: None takes the batch's metadata (coefficient) and the
+    group's configuration."""
 
     distillation_coeff: float | None = None
     distillation_loss: DistillationLoss | None = None
 
 
 class LogProbParams(BatchParams):
-    """``compute_log_prob``: with ``top_k`` also the K most likely tokens of every position, for distillation."""
+    """``compute_log_prob``: with ``top_k`` also the K most likely tokens of every position, for
+    distillation."""
 
     top_k: int | None = Field(default=None, ge=1, le=4096)
 
 
 class OptimParams(Params):
-    """``optim_step``: overrides for this one step; ``discard`` drops the gradients instead of applying them."""
+    """``optim_step``: overrides for this one step; ``discard`` drops the gradients instead of
+    applying them."""
 
     lr: float | None = Field(default=None, ge=0)
     grad_clip: float | None = Field(default=None, gt=0)
@@ -71,7 +75,8 @@ class OptimParams(Params):
 
 
 class SaveParams(Params):
-    """``save_checkpoint``: sharded and resumable, or a full Hugging Face folder when ``saved_fully_shared_ckpt`` is false."""
+    """``save_checkpoint``: sharded and resumable, or a full Hugging Face folder when
+    ``saved_fully_shared_ckpt`` is false."""
 
     local_path: str = Field(min_length=1, max_length=1024, examples=["ckpt/step_1"])
     hdfs_path: str | None = None
@@ -90,13 +95,21 @@ class LoadParams(Params):
 
 
 class ConvertParams(Params):
-    """``convert_checkpoint_to_huggingface``: a published sharded checkpoint, or a new path for the current weights."""
+    """``convert_checkpoint_to_huggingface``: a published sharded checkpoint, or a new path for the
+    current weights."""
 
     local_path: str = Field(min_length=1, max_length=1024, examples=["ckpt/step_1"])
 
 
 Changes = Literal["nothing", "gradients", "weights", "files", "group"]
-_TEXT = ("input_ids", "attention_mask", "position_ids", "responses", "loss_mask", "scoring_attention_mask")
+_TEXT = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "responses",
+    "loss_mask",
+    "scoring_attention_mask",
+)
 SCORED = (*_TEXT, "temperature")
 """What every operation on a batch of texts reads, whatever it computes of it."""
 _POLICY = (*SCORED, "advantages", "old_log_probs", "ref_log_prob", "rollout_log_probs")
@@ -117,7 +130,8 @@ class Operation:
     changes: Changes = "nothing"
     """What of the group is another afterwards."""
     reads: tuple[str, ...] = ()
-    """Tensors of TENSORS that it knows; which of them its loss reads, :mod:`nexrl_contract.batch` says."""
+    """Tensors of TENSORS that it knows; which of them its loss reads, :mod:`nexrl_contract.batch`
+    says."""
     required: tuple[str, ...] = ()
     """Those that it needs whatever the loss."""
     answers: tuple[str, ...] = ()
@@ -157,9 +171,19 @@ OPERATIONS: dict[str, Operation] = {
     operation.name: operation
     for operation in (
         Operation(
-            INITIALIZE, "Make a worker group", InitializeParams, changes="group", needs_model=False, by_ranks=False
+            INITIALIZE,
+            "Make a worker group",
+            InitializeParams,
+            changes="group",
+            needs_model=False,
+            by_ranks=False,
         ),
-        Operation("init_model", "Load the model; nothing happens if it is loaded", changes="group", needs_model=False),
+        Operation(
+            "init_model",
+            "Load the model; nothing happens if it is loaded",
+            changes="group",
+            needs_model=False,
+        ),
         Operation(
             "update_actor",
             "One policy update on a batch: forward, backward, optimizer steps",
@@ -248,7 +272,11 @@ OPERATIONS: dict[str, Operation] = {
             changes="files",
         ),
         Operation(
-            "load_checkpoint", "Load a published checkpoint", LoadParams, changes="weights", waits_for_saves=True
+            "load_checkpoint",
+            "Load a published checkpoint",
+            LoadParams,
+            changes="weights",
+            waits_for_saves=True,
         ),
         Operation(
             "convert_checkpoint_to_huggingface",
@@ -258,8 +286,17 @@ OPERATIONS: dict[str, Operation] = {
             waits_for_saves=True,
         ),
         Operation(
-            "barrier", "Wait until everything submitted before has ended", needs_model=False, waits_for_saves=True
+            "barrier",
+            "Wait until everything submitted before has ended",
+            needs_model=False,
+            waits_for_saves=True,
         ),
-        Operation(DESTROY, "End the group and free its slots", changes="group", needs_model=False, by_ranks=False),
+        Operation(
+            DESTROY,
+            "End the group and free its slots",
+            changes="group",
+            needs_model=False,
+            by_ranks=False,
+        ),
     )
 }

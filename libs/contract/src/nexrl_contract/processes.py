@@ -1,4 +1,5 @@
-"""Children that die with their parent, on Linux (elsewhere the supervisor's own clean-up has to do), their logs and memory."""
+"""Children that die with their parent, on Linux (elsewhere the supervisor's own clean-up has to
+do), their logs and memory."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ _OLDER_LOGS = 2
 def die_with_parent(parent: int | None = None) -> None:
     """Ask the kernel to kill this process when the *thread* that forked it ends.
 
-    Call it first thing in the child, or pass it as ``preexec_fn`` from a main thread. ``parent`` is the expected parent's id:
-    a parent that died before the call cannot be noticed otherwise.
+    Call it first thing in the child, or pass it as ``preexec_fn`` from a main thread. ``parent`` is
+    the expected parent's id: a parent that died before the call cannot be noticed otherwise.
     """
     if sys.platform != "linux":
         return
@@ -30,7 +31,8 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def memory_groups(root: Path = Path("/")) -> Iterator[tuple[int, Path]]:
-    """The folders of the control groups around this process that count memory, its own first, each with its version (2 or 1).
+    """The folders of the control groups around this process that count memory, its own first, each
+    with its version (2 or 1).
 
     In a container some may not be there: it may see the paths of its host.
     """
@@ -47,7 +49,8 @@ def memory_groups(root: Path = Path("/")) -> Iterator[tuple[int, Path]]:
 
 
 def log_limit() -> int:
-    """Bytes that a log may hold before it is begun anew, of ``NEXRL_LOG_BYTES``; raises ValueError naming it."""
+    """Bytes that a log may hold before it is begun anew, of ``NEXRL_LOG_BYTES``; raises ValueError
+    naming it."""
     text = os.environ.get("NEXRL_LOG_BYTES") or str(_LOG_BYTES)
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise ValueError(f"NEXRL_LOG_BYTES must be a positive integer, not {text!r}")
@@ -60,10 +63,11 @@ def older_logs(path: Path) -> list[Path]:
 
 
 def rotate_logs(folder: Path, limit: int) -> None:
-    """Begin anew those logs of a folder that hold ``limit`` bytes or more, keeping what the last two held.
+    """Begin anew those logs of a folder that hold ``limit`` bytes or more, keeping what the last
+    two held.
 
-    Their writers have them open, native libraries too, and append: so the bytes are copied and the file is cut. A line
-    written between the two, a matter of microseconds, is lost.
+    Their writers have them open, native libraries too, and append: so the bytes are copied and the
+    file is cut. A line written between the two, a matter of microseconds, is lost.
     """
     for path in folder.glob("*.log"):
         with suppress(OSError):  # a full disk, for which no log is cut: the next look tries again

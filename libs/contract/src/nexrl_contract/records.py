@@ -1,4 +1,5 @@
-"""What the ledger stores and the HTTP interface shows: groups, jobs, agents. Frozen; made from and to flat Redis hashes."""
+"""What the ledger stores and the HTTP interface shows: groups, jobs, agents. Frozen; made from and
+to flat Redis hashes."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ def _is_text(annotation: Any) -> bool:
 
 
 class PayloadRef(BaseModel):
-    """Where a payload lies in the store, its size in bytes, and the checksum that its readers hold it against."""
+    """Where a payload lies in the store, its size in bytes, and the checksum that its readers hold
+    it against."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -61,7 +63,8 @@ class PayloadRef(BaseModel):
 
 
 class JobRecord(Record):
-    """One operation: identity, state, and the result or error it ended with. Times are seconds since the epoch."""
+    """One operation: identity, state, and the result or error it ended with. Times are seconds
+    since the epoch."""
 
     id: str
     operation: str
@@ -93,7 +96,8 @@ class JobRecord(Record):
 
 
 class GroupRecord(Record):
-    """One worker group. ``epoch`` counts its incarnations; ``seq`` the mutating operations its weights contain."""
+    """One worker group. ``epoch`` counts its incarnations; ``seq`` the mutating operations its
+    weights contain."""
 
     identifier: str
     state: GroupState = "placing"
@@ -125,7 +129,8 @@ class GroupRecord(Record):
 class LatestCheckpoint(BaseModel):
     """The newest published checkpoint of one group and kind.
 
-    ``life`` is the time at which the group was made: a later group of that name has another one. ``order`` is the save's.
+    ``life`` is the time at which the group was made: a later group of that name has another one.
+    ``order`` is the save's.
     """
 
     path: Path
@@ -136,7 +141,8 @@ class LatestCheckpoint(BaseModel):
 
 
 class AgentRecord(Record):
-    """One agent: its slots (total and free), the group it is kept for (if any), and the time it was last heard."""
+    """One agent: its slots (total and free), the group it is kept for (if any), and the time it was
+    last heard."""
 
     name: str
     host: str = ""

@@ -1,7 +1,9 @@
-"""The configuration keys of a worker group: every key that recipes in the field use, with its default and meaning.
+"""The configuration keys of a worker group: every key that recipes in the field use, with its
+default and meaning.
 
-A key marked :func:`_inert` is known, so that existing recipes are accepted, and does nothing in this service. One with
-``exclude`` says another key's value in another way, and is no setting of its own.
+A key marked :func:`_inert` is known, so that existing recipes are accepted, and does nothing in
+this service. One with ``exclude`` says another key's value in another way, and is no setting of its
+own.
 """
 
 from __future__ import annotations
@@ -25,14 +27,17 @@ def _inert() -> Any:
 
 
 def _not_offered(reason: str = "") -> Any:
-    """A key whose ``true`` would change what the group does and that nothing here can do: it is refused."""
+    """A key whose ``true`` would change what the group does and that nothing here can do: it is
+    refused."""
     return Field(default=False, json_schema_extra={"not_offered": reason})
 
 
 class Given(BaseModel):
     """What a user wrote: unknown keys are refused, and true and false are no numbers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -40,56 +45,84 @@ class Given(BaseModel):
         kinds = _kinds(cls.model_fields[str(field.field_name)].annotation)
         members = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(member, bool) for member in members) and not kinds & {bool, Any}:
-            raise PydanticCustomError("bool_for_number", "true and false are not values of this key")
+            raise PydanticCustomError(
+                "bool_for_number", "true and false are not values of this key"
+            )
         return value
 
 
 def _kinds(annotation: Any) -> set[Any]:
     """The types that an annotation is made of."""
-    return {annotation}.union(*(_kinds(inner) for inner in get_args(annotation) if not isinstance(inner, str | int)))
+    return {annotation}.union(
+        *(_kinds(inner) for inner in get_args(annotation) if not isinstance(inner, str | int))
+    )
 
 
 class Section(Given):
-    """A mapping of the YAML; unknown keys are refused by :func:`parse_config` with the nearest known one."""
+    """A mapping of the YAML; unknown keys are refused by :func:`parse_config` with the nearest
+    known one."""
 
 
 class ModelConfig(Section):
     """``actor.model``: which weights, and how they are held."""
 
-    path: str = Field(min_length=1, description="Folder of a Hugging Face model: a causal one, or as the role needs.")
-    enable_gradient_checkpointing: bool = Field(default=False, description="Recompute layers in the backward pass.")
-    use_remove_padding: bool = Field(
-        default=False, description="Pack rows into one stream without padding; worker_info says where a family cannot."
+    path: str = Field(
+        min_length=1,
+        description="Folder of a Hugging Face model: a causal one, or as the role needs.",
     )
-    use_torch_compile: bool = Field(default=False, description="Compile every decoder layer with torch.compile.")
+    enable_gradient_checkpointing: bool = Field(
+        default=False, description="Recompute layers in the backward pass."
+    )
+    use_remove_padding: bool = Field(
+        default=False,
+        description=(
+            "Pack rows into one stream without padding; worker_info says where a family cannot."
+        ),
+    )
+    use_torch_compile: bool = Field(
+        default=False, description="Compile every decoder layer with torch.compile."
+    )
     lm_head_dtype: Literal["float32"] | None = Field(
-        default=None, description="Dtype of the output head's product; null takes that of the computation."
+        default=None,
+        description="Dtype of the output head's product; null takes that of the computation.",
     )
     export_dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = Field(
-        default=None, description="Dtype of exported weights; null: of each tensor in the folder of path."
+        default=None,
+        description="Dtype of exported weights; null: of each tensor in the folder of path.",
     )
-    trust_remote_code: bool = _not_offered("models with code of their own are not run by this service")
+    trust_remote_code: bool = _not_offered(
+        "models with code of their own are not run by this service"
+    )
     use_liger: Any = _inert()
     override_config: Any = _inert()
     external_lib: Any = _inert()
 
 
 class MixedPrecisionConfig(Section):
-    """``actor.fsdp_config.mixed_precision``: null takes float32 on CPU, bfloat16 parameters and float32 reduction on CUDA."""
+    """``actor.fsdp_config.mixed_precision``: null takes float32 on CPU, bfloat16 parameters and
+    float32 reduction on CUDA."""
 
-    param_dtype: Dtype | None = Field(default=None, description="Dtype of the forward and backward.")
-    reduce_dtype: Dtype | None = Field(default=None, description="Dtype in which gradients are reduced over ranks.")
+    param_dtype: Dtype | None = Field(
+        default=None, description="Dtype of the forward and backward."
+    )
+    reduce_dtype: Dtype | None = Field(
+        default=None, description="Dtype in which gradients are reduced over ranks."
+    )
     buffer_dtype: Any = _inert()
 
 
 class FsdpConfig(Section):
     """``actor.fsdp_config``: dtypes of the sharded model."""
 
-    model_dtype: Literal["float32", "float64"] = Field(default="float32", description="Dtype of the master weights.")
+    model_dtype: Literal["float32", "float64"] = Field(
+        default="float32", description="Dtype of the master weights."
+    )
     mixed_precision: MixedPrecisionConfig = MixedPrecisionConfig()
     gradient_sync: Literal["micro_batch", "mini_batch"] = Field(
         default="micro_batch",
-        description="When ranks add up gradients; mini_batch communicates less and keeps whole gradients on every rank.",
+        description="When ranks add up gradients; mini_batch communicates less and keeps whole "
+        "gradients "
+        "on every rank.",
     )
     fsdp_size: Any = _inert()
     wrap_policy: Any = _inert()
@@ -102,34 +135,52 @@ class OptimConfig(Section):
     """``actor.optim``: AdamW and its schedule, counted in optimizer steps."""
 
     lr: float = Field(default=1e-6, ge=0, description="Peak learning rate.")
-    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.999), description="Decay of the first and second moment.")
+    betas: tuple[Decay, Decay] = Field(
+        default=(0.9, 0.999), description="Decay of the first and second moment."
+    )
     eps: float = Field(default=1e-8, gt=0, description="Added to the root of the second moment.")
-    weight_decay: float = Field(default=0.01, ge=0, description="Decoupled; of every parameter, but see no_decay.")
+    weight_decay: float = Field(
+        default=0.01, ge=0, description="Decoupled; of every parameter, but see no_decay."
+    )
     no_decay: Literal["norms and biases"] | None = Field(
         default=None,
-        description="Parameters that weight_decay spares, chosen as transformers' Trainer does; null: none.",
+        description="Parameters that weight_decay spares, chosen as transformers' Trainer does; "
+        "null: "
+        "none.",
     )
-    lr_warmup_steps: Steps = Field(default=0, description="The first step of a warm-up of n uses lr/n.")
+    lr_warmup_steps: Steps = Field(
+        default=0, description="The first step of a warm-up of n uses lr/n."
+    )
     lr_warmup_steps_ratio: float | None = Field(
         default=None,
         ge=0,
         le=1,
         exclude=True,
-        description="Of total_training_steps, rounded down: lr_warmup_steps where that is not given.",
+        description=(
+            "Of total_training_steps, rounded down: lr_warmup_steps where that is not given."
+        ),
     )
     lr_scheduler: Literal["constant", "linear", "cosine"] = Field(
         default="constant", description="Shape after the warm-up."
     )
-    total_training_steps: Count | None = Field(default=None, description="Where linear and cosine end.")
-    min_lr_ratio: float = Field(default=0.0, ge=0, le=1, description="Where linear and cosine end, as a share of lr.")
+    total_training_steps: Count | None = Field(
+        default=None, description="Where linear and cosine end."
+    )
+    min_lr_ratio: float = Field(
+        default=0.0, ge=0, le=1, description="Where linear and cosine end, as a share of lr."
+    )
     warmup_style: Any = _inert()
 
 
 class RolloutConfig(Section):
     """``actor.rollout``: what the trainer's rollouts used."""
 
-    n: Count = Field(default=1, description="Responses per prompt; a mini-batch is ppo_mini_batch_size x n rows.")
-    temperature: float = Field(default=1.0, gt=0, description="Used where a batch has no temperature.")
+    n: Count = Field(
+        default=1, description="Responses per prompt; a mini-batch is ppo_mini_batch_size x n rows."
+    )
+    temperature: float = Field(
+        default=1.0, gt=0, description="Used where a batch has no temperature."
+    )
     log_prob_micro_batch_size: Any = _inert()
     log_prob_micro_batch_size_per_gpu: Any = _inert()
     tensor_model_parallel_size: Any = _inert()
@@ -154,16 +205,21 @@ class RefConfig(Section):
 
 
 class RolloutCorrectionConfig(Section):
-    """``actor.rollout_correction``: weigh the policy term by exp(old - rollout) where the sampler's numbers differ."""
+    """``actor.rollout_correction``: weigh the policy term by exp(old - rollout) where the sampler's
+    numbers differ."""
 
     mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = Field(
-        description="Weights of tokens, or their product over a row; clipped to the bounds, or zero outside them."
+        description="Weights of tokens, or their product over a row; clipped to the bounds, or "
+        "zero "
+        "outside them."
     )
     lower: float = Field(default=0.0, ge=0, description="Lower bound of the weight.")
     upper: float = Field(default=2.0, gt=0, description="Upper bound of the weight.")
     drop_rejected: bool = Field(
         default=False,
-        description="With *_mask: rejected tokens are not scored, so they leave the denominators, entropy and KL too. "
+        description="With *_mask: rejected tokens are not scored, so they leave the "
+        "denominators, entropy "
+        "and KL too. "
         "Needs old_log_probs in every batch.",
     )
 
@@ -178,51 +234,73 @@ class ActorConfig(Section):
     ref: RefConfig = RefConfig()
     policy_loss: LossName = Field(default="ppo", description="Also accepted as loss_func_type.")
     loss_agg_mode: AggregationMode = Field(
-        default="token-mean", description="How tokens are summed; one denominator for the whole mini-batch."
+        default="token-mean",
+        description="How tokens are summed; one denominator for the whole mini-batch.",
     )
     loss_scale_factor: float | None = Field(
-        default=None, gt=0, description="Divides the loss in seq-mean-token-sum-norm, which needs it."
+        default=None,
+        gt=0,
+        description="Divides the loss in seq-mean-token-sum-norm, which needs it.",
     )
     rollout_correction: RolloutCorrectionConfig | None = Field(
         default=None, description="Needs rollout_log_probs in every batch."
     )
-    clip_ratio: float = Field(default=0.2, ge=0, description="The ratio is clipped to 1 - low, 1 + high.")
+    clip_ratio: float = Field(
+        default=0.2, ge=0, description="The ratio is clipped to 1 - low, 1 + high."
+    )
     clip_ratio_low: float | None = Field(
         default=None,
         ge=0,
         le=1,
-        description="Null takes clip_ratio; with gspo 0.0003 unless clip_ratio is changed; cispo has none.",
+        description=(
+            "Null takes clip_ratio; with gspo 0.0003 unless clip_ratio is changed; cispo has none."
+        ),
     )
     clip_ratio_high: float | None = Field(
-        default=None, ge=0, description="Null takes clip_ratio; with gspo 0.0004 unless clip_ratio is changed."
+        default=None,
+        ge=0,
+        description="Null takes clip_ratio; with gspo 0.0004 unless clip_ratio is changed.",
     )
     clip_ratio_c: float | None = Field(
         default=None, gt=1, description="Dual clip for negative advantages; off by default."
     )
-    entropy_coeff: float = Field(default=0.0, description="The loss is lowered by this times the entropy.")
+    entropy_coeff: float = Field(
+        default=0.0, description="The loss is lowered by this times the entropy."
+    )
     use_kl_loss: bool = Field(
         default=False, description="Add the KL term, against ref_log_prob or the frozen reference."
     )
     kl_loss_coef: float = Field(default=0.001, description="Weight of the KL term.")
     kl_loss_type: Literal["k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl", "k1+", "k3+"] = Field(
         default="low_var_kl",
-        description="Estimator; kl is k1, mse is k2, low_var_kl is k3. k1's gradient has zero mean, k3's is that of "
+        description="Estimator; kl is k1, mse is k2, low_var_kl is k3. k1's gradient has zero "
+        "mean, k3's "
+        "is that of "
         "KL(ref||policy), k2's that of KL(policy||ref); k1+ and k3+ have k2's gradient.",
     )
     use_bias_correction_kl: bool = Field(
         default=False,
-        description="Multiply the KL of a token by its ratio exp(lp - old_log_probs), which the gradient goes through.",
+        description="Multiply the KL of a token by its ratio exp(lp - old_log_probs), which the "
+        "gradient "
+        "goes through.",
     )
     distillation_loss: DistillationLoss = Field(
-        default="policy_gradient", description="From teacher_log_probs, or a KL over the teacher's top k tokens."
+        default="policy_gradient",
+        description="From teacher_log_probs, or a KL over the teacher's top k tokens.",
     )
     distillation_student: Literal["current", "old_log_probs", "rollout_log_probs"] = Field(
         default="current",
-        description="The student's numbers in the policy gradient's advantage: under the weights as they are, or the "
+        description="The student's numbers in the policy gradient's advantage: under the weights "
+        "as they "
+        "are, or the "
         "batch's tensor of that name, which stays the same over all steps.",
     )
-    use_distillation_clipping: bool = Field(default=False, description="Clip the ratio of the policy gradient.")
-    distillation_cliprange: float = Field(default=0.2, ge=0, description="Clipped to 1 - low, 1 + high.")
+    use_distillation_clipping: bool = Field(
+        default=False, description="Clip the ratio of the policy gradient."
+    )
+    distillation_cliprange: float = Field(
+        default=0.2, ge=0, description="Clipped to 1 - low, 1 + high."
+    )
     distillation_cliprange_low: float | None = Field(
         default=None, ge=0, le=1, description="Null takes distillation_cliprange."
     )
@@ -230,27 +308,48 @@ class ActorConfig(Section):
         default=None, ge=0, description="Null takes distillation_cliprange."
     )
     cliprange_value: float = Field(
-        default=0.5, gt=0, description="Critic: new values are clipped to this around the batch's values."
+        default=0.5,
+        gt=0,
+        description="Critic: new values are clipped to this around the batch's values.",
     )
-    ppo_mini_batch_size: Count | None = Field(default=None, description="Prompts per optimizer step; null: all.")
-    ppo_epochs: int = Field(default=1, ge=1, le=1000, description="Passes over the batch in one update.")
-    shuffle: bool = Field(default=False, description="Draw the rows of a mini-batch at random, by seed.")
-    seed: int = Field(default=0, ge=0, lt=2**63, description="Seeds shuffling and the ranks' generators.")
+    ppo_mini_batch_size: Count | None = Field(
+        default=None, description="Prompts per optimizer step; null: all."
+    )
+    ppo_epochs: int = Field(
+        default=1, ge=1, le=1000, description="Passes over the batch in one update."
+    )
+    shuffle: bool = Field(
+        default=False, description="Draw the rows of a mini-batch at random, by seed."
+    )
+    seed: int = Field(
+        default=0, ge=0, lt=2**63, description="Seeds shuffling and the ranks' generators."
+    )
     ppo_micro_batch_size_per_gpu: Count | None = Field(
         default=None,
-        description="Rows per forward of each rank; null: by ppo_micro_batch_size, else as many as fit into memory.",
+        description="Rows per forward of each rank; null: by ppo_micro_batch_size, else as many "
+        "as fit "
+        "into memory.",
     )
     ppo_micro_batch_size: Count | None = Field(
         default=None,
         exclude=True,
-        description="Rows per forward of all ranks together: each takes this / world size, rounded down, at least 1.",
+        description="Rows per forward of all ranks together: each takes this / world size, "
+        "rounded down, "
+        "at least 1.",
     )
     use_dynamic_bsz: bool = Field(
-        default=False, description="Micro-batches by ppo_max_token_len_per_gpu, whatever ppo_micro_batch_size says."
+        default=False,
+        description=(
+            "Micro-batches by ppo_max_token_len_per_gpu, whatever ppo_micro_batch_size says."
+        ),
     )
-    ppo_max_token_len_per_gpu: Count = Field(default=16384, description="That budget; a longer row stands alone.")
+    ppo_max_token_len_per_gpu: Count = Field(
+        default=16384, description="That budget; a longer row stands alone."
+    )
     grad_clip: float | None = Field(
-        default=1.0, gt=0, description="Largest gradient norm (L2, all parameters); null: no clipping."
+        default=1.0,
+        gt=0,
+        description="Largest gradient norm (L2, all parameters); null: no clipping.",
     )
     ulysses_sequence_parallel_size: Any = _inert()
     use_ring_sequence_parallel: Any = _inert()
@@ -271,7 +370,9 @@ class ActorConfig(Section):
 class ResourceConfig(Section):
     """``resource``: how many ranks."""
 
-    world_size: Count | None = Field(default=None, description="Ranks, where initialize_worker names no world_size.")
+    world_size: Count | None = Field(
+        default=None, description="Ranks, where initialize_worker names no world_size."
+    )
     gpus_per_pod: Any = _inert()
     memory_per_gpu: Any = _inert()
 

@@ -1,4 +1,5 @@
-"""A container's health check: ``python -m nexrl_ledger.alive agent|checkpointer`` exits 0 while one of this host beats."""
+"""A container's health check: ``python -m nexrl_ledger.alive agent|checkpointer`` exits 0 while one
+of this host beats."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from nexrl_ledger.ledger import Ledger
 
 
 def alive(ledger: Ledger, kind: str, host: str) -> bool:
-    """Whether an ``agent`` or a ``checkpointer`` on ``host`` was heard in the last seconds; raises RedisError when Redis is away."""
+    """Whether an ``agent`` or a ``checkpointer`` on ``host`` was heard in the last seconds; raises
+    RedisError when Redis is away."""
     records = ledger.agents() if kind == "agent" else ledger.checkpointers()
     return any(record.host == host for record in records)
 

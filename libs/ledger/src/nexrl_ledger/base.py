@@ -30,7 +30,8 @@ _SCRIPTS = {
 
 
 class Fenced(Exception):
-    """The caller's epoch or attempt is no longer the current one: what it wanted to write is not history."""
+    """The caller's epoch or attempt is no longer the current one: what it wanted to write is not
+    history."""
 
 
 class LedgerPart:
@@ -40,7 +41,9 @@ class LedgerPart:
         # redis-py types replies as decoded or raw, single or nested; this client always decodes.
         self.client: Any = client
         self.bell = Bell(client)
-        self._script = {name: client.register_script(_with_constants(text)) for name, text in _SCRIPTS.items()}
+        self._script = {
+            name: client.register_script(_with_constants(text)) for name, text in _SCRIPTS.items()
+        }
 
     def hashes(self, keys: Iterable[str]) -> list[dict[str, str]]:
         """Those hashes, in one round trip; an empty one for a key that is not there."""

@@ -1,7 +1,9 @@
-"""RQ as the bell: it carries a job's id and wakes a consumer; whether and when the job runs is the ledger's word alone.
+"""RQ as the bell: it carries a job's id and wakes a consumer; whether and when the job runs is the
+ledger's word alone.
 
-RQ's own retries, registries, callbacks, results and signal time-outs are all off: each could run a step twice or stop one in the
-middle of a collective. What stays is its queue format, so RQ's tools can look at what rings.
+RQ's own retries, registries, callbacks, results and signal time-outs are all off: each could run a
+step twice or stop one in the middle of a collective. What stays is its queue format, so RQ's tools
+can look at what rings.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class ForeignBell(Exception):
 
 
 class BellJob(Job):
-    """A job hash can name only our own functions; anything else in Redis is refused before it is imported."""
+    """A job hash can name only our own functions; anything else in Redis is refused before it is
+    imported."""
 
     @property
     def func(self) -> Any:
@@ -43,7 +46,9 @@ class BellJob(Job):
         """The ledger's job id this bell rings for; raises ForeignBell for anything else."""
         try:
             function, args = self.func_name, self.args
-        except Exception as error:  # RQ's own, or whatever the serializer raises for bytes of another one
+        except (
+            Exception
+        ) as error:  # RQ's own, or whatever the serializer raises for bytes of another one
             raise ForeignBell(f"refused a job that is not a bell: {error}") from None
         if function not in JOB_FUNCTIONS or len(args) != 1 or not isinstance(args[0], str):
             raise ForeignBell(f"refused a job that is not a bell: {function!r}")
@@ -57,7 +62,8 @@ class Bell:
         self._client = client
 
     def ring(self, pipeline: Pipeline, queue: str, function: str, job_id: str) -> None:
-        """Add to ``pipeline`` what wakes the consumer of ``queue``; nothing is sent before the pipeline is executed."""
+        """Add to ``pipeline`` what wakes the consumer of ``queue``; nothing is sent before the
+        pipeline is executed."""
         bell = BellJob.create(
             function,
             args=(job_id,),
@@ -75,7 +81,8 @@ class Bell:
         return rq.Queue(name, connection=self._client, serializer=JSONSerializer, job_class=BellJob)
 
     def silence(self, queue: str) -> None:
-        """Delete a queue that nobody will consume again, with the bells in it and the names of its killed consumers."""
+        """Delete a queue that nobody will consume again, with the bells in it and the names of its
+        killed consumers."""
         doomed = self._queue(queue)
         for job_id in doomed.get_job_ids():
             self._client.delete(BellJob.key_for(job_id))
@@ -88,7 +95,8 @@ class Bell:
 
 
 class _NoDeathPenalty(BaseDeathPenalty):
-    """Deadlines are the supervisor's business: a signal in the middle of a collective would lose the group."""
+    """Deadlines are the supervisor's business: a signal in the middle of a collective would lose
+    the group."""
 
     def setup_death_penalty(self) -> None:
         """Nothing to arm."""
@@ -98,10 +106,11 @@ class _NoDeathPenalty(BaseDeathPenalty):
 
 
 class ResidentWorker(rq.SimpleWorker):
-    """An RQ worker that keeps its model: runs in the caller's thread, never forks, never retries, survives Redis' absence.
+    """An RQ worker that keeps its model: runs in the caller's thread, never forks, never retries,
+    survives Redis' absence.
 
-    ``on_bell(job_id)`` is called for each bell and ``on_tick()`` about once a second between bells. Both run in the thread
-    that called :meth:`run`, and what they raise ends :meth:`run`.
+    ``on_bell(job_id)`` is called for each bell and ``on_tick()`` about once a second between bells.
+    Both run in the thread that called :meth:`run`, and what they raise ends :meth:`run`.
     """
 
     death_penalty_class = _NoDeathPenalty
@@ -118,7 +127,12 @@ class ResidentWorker(rq.SimpleWorker):
         on_tick: Callable[[], None],
     ) -> None:
         super().__init__(
-            [queue], name=name, connection=client, serializer=JSONSerializer, worker_ttl=60, log_job_description=False
+            [queue],
+            name=name,
+            connection=client,
+            serializer=JSONSerializer,
+            worker_ttl=60,
+            log_job_description=False,
         )
         self._on_bell = on_bell
         self._on_tick = on_tick
@@ -142,7 +156,8 @@ class ResidentWorker(rq.SimpleWorker):
                 self.work(logging_level="WARNING")
             except redis.exceptions.RedisError:
                 time.sleep(0.5)
-                # RQ gives no tick while Redis takes no worker's name, and it may be a tick that learns of a stop.
+                # RQ gives no tick while Redis takes no worker's name, and it may be a tick that
+                # learns of a stop.
                 if not self._stop_requested:
                     with contextlib.suppress(redis.exceptions.RedisError):
                         self._guarded(self._on_tick)
@@ -171,9 +186,12 @@ class ResidentWorker(rq.SimpleWorker):
             pipeline.execute()
 
     def heartbeat(self, timeout: int | None = None, pipeline: Pipeline | None = None) -> None:
-        """RQ calls this between dequeues: the idle tick, and at most every ten seconds the real heartbeat."""
+        """RQ calls this between dequeues: the idle tick, and at most every ten seconds the real
+        heartbeat."""
         if pipeline is None:
-            if not self._stop_requested:  # it would raise while Redis is away, and nobody would ever stop
+            if (
+                not self._stop_requested
+            ):  # it would raise while Redis is away, and nobody would ever stop
                 self._guarded(self._on_tick)
             if self._stop_requested:
                 raise StopRequested
@@ -202,7 +220,8 @@ class ResidentWorker(rq.SimpleWorker):
         """See :meth:`subscribe`."""
 
     def run_maintenance_tasks(self) -> None:
-        """RQ must not fail or requeue anything: the ledger decides. Only the names of consumers that died are dropped."""
+        """RQ must not fail or requeue anything: the ledger decides. Only the names of consumers
+        that died are dropped."""
         for queue in self.queues:
             clean_worker_registry(queue)
         self.last_cleaned_at = rq.utils.now()  # type: ignore[assignment] # RQ annotates only its initial None

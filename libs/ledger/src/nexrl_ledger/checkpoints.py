@@ -14,7 +14,8 @@ _log = logging.getLogger(__name__)
 
 
 class CheckpointRecords(LedgerPart):
-    """See :class:`nexrl_ledger.Ledger`. Of each kind (full, weight-only, Hugging Face) a group has one newest."""
+    """See :class:`nexrl_ledger.Ledger`. Of each kind (full, weight-only, Hugging Face) a group has
+    one newest."""
 
     def latest_checkpoint(self, identifier: str, kind: str) -> LatestCheckpoint | None:
         """None where nothing is recorded, or nothing that can be read."""

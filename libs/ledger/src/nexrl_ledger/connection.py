@@ -1,4 +1,5 @@
-"""Redis clients without hidden retries: a lost reply must surface, because a repeated command may act twice."""
+"""Redis clients without hidden retries: a lost reply must surface, because a repeated command may
+act twice."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ _PASSING = ("MISCONF", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "B
 
 
 def connect(url: str, *, decode: bool = True, timeout_s: float | None = 2.0) -> redis.Redis:
-    """A client of ``url`` with redis-py's own retries off; ``timeout_s`` bounds every command, None for blocking reads."""
+    """A client of ``url`` with redis-py's own retries off; ``timeout_s`` bounds every command, None
+    for blocking reads."""
     return redis.Redis.from_url(
         url,
         decode_responses=decode,
@@ -36,14 +38,18 @@ def connect(url: str, *, decode: bool = True, timeout_s: float | None = 2.0) -> 
 
 
 def is_away(error: Exception) -> bool:
-    """Whether Redis did not answer, or takes nothing just now (its disk may be full): what was asked for may be repeated."""
+    """Whether Redis did not answer, or takes nothing just now (its disk may be full): what was
+    asked for may be repeated."""
     if isinstance(error, _AWAY):
         return True
-    return isinstance(error, redis.exceptions.ResponseError) and any(code in str(error) for code in _PASSING)
+    return isinstance(error, redis.exceptions.ResponseError) and any(
+        code in str(error) for code in _PASSING
+    )
 
 
 def redis_fault(client: redis.Redis) -> str | None:
-    """Why this Redis may lose what it has acknowledged, and what to set; None where it keeps it, or does not say.
+    """Why this Redis may lose what it has acknowledged, and what to set; None where it keeps it, or
+    does not say.
 
     From INFO, which managed servers answer, too. Raises RedisError where it does not answer.
     """
@@ -51,7 +57,9 @@ def redis_fault(client: redis.Redis) -> str | None:
         with client.pipeline(transaction=False) as pipe:
             pipe.info("memory")
             pipe.info("persistence")
-            told: Any = {name: value for section in pipe.execute() for name, value in section.items()}
+            told: Any = {
+                name: value for section in pipe.execute() for name, value in section.items()
+            }
     except redis.exceptions.ResponseError:
         return None
     policy = told.get("maxmemory_policy", "noeviction")
@@ -61,14 +69,20 @@ def redis_fault(client: redis.Redis) -> str | None:
             "CONFIG SET maxmemory-policy noeviction, and the same in its configuration"
         )
     if not told.get("aof_enabled", 1):
-        return "Redis keeps no append-only file: CONFIG SET appendonly yes, and the same in its configuration"
+        return (
+            "Redis keeps no append-only file: CONFIG SET appendonly yes, and the same in its "
+            "configuration"
+        )
     if told.get("aof_last_write_status", "ok") != "ok":
         return "Redis cannot write its append-only file: free space on its disk"
     return None
 
 
-def until_redis(act: Callable[[], Answer], *, while_waiting: Callable[[], None] = lambda: None) -> Answer:
-    """Repeat an *idempotent* ``act`` while Redis :func:`is_away`; ``while_waiting`` runs between attempts, half a second apart."""
+def until_redis(
+    act: Callable[[], Answer], *, while_waiting: Callable[[], None] = lambda: None
+) -> Answer:
+    """Repeat an *idempotent* ``act`` while Redis :func:`is_away`; ``while_waiting`` runs between
+    attempts, half a second apart."""
     while True:
         try:
             return act()

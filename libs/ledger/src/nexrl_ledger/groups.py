@@ -21,7 +21,8 @@ class GroupRecords(LedgerPart):
         return sorted(self.client.smembers(names.GROUPS_KEY))
 
     def group(self, identifier: str) -> GroupRecord | None:
-        """The record of a group, None when it is unknown; a destroyed one is kept for a day at most."""
+        """The record of a group, None when it is unknown; a destroyed one is kept for a day at
+        most."""
         fields = self.client.hgetall(names.group_key(identifier))
         return GroupRecord.from_hash(fields) if "identifier" in fields else None
 
@@ -31,14 +32,21 @@ class GroupRecords(LedgerPart):
         return [GroupRecord.from_hash(fields) for fields in found if "identifier" in fields]
 
     def update_group(self, identifier: str, epoch: int | None = None, **fields: Any) -> None:
-        """Set fields of a group (None deletes one); raises :class:`Fenced` when ``epoch`` is not the current one, or has ended."""
+        """Set fields of a group (None deletes one); raises :class:`Fenced` when ``epoch`` is not
+        the current one, or has ended."""
         encoded = encode_fields(fields)
         settings = [item for name in fields for item in (name, encoded.get(name, ""))]
-        if self._script["update_group"](keys=[names.group_key(identifier)], args=[optional(epoch), *settings]) != "OK":
+        if (
+            self._script["update_group"](
+                keys=[names.group_key(identifier)], args=[optional(epoch), *settings]
+            )
+            != "OK"
+        ):
             raise Fenced(f"epoch {epoch} of {identifier!r} has been replaced")
 
     def start_epoch(self, identifier: str, agent: str, nodes: list[str]) -> int:
-        """Begin a new incarnation of a group on ``agent``; raises :class:`Fenced` when the group is gone."""
+        """Begin a new incarnation of a group on ``agent``; raises :class:`Fenced` when the group is
+        gone."""
         epoch = int(
             self._script["start_epoch"](
                 keys=[names.group_key(identifier)], args=[agent, json.dumps(nodes), time.time()]
@@ -49,24 +57,40 @@ class GroupRecords(LedgerPart):
         return epoch
 
     def group_down(
-        self, identifier: str, epoch: int | None, cause: str, *, rank: int | None = None, kept: int | None = None
+        self,
+        identifier: str,
+        epoch: int | None,
+        cause: str,
+        *,
+        rank: int | None = None,
+        kept: int | None = None,
     ) -> None:
-        """The group has failed: state ``down`` with its cause, and every job that waits for it fails.
+        """The group has failed: state ``down`` with its cause, and every job that waits for it
+        fails.
 
-        A ``destroy`` among them has what it asks for: it finishes, and the group is destroyed. What was applied after ``kept`` is
-        rolled back in the same step: a group rolled back and not yet down would pass for one that has lost nothing.
+        A ``destroy`` among them has what it asks for: it finishes, and the group is destroyed. What
+        was applied after ``kept`` is rolled back in the same step: a group rolled back and not yet
+        down would pass for one that has lost nothing.
         """
         message = f"the group went down before it ran this: {cause}"
         queued = ServiceError("GROUP_DOWN", message, retryable=False, identifier=identifier)
-        self._end_group(identifier, epoch, "down", cause, _went_down(identifier, cause, rank), queued, kept)
+        self._end_group(
+            identifier, epoch, "down", cause, _went_down(identifier, cause, rank), queued, kept
+        )
 
-    def group_destroyed(self, identifier: str, epoch: int | None, *, cause: str | None = None) -> None:
-        """The group is gone; its record stays for a while, jobs that still wait fail, and the ``destroy`` is finished.
+    def group_destroyed(
+        self, identifier: str, epoch: int | None, *, cause: str | None = None
+    ) -> None:
+        """The group is gone; its record stays for a while, jobs that still wait fail, and the
+        ``destroy`` is finished.
 
-        All at once: a destroy that stayed behind unfinished would stand before every job of the next group of that name.
-        ``cause`` says why the job that was running failed, where the group went down before it was destroyed.
+        All at once: a destroy that stayed behind unfinished would stand before every job of the
+        next group of that name. ``cause`` says why the job that was running failed, where the group
+        went down before it was destroyed.
         """
-        queued = ServiceError("GROUP_NOT_READY", "the group was destroyed before it ran this", identifier=identifier)
+        queued = ServiceError(
+            "GROUP_NOT_READY", "the group was destroyed before it ran this", identifier=identifier
+        )
         running = queued if cause is None else _went_down(identifier, cause)
         self._end_group(identifier, epoch, "destroyed", "", running, queued, None)
 
@@ -83,7 +107,11 @@ class GroupRecords(LedgerPart):
         queue = names.train_queue(identifier)
         errors = [json.dumps(error.body()) for error in (running, queued)]
         ended = self._script["end_group"](
-            keys=[names.group_key(identifier), names.waiting_key(queue), names.applied_key(identifier)],
+            keys=[
+                names.group_key(identifier),
+                names.waiting_key(queue),
+                names.applied_key(identifier),
+            ],
             args=[optional(epoch), state, cause, time.time(), *errors, optional(kept)],
         )
         if ended == "FENCED":
@@ -92,7 +120,8 @@ class GroupRecords(LedgerPart):
             self.bell.silence(queue)
 
     def roll_back(self, identifier: str, epoch: int, seq: int) -> int:
-        """Mark what was applied after ``seq`` as rolled back and set the group's ``seq``; returns how many jobs that were."""
+        """Mark what was applied after ``seq`` as rolled back and set the group's ``seq``; returns
+        how many jobs that were."""
         count = int(
             self._script["roll_back"](
                 keys=[names.group_key(identifier), names.applied_key(identifier)],

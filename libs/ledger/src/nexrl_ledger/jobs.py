@@ -28,11 +28,13 @@ class JobRecords(LedgerPart):
         check: Callable[[GroupRecord | None], None] = lambda group: None,
         group: GroupRecord | None = None,
     ) -> tuple[JobRecord, bool]:
-        """Record ``job`` and ring its queue in one transaction; a repeated key gives ``(the first job, True)``.
+        """Record ``job`` and ring its queue in one transaction; a repeated key gives ``(the first
+        job, True)``.
 
-        ``check`` sees the group's current record and may refuse by raising; ``group`` is a new group made together with the job.
-        Epochs go on where a former group of that name ended. Raises ServiceError ``IDEMPOTENCY_MISMATCH``, ``EXPIRED``,
-        ``TOO_MANY_QUEUED`` or what ``check`` raised.
+        ``check`` sees the group's current record and may refuse by raising; ``group`` is a new
+        group made together with the job. Epochs go on where a former group of that name ended.
+        Raises ServiceError ``IDEMPOTENCY_MISMATCH``, ``EXPIRED``, ``TOO_MANY_QUEUED`` or what
+        ``check`` raised.
         """
         group_key = names.group_key(job.identifier)
         key = names.idempotency_key(job.key) if job.key else None
@@ -51,7 +53,8 @@ class JobRecords(LedgerPart):
                     check(former)
                     if (queued := pipe.zcard(names.waiting_key(job.queue))) >= MAX_QUEUED:
                         raise ServiceError(
-                            "TOO_MANY_QUEUED", f"{queued} operations wait for {job.identifier!r} already; try later"
+                            "TOO_MANY_QUEUED",
+                            f"{queued} operations wait for {job.identifier!r} already; try later",
                         )
                     job = job.model_copy(update={"order": pipe.incr(names.ORDER_KEY)})
                     if group is not None and former is not None:
@@ -71,12 +74,18 @@ class JobRecords(LedgerPart):
         if first.fingerprint != job.fingerprint:
             raise ServiceError(
                 "IDEMPOTENCY_MISMATCH",
-                f"idempotency key {job.key!r} was used for other content; use a new key for a new request",
+                (
+                    f"idempotency key {job.key!r} was used for other content; use a new key for a "
+                    "new "
+                    "request"
+                ),
                 job_id=first.id,
             )
         return first
 
-    def _write_new(self, pipe: Any, job: JobRecord, key: str | None, function: str, group: GroupRecord | None) -> None:
+    def _write_new(
+        self, pipe: Any, job: JobRecord, key: str | None, function: str, group: GroupRecord | None
+    ) -> None:
         if group is not None:
             pipe.delete(names.group_key(group.identifier))
             pipe.hset(names.group_key(group.identifier), mapping=group.to_hash())
@@ -91,14 +100,18 @@ class JobRecords(LedgerPart):
         self.bell.ring(pipe, job.queue, function, job.id)
 
     def replay_of(self, key: str | None, fingerprint: str) -> JobRecord | None:
-        """The job that first used an idempotency key, None when the key is new or none; raises as :meth:`submit` does."""
+        """The job that first used an idempotency key, None when the key is new or none; raises as
+        :meth:`submit` does."""
         first = self.client.get(names.idempotency_key(key)) if key else None
         if first is None:
             if key and self.client.zscore(names.SPENT_KEY, key) is not None:
                 raise _spent(key)
             return None
         return self._replayed(
-            JobRecord(id="", operation="", identifier="", queue="", key=key, fingerprint=fingerprint), str(first)
+            JobRecord(
+                id="", operation="", identifier="", queue="", key=key, fingerprint=fingerprint
+            ),
+            str(first),
         )
 
     def job(self, job_id: str) -> JobRecord | None:
@@ -107,14 +120,17 @@ class JobRecords(LedgerPart):
         return JobRecord.from_hash(fields) if "id" in fields else None
 
     def require_job(self, job_id: str) -> JobRecord:
-        """The record of a job; raises ``JOB_NOT_FOUND``, or ``EXPIRED`` where the id itself says that it is old."""
+        """The record of a job; raises ``JOB_NOT_FOUND``, or ``EXPIRED`` where the id itself says
+        that it is old."""
         job = self.job(job_id)
         if job is not None:
             return job
         age = names.job_age_s(job_id)
         dropped: str = self.client.get(names.FORGOTTEN_KEY) or ""
         if age is not None and (age > names.RESULT_TTL_S or job_id <= dropped):
-            message = f"job {job_id} ended more than a day or very many jobs ago, and its result is gone"
+            message = (
+                f"job {job_id} ended more than a day or very many jobs ago, and its result is gone"
+            )
             raise ServiceError("EXPIRED", message, job_id=job_id)
         shown = job_id[:100]
         raise ServiceError("JOB_NOT_FOUND", f"there is no job {shown}", job_id=shown)
@@ -157,10 +173,12 @@ class JobRecords(LedgerPart):
         stale_before: float | None = None,
         held: Iterable[str] = (),
     ) -> JobRecord | None:
-        """Take a queued job: the head of ``queue``, or ``job_id``; None when there is nothing to take.
+        """Take a queued job: the head of ``queue``, or ``job_id``; None when there is nothing to
+        take.
 
-        A group's consumer gives its ``epoch`` and raises :class:`Fenced` when it has been replaced. ``stale_before`` also takes a
-        running job whose lease is older than that time. A queued job of one of the ``held`` operations stays where it is.
+        A group's consumer gives its ``epoch`` and raises :class:`Fenced` when it has been replaced.
+        ``stale_before`` also takes a running job whose lease is older than that time. A queued job
+        of one of the ``held`` operations stays where it is.
         """
         while True:
             answer = self._script["claim"](
@@ -187,9 +205,11 @@ class JobRecords(LedgerPart):
         seq: int | None = None,
         epoch: int | None = None,
     ) -> None:
-        """End a claimed job, failed if there is an ``error``; ``seq`` counts it among what the weights contain.
+        """End a claimed job, failed if there is an ``error``; ``seq`` counts it among what the
+        weights contain.
 
-        Idempotent, so it may be repeated until Redis answers; raises :class:`Fenced` when the claim is no longer the current one.
+        Idempotent, so it may be repeated until Redis answers; raises :class:`Fenced` when the claim
+        is no longer the current one.
         """
         fields = flat(
             {
@@ -202,7 +222,11 @@ class JobRecords(LedgerPart):
             }
         )
         answer = self._script["finish"](
-            keys=[names.job_key(job.id), names.group_key(job.identifier), names.applied_key(job.identifier)],
+            keys=[
+                names.job_key(job.id),
+                names.group_key(job.identifier),
+                names.applied_key(job.identifier),
+            ],
             args=[job.id, job.attempt, optional(epoch), optional(seq), *fields],
         )
         if answer != "OK":
@@ -215,18 +239,25 @@ class JobRecords(LedgerPart):
             {
                 "state": "cancelled",
                 "finished_at": time.time(),
-                "error": ServiceError("JOB_CANCELLED", "the job was cancelled before it ran", job_id=job_id).body(),
+                "error": ServiceError(
+                    "JOB_CANCELLED", "the job was cancelled before it ran", job_id=job_id
+                ).body(),
             }
         )
         state = self._script["cancel"](keys=[names.job_key(job_id)], args=[job_id, *fields])
         if state == "running":
-            raise ServiceError("JOB_RUNNING", f"job {job_id} is running and cannot be cancelled", job_id=job_id)
+            raise ServiceError(
+                "JOB_RUNNING", f"job {job_id} is running and cannot be cancelled", job_id=job_id
+            )
         if state != "cancelled":
             raise ServiceError("JOB_FINAL", f"job {job_id} is {state} already", job_id=job_id)
         return job.model_copy(update={"state": "cancelled"})
 
-    def hand_over(self, job: JobRecord, queue: str, function: str, *, epoch: int, params: dict[str, Any]) -> None:
-        """Move a claimed job to another queue for its second half; its group is free for the next one."""
+    def hand_over(
+        self, job: JobRecord, queue: str, function: str, *, epoch: int, params: dict[str, Any]
+    ) -> None:
+        """Move a claimed job to another queue for its second half; its group is free for the next
+        one."""
         answer = self._script["hand_over"](
             keys=[
                 names.job_key(job.id),

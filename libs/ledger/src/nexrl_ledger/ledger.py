@@ -1,4 +1,5 @@
-"""The operation ledger: the truth about every job, group and agent. RQ may lose, double or reorder its bells without harm."""
+"""The operation ledger: the truth about every job, group and agent. RQ may lose, double or reorder
+its bells without harm."""
 
 from __future__ import annotations
 
@@ -20,11 +21,13 @@ class Ledger(JobRecords, GroupRecords, CheckpointRecords, Presence, Retention):
         self.client.close()
 
     def fault(self) -> str | None:
-        """Why this Redis may lose what it has acknowledged; see :func:`nexrl_ledger.redis_fault`."""
+        """Why this Redis may lose what it has acknowledged; see
+        :func:`nexrl_ledger.redis_fault`."""
         return redis_fault(self.client)
 
     def mark(self) -> str | None:
-        """What :meth:`set_mark` wrote into this Redis: it tells one from another, and from itself after it was emptied."""
+        """What :meth:`set_mark` wrote into this Redis: it tells one from another, and from itself
+        after it was emptied."""
         text: str | None = self.client.get(names.LEDGER_KEY)
         return text
 
@@ -34,5 +37,14 @@ class Ledger(JobRecords, GroupRecords, CheckpointRecords, Presence, Retention):
 
     def payloads_in_use(self) -> set[str]:
         """Ids of the payloads that jobs which have not ended still need."""
-        queues = [names.AGENT_QUEUE, names.CHECKPOINT_QUEUE, *(names.train_queue(name) for name in self.identifiers())]
-        return {job.payload.id for queue in queues for job in self.waiting(queue) if job.payload is not None}
+        queues = [
+            names.AGENT_QUEUE,
+            names.CHECKPOINT_QUEUE,
+            *(names.train_queue(name) for name in self.identifiers()),
+        ]
+        return {
+            job.payload.id
+            for queue in queues
+            for job in self.waiting(queue)
+            if job.payload is not None
+        }

@@ -1,8 +1,9 @@
 """A name that a replica finds again: ``python -m nexrl_ledger.replica VARIABLE PREFIX COMMAND...``.
 
-A group belongs to an agent by name, but a container gets a new host name each time it is made. So each replica takes the first
-of ``PREFIX-1``, ``PREFIX-2``, ... that no other holds, puts it into ``VARIABLE`` and becomes ``COMMAND``. What holds a name is the
-lock on a file in the data folder: the kernel frees it however the process ends.
+A group belongs to an agent by name, but a container gets a new host name each time it is made. So
+each replica takes the first of ``PREFIX-1``, ``PREFIX-2``, ... that no other holds, puts it into
+``VARIABLE`` and becomes ``COMMAND``. What holds a name is the lock on a file in the data folder:
+the kernel frees it however the process ends.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from pathlib import Path
 
 
 def take_name(folder: Path, prefix: str) -> tuple[str, int]:
-    """``(name, descriptor)``; the name is held while the descriptor, or one inherited from it, is open."""
+    """``(name, descriptor)``; the name is held while the descriptor, or one inherited from it, is
+    open."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         name = f"{prefix}-{number}"
@@ -30,7 +32,8 @@ def take_name(folder: Path, prefix: str) -> tuple[str, int]:
 
 
 def main() -> None:
-    """Entry point; becomes the command, so that signals and the process list are the command's own."""
+    """Entry point; becomes the command, so that signals and the process list are the command's
+    own."""
     if len(sys.argv) < 4:
         sys.exit("usage: python -m nexrl_ledger.replica VARIABLE PREFIX COMMAND...")
     variable, prefix, *command = sys.argv[1:]

@@ -15,7 +15,8 @@ _AT_ONCE = 500
 
 
 class Retention(LedgerPart):
-    """See :class:`nexrl_ledger.Ledger`. A result that was delivered is *due* once it has not been read for a while."""
+    """See :class:`nexrl_ledger.Ledger`. A result that was delivered is *due* once it has not been
+    read for a while."""
 
     def may_sweep(self, period_s: float) -> bool:
         """Whether this caller is the one of all replicas that sweeps in this period."""
@@ -26,15 +27,22 @@ class Retention(LedgerPart):
         self.client.zadd(names.DELIVERED_KEY, {job_id: time.time()})
 
     def hold_result(self, job_id: str) -> bool:
-        """Begin to read a result: the time that it is kept after a delivery begins again. False: it is being removed."""
-        return bool(self._script["hold_result"](keys=[names.DELIVERED_KEY], args=[job_id, time.time()]))
+        """Begin to read a result: the time that it is kept after a delivery begins again. False: it
+        is being removed."""
+        return bool(
+            self._script["hold_result"](keys=[names.DELIVERED_KEY], args=[job_id, time.time()])
+        )
 
     def take_due_results(self, keep_s: float) -> list[str]:
-        """Ids of the jobs whose results nobody has read for ``keep_s`` since their delivery; no reader begins any more.
+        """Ids of the jobs whose results nobody has read for ``keep_s`` since their delivery; no
+        reader begins any more.
 
-        They are given again until :meth:`forget_results`, so that one who dies in between leaves nothing behind.
+        They are given again until :meth:`forget_results`, so that one who dies in between leaves
+        nothing behind.
         """
-        due: list[str] = self._script["take_due"](keys=[names.DELIVERED_KEY], args=[time.time() - keep_s])
+        due: list[str] = self._script["take_due"](
+            keys=[names.DELIVERED_KEY], args=[time.time() - keep_s]
+        )
         return due
 
     def forget_results(self, job_ids: list[str]) -> None:
@@ -43,10 +51,12 @@ class Retention(LedgerPart):
             self.client.zrem(names.DELIVERED_KEY, *job_ids)
 
     def drop_finished(self, kept: int, at_least_s: float) -> int:
-        """Drop the oldest ended jobs beyond the newest ``kept`` of all jobs; how many. Their results become due.
+        """Drop the oldest ended jobs beyond the newest ``kept`` of all jobs; how many. Their
+        results become due.
 
-        None goes within ``at_least_s`` of its end. Their keys stay spent, in one set, for an hour at the least: a
-        request that comes again after its job's record has gone is refused, never run.
+        None goes within ``at_least_s`` of its end. Their keys stay spent, in one set, for an hour
+        at the least: a request that comes again after its job's record has gone is refused, never
+        run.
         """
         dropped = 0
         while (excess := self.client.zcard(names.JOBS_KEY) - kept) > 0:
@@ -61,14 +71,16 @@ class Retention(LedgerPart):
         return dropped
 
     def drop_destroyed(self, at_least_s: float) -> int:
-        """Drop the records of the groups that were destroyed first, beyond the last ``GROUPS_KEPT``; how many.
+        """Drop the records of the groups that were destroyed first, beyond the last
+        ``GROUPS_KEPT``; how many.
 
         None goes within ``at_least_s`` of its end.
         """
         now = time.time()
         return int(
             self._script["drop_destroyed"](
-                keys=[names.DESTROYED_KEY], args=[GROUPS_KEPT, now - at_least_s, now - names.RESULT_TTL_S]
+                keys=[names.DESTROYED_KEY],
+                args=[GROUPS_KEPT, now - at_least_s, now - names.RESULT_TTL_S],
             )
         )
 

@@ -1,7 +1,8 @@
 """Every change of several keys is one Lua script, so that no client ever sees half of it.
 
-``now`` is given by the caller; job hashes hold strings and JSON (see ``nexrl_contract.records``). ``end_job`` is shared text:
-it gives an ended job its expiry, takes it off its queue and tells the waiters.
+``now`` is given by the caller; job hashes hold strings and JSON (see ``nexrl_contract.records``).
+``end_job`` is shared text: it gives an ended job its expiry, takes it off its queue and tells the
+waiters.
 """
 
 _END_JOB = """

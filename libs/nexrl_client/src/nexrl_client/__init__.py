@@ -1,13 +1,15 @@
 """Client of the NexRL training service.
 
-    client = create_train_service_client(backend="self-hosted", url="http://127.0.0.1:8000", identifier="student")
-    result = client.update_actor(batch)                # result["metrics"]["actor/grad_norm"]
-    job = client.submit("compute_log_prob", batch)     # job.result(timeout=60)["batch"]["old_log_probs"]
+    client = create_train_service_client(backend="self-hosted", url="http://127.0.0.1:8000",
+    identifier="student") result = client.update_actor(batch)                #
+    result["metrics"]["actor/grad_norm"] job = client.submit("compute_log_prob", batch)     #
+    job.result(timeout=60)["batch"]["old_log_probs"]
 
-Batch makes a batch of trajectories; advantages and layout hold the arithmetic around one. load_service_config and
-create_train_service_clients give the clients of a whole service's YAML.
+Batch makes a batch of trajectories; advantages and layout hold the arithmetic around one.
+load_service_config and create_train_service_clients give the clients of a whole service's YAML.
 
-Importing this imports no torch. nexrl_client.errors draws the tree of errors; nexrl_client.testing is for tests.
+Importing this imports no torch. nexrl_client.errors draws the tree of errors; nexrl_client.testing
+is for tests.
 """
 
 from . import errors
@@ -24,7 +26,14 @@ from ._trainer_batch import Batch
 from ._transport import HTTPTransport, Request, Response, Transport
 from .advantages import gae, group_relative_advantages, whiten
 from .errors import *  # noqa: F403 - every error, by its __all__
-from .layout import left_pad, loss_mask_after_prompts, position_ids, response_mask, right_pad, scoring_mask
+from .layout import (
+    left_pad,
+    loss_mask_after_prompts,
+    position_ids,
+    response_mask,
+    right_pad,
+    scoring_mask,
+)
 
 __all__ = [
     "Batch",

@@ -16,17 +16,18 @@ BatchLike: TypeAlias = Mapping[str, Any]
 class TrainServiceClient(ABC):
     """Heavy parts of training, done elsewhere. B rows, S positions, R of them responses.
 
-    A batch is a Batch, {"tensors", "values", "metadata"}, {"batch", "non_tensor_batch", "meta_info"} or a flat dict of
-    tensors (torch or NumPy). Its result: {"batch": {name: tensor}, "metrics": {...}, "meta_info": {...}}, with the same
-    "metrics" in meta_info.
-    Every blocking method waits at most request_timeout seconds, then raises ServiceTimeout; the job goes on.
-    With explain=True nothing runs, and meta_info["plan"] says what would: rows, micro-batches, tokens, memory.
-    Log-probabilities that were not computed may be sent as zeros [B, 1]: where R > 1 they are left out, and named in
-    meta_info["ignored"].
+    A batch is a Batch, {"tensors", "values", "metadata"}, {"batch", "non_tensor_batch",
+    "meta_info"} or a flat dict of tensors (torch or NumPy). Its result: {"batch": {name: tensor},
+    "metrics": {...}, "meta_info": {...}}, with the same "metrics" in meta_info. Every blocking
+    method waits at most request_timeout seconds, then raises ServiceTimeout; the job goes on. With
+    explain=True nothing runs, and meta_info["plan"] says what would: rows, micro-batches, tokens,
+    memory. Log-probabilities that were not computed may be sent as zeros [B, 1]: where R > 1 they
+    are left out, and named in meta_info["ignored"].
     """
 
     request_timeout: float | None = 200
-    """Seconds that one call waits for its result, uploading not counted; read at every call. None: no limit."""
+    """Seconds that one call waits for its result, uploading not counted; read at every call. None:
+    no limit."""
 
     def __init__(
         self,
@@ -43,7 +44,9 @@ class TrainServiceClient(ABC):
         """The worker group; None means the only one there is."""
         return self._identifier
 
-    def _run(self, operation: str, batch: BatchLike | None, params: Mapping[str, Any]) -> dict[str, Any]:
+    def _run(
+        self, operation: str, batch: BatchLike | None, params: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """One operation and its result, within request_timeout."""
         return self.submit(operation, batch, **params).result(self.request_timeout)
 
@@ -58,10 +61,10 @@ class TrainServiceClient(ABC):
     ) -> dict[str, Any]:
         """Start the worker group, or find it running with the same settings ("already": True).
 
-        config_path is a YAML file of this machine, a whole service's or one entry; config_dict wins over it. A client
-        of create_train_service_clients needs neither: it has its configuration and role from its entry.
-        world_size None takes the configuration's; so does role "actor", where that has a role. zmq_base_port and
-        dispatch_mode come back under "ignored".
+        config_path is a YAML file of this machine, a whole service's or one entry; config_dict wins
+        over it. A client of create_train_service_clients needs neither: it has its configuration
+        and role from its entry. world_size None takes the configuration's; so does role "actor",
+        where that has a role. zmq_base_port and dispatch_mode come back under "ignored".
         """
         params = {
             "config_path": config_path,
@@ -100,49 +103,66 @@ class TrainServiceClient(ABC):
         *,
         explain: bool = False,
     ) -> dict[str, Any]:
-        """One update towards a teacher: its teacher_log_probs [B, S] or [B, R] for "policy_gradient".
+        """One update towards a teacher: its teacher_log_probs [B, S] or [B, R] for
+        "policy_gradient".
 
-        "forward_kl" and "reverse_kl" take teacher_topk_ids and teacher_topk_log_probs [B, R, K]. None takes the
-        metadata's coefficient and the group's loss. old_student_log_probs is old_log_probs of a batch without one.
+        "forward_kl" and "reverse_kl" take teacher_topk_ids and teacher_topk_log_probs [B, R, K].
+        None takes the metadata's coefficient and the group's loss. old_student_log_probs is
+        old_log_probs of a batch without one.
         """
-        params = _given(distillation_coeff=distillation_coeff, distillation_loss=distillation_loss, explain=explain)
+        params = _given(
+            distillation_coeff=distillation_coeff,
+            distillation_loss=distillation_loss,
+            explain=explain,
+        )
         return self._run("update_actor_with_distillation", batch, params)
 
-    def compute_log_prob(self, batch: BatchLike, top_k: int | None = None, *, explain: bool = False) -> dict[str, Any]:
-        """Log-probabilities under the current weights: batch["old_log_probs"] is [B, R] float32, rows in order.
+    def compute_log_prob(
+        self, batch: BatchLike, top_k: int | None = None, *, explain: bool = False
+    ) -> dict[str, Any]:
+        """Log-probabilities under the current weights: batch["old_log_probs"] is [B, R] float32,
+        rows in order.
 
-        top_k=K adds the K likeliest tokens of every position, teacher_topk_ids [B, R, K] int64, and their
-        teacher_topk_log_probs [B, R, K] float32.
+        top_k=K adds the K likeliest tokens of every position, teacher_topk_ids [B, R, K] int64, and
+        their teacher_topk_log_probs [B, R, K] float32.
         """
         return self._run("compute_log_prob", batch, _given(top_k=top_k, explain=explain))
 
     def compute_ref_log_prob(self, batch: BatchLike, *, explain: bool = False) -> dict[str, Any]:
-        """Log-probabilities under the reference weights: batch["ref_log_prob"] is [B, R] float32, rows in order."""
+        """Log-probabilities under the reference weights: batch["ref_log_prob"] is [B, R] float32,
+        rows in order."""
         return self._run("compute_ref_log_prob", batch, _given(explain=explain))
 
     def compute_values(self, batch: BatchLike, *, explain: bool = False) -> dict[str, Any]:
-        """A critic's batch["values"] [B, R] float32: column k is of the position before response token k."""
+        """A critic's batch["values"] [B, R] float32: column k is of the position before response
+        token k."""
         return self._run("compute_values", batch, _given(explain=explain))
 
     def update_critic(self, batch: BatchLike, *, explain: bool = False) -> dict[str, Any]:
-        """One update of a critic towards returns, clipped around values: [B, S] or [B, R]; see "critic/grad_norm"."""
+        """One update of a critic towards returns, clipped around values: [B, S] or [B, R]; see
+        "critic/grad_norm"."""
         return self._run("update_critic", batch, _given(explain=explain))
 
     def compute_rewards(self, batch: BatchLike, *, explain: bool = False) -> dict[str, Any]:
-        """A reward model's batch["rewards"] [B] float32, read at the last attended position of each row."""
+        """A reward model's batch["rewards"] [B] float32, read at the last attended position of each
+        row."""
         return self._run("compute_rewards", batch, _given(explain=explain))
 
-    def forward_backward(self, batch: BatchLike, loss: str | None = None, *, explain: bool = False) -> dict[str, Any]:
+    def forward_backward(
+        self, batch: BatchLike, loss: str | None = None, *, explain: bool = False
+    ) -> dict[str, Any]:
         """Add the batch's gradients to the pending ones; loss None takes the group's policy loss.
 
-        "linear" is the sum of the batch's loss_weights times the log-probabilities, batch["log_probs"] [B, R].
+        "linear" is the sum of the batch's loss_weights times the log-probabilities,
+        batch["log_probs"] [B, R].
         """
         return self._run("forward_backward", batch, _given(loss=loss, explain=explain))
 
     def optim_step(
         self, lr: float | None = None, grad_clip: float | None = None, discard: bool = False
     ) -> dict[str, Any]:
-        """Apply the pending gradients, normalised over all of them; lr and grad_clip hold for this step alone.
+        """Apply the pending gradients, normalised over all of them; lr and grad_clip hold for this
+        step alone.
 
         discard=True drops them instead.
         """
@@ -157,9 +177,11 @@ class TrainServiceClient(ABC):
         save_weight_only: bool = False,
         remove_previous_ckpt: bool = True,
     ) -> dict[str, Any]:
-        """Save under the service's checkpoint root; published, complete and safe to load when this returns.
+        """Save under the service's checkpoint root; published, complete and safe to load when this
+        returns.
 
-        saved_fully_shared_ckpt=True is sharded and can be resumed from, False a Hugging Face folder.
+        saved_fully_shared_ckpt=True is sharded and can be resumed from, False a Hugging Face
+        folder.
         """
         params = {
             "local_path": str(local_path),
@@ -174,7 +196,8 @@ class TrainServiceClient(ABC):
     def load_checkpoint(
         self, path: str, del_local_after_load: bool = True, load_weight_only: bool = False
     ) -> dict[str, Any]:
-        """Load a published checkpoint; del_local_after_load removes only a copy that the load itself fetched."""
+        """Load a published checkpoint; del_local_after_load removes only a copy that the load
+        itself fetched."""
         params = {
             "path": str(path),
             "del_local_after_load": del_local_after_load,
@@ -183,7 +206,8 @@ class TrainServiceClient(ABC):
         return self._run("load_checkpoint", None, params)
 
     def convert_checkpoint_to_huggingface(self, local_path: str) -> dict[str, Any]:
-        """Make a Hugging Face folder of a sharded checkpoint, or of the current weights at a new path; see "path"."""
+        """Make a Hugging Face folder of a sharded checkpoint, or of the current weights at a new
+        path; see "path"."""
         return self._run("convert_checkpoint_to_huggingface", None, {"local_path": str(local_path)})
 
     @abstractmethod
@@ -200,17 +224,22 @@ class TrainServiceClient(ABC):
 
     @contextmanager
     def actor_context(self) -> Iterator[Self]:
-        """A context that does nothing, for trainers that were written around one; yields the client."""
+        """A context that does nothing, for trainers that were written around one; yields the
+        client."""
         yield self
 
     @abstractmethod
     def submit(self, operation: str, batch: BatchLike | None = None, **params: Any) -> JobHandle:
-        """Start an operation (a method's name, with its arguments) and return at once, after the upload."""
+        """Start an operation (a method's name, with its arguments) and return at once, after the
+        upload."""
 
-    async def submit_async(self, operation: str, batch: BatchLike | None = None, **params: Any) -> JobHandle:
+    async def submit_async(
+        self, operation: str, batch: BatchLike | None = None, **params: Any
+    ) -> JobHandle:
         """As submit, without blocking the event loop; await the handle's result_async().
 
-        The batch must not change before this returns. Cancelled, it may have submitted all the same.
+        The batch must not change before this returns. Cancelled, it may have submitted all the
+        same.
         """
         return await in_thread(partial(self.submit, operation, batch, **params))
 

@@ -1,4 +1,5 @@
-"""A trainer's batch, in any of its forms, to what travels: the tensors that the operation reads, and JSON metadata."""
+"""A trainer's batch, in any of its forms, to what travels: the tensors that the operation reads,
+and JSON metadata."""
 
 from __future__ import annotations
 
@@ -17,14 +18,16 @@ from ._trainer_batch import Batch
 from .errors import ClientError, InvalidBatch
 
 _FORMS = (
-    "a Batch, {'tensors', 'values', 'metadata'}, {'batch', 'non_tensor_batch', 'meta_info'}, or a flat dict of tensors"
+    "a Batch, {'tensors', 'values', 'metadata'}, {'batch', 'non_tensor_batch', 'meta_info'}, or a "
+    "flat dict of tensors"
 )
 _DEPTH = 60
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """tensors and metadata go to the service; ignored names everything of the caller's that does not."""
+    """tensors and metadata go to the service; ignored names everything of the caller's that does
+    not."""
 
     tensors: dict[str, Any]
     metadata: dict[str, Any]
@@ -32,10 +35,15 @@ class Content:
 
 
 def normalise(batch: object, operation: Operation | None) -> Content:
-    """Take a batch apart; kept are the tensors that the operation reads, None keeps all. Raises InvalidBatch."""
+    """Take a batch apart; kept are the tensors that the operation reads, None keeps all. Raises
+    InvalidBatch."""
     tensors, values, metadata = _with_row_temperatures(*_sections(batch))
     known = None if operation is None else (*operation.reads, *RENAMED)
-    kept = {name: taken(name, value) for name, value in tensors.items() if known is None or name in known}
+    kept = {
+        name: taken(name, value)
+        for name, value in tensors.items()
+        if known is None or name in known
+    }
     ignored = [name for name in tensors if name not in kept]
     if operation is not None:
         kept, dropped = resolve(operation.name, kept)
@@ -51,13 +59,16 @@ def normalise(batch: object, operation: Operation | None) -> Content:
             if name in SETTINGS:  # without it another loss is meant
                 kind = "str" if name == "loss_agg_mode" else "float"
                 key = f"metadata.{error.path}"
-                raise InvalidBatch(f"metadata.{error}; give {kind}({name})", details={"key": key}) from None
+                raise InvalidBatch(
+                    f"metadata.{error}; give {kind}({name})", details={"key": key}
+                ) from None
             ignored.append(error.path)
     return Content(kept, sent, tuple(dict.fromkeys(ignored)))
 
 
 def json_object(mapping: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """The mapping as plain JSON, NumPy scalars and non-finite numbers included; raises ClientError naming the key."""
+    """The mapping as plain JSON, NumPy scalars and non-finite numbers included; raises ClientError
+    naming the key."""
     try:
         converted: dict[str, Any] = to_json(mapping)
     except NotJSON as error:
@@ -74,7 +85,8 @@ class NotJSON(ValueError):
 
 
 def to_json(value: Any, path: str = "", depth: int = 0) -> Any:
-    """The value with JSON's types alone: scalars of NumPy and torch as numbers, paths as text, NaN as "NaN".
+    """The value with JSON's types alone: scalars of NumPy and torch as numbers, paths as text, NaN
+    as "NaN".
 
     Mappings and sequences may be of any library (OmegaConf's resolve themselves). Raises NotJSON.
     """
@@ -89,7 +101,10 @@ def to_json(value: Any, path: str = "", depth: int = 0) -> Any:
     if depth > _DEPTH:
         raise NotJSON(path, f"holds more than {_DEPTH} values inside one another")
     if isinstance(value, Mapping):
-        return {str(name): to_json(item, _below(path, name), depth + 1) for name, item in _items(value, path)}
+        return {
+            str(name): to_json(item, _below(path, name), depth + 1)
+            for name, item in _items(value, path)
+        }
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
         return [to_json(item, f"{path}[{index}]", depth + 1) for index, item in _items(value, path)]
     raise NotJSON(path, f"is {type(value).__name__}, which JSON cannot say")
@@ -107,7 +122,9 @@ def _scalar(value: Any, path: str) -> Any:
 def _items(value: Mapping[Any, Any] | Sequence[Any], path: str) -> list[tuple[Any, Any]]:
     try:
         return list(value.items() if isinstance(value, Mapping) else enumerate(value))
-    except Exception as error:  # a configuration of another library, whose values are made when they are asked for
+    except (
+        Exception
+    ) as error:  # a configuration of another library, whose values are made when they are asked for
         raise NotJSON(path, f"cannot be read: {str(error).splitlines()[0]}") from error
 
 
@@ -130,15 +147,24 @@ def _sections(batch: object) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapp
             return opened, {}, {}
         batch = opened
     if isinstance(batch, Mapping):
-        batch = {name: _opened(value) if name in TENSOR_SECTION else value for name, value in batch.items()}
+        batch = {
+            name: _opened(value) if name in TENSOR_SECTION else value
+            for name, value in batch.items()
+        }
     else:
         raise InvalidBatch(f"the batch is {type(batch).__name__}; give {_FORMS}")
     if not any(isinstance(batch.get(name), Mapping) for name in TENSOR_SECTION):
         return _flat(batch), {}, {}
-    unknown = [str(name) for name in batch if name not in TENSOR_SECTION + VALUE_SECTION + METADATA_SECTION]
+    unknown = [
+        str(name) for name in batch if name not in TENSOR_SECTION + VALUE_SECTION + METADATA_SECTION
+    ]
     if unknown:
-        raise InvalidBatch(f"the batch has the unknown keys {', '.join(unknown)} beside its tensors; give {_FORMS}")
-    tensors, values, metadata = (_section(batch, names) for names in (TENSOR_SECTION, VALUE_SECTION, METADATA_SECTION))
+        raise InvalidBatch(
+            f"the batch has the unknown keys {', '.join(unknown)} beside its tensors; give {_FORMS}"
+        )
+    tensors, values, metadata = (
+        _section(batch, names) for names in (TENSOR_SECTION, VALUE_SECTION, METADATA_SECTION)
+    )
     return tensors, values, metadata
 
 
@@ -148,7 +174,11 @@ def _is_tensordict(value: Any) -> bool:
 
 def _opened(value: Any) -> Any:
     """A TensorDict as a dict of its entries: iterating one gives its rows."""
-    return {str(name): _entry(value, name) for name in value.keys()} if _is_tensordict(value) else value  # noqa: SIM118
+    return (
+        {str(name): _entry(value, name) for name in value.keys()}  # noqa: SIM118
+        if _is_tensordict(value)
+        else value
+    )
 
 
 def _entry(tensordict: Any, name: Any) -> Any:
@@ -162,23 +192,31 @@ def _entry(tensordict: Any, name: Any) -> Any:
 def _with_row_temperatures(
     tensors: Mapping[str, Any], values: Mapping[str, Any], metadata: Mapping[str, Any]
 ) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]:
-    """One temperature for every row is a tensor [B], also where it was given as [B,1] or among the metadata."""
+    """One temperature for every row is a tensor [B], also where it was given as [B,1] or among the
+    metadata."""
     given: Any = metadata.get("temperature")
     if isinstance(given, list | tuple) or (is_tensor(given) and given.ndim > 0):
         if "temperature" in tensors:
-            raise InvalidBatch("temperature is a tensor and, for every row, in the metadata too; give one")
+            raise InvalidBatch(
+                "temperature is a tensor and, for every row, in the metadata too; give one"
+            )
         metadata = {name: value for name, value in metadata.items() if name != "temperature"}
         tensors = {**tensors, "temperature": given}
     if "temperature" in tensors:
         own: Any = taken("temperature", tensors["temperature"])
-        tensors = {**tensors, "temperature": own[:, 0] if own.ndim == 2 and own.shape[1] == 1 else own}
+        tensors = {
+            **tensors,
+            "temperature": own[:, 0] if own.ndim == 2 and own.shape[1] == 1 else own,
+        }
     return tensors, values, metadata
 
 
 def _section(batch: Mapping[str, Any], names: tuple[str, str]) -> Mapping[str, Any]:
     given = [name for name in names if batch.get(name) is not None]
     if len(given) > 1:
-        raise InvalidBatch(f"the batch has both {given[0]!r} and {given[1]!r}, two names of one thing; give one")
+        raise InvalidBatch(
+            f"the batch has both {given[0]!r} and {given[1]!r}, two names of one thing; give one"
+        )
     section = batch[given[0]] if given else {}
     if not isinstance(section, Mapping):
         raise InvalidBatch(f"the batch's {given[0]!r} is {type(section).__name__}; give a dict")
@@ -186,7 +224,11 @@ def _section(batch: Mapping[str, Any], names: tuple[str, str]) -> Mapping[str, A
 
 
 def _flat(batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    nested = [str(name) for name, value in batch.items() if isinstance(value, Mapping) or name in TENSOR_SECTION]
+    nested = [
+        str(name)
+        for name, value in batch.items()
+        if isinstance(value, Mapping) or name in TENSOR_SECTION
+    ]
     if nested or not batch:
         found = f"has {', '.join(nested)}, but no dict of tensors beside" if nested else "is empty"
         raise InvalidBatch(f"the batch {found}; give {_FORMS}")
@@ -202,11 +244,13 @@ RENAMED = (_STUDENT,)
 def resolve(operation: str, tensors: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The tensors to go on with, and the names of those left out.
 
-    Log-probabilities that were not computed come as zeros [B, 1]; where R > 1 that is no value, and is left out.
-    Distillation's old_student_log_probs is old_log_probs of the batch that has none.
+    Log-probabilities that were not computed come as zeros [B, 1]; where R > 1 that is no value, and
+    is left out. Distillation's old_student_log_probs is old_log_probs of the batch that has none.
     """
     kept = dict(tensors)
-    dropped = [name for name in (_OLD, _STUDENT) if name in kept and _is_placeholder(kept[name], kept)]
+    dropped = [
+        name for name in (_OLD, _STUDENT) if name in kept and _is_placeholder(kept[name], kept)
+    ]
     for name in dropped:
         del kept[name]
     if operation == "update_actor_with_distillation" and _STUDENT in kept and _OLD not in kept:
@@ -215,8 +259,14 @@ def resolve(operation: str, tensors: Mapping[str, Any]) -> tuple[dict[str, Any],
 
 
 def _is_placeholder(tensor: Any, tensors: Mapping[str, Any]) -> bool:
-    """Whether a tensor is zeros of one column although the batch has more than one response position."""
-    if not is_tensor(tensor) or tensor.ndim != 2 or tensor.shape[1] != 1 or bool((tensor != 0).any()):
+    """Whether a tensor is zeros of one column although the batch has more than one response
+    position."""
+    if (
+        not is_tensor(tensor)
+        or tensor.ndim != 2
+        or tensor.shape[1] != 1
+        or bool((tensor != 0).any())
+    ):
         return False
     responses = tensors.get("responses")
     whole = tensors.get("input_ids")

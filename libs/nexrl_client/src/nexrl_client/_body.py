@@ -17,7 +17,9 @@ class Body:
     on_bytes hears of each chunk that was sent, and of a restart as a negative number.
     """
 
-    def __init__(self, views: Sequence[bytes | memoryview], on_bytes: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self, views: Sequence[bytes | memoryview], on_bytes: Callable[[int], None] | None = None
+    ) -> None:
         self._views = [memoryview(view).cast("B") for view in views if len(view)]
         self._on_bytes = on_bytes or _ignore
         self._sent = 0
@@ -45,7 +47,8 @@ class Body:
 
 
 class Part:
-    """Some consecutive bytes of a frame, as views of it: iterating yields them, len() is their bytes."""
+    """Some consecutive bytes of a frame, as views of it: iterating yields them, len() is their
+    bytes."""
 
     def __init__(self, views: Sequence[memoryview]) -> None:
         self.views = tuple(views)
@@ -65,7 +68,8 @@ class Part:
 
 
 def cut(views: Sequence[bytes | memoryview], max_size: int) -> list[Part]:
-    """Parts of at most max_size bytes that make up the views in order; all but the last are full."""
+    """Parts of at most max_size bytes that make up the views in order; all but the last are
+    full."""
     parts: list[Part] = []
     current: list[memoryview] = []
     room = max_size

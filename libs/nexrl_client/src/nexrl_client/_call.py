@@ -50,7 +50,8 @@ def prepare(
     identifier: str | None,
     config: Mapping[str, Any] | None = None,
 ) -> Call:
-    """Check what can be checked without the service, and encode; config is the client's own entry, if it has one.
+    """Check what can be checked without the service, and encode; config is the client's own entry,
+    if it has one.
 
     Raises subclasses of ClientError.
     """
@@ -72,16 +73,20 @@ def encode(batch: Content, params: Mapping[str, Any]) -> Encoded:
     """The request frame: a header, and views of the tensors. Raises InvalidBatch."""
     ready()
     try:
-        return tensor_codec.encode(batch.tensors, Envelope(batch.metadata, dict(params)).frame_metadata())
+        return tensor_codec.encode(
+            batch.tensors, Envelope(batch.metadata, dict(params)).frame_metadata()
+        )
     except tensor_codec.CodecError as error:
         raise InvalidBatch(str(error)) from error
 
 
 def split_for_requests(request: object, max_size: int = MAX_REQUEST_BYTES) -> list[Part]:
-    """Cut an encoded frame, bytes, or a batch (its frame, with every tensor) into parts of at most max_size bytes.
+    """Cut an encoded frame, bytes, or a batch (its frame, with every tensor) into parts of at most
+    max_size bytes.
 
-    A part views the tensors' memory: iterate it for its bytes, len() is their number. Joined in order the parts are
-    one frame, and one operation. Raises ClientError for a size below 1, InvalidBatch for what cannot be encoded.
+    A part views the tensors' memory: iterate it for its bytes, len() is their number. Joined in
+    order the parts are one frame, and one operation. Raises ClientError for a size below 1,
+    InvalidBatch for what cannot be encoded.
     """
     if max_size < 1:
         raise ClientError(f"max_size is {max_size}; give the bytes of the largest part, 1 or more")
@@ -99,4 +104,6 @@ def _refuse_batch(operation: str, batch: object) -> None:
 
 def _did_you_mean(word: str) -> str:
     close = difflib.get_close_matches(word, OPERATIONS, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(OPERATIONS))}"
+    return (
+        f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(OPERATIONS))}"
+    )

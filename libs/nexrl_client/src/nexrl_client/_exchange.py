@@ -13,7 +13,14 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from ._transport import CONNECT_TIMEOUT_S, Request, Response, Transport
-from .errors import InvalidAnswer, ServiceFault, ServiceTimeout, StatusError, Unreachable, status_error
+from .errors import (
+    InvalidAnswer,
+    ServiceFault,
+    ServiceTimeout,
+    StatusError,
+    Unreachable,
+    status_error,
+)
 
 MAX_WAIT_S = 25.0
 MIN_CONNECT_S = 0.5
@@ -22,13 +29,18 @@ FIRST_BACK_OFF_S, MAX_BACK_OFF_S = 0.1, 5.0
 
 
 class Budget:
-    """Seconds that one call may take, uploads not counted; None is no limit, but ends with ``within``.
+    """Seconds that one call may take, uploads not counted; None is no limit, but ends with
+    ``within``.
 
     longest_wait_s is how long the service may hold one answer back.
     """
 
     def __init__(
-        self, seconds: float | None, within: Budget | None = None, *, longest_wait_s: float = MAX_WAIT_S
+        self,
+        seconds: float | None,
+        within: Budget | None = None,
+        *,
+        longest_wait_s: float = MAX_WAIT_S,
     ) -> None:
         self._total = math.inf if seconds is None else float(seconds)
         self._start = time.monotonic()
@@ -67,15 +79,18 @@ class Budget:
 
 
 class Exchange:
-    """Sends requests through a transport, and again after what may pass: lost connections, 408, 429, 502 to 504."""
+    """Sends requests through a transport, and again after what may pass: lost connections, 408,
+    429, 502 to 504."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
 
     def send(self, build: Callable[[float], Request], budget: Budget) -> Response:
-        """The first 2xx answer; build makes the request from the seconds that its answer may be held back.
+        """The first 2xx answer; build makes the request from the seconds that its answer may be
+        held back.
 
-        Raises Unreachable, ServiceTimeout or the StatusError that was left when the budget was spent.
+        Raises Unreachable, ServiceTimeout or the StatusError that was left when the budget was
+        spent.
         """
         attempt = 0
         while True:
@@ -126,7 +141,9 @@ def _back_off_s(attempt: int) -> float:
 def _error_of(request: Request, response: Response) -> ServiceFault:
     if 300 <= response.status < 400:
         target = response.headers.get("location", "nowhere")
-        return InvalidAnswer(f"{response.source} redirects {request.path} to {target}; give the client that address")
+        return InvalidAnswer(
+            f"{response.source} redirects {request.path} to {target}; give the client that address"
+        )
     error = status_error(response.status, _error_body(request, response))
     if "retry-after" in response.headers:
         error.details["retry_after_s"] = _retry_after_s(response.headers["retry-after"])
@@ -134,16 +151,21 @@ def _error_of(request: Request, response: Response) -> ServiceFault:
 
 
 def _error_body(request: Request, response: Response) -> dict[str, Any]:
-    """The service's error object; of anything else (a proxy's page) who gave it, and its first characters."""
+    """The service's error object; of anything else (a proxy's page) who gave it, and its first
+    characters."""
     text = bytes(response.body[:65536]).decode(errors="replace").strip()
     with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
         body = json.loads(text)["error"]
-        if isinstance(body, dict) and isinstance(body.get("code"), str):  # other gateways have an error object, too
+        if isinstance(body, dict) and isinstance(
+            body.get("code"), str
+        ):  # other gateways have an error object, too
             return body
     kind = response.headers.get("content-type", "nothing").partition(";")[0]
     said = f": {' '.join(text[:200].split())}" if text else ""
     return {
-        "message": f"{response.source} answered {request.method} {request.path} with {response.status} and {kind}, "
+        "message": f"{response.source} answered {request.method} {request.path} with "
+        f"{response.status} "
+        f"and {kind}, "
         f"which is no answer of the service{said}"
     }
 

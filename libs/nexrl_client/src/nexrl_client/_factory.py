@@ -27,10 +27,11 @@ _BACKENDS: dict[str, type[HTTPTrainServiceClient] | type[MockTrainServiceClient]
 def create_train_service_client(
     backend: str, url: str, identifier: str | None = None, **options: Any
 ) -> TrainServiceClient:
-    """A client for a backend: "self-hosted", "http" and "nextrainer" are the service over HTTP, "mock" needs none.
+    """A client for a backend: "self-hosted", "http" and "nextrainer" are the service over HTTP,
+    "mock" needs none.
 
-    options are the keyword arguments of the client's class, such as request_timeout. Raises UnknownBackend,
-    UnknownOption or InvalidURL, all of them ValueErrors.
+    options are the keyword arguments of the client's class, such as request_timeout. Raises
+    UnknownBackend, UnknownOption or InvalidURL, all of them ValueErrors.
     """
     kind = _BACKENDS.get(backend)
     if kind is None:
@@ -41,7 +42,9 @@ def create_train_service_client(
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}? Known" if close else "known"
-            raise UnknownOption(f"backend {backend!r} has no option {name!r}; {hint} are {', '.join(known)}")
+            raise UnknownOption(
+                f"backend {backend!r} has no option {name!r}; {hint} are {', '.join(known)}"
+            )
     return kind(url, identifier, **options)
 
 
@@ -50,7 +53,8 @@ _URL = "http://localhost:8000"
 
 
 class TrainServiceClients(Mapping[str, TrainServiceClient]):
-    """Clients by the names of their services, clients["main_actor"], or roles, clients.by_role("teacher").
+    """Clients by the names of their services, clients["main_actor"], or roles,
+    clients.by_role("teacher").
 
     Close them, or use this in a with.
     """
@@ -61,12 +65,16 @@ class TrainServiceClients(Mapping[str, TrainServiceClient]):
         """Each name's role."""
 
     def by_role(self, role: str) -> TrainServiceClient:
-        """The client of the one service with this role; raises InvalidSetup where none has it, or several have."""
+        """The client of the one service with this role; raises InvalidSetup where none has it, or
+        several have."""
         names = [name for name, given in self.roles.items() if given == role]
         if len(names) == 1:
             return self._clients[names[0]]
         if names:
-            raise InvalidSetup(f"the services {', '.join(names)} all have the role {role!r}; choose one by its name")
+            raise InvalidSetup(
+                f"the services {', '.join(names)} all have the role {role!r}; choose one by its "
+                "name"
+            )
         others = ", ".join(f"{name} ({given})" for name, given in self.roles.items())
         raise InvalidSetup(f"no service has the role {role!r}; there are {others}")
 
@@ -89,7 +97,10 @@ class TrainServiceClients(Mapping[str, TrainServiceClient]):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -98,14 +109,19 @@ class TrainServiceClients(Mapping[str, TrainServiceClient]):
 
 
 def create_train_service_clients(config: Mapping[str, Any], **options: Any) -> TrainServiceClients:
-    """A client for each entry of a configuration: of load_service_config, of a whole service, or of one group.
+    """A client for each entry of a configuration: of load_service_config, of a whole service, or of
+    one group.
 
-    An entry's backend ("http"), url ("http://localhost:8000"), identifier (its name) and role ("actor") make the
-    client, and its initialize_worker() needs no arguments. options go to every client, such as request_timeout. Raises
-    InvalidSetup with the entry's name, and what create_train_service_client raises.
+    An entry's backend ("http"), url ("http://localhost:8000"), identifier (its name) and role
+    ("actor") make the client, and its initialize_worker() needs no arguments. options go to every
+    client, such as request_timeout. Raises InvalidSetup with the entry's name, and what
+    create_train_service_client raises.
     """
     if not isinstance(config, Mapping):
-        raise InvalidSetup(f"the configuration is {type(config).__name__}; give what load_service_config(path) returns")
+        raise InvalidSetup(
+            f"the configuration is {type(config).__name__}; give what load_service_config(path) "
+            "returns"
+        )
     entries = read_entries(config, "the configuration")
     roles = {name: _role(name, entry) for name, entry in entries.items()}
     clients: dict[str, TrainServiceClient] = {}
@@ -114,7 +130,10 @@ def create_train_service_clients(config: Mapping[str, Any], **options: Any) -> T
         url, identifier = str(entry.get("url") or _URL), str(entry.get("identifier") or name)
         other = groups.setdefault((url, identifier), name)
         if other != name:
-            raise InvalidSetup(f"{other} and {name} are one group, {identifier!r} at {url}; give each an identifier")
+            raise InvalidSetup(
+                f"{other} and {name} are one group, {identifier!r} at {url}; give each an "
+                "identifier"
+            )
         clients[name] = _create(name, entry, url, identifier, options)
     return TrainServiceClients(clients, roles)
 
@@ -122,11 +141,16 @@ def create_train_service_clients(config: Mapping[str, Any], **options: Any) -> T
 def _role(name: str, entry: Entry) -> str:
     role = entry.get("role") or "actor"
     if role not in ROLES:
-        raise InvalidSetup(f"{name}.role is {role!r}; known are {', '.join(ROLES)}", details={"key": f"{name}.role"})
+        raise InvalidSetup(
+            f"{name}.role is {role!r}; known are {', '.join(ROLES)}",
+            details={"key": f"{name}.role"},
+        )
     return str(role)
 
 
-def _create(name: str, entry: Entry, url: str, identifier: str, options: Mapping[str, Any]) -> TrainServiceClient:
+def _create(
+    name: str, entry: Entry, url: str, identifier: str, options: Mapping[str, Any]
+) -> TrainServiceClient:
     backend = str(entry.get("backend") or _BACKEND)
     try:
         return create_train_service_client(backend, url, identifier, config=entry, **options)

@@ -15,7 +15,8 @@ from ._exchange import MAX_WAIT_S, Budget
 
 Value = TypeVar("Value")
 FIRST_WAIT_S = 1.0
-"""How long an awaited result is first asked for: a thread outlives a cancelled await by no more than its request."""
+"""How long an awaited result is first asked for: a thread outlives a cancelled await by no more
+than its request."""
 
 
 class JobSource(Protocol):
@@ -26,7 +27,8 @@ class JobSource(Protocol):
         ...
 
     def job_result(self, job: JobHandle, budget: Budget) -> dict[str, Any] | None:
-        """The job's result, asked for once; None where it has not ended, ServiceTimeout where the budget has."""
+        """The job's result, asked for once; None where it has not ended, ServiceTimeout where the
+        budget has."""
         ...
 
     def cancel_job(self, job_id: str) -> dict[str, Any]:
@@ -37,10 +39,13 @@ class JobSource(Protocol):
 class JobHandle:
     """One job of the service. It can be pickled, and used from any thread.
 
-    A result is kept by the service for 24 hours after the job ended, and can be fetched any number of times.
+    A result is kept by the service for 24 hours after the job ended, and can be fetched any number
+    of times.
     """
 
-    def __init__(self, job_id: str, operation: str, source: JobSource, ignored: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, job_id: str, operation: str, source: JobSource, ignored: tuple[str, ...] = ()
+    ) -> None:
         self.id = job_id
         self.operation = operation
         self.ignored = ignored
@@ -50,7 +55,8 @@ class JobHandle:
         return f"JobHandle(id={self.id!r}, operation={self.operation!r})"
 
     def status(self) -> dict[str, Any]:
-        """The job's record now: state ("queued", "running", "finished", ...), waits_for, error, times in seconds."""
+        """The job's record now: state ("queued", "running", "finished", ...), waits_for, error,
+        times in seconds."""
         return self._source.job_view(self.id)
 
     def done(self) -> bool:
@@ -58,20 +64,24 @@ class JobHandle:
         return self.status()["state"] in FINAL_STATES
 
     def result(self, timeout: float | None = None) -> dict[str, Any]:
-        """Wait at most timeout seconds (None: as long as it takes) and return what the blocking method would.
+        """Wait at most timeout seconds (None: as long as it takes) and return what the blocking
+        method would.
 
         Raises ServiceTimeout with this handle as .job, or the error that the job ended with.
         """
         return self.result_within(Budget(timeout))
 
     async def result_async(self, timeout: float | None = None) -> dict[str, Any]:
-        """As result, without blocking the event loop. Cancelled, the job goes on, and its result can be asked for again.
+        """As result, without blocking the event loop. Cancelled, the job goes on, and its result
+        can be asked for again.
 
         A thread asks for each awaited job, so any number may be awaited at once.
         """
         budget = Budget(timeout, longest_wait_s=FIRST_WAIT_S)
         try:
-            while (result := await in_thread(partial(self._source.job_result, self, budget))) is None:
+            while (
+                result := await in_thread(partial(self._source.job_result, self, budget))
+            ) is None:
                 budget.longest_wait_s = min(2 * budget.longest_wait_s, MAX_WAIT_S)
             return result
         finally:
@@ -91,7 +101,8 @@ class JobHandle:
 async def in_thread(call: Callable[[], Value]) -> Value:
     """What ``call`` returns or raises, from a thread of its own.
 
-    Not from asyncio's pool: waits would fill it for everybody, and a program could not end before they do.
+    Not from asyncio's pool: waits would fill it for everybody, and a program could not end before
+    they do.
     """
     loop = asyncio.get_running_loop()
     outcome: asyncio.Future[Value] = loop.create_future()

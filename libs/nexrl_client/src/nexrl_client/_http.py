@@ -1,4 +1,5 @@
-"""HTTPTrainServiceClient: the service over HTTP. A call goes _run -> _upload.post -> _exchange -> _transport."""
+"""HTTPTrainServiceClient: the service over HTTP. A call goes _run -> _upload.post -> _exchange ->
+_transport."""
 
 from __future__ import annotations
 
@@ -16,7 +17,14 @@ from ._handle import JobHandle
 from ._result import read_json, read_result
 from ._transport import HTTPTransport, Request, Response, Transport, normalise_url
 from ._upload import post
-from .errors import ClientError, InvalidAnswer, JobRunning, ServiceFault, ServiceTimeout, Unreachable
+from .errors import (
+    ClientError,
+    InvalidAnswer,
+    JobRunning,
+    ServiceFault,
+    ServiceTimeout,
+    Unreachable,
+)
 
 _HEALTH_TIMEOUT_S = 10.0
 _POLL_S = 0.05
@@ -25,13 +33,15 @@ _ANY = {"Accept": f"{FRAME_TYPE}, {JSON_TYPE}"}
 
 
 class HTTPTrainServiceClient(TrainServiceClient):
-    """A client of one worker group. Threads may share it; pickled, it connects anew. Close it, or use it in a with.
+    """A client of one worker group. Threads may share it; pickled, it connects anew. Close it, or
+    use it in a with.
 
-    Lost connections, 429, 502 and 503 are retried until request_timeout is spent, under one idempotency key per call,
-    so that nothing runs twice. Connecting counts, and may take 10 s at most; uploading does not count.
-    Batches above max_request_bytes travel in parts of that size, and run as one.
-    progress shows a bar while a batch is uploaded. transport replaces the network; see nexrl_client.testing.
-    config is the group's own entry of a service's configuration, for an initialize_worker() without arguments.
+    Lost connections, 429, 502 and 503 are retried until request_timeout is spent, under one
+    idempotency key per call, so that nothing runs twice. Connecting counts, and may take 10 s at
+    most; uploading does not count. Batches above max_request_bytes travel in parts of that size,
+    and run as one. progress shows a bar while a batch is uploaded. transport replaces the network;
+    see nexrl_client.testing. config is the group's own entry of a service's configuration, for an
+    initialize_worker() without arguments.
     """
 
     def __init__(
@@ -47,7 +57,9 @@ class HTTPTrainServiceClient(TrainServiceClient):
     ) -> None:
         super().__init__(identifier, request_timeout, config)
         if max_request_bytes < 1:
-            raise ClientError(f"max_request_bytes is {max_request_bytes}; give the bytes of the largest request")
+            raise ClientError(
+                f"max_request_bytes is {max_request_bytes}; give the bytes of the largest request"
+            )
         self.base_url = normalise_url(base_url)
         self._max_request_bytes = max_request_bytes
         self._progress = progress
@@ -61,7 +73,10 @@ class HTTPTrainServiceClient(TrainServiceClient):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -73,7 +88,9 @@ class HTTPTrainServiceClient(TrainServiceClient):
         call = prepare(operation, batch, params, self.identifier, self._config)
         return self._handle(self._post(call, wait=False)[0], call)
 
-    def _run(self, operation: str, batch: BatchLike | None, params: Mapping[str, Any]) -> dict[str, Any]:
+    def _run(
+        self, operation: str, batch: BatchLike | None, params: Mapping[str, Any]
+    ) -> dict[str, Any]:
         call = prepare(operation, batch, params, self.identifier, self._config)
         response, budget = self._post(call, wait=True)
         if response.status == 202:
@@ -81,12 +98,19 @@ class HTTPTrainServiceClient(TrainServiceClient):
         return read_result(response, call.ignored)
 
     def health_check(self) -> dict[str, Any]:
-        timeout = _HEALTH_TIMEOUT_S if self.request_timeout is None else min(_HEALTH_TIMEOUT_S, self.request_timeout)
+        timeout = (
+            _HEALTH_TIMEOUT_S
+            if self.request_timeout is None
+            else min(_HEALTH_TIMEOUT_S, self.request_timeout)
+        )
         request = Request("GET", "/health", headers=_JSON, connect_s=timeout)
         response = self._transport.send(request, timeout)
         body = read_json(response if response.status == 503 else checked(request, response))
         if "status" not in body:
-            raise InvalidAnswer(f"/health answered {response.status} without a status; is this the service's address?")
+            raise InvalidAnswer(
+                f"/health answered {response.status} without a status; is this the service's "
+                "address?"
+            )
         return body
 
     def get_models(self) -> dict[str, Any]:
@@ -96,7 +120,8 @@ class HTTPTrainServiceClient(TrainServiceClient):
         return self._json("GET", "/worker_info", self._query())
 
     def jobs(self, limit: int = 100) -> list[dict[str, Any]]:
-        """The last jobs of this client's group (of all groups without an identifier), newest first."""
+        """The last jobs of this client's group (of all groups without an identifier), newest
+        first."""
         answer = self._json("GET", "/jobs", self._query() | {"limit": str(limit)})
         if not isinstance(answer.get("jobs"), list):
             raise InvalidAnswer("/jobs answered without jobs; is this the service's address?")
@@ -116,13 +141,17 @@ class HTTPTrainServiceClient(TrainServiceClient):
         return self._json("DELETE", f"/jobs/{job_id}")
 
     def job_result(self, job: JobHandle, budget: Budget) -> dict[str, Any] | None:
-        """See JobSource.job_result; an outage is borne for request_timeout seconds where the budget has no end."""
+        """See JobSource.job_result; an outage is borne for request_timeout seconds where the budget
+        has no end."""
         outage = budget
         if budget.endless:
             outage = Budget(self.request_timeout, budget, longest_wait_s=budget.longest_wait_s)
         asked = time.monotonic()
         try:
-            return _of_job(job, read_result(self._exchange.send(self._result_request(job), outage), job.ignored))
+            return _of_job(
+                job,
+                read_result(self._exchange.send(self._result_request(job), outage), job.ignored),
+            )
         except JobRunning as running:
             if budget.remaining() <= 0:
                 waits_for = running.details.get("waits_for")
@@ -133,7 +162,9 @@ class HTTPTrainServiceClient(TrainServiceClient):
         except ServiceFault as error:
             error.job = job
             raise
-        if time.monotonic() - asked < _POLL_S:  # the answer was not held back: the gateway is stopping
+        if (
+            time.monotonic() - asked < _POLL_S
+        ):  # the answer was not held back: the gateway is stopping
             time.sleep(min(_POLL_S, budget.remaining()))
         return None
 
@@ -156,10 +187,15 @@ class HTTPTrainServiceClient(TrainServiceClient):
         # 200 is what initialize_worker gets for a group that already runs: the job that made it.
         job_id = read_json(response).get("id" if response.status == 202 else "job_id")
         if not isinstance(job_id, str):
-            raise InvalidAnswer(f"{call.path} answered {response.status} without a job; is this the service's address?")
+            raise InvalidAnswer(
+                f"{call.path} answered {response.status} without a job; is this the service's "
+                "address?"
+            )
         return JobHandle(job_id, call.operation, self, call.ignored)
 
-    def _json(self, method: str, path: str, query: Mapping[str, str] | None = None) -> dict[str, Any]:
+    def _json(
+        self, method: str, path: str, query: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
         request = Request(method, path, query or {}, _JSON)
         return read_json(self._exchange.send(lambda _: request, Budget(self.request_timeout)))
 
@@ -171,10 +207,14 @@ def _of_job(job: JobHandle, result: dict[str, Any]) -> dict[str, Any]:
     """The result; raises InvalidAnswer where it says that it is another job's."""
     answered = result.get("meta_info", result).get("job_id") or job.id
     if answered != job.id:
-        raise InvalidAnswer(f"the result of job {job.id} was asked for, and that of {answered} answered")
+        raise InvalidAnswer(
+            f"the result of job {job.id} was asked for, and that of {answered} answered"
+        )
     return result
 
 
 def _timeout(job: JobHandle, why: str) -> ServiceTimeout:
-    message = f"{job.operation} {why}; the job goes on, and .job.result() of this error waits for it"
+    message = (
+        f"{job.operation} {why}; the job goes on, and .job.result() of this error waits for it"
+    )
     return ServiceTimeout(message, job_id=job.id, job=job)

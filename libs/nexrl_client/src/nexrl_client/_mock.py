@@ -28,10 +28,11 @@ _COMPARED = ("input_ids", "attention_mask", "responses")
 
 
 class MockTrainServiceClient(TrainServiceClient):
-    """Answers at once, in the service's shapes: tensors and metrics are 0, nothing is trained or written.
+    """Answers at once, in the service's shapes: tensors and metrics are 0, nothing is trained or
+    written.
 
-    Batches are checked for required tensors and fitting shapes, and refused as the service would. config is the
-    group's own entry, as of HTTPTrainServiceClient.
+    Batches are checked for required tensors and fitting shapes, and refused as the service would.
+    config is the group's own entry, as of HTTPTrainServiceClient.
     """
 
     def __init__(
@@ -61,7 +62,9 @@ class MockTrainServiceClient(TrainServiceClient):
         self._operations[job_id] = operation
         return JobHandle(job_id, operation, self)
 
-    def _run(self, operation: str, batch: BatchLike | None, params: Mapping[str, Any]) -> dict[str, Any]:
+    def _run(
+        self, operation: str, batch: BatchLike | None, params: Mapping[str, Any]
+    ) -> dict[str, Any]:
         job = self.submit(operation, batch, **params)
         try:
             return job.result()
@@ -73,15 +76,31 @@ class MockTrainServiceClient(TrainServiceClient):
 
     def get_models(self) -> dict[str, Any]:
         models = {self._name: self.worker_info()}
-        return {"status": "success", "identifiers": [*models], "count": len(models), "models": models}
+        return {
+            "status": "success",
+            "identifiers": [*models],
+            "count": len(models),
+            "models": models,
+        }
 
     def worker_info(self) -> dict[str, Any]:
-        return {"identifier": self._name, "world_size": 1, "role": self._role, "state": "ready", "initialised": True}
+        return {
+            "identifier": self._name,
+            "world_size": 1,
+            "role": self._role,
+            "state": "ready",
+            "initialised": True,
+        }
 
     def job_view(self, job_id: str) -> dict[str, Any]:
         """See JobHandle.status; every job of the mock has finished."""
         self._find(job_id)
-        return {"id": job_id, "operation": self._operations[job_id], "identifier": self._name, "state": "finished"}
+        return {
+            "id": job_id,
+            "operation": self._operations[job_id],
+            "identifier": self._name,
+            "state": "finished",
+        }
 
     def job_result(self, job: JobHandle, budget: Budget) -> dict[str, Any]:
         """See JobHandle.result; never waits."""
@@ -139,7 +158,11 @@ class MockTrainServiceClient(TrainServiceClient):
             meta["plan"] = {"world_size": 1, "rows": checked.rows}
         names = () if explains else answers_of(operation, call.params, actor)
         sizes = {"B": checked.rows, "R": checked.response, "K": call.params.get("top_k")}
-        return {"batch": {name: _zeros(TENSORS[name], sizes) for name in names}, "metrics": metrics, "meta_info": meta}
+        return {
+            "batch": {name: _zeros(TENSORS[name], sizes) for name in names},
+            "metrics": metrics,
+            "meta_info": meta,
+        }
 
 
 def _other_fields(call: Call) -> dict[str, Any]:
@@ -153,7 +176,11 @@ def _other_fields(call: Call) -> dict[str, Any]:
         return {"identifier": params["identifier"], **fields}
     if call.operation == "save_checkpoint":
         kind = "sharded" if params.get("saved_fully_shared_ckpt", True) else "huggingface"
-        return {"path": params["local_path"], "global_step": params.get("global_step", 0), "kind": kind}
+        return {
+            "path": params["local_path"],
+            "global_step": params.get("global_step", 0),
+            "kind": kind,
+        }
     if call.operation == "convert_checkpoint_to_huggingface":
         return {"path": f"{params['local_path']}-hf"}
     return {"step_applied": False, "metrics": {}} if call.operation == "optim_step" else {}
@@ -172,14 +199,19 @@ def _zeros(spec: TensorSpec, sizes: Mapping[str, Any]) -> Any:
 
 
 def _check_responses(call: Call) -> None:
-    """Responses are the last R columns of input_ids wherever a token is attended; raises INVALID_TENSOR."""
+    """Responses are the last R columns of input_ids wherever a token is attended; raises
+    INVALID_TENSOR."""
     tensors = call.batch.tensors if call.batch else {}
     if "responses" not in tensors:
         return
-    arrays: dict[str, NDArray[Any]] = {name: to_numpy(tensors[name]) for name in _COMPARED if name in tensors}
+    arrays: dict[str, NDArray[Any]] = {
+        name: to_numpy(tensors[name]) for name in _COMPARED if name in tensors
+    }
     given = arrays["responses"]
     meant = arrays["input_ids"][:, -given.shape[1] :]
-    attended = arrays.get("attention_mask", np.ones_like(arrays["input_ids"]))[:, -given.shape[1] :] != 0
+    attended = (
+        arrays.get("attention_mask", np.ones_like(arrays["input_ids"]))[:, -given.shape[1] :] != 0
+    )
     for row, column in np.argwhere((given != meant) & attended)[:1]:
         found, expected = given[row, column], meant[row, column]
         message = f"responses holds {found} in row {row}, column {column}; input_ids has {expected}"

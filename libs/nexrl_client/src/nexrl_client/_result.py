@@ -25,17 +25,23 @@ def read_json(response: Response) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         start = bytes(response.body[:100])
         raise InvalidAnswer(
-            f"{response.source} answered what is no JSON ({start!r}...); is this the service's address?"
+            f"{response.source} answered what is no JSON ({start!r}...); is this the service's "
+            "address?"
         ) from error
     if not isinstance(body, dict):
-        raise InvalidAnswer(f"{response.source} answered a JSON {type(body).__name__}; is this the service's address?")
+        raise InvalidAnswer(
+            f"{response.source} answered a JSON {type(body).__name__}; is this the service's "
+            "address?"
+        )
     return body
 
 
 def read_result(response: Response, ignored: tuple[str, ...] = ()) -> dict[str, Any]:
-    """An operation's answer. Of a batch operation {"batch", "metrics", "meta_info"}, of others their JSON object.
+    """An operation's answer. Of a batch operation {"batch", "metrics", "meta_info"}, of others
+    their JSON object.
 
-    meta_info["metrics"] is metrics; ignored joins what the service did not read; non-finite metrics are floats.
+    meta_info["metrics"] is metrics; ignored joins what the service did not read; non-finite metrics
+    are floats.
     """
     if response.headers.get("content-type", "").startswith(FRAME_TYPE):
         return _batch_result(*_read_frame(response), ignored)
@@ -64,7 +70,9 @@ def _read_frame(response: Response) -> tuple[dict[str, Any], Any, Any]:
     try:
         frame = tensor_codec.wrap(response.body)
         if envelope.FRAME_METADATA_KEY not in frame.header.metadata:
-            raise InvalidAnswer(f"{response.source} answered tensors alone; is this the service's address?")
+            raise InvalidAnswer(
+                f"{response.source} answered tensors alone; is this the service's address?"
+            )
         described = envelope.read(frame.header.metadata)
         batch = {name: frame_tensor(frame, name) for name in frame.header.tensors}
         return batch, described.get("metrics"), described.get("meta_info")
@@ -72,8 +80,14 @@ def _read_frame(response: Response) -> tuple[dict[str, Any], Any, Any]:
         raise InvalidAnswer(f"the answer is a broken frame: {error}") from error
 
 
-def _batch_result(batch: dict[str, Any], metrics: Any, meta_info: Any, ignored: tuple[str, ...]) -> dict[str, Any]:
+def _batch_result(
+    batch: dict[str, Any], metrics: Any, meta_info: Any, ignored: tuple[str, ...]
+) -> dict[str, Any]:
     meta = dict(meta_info) if isinstance(meta_info, Mapping) else {}
     floats = to_floats(metrics if metrics is not None else meta.get("metrics") or {})
     names = dict.fromkeys([*ignored, *(meta.get("ignored") or [])])
-    return {"batch": batch, "metrics": floats, "meta_info": {**meta, "metrics": floats, "ignored": list(names)}}
+    return {
+        "batch": batch,
+        "metrics": floats,
+        "meta_info": {**meta, "metrics": floats, "ignored": list(names)},
+    }

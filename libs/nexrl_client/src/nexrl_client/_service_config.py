@@ -1,4 +1,5 @@
-"""A service's YAML, one entry for each worker group (service.train_service.<name>), and initialize_worker's configuration made of it."""
+"""A service's YAML, one entry for each worker group (service.train_service.<name>), and
+initialize_worker's configuration made of it."""
 
 from __future__ import annotations
 
@@ -19,28 +20,35 @@ _ALONE = "default"
 
 
 def load_service_config(path: str | Path) -> dict[str, Entry]:
-    """The entries of a YAML file by name: those under service.train_service, or the one that the file itself is.
+    """The entries of a YAML file by name: those under service.train_service, or the one that the
+    file itself is.
 
-    It is YAML 1.2: 2e-6 is a number, and a key stands once. The one entry of a file has its identifier for a name, else "default".
-    Raises InvalidSetup for a file that cannot be read or holds no entry, and for any ${...} in an entry, with its path.
+    It is YAML 1.2: 2e-6 is a number, and a key stands once. The one entry of a file has its
+    identifier for a name, else "default". Raises InvalidSetup for a file that cannot be read or
+    holds no entry, and for any ${...} in an entry, with its path.
     """
     try:
         document = YAML(typ="safe", pure=True).load(Path(path).expanduser())
     except MarkedYAMLError as error:
-        raise InvalidSetup(f"config_path {path} cannot be read: {error.problem}\n{error.problem_mark}") from error
+        raise InvalidSetup(
+            f"config_path {path} cannot be read: {error.problem}\n{error.problem_mark}"
+        ) from error
     except (OSError, ValueError, YAMLError) as error:
         raise InvalidSetup(f"config_path {path} cannot be read: {error}") from error
     return read_entries(document, f"config_path {path}")
 
 
 def read_entries(document: object, source: str) -> dict[str, Entry]:
-    """The entries of a whole service's configuration, of what load_service_config gave, or of one entry, by name.
+    """The entries of a whole service's configuration, of what load_service_config gave, or of one
+    entry, by name.
 
     source says in messages where the document is from. Raises InvalidSetup.
     """
     if not isinstance(document, Mapping):
         raise InvalidSetup(f"{source} holds {type(document).__name__}; it must hold a mapping")
-    if not isinstance(document, dict):  # of another library, whose values are made when they are asked for
+    if not isinstance(
+        document, dict
+    ):  # of another library, whose values are made when they are asked for
         document = json_object(document, f"{source}:")
     service = document.get("service")
     services = service.get("train_service") if isinstance(service, Mapping) else None
@@ -49,15 +57,22 @@ def read_entries(document: object, source: str) -> dict[str, Entry]:
     prefix = f"{_SERVICES}." if whole else ""
     if _is_entry(entries):
         named: dict[str, Any] = {str(entries.get("identifier") or _ALONE): entries}
-    elif whole or (entries and all(isinstance(entry, Mapping) and _is_entry(entry) for entry in entries.values())):
+    elif whole or (
+        entries
+        and all(isinstance(entry, Mapping) and _is_entry(entry) for entry in entries.values())
+    ):
         named = {str(name): entry for name, entry in entries.items()}
     else:
         raise InvalidSetup(f"{source} has neither {_SERVICES} nor actor at its top")
     if not named:
-        raise InvalidSetup(f"{source} has nothing under {_SERVICES}; give each worker group an entry")
+        raise InvalidSetup(
+            f"{source} has nothing under {_SERVICES}; give each worker group an entry"
+        )
     for name, entry in named.items():
         if not isinstance(entry, Mapping):
-            raise InvalidSetup(f"{source}: {prefix}{name} is {type(entry).__name__}; it must be a mapping")
+            raise InvalidSetup(
+                f"{source}: {prefix}{name} is {type(entry).__name__}; it must be a mapping"
+            )
     refuse_interpolation(entries, source, prefix)
     return {name: dict(entry) for name, entry in named.items()}
 
@@ -67,7 +82,10 @@ def refuse_interpolation(config: Mapping[str, Any], source: str, prefix: str = "
     for path, value in _strings(config, prefix):
         if "${" in value:
             raise InvalidSetup(
-                f"{source}: {path} is {value!r}, and interpolation is not resolved here; write the value",
+                (
+                    f"{source}: {path} is {value!r}, and interpolation is not resolved here; write "
+                    "the value"
+                ),
                 details={"key": path},
             )
 
@@ -81,7 +99,8 @@ def _is_entry(mapping: Mapping[str, Any]) -> bool:
 
 
 def _strings(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
-    """Every string with its dotted path, in the order of the file; an alias that leads back is followed once."""
+    """Every string with its dotted path, in the order of the file; an alias that leads back is
+    followed once."""
     pending: list[tuple[str, Any]] = [(prefix, config)]
     seen: set[int] = set()
     while pending:
@@ -114,10 +133,12 @@ def setup_params(
     zmq_base_port: int | None = None,
     dispatch_mode: str | None = None,
 ) -> dict[str, Any]:
-    """The body of /initialize. config_dict wins over config_path, that over the client's own entry, own.
+    """The body of /initialize. config_dict wins over config_path, that over the client's own entry,
+    own.
 
-    The client's identifier wins over the configuration's; the role is the configuration's, unless another than
-    actor is given. Raises InvalidSetup where there is no configuration, it cannot be read, or nothing names the group.
+    The client's identifier wins over the configuration's; the role is the configuration's, unless
+    another than actor is given. Raises InvalidSetup where there is no configuration, it cannot be
+    read, or nothing names the group.
     """
     if config_dict is None and config_path is None and own is not None:
         config: Mapping[str, Any] = own
@@ -132,7 +153,9 @@ def setup_params(
     config = json_object({"config_dict": config}, "argument")["config_dict"]
     name = identifier or config.get("identifier")
     if not name:
-        raise InvalidSetup("nothing names the worker group: give the client, or the configuration, an identifier")
+        raise InvalidSetup(
+            "nothing names the worker group: give the client, or the configuration, an identifier"
+        )
     own_role = None if role == _DEFAULT_ROLE else role
     optional = {
         "role": own_role,
@@ -144,7 +167,9 @@ def setup_params(
     return {"config_dict": config, "identifier": name, **given}
 
 
-def _choose(entries: Mapping[str, Mapping[str, Any]], identifier: str | None, path: str) -> Mapping[str, Any]:
+def _choose(
+    entries: Mapping[str, Mapping[str, Any]], identifier: str | None, path: str
+) -> Mapping[str, Any]:
     """The group's entry: that with its identifier, else of its name, else the only one."""
     if identifier is not None:
         matching = [entry for entry in entries.values() if entry.get("identifier") == identifier]

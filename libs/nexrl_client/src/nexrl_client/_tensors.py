@@ -1,4 +1,5 @@
-"""Tensors of torch and NumPy: the kind that the caller has, dense data of either, arithmetic in NumPy. Torch is imported late."""
+"""Tensors of torch and NumPy: the kind that the caller has, dense data of either, arithmetic in
+NumPy. Torch is imported late."""
 
 from __future__ import annotations
 
@@ -19,12 +20,14 @@ from .errors import InvalidBatch
 
 
 def tensor_to_data(tensor: Any) -> JSONTensor:
-    """A torch or NumPy tensor as JSON: {"data", "shape", "dtype", "encoding": "base64"}. Raises CodecError."""
+    """A torch or NumPy tensor as JSON: {"data", "shape", "dtype", "encoding": "base64"}. Raises
+    CodecError."""
     return tensor_codec.to_json(tensor)
 
 
 def data_to_tensor(data: object) -> Any:
-    """The inverse of tensor_to_data: a writable CPU tensor, of torch where that is installed, else of NumPy.
+    """The inverse of tensor_to_data: a writable CPU tensor, of torch where that is installed, else
+    of NumPy.
 
     bfloat16 becomes float32 in NumPy. Raises tensor_codec.CodecError for what is no such JSON.
     """
@@ -75,19 +78,25 @@ def ready() -> None:
 
 
 _importing = threading.RLock()
-# A fork waits for an import that another thread is in: its child would wait for the end of that for ever.
-os.register_at_fork(before=_importing.acquire, after_in_parent=_importing.release, after_in_child=_importing.release)
+# A fork waits for an import that another thread is in: its child would wait for the end of that for
+# ever.
+os.register_at_fork(
+    before=_importing.acquire, after_in_parent=_importing.release, after_in_child=_importing.release
+)
 
 
 def to_numpy(value: Any) -> NDArray[Any]:
-    """A torch tensor (from any device), an array or nested lists as an array; floats become float64.
+    """A torch tensor (from any device), an array or nested lists as an array; floats become
+    float64.
 
     Raises InvalidBatch for a masked array that hides values and for a nested tensor.
     """
     if isinstance(value, list | tuple):
         value = [to_numpy(item) if is_tensor(item) else item for item in value]
     if np.ma.is_masked(value):
-        raise InvalidBatch("an array is masked and hides some of its values; fill them, and send a mask")
+        raise InvalidBatch(
+            "an array is masked and hides some of its values; fill them, and send a mask"
+        )
     if is_torch(value):
         if value.is_nested:
             raise InvalidBatch("a tensor is nested; pad its rows to one length (to_padded_tensor)")
@@ -105,18 +114,30 @@ def taken(name: str, value: Any) -> Any:
     if isinstance(value, list | tuple):
         return _from_rows(name, value)
     if not is_tensor(value):
-        raise _refused(name, f"is {type(value).__name__}; give a torch tensor, a NumPy array or lists of numbers")
+        raise _refused(
+            name,
+            f"is {type(value).__name__}; give a torch tensor, a NumPy array or lists of numbers",
+        )
     if isinstance(value, np.ndarray):
         if value.dtype == object:
-            raise _refused(name, "is a NumPy array of objects; pad its rows to one length, and give numbers")
+            raise _refused(
+                name, "is a NumPy array of objects; pad its rows to one length, and give numbers"
+            )
         if np.ma.is_masked(value):
-            raise _refused(name, "is a masked array that hides some of its values; fill them, and send a mask")
+            raise _refused(
+                name, "is a masked array that hides some of its values; fill them, and send a mask"
+            )
         return value
     if value.is_nested:
-        raise _refused(name, "is a nested tensor; pad its rows to one length (to_padded_tensor), and send masks")
+        raise _refused(
+            name,
+            "is a nested tensor; pad its rows to one length (to_padded_tensor), and send masks",
+        )
     if value.layout is not sys.modules["torch"].strided or value.is_meta:
         kind = f"layout {value.layout}, device {value.device}"
-        raise _refused(name, f"is no dense tensor with data ({kind}): use full_tensor() or to_dense()")
+        raise _refused(
+            name, f"is no dense tensor with data ({kind}): use full_tensor() or to_dense()"
+        )
     return value
 
 
@@ -125,11 +146,16 @@ def _from_rows(name: str, rows: Sequence[Any]) -> NDArray[Any]:
     for number, length in enumerate(lengths):
         if length != lengths[0]:
             found = "is a number" if length is None else f"has {length} values"
-            raise _refused(name, f"has rows of several lengths: row {number} {found}, row 0 {lengths[0]}; pad them")
+            raise _refused(
+                name,
+                f"has rows of several lengths: row {number} {found}, row 0 {lengths[0]}; pad them",
+            )
     try:
         array = np.asarray([_inner(name, row) for row in rows])
     except (ValueError, TypeError, OverflowError, RuntimeError) as error:
-        raise _refused(name, f"cannot be made of these lists: {str(error).splitlines()[0]}") from None
+        raise _refused(
+            name, f"cannot be made of these lists: {str(error).splitlines()[0]}"
+        ) from None
     if array.dtype.kind not in "biuf":
         raise _refused(name, f"holds what is no number ({array.dtype}); give lists of numbers")
     return array
@@ -153,15 +179,21 @@ def _refused(name: str, reason: str) -> InvalidBatch:
 
 
 def restore(array: NDArray[Any], *given: Any) -> Any:
-    """The array in the kind of what was given: torch, on its device, where any of that is torch, else NumPy.
+    """The array in the kind of what was given: torch, on its device, where any of that is torch,
+    else NumPy.
 
-    Floats take the dtype of the first floating tensor of that kind, else float32; integers and bools stay as they are.
+    Floats take the dtype of the first floating tensor of that kind, else float32; integers and
+    bools stay as they are.
     """
     torch_tensors = [value for value in given if is_torch(value)]
     if not torch_tensors:
         if array.dtype.kind != "f":
             return array
-        floats = [value.dtype for value in given if isinstance(value, np.ndarray) and value.dtype.kind == "f"]
+        floats = [
+            value.dtype
+            for value in given
+            if isinstance(value, np.ndarray) and value.dtype.kind == "f"
+        ]
         return array.astype(floats[0] if floats else np.float32)
     torch: Any = sys.modules["torch"]
     tensor = torch.from_numpy(array).to(torch_tensors[0].device)
@@ -180,8 +212,14 @@ def append_zero_rows(tensor: Any, count: int) -> Any:
 
 
 def check_shapes(arrays: Mapping[str, NDArray[Any]], dimensions: int) -> None:
-    """Refuse arrays that are not all of one shape with so many dimensions; raises InvalidBatch with their names."""
-    if len({array.shape for array in arrays.values()}) != 1 or next(iter(arrays.values())).ndim != dimensions:
+    """Refuse arrays that are not all of one shape with so many dimensions; raises InvalidBatch with
+    their names."""
+    if (
+        len({array.shape for array in arrays.values()}) != 1
+        or next(iter(arrays.values())).ndim != dimensions
+    ):
         shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
         expected = ("[B]", "[B, R]")[dimensions - 1]
-        raise InvalidBatch(f"the shapes are {shapes}; {'all' if len(arrays) > 1 else 'it'} must be {expected}")
+        raise InvalidBatch(
+            f"the shapes are {shapes}; {'all' if len(arrays) > 1 else 'it'} must be {expected}"
+        )

@@ -17,10 +17,12 @@ _MASKS = ("attention_mask", "loss_mask", "scoring_attention_mask")
 
 
 class Batch(MutableMapping[str, Any]):
-    """Tensors of B rows by name, as a mapping: batch["advantages"] = ... adds one. Every client method takes it.
+    """Tensors of B rows by name, as a mapping: batch["advantages"] = ... adds one. Every client
+    method takes it.
 
-    extras are the B values each of what is no tensor (reward, group_id, ...), metadata holds for the whole batch
-    (temperature, global_step). Extras stay with the trainer: the service does not read them.
+    extras are the B values each of what is no tensor (reward, group_id, ...), metadata holds for
+    the whole batch (temperature, global_step). Extras stay with the trainer: the service does not
+    read them.
     """
 
     def __init__(
@@ -29,7 +31,8 @@ class Batch(MutableMapping[str, Any]):
         extras: Mapping[str, Sequence[Any]] | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        """Raises InvalidBatch for what is no tensor, and for rows or extras of different numbers."""
+        """Raises InvalidBatch for what is no tensor, and for rows or extras of different
+        numbers."""
         self._tensors: dict[str, Any] = {}
         for name, tensor in tensors.items():
             self[name] = tensor
@@ -48,16 +51,18 @@ class Batch(MutableMapping[str, Any]):
         prompt_length: int = 1,
         response_length: int = 1,
     ) -> Self:
-        """A batch of mappings or objects with tokens [n], loss_mask [n] (1: scored), and all or none reward and logprobs.
+        """A batch of mappings or objects with tokens [n], loss_mask [n] (1: scored), and all or
+        none reward and logprobs.
 
-        A row's prompt is what stands before its first scored token, at least one token, left-padded to the longest or
-        prompt_length; the rest is right-padded to the longest or response_length. P + R = S. Gives input_ids,
-        attention_mask, position_ids, loss_mask, scoring_attention_mask [B, S], responses [B, R], and token_level_scores
-        [B, R], the reward on the last scored token, and rollout_log_probs [B, R], 0 where nothing is scored. logprobs
-        are of all tokens, of those from the first scored one on, or of the scored ones. Every other field is an extra,
-        reward and those in extra_fields too; one temperature goes to metadata, several are the tensor
-        temperature [B]. Tensors are of torch where
-        that is installed. Raises InvalidBatch with the trajectory's number.
+        A row's prompt is what stands before its first scored token, at least one token, left-padded
+        to the longest or prompt_length; the rest is right-padded to the longest or response_length.
+        P + R = S. Gives input_ids, attention_mask, position_ids, loss_mask, scoring_attention_mask
+        [B, S], responses [B, R], and token_level_scores [B, R], the reward on the last scored
+        token, and rollout_log_probs [B, R], 0 where nothing is scored. logprobs are of all tokens,
+        of those from the first scored one on, or of the scored ones. Every other field is an extra,
+        reward and those in extra_fields too; one temperature goes to metadata, several are the
+        tensor temperature [B]. Tensors are of torch where that is installed. Raises InvalidBatch
+        with the trajectory's number.
         """
         rows = read_rows(trajectories)
         tensors = _tensors_of(rows, pad_token_id, prompt_length, response_length)
@@ -75,24 +80,27 @@ class Batch(MutableMapping[str, Any]):
         return int(next(iter(self._tensors.values())).shape[0]) if self._tensors else 0
 
     def pad(self, multiple: int) -> Self:
-        """A batch of the next multiple of rows. Those added, at the end, weigh nothing; a result has them too.
+        """A batch of the next multiple of rows. Those added, at the end, weigh nothing; a result
+        has them too.
 
-        They are 0 in every tensor, masks among them, and None in extras. The service itself needs no such rows. Raises
-        InvalidBatch where the batch has no mask.
+        They are 0 in every tensor, masks among them, and None in extras. The service itself needs
+        no such rows. Raises InvalidBatch where the batch has no mask.
         """
         if multiple < 1:
             raise InvalidBatch(f"multiple is {multiple}; give 1 or more")
         count = -self.rows % multiple
         if count and not any(name in self._tensors for name in _MASKS):
             raise InvalidBatch(
-                "the batch has no mask, which is what makes added rows weigh nothing; add attention_mask"
+                "the batch has no mask, which is what makes added rows weigh nothing; add "
+                "attention_mask"
             )
         tensors = {name: append_zero_rows(tensor, count) for name, tensor in self._tensors.items()}
         extras = {name: values + [None] * count for name, values in self.extras.items()}
         return type(self)(tensors, extras, self.metadata)
 
     def to_nextrainer_batch(self) -> dict[str, Any]:
-        """{"batch": tensors, "non_tensor_batch": extras as object arrays [B], "meta_info": metadata}."""
+        """{"batch": tensors, "non_tensor_batch": extras as object arrays [B], "meta_info":
+        metadata}."""
         return {
             "batch": dict(self._tensors),
             "non_tensor_batch": {name: _objects(values) for name, values in self.extras.items()},
@@ -107,13 +115,20 @@ class Batch(MutableMapping[str, Any]):
             tensor = taken(name, tensor)
         if not is_tensor(tensor) or tensor.ndim == 0:
             raise InvalidBatch(
-                f"{name!r} is {type(tensor).__name__}; give a tensor of B rows; what is none goes to extras or metadata",
+                (
+                    f"{name!r} is {type(tensor).__name__}; give a tensor of B rows; what is none "
+                    "goes "
+                    "to extras or metadata"
+                ),
                 details={"tensor": name},
             )
         others = [value for other, value in self._tensors.items() if other != name]
         if others and tensor.shape[0] != others[0].shape[0]:
             raise InvalidBatch(
-                f"tensor {name!r} has shape {list(tensor.shape)}; the batch has {others[0].shape[0]} rows",
+                (
+                    f"tensor {name!r} has shape {list(tensor.shape)}; the batch has "
+                    f"{others[0].shape[0]} rows"
+                ),
                 details={"tensor": name},
             )
         self._tensors[name] = tensor
@@ -132,11 +147,17 @@ class Batch(MutableMapping[str, Any]):
         return f"Batch({shapes}; extras {list(self.extras)}; metadata {self.metadata})"
 
 
-def _tensors_of(rows: Sequence[Row], pad_token_id: int, prompt_length: int, response_length: int) -> dict[str, Any]:
+def _tensors_of(
+    rows: Sequence[Row], pad_token_id: int, prompt_length: int, response_length: int
+) -> dict[str, Any]:
     left = max(prompt_length, 1, *(row.prompt for row in rows))
     right = max(response_length, 1, *(row.tokens.size - row.prompt for row in rows))
-    prompts, before = layout.left_pad([row.tokens[: row.prompt] for row in rows], pad_token_id, left)
-    responses, after = layout.right_pad([row.tokens[row.prompt :] for row in rows], pad_token_id, right)
+    prompts, before = layout.left_pad(
+        [row.tokens[: row.prompt] for row in rows], pad_token_id, left
+    )
+    responses, after = layout.right_pad(
+        [row.tokens[row.prompt :] for row in rows], pad_token_id, right
+    )
     attention = np.concatenate([before, after], axis=1)
     scored = _responses_of(rows, [row.scored for row in rows], right).astype(np.int32)
     loss_mask = np.concatenate([np.zeros_like(before), scored], axis=1)
@@ -151,7 +172,9 @@ def _tensors_of(rows: Sequence[Row], pad_token_id: int, prompt_length: int, resp
     if rows[0].reward is not None:
         tensors["token_level_scores"] = _on_last(scored, [row.reward or 0.0 for row in rows])
     if rows[0].log_probs is not None:
-        tensors["rollout_log_probs"] = _responses_of(rows, [row.log_probs for row in rows], right).astype(np.float32)
+        tensors["rollout_log_probs"] = _responses_of(
+            rows, [row.log_probs for row in rows], right
+        ).astype(np.float32)
     return tensors
 
 
@@ -187,7 +210,8 @@ _OWN = ("tokens", "loss_mask", "logprobs")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Row:
-    """One trajectory of n tokens. prompt: how many stand before the first that is scored, at least 1.
+    """One trajectory of n tokens. prompt: how many stand before the first that is scored, at least
+    1.
 
     tokens int64, scored bool and log_probs float64 are [n]; extras is everything else that it had.
     """
@@ -201,8 +225,11 @@ class Row:
 
 
 def read_rows(trajectories: Sequence[object]) -> list[Row]:
-    """Every trajectory; raises InvalidBatch with the number of one that cannot be read, or lacks what others have."""
-    rows = [_read(_fields(trajectory, number), number) for number, trajectory in enumerate(trajectories)]
+    """Every trajectory; raises InvalidBatch with the number of one that cannot be read, or lacks
+    what others have."""
+    rows = [
+        _read(_fields(trajectory, number), number) for number, trajectory in enumerate(trajectories)
+    ]
     if not rows:
         raise InvalidBatch("there are no trajectories; a batch has at least one row")
     _all_or_none("reward", [row.reward is None for row in rows])
@@ -226,7 +253,8 @@ def temperatures(rows: Sequence[Row]) -> float | list[float] | None:
 def _all_or_none(name: str, lacking: Sequence[bool]) -> None:
     if any(lacking) and not all(lacking):
         raise InvalidBatch(
-            f"trajectory {lacking.index(True)} has no {name}, others have; give all of them one, or none"
+            f"trajectory {lacking.index(True)} has no {name}, others have; give all of them one, "
+            "or none"
         )
 
 
@@ -235,12 +263,16 @@ def _fields(trajectory: object, number: int) -> dict[str, Any]:
     if isinstance(trajectory, Mapping):
         fields = {str(name): value for name, value in trajectory.items()}
     elif dataclasses.is_dataclass(trajectory):
-        fields = {field.name: getattr(trajectory, field.name) for field in dataclasses.fields(trajectory)}
+        fields = {
+            field.name: getattr(trajectory, field.name) for field in dataclasses.fields(trajectory)
+        }
     elif hasattr(trajectory, "__dict__"):
         fields = dict(vars(trajectory))
     else:
         kind = type(trajectory).__name__
-        raise InvalidBatch(f"trajectory {number} is {kind}; give a mapping or an object with tokens and loss_mask")
+        raise InvalidBatch(
+            f"trajectory {number} is {kind}; give a mapping or an object with tokens and loss_mask"
+        )
     extra = fields.pop("extra_fields", None)
     return {**extra, **fields} if isinstance(extra, Mapping) else fields
 
@@ -248,15 +280,20 @@ def _fields(trajectory: object, number: int) -> dict[str, Any]:
 def _read(fields: dict[str, Any], number: int) -> Row:
     for name in ("tokens", "loss_mask"):
         if fields.get(name) is None:
-            raise InvalidBatch(f"trajectory {number} has no {name}; it has {', '.join(sorted(fields)) or 'nothing'}")
+            raise InvalidBatch(
+                f"trajectory {number} has no {name}; it has "
+                f"{', '.join(sorted(fields)) or 'nothing'}"
+            )
     tokens, mask = to_numpy(fields["tokens"]), to_numpy(fields["loss_mask"])
     if tokens.ndim != 1 or tokens.size == 0 or tokens.dtype.kind not in "iu":
         raise InvalidBatch(
-            f"tokens of trajectory {number} have shape {list(tokens.shape)}; give integers, at least one"
+            f"tokens of trajectory {number} have shape {list(tokens.shape)}; give integers, at "
+            "least one"
         )
     if mask.shape != tokens.shape:
         raise InvalidBatch(
-            f"loss_mask of trajectory {number} has shape {list(mask.shape)}, its tokens {list(tokens.shape)}; "
+            f"loss_mask of trajectory {number} has shape {list(mask.shape)}, its tokens "
+            f"{list(tokens.shape)}; "
             "give each token a 0 or 1"
         )
     first = int(np.argmax(mask != 0)) if mask.any() else tokens.size
@@ -274,8 +311,11 @@ def _read(fields: dict[str, Any], number: int) -> Row:
     )
 
 
-def _by_token(log_probs: Any, scored: NDArray[np.bool_], first: int, number: int) -> NDArray[np.float64]:
-    """Log-probabilities [n] of those of all n tokens, of those from the first scored one on, or of the scored ones."""
+def _by_token(
+    log_probs: Any, scored: NDArray[np.bool_], first: int, number: int
+) -> NDArray[np.float64]:
+    """Log-probabilities [n] of those of all n tokens, of those from the first scored one on, or of
+    the scored ones."""
     values = to_numpy(log_probs).astype(np.float64)  # None becomes NaN
     placed = np.zeros(scored.size)
     count = int(scored.sum())
@@ -287,7 +327,9 @@ def _by_token(log_probs: Any, scored: NDArray[np.bool_], first: int, number: int
         placed[scored] = values
     else:
         raise InvalidBatch(
-            f"logprobs of trajectory {number} have shape {list(values.shape)}; give one for each of its {scored.size} "
-            f"tokens, of the {scored.size - first} from the first scored one on, or of the {count} scored ones"
+            f"logprobs of trajectory {number} have shape {list(values.shape)}; give one for each "
+            f"of its {scored.size} "
+            f"tokens, of the {scored.size - first} from the first scored one on, or of the "
+            f"{count} scored ones"
         )
     return np.where(scored, placed, 0.0)

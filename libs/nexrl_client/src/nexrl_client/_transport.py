@@ -1,4 +1,5 @@
-"""The one seam: a Transport makes one HTTP exchange, without retries. HTTPTransport does it with requests."""
+"""The one seam: a Transport makes one HTTP exchange, without retries. HTTPTransport does it with
+requests."""
 
 from __future__ import annotations
 
@@ -23,14 +24,22 @@ from nexrl_contract.names import REQUEST_ID_HEADER, is_loopback, without_passwor
 from requests.utils import get_environ_proxies, select_proxy
 
 from ._body import CHUNK_BYTES, Body
-from .errors import ClientClosed, InvalidAnswer, InvalidURL, ServiceFault, ServiceTimeout, Unreachable
+from .errors import (
+    ClientClosed,
+    InvalidAnswer,
+    InvalidURL,
+    ServiceFault,
+    ServiceTimeout,
+    Unreachable,
+)
 
 CONNECT_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One HTTP request; path is below the base URL, headers are as sent, connect_s is how long connecting may take."""
+    """One HTTP request; path is below the base URL, headers are as sent, connect_s is how long
+    connecting may take."""
 
     method: str
     path: str
@@ -54,10 +63,12 @@ class Response:
 
 
 class Transport(Protocol):
-    """What carries requests. Give your own to HTTPTrainServiceClient(transport=...); see nexrl_client.testing."""
+    """What carries requests. Give your own to HTTPTrainServiceClient(transport=...); see
+    nexrl_client.testing."""
 
     def send(self, request: Request, silence_s: float) -> Response:
-        """Answer any status. Raises Unreachable, or ServiceTimeout after silence_s seconds without an answer."""
+        """Answer any status. Raises Unreachable, or ServiceTimeout after silence_s seconds without
+        an answer."""
         ...
 
     def close(self) -> None:
@@ -66,15 +77,17 @@ class Transport(Protocol):
 
 
 class HTTPTransport:
-    """Requests below base_url. Threads may share it: each exchange has a session to itself, kept for the next one.
+    """Requests below base_url. Threads may share it: each exchange has a session to itself, kept
+    for the next one.
 
-    A forked child has connections of its own, and leaves its parent's alone. Every answer is checked to be of the
-    request that was sent: what another one was answered is never returned.
+    A forked child has connections of its own, and leaves its parent's alone. Every answer is
+    checked to be of the request that was sent: what another one was answered is never returned.
     """
 
     def __init__(self, base_url: str) -> None:
         self.base_url = normalise_url(base_url)
-        # Proxy settings of the environment are for the world outside; a proxy's own loopback is not ours.
+        # Proxy settings of the environment are for the world outside; a proxy's own loopback is not
+        # ours.
         self._trust_env = not is_loopback(urlsplit(self.base_url).hostname or "")
         # Without a lock: one that another thread held at a fork would stay held in the child.
         self._idle: deque[requests.Session] = deque()
@@ -92,20 +105,31 @@ class HTTPTransport:
         except ServiceFault:
             raise
         except (requests.exceptions.ReadTimeout, urllib3.exceptions.ReadTimeoutError) as error:
-            message = f"{request.method} {self.base_url}{request.path} was not answered within {silence_s:.1f} s"
+            message = (
+                f"{request.method} {self.base_url}{request.path} was not answered within "
+                f"{silence_s:.1f} s"
+            )
             raise ServiceTimeout(message + self._by_proxy()) from error
         except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as error:
-            raise InvalidURL(f"{self.base_url}{self._by_proxy()} is no address that can be used: {error}") from error
-        except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+            raise InvalidURL(
+                f"{self.base_url}{self._by_proxy()} is no address that can be used: {error}"
+            ) from error
+        except (
+            requests.exceptions.RequestException,
+            urllib3.exceptions.HTTPError,
+            OSError,
+        ) as error:
             raise self._fault(error) from error
 
     def close(self) -> None:
-        """Close the kept connections, and those in use once their exchange ends; later calls raise ClientClosed."""
+        """Close the kept connections, and those in use once their exchange ends; later calls raise
+        ClientClosed."""
         self._closed = True
         self._close_idle()
 
     def forget_connections(self) -> None:
-        """Leave the kept connections to the process that this one was forked from: here only descriptors are closed."""
+        """Leave the kept connections to the process that this one was forked from: here only
+        descriptors are closed."""
         self._idle = deque()
 
     def _exchange(self, session: requests.Session, request: Request, silence_s: float) -> Response:
@@ -123,14 +147,16 @@ class HTTPTransport:
             headers = {name.lower(): value for name, value in answer.headers.items()}
             if headers.get(REQUEST_ID_HEADER.lower(), mark) != mark:  # a proxy's own page has none
                 raise Unreachable(
-                    f"{request.method} {self.base_url}{request.path} got the answer of another request"
+                    f"{request.method} {self.base_url}{request.path} got the answer of another "
+                    "request"
                     f"{self._by_proxy()}: a proxy mixed them up, or kept an old one"
                 )
             return Response(answer.status_code, headers, _read(answer), self._source(headers))
 
     @contextmanager
     def _session(self) -> Iterator[requests.Session]:
-        """A session that no other thread has; kept for the next exchange unless this one went wrong."""
+        """A session that no other thread has; kept for the next exchange unless this one went
+        wrong."""
         if self._closed:
             raise ClientClosed("the client is closed; make a new one")
         idle = self._idle
@@ -160,20 +186,30 @@ class HTTPTransport:
                 return
 
     def _fault(self, error: Exception) -> ServiceFault:
-        """What a lost or impossible connection is; what repeating cannot change is an InvalidAnswer."""
+        """What a lost or impossible connection is; what repeating cannot change is an
+        InvalidAnswer."""
         cause = _innermost(error)
         said = f"{type(cause).__name__}: {cause}" if str(cause) else type(cause).__name__
-        if isinstance(cause, ssl.SSLCertVerificationError) or getattr(cause, "reason", "") == "WRONG_VERSION_NUMBER":
+        if (
+            isinstance(cause, ssl.SSLCertVerificationError)
+            or getattr(cause, "reason", "") == "WRONG_VERSION_NUMBER"
+        ):
             return InvalidAnswer(
-                f"no TLS with {self.base_url}{self._by_proxy()} ({said}); is it the service's address?"
+                f"no TLS with {self.base_url}{self._by_proxy()} ({said}); is it the service's "
+                "address?"
             )
         tunnel = re.search(r"Tunnel connection failed: (\d+)", said)
         if tunnel is not None and int(tunnel[1]) not in (429, 502, 503, 504):
-            return InvalidAnswer(f"the proxy {self._proxy()} refuses to lead to {self.base_url} ({said[:200]})")
+            return InvalidAnswer(
+                f"the proxy {self._proxy()} refuses to lead to {self.base_url} ({said[:200]})"
+            )
         if isinstance(cause, BadStatusLine) and not isinstance(cause, RemoteDisconnected):
-            return InvalidAnswer(f"what answers at {self.base_url}{self._by_proxy()} speaks no HTTP ({said[:200]})")
+            return InvalidAnswer(
+                f"what answers at {self.base_url}{self._by_proxy()} speaks no HTTP ({said[:200]})"
+            )
         return Unreachable(
-            f"no connection to {self.base_url}{self._by_proxy()}, or it broke ({said}); is the service running?"
+            f"no connection to {self.base_url}{self._by_proxy()}, or it broke ({said}); is the "
+            "service running?"
         )
 
     def _by_proxy(self) -> str:
@@ -206,7 +242,8 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def normalise_url(text: str) -> str:
-    """The URL with a scheme (http where there is none) and without a trailing slash; raises InvalidURL."""
+    """The URL with a scheme (http where there is none) and without a trailing slash; raises
+    InvalidURL."""
     url = text.strip()
     url = (url if "://" in url else f"http://{url}").rstrip("/")
     try:
@@ -215,7 +252,9 @@ def normalise_url(text: str) -> str:
     except ValueError:
         valid = False
     if not valid:
-        raise InvalidURL(f"{text!r} is no address of a service; give one such as http://localhost:8000")
+        raise InvalidURL(
+            f"{text!r} is no address of a service; give one such as http://localhost:8000"
+        )
     return url
 
 
@@ -232,7 +271,9 @@ def _read(answer: requests.Response) -> memoryview:
     while position < len(view):
         got = answer.raw.readinto(view[position : position + CHUNK_BYTES])
         if not got:
-            raise urllib3.exceptions.ProtocolError(f"the answer ended after {position} of {len(view)} bytes")
+            raise urllib3.exceptions.ProtocolError(
+                f"the answer ended after {position} of {len(view)} bytes"
+            )
         position += got
     return view
 

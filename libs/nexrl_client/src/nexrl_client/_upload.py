@@ -1,4 +1,5 @@
-"""A call's way to the service: with its frame in one request, or with parts sent ahead where that is large."""
+"""A call's way to the service: with its frame in one request, or with parts sent ahead where that
+is large."""
 
 from __future__ import annotations
 
@@ -28,16 +29,23 @@ def post(
     max_request_bytes: int,
     progress: bool,
 ) -> tuple[Response, Budget]:
-    """Send the call; wait lets the service answer with the result. The budget is what the answer left of timeout_s."""
+    """Send the call; wait lets the service answer with the result. The budget is what the answer
+    left of timeout_s."""
     with _bar(call, progress) as on_bytes:
         if call.frame is not None and call.frame.nbytes > max_request_bytes:
-            fields = call.params | _send_parts(exchange, call.frame, max_request_bytes, timeout_s, on_bytes)
+            fields = call.params | _send_parts(
+                exchange, call.frame, max_request_bytes, timeout_s, on_bytes
+            )
             body, content = Body([json.dumps(fields).encode()]), JSON_TYPE
         elif call.frame is not None:
             body, content = Body(list(call.frame), on_bytes), FRAME_TYPE
         else:
             body, content = Body([json.dumps(call.params).encode()]), JSON_TYPE
-        headers = {"Content-Type": content, "Accept": f"{FRAME_TYPE}, {JSON_TYPE}", "Idempotency-Key": call.key}
+        headers = {
+            "Content-Type": content,
+            "Accept": f"{FRAME_TYPE}, {JSON_TYPE}",
+            "Idempotency-Key": call.key,
+        }
 
         def build(wait_s: float) -> Request:
             prefer = f"respond-async, wait={int(wait_s)}" if wait else "respond-async"
@@ -50,7 +58,8 @@ def post(
 def _send_parts(
     exchange: Exchange, frame: Encoded, max_size: int, timeout_s: float | None, on_bytes: Progress
 ) -> dict[str, object]:
-    """Put the frame's parts, each repeated by itself until timeout_s is spent on it; what the call says of them."""
+    """Put the frame's parts, each repeated by itself until timeout_s is spent on it; what the call
+    says of them."""
     payload = uuid.uuid4().hex
     parts = split_for_requests(frame, max_size)
     for number, part in enumerate(parts):
@@ -70,7 +79,12 @@ def _bar(call: Call, wanted: bool) -> Iterator[Progress]:
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     with tqdm(
-        total=call.frame.nbytes, desc=call.operation, unit="B", unit_scale=True, unit_divisor=1024, leave=False
+        total=call.frame.nbytes,
+        desc=call.operation,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        leave=False,
     ) as bar:
 
         def advance(count: int) -> None:

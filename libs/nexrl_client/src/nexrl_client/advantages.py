@@ -1,7 +1,9 @@
-"""Advantages for trainers: pure functions of tensors, computed in float64. B rows, R response positions.
+"""Advantages for trainers: pure functions of tensors, computed in float64. B rows, R response
+positions.
 
-Each takes torch tensors, NumPy arrays or lists, and gives back the kind that it got (float32 where that has no floats).
-Masks are not 0 where a token is scored; what stands under a 0 never matters, NaN included, and comes back as 0.
+Each takes torch tensors, NumPy arrays or lists, and gives back the kind that it got (float32 where
+that has no floats). Masks are not 0 where a token is scored; what stands under a 0 never matters,
+NaN included, and comes back as 0.
 """
 
 from __future__ import annotations
@@ -30,17 +32,19 @@ def group_relative_advantages(
     estimator: Estimator = "grpo",
     eps: float = 1e-6,
 ) -> Any:
-    """Advantages A of scores s [B] against the other answers to the same prompt: [B], or [B, R] under a mask [B, R].
+    """Advantages A of scores s [B] against the other answers to the same prompt: [B], or [B, R]
+    under a mask [B, R].
 
     groups: B hashable names or integers; equal ones are one group, in any order. For a group of n:
-    grpo:    A = (s - mean) / (std + eps), std with n - 1 (DeepSeekMath, arXiv 2402.03300)
-    rloo:    A = s - mean of the other n - 1 (Ahmadian et al., arXiv 2402.14740)
-    dr_grpo: A = s - mean (Liu et al., arXiv 2503.20783)
-    A group of one has nothing to compare with: mean 0 and std 1. Raises InvalidBatch for shapes, ClientError for the
-    estimator.
+    grpo:    A = (s - mean) / (std + eps), std with n - 1 (DeepSeekMath, arXiv 2402.03300) rloo:
+    A = s - mean of the other n - 1 (Ahmadian et al., arXiv 2402.14740) dr_grpo: A = s - mean (Liu
+    et al., arXiv 2503.20783) A group of one has nothing to compare with: mean 0 and std 1. Raises
+    InvalidBatch for shapes, ClientError for the estimator.
     """
     if estimator not in _ESTIMATORS:
-        raise ClientError(f"there is no estimator {estimator!r}; known are {', '.join(_ESTIMATORS)}")
+        raise ClientError(
+            f"there is no estimator {estimator!r}; known are {', '.join(_ESTIMATORS)}"
+        )
     values = to_numpy(scores).astype(np.float64)
     check_shapes({"scores": values}, 1)
     index = _numbered(groups, len(values))
@@ -58,17 +62,23 @@ def group_relative_advantages(
         return restore(advantages, scores)
     scored = to_numpy(mask) != 0
     if scored.ndim != 2 or len(scored) != len(values):
-        raise InvalidBatch(f"mask has shape {list(scored.shape)}; with {len(values)} scores it must be [B, R]")
+        raise InvalidBatch(
+            f"mask has shape {list(scored.shape)}; with {len(values)} scores it must be [B, R]"
+        )
     return restore(np.where(scored, advantages[:, None], 0.0), scores, mask)
 
 
-def gae(rewards: Any, values: Any, mask: Any, *, gamma: float = 1.0, lam: float = 0.95) -> tuple[Any, Any]:
-    """Generalised advantage estimation: (advantages, returns), each [B, R], of rewards, values and mask [B, R].
+def gae(
+    rewards: Any, values: Any, mask: Any, *, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Any, Any]:
+    """Generalised advantage estimation: (advantages, returns), each [B, R], of rewards, values and
+    mask [B, R].
 
-    Over the scored tokens of a row alone, t and its next scored token n: delta_t = r_t + gamma V_n - V_t,
-    A_t = delta_t + gamma lam A_n, return_t = A_t + V_t; after the last one V and A are 0. Tokens outside the mask (a
-    tool's output, padding) are passed over as if they were not there, so a reward belongs on a scored token.
-    Schulman et al., arXiv 1506.02438. Raises InvalidBatch where the shapes differ.
+    Over the scored tokens of a row alone, t and its next scored token n: delta_t = r_t + gamma V_n
+    - V_t, A_t = delta_t + gamma lam A_n, return_t = A_t + V_t; after the last one V and A are 0.
+    Tokens outside the mask (a tool's output, padding) are passed over as if they were not there, so
+    a reward belongs on a scored token. Schulman et al., arXiv 1506.02438. Raises InvalidBatch where
+    the shapes differ.
     """
     reward, value, scored = (
         to_numpy(rewards).astype(np.float64),
@@ -90,10 +100,12 @@ def gae(rewards: Any, values: Any, mask: Any, *, gamma: float = 1.0, lam: float 
 
 
 def whiten(advantages: Any, mask: Any) -> Any:
-    """(A - mean) / sqrt(variance + 1e-8) over the scored tokens of the whole batch, [B, R] like mask; 0 elsewhere.
+    """(A - mean) / sqrt(variance + 1e-8) over the scored tokens of the whole batch, [B, R] like
+    mask; 0 elsewhere.
 
-    The variance is the unbiased one; of fewer than two tokens it is 0. PPO's usual normalisation of GAE
-    (Huang et al., "The 37 implementation details of PPO", 2022, detail 7). Raises InvalidBatch where the shapes differ.
+    The variance is the unbiased one; of fewer than two tokens it is 0. PPO's usual normalisation of
+    GAE (Huang et al., "The 37 implementation details of PPO", 2022, detail 7). Raises InvalidBatch
+    where the shapes differ.
     """
     values, scored = to_numpy(advantages).astype(np.float64), to_numpy(mask) != 0
     check_shapes({"advantages": values, "mask": scored}, 2)
@@ -110,9 +122,14 @@ def _numbered(groups: Any, rows: int) -> NDArray[np.int64]:
     """Each row's group as a number from 0."""
     names = to_numpy(groups).tolist() if is_tensor(groups) else list(groups)
     if len(names) != rows:
-        raise InvalidBatch(f"there are {len(names)} groups for {rows} scores; give each score the name of its group")
+        raise InvalidBatch(
+            f"there are {len(names)} groups for {rows} scores; give each score the name of its "
+            "group"
+        )
     numbers: dict[Hashable, int] = {}
     try:
         return np.asarray([numbers.setdefault(name, len(numbers)) for name in names], np.int64)
     except TypeError:  # rows of a 2-D array, or lists
-        raise InvalidBatch("groups must be [B]: one name or integer, which can be hashed, for each score") from None
+        raise InvalidBatch(
+            "groups must be [B]: one name or integer, which can be hashed, for each score"
+        ) from None

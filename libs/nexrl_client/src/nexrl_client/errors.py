@@ -1,4 +1,5 @@
-"""Every error of the client. The network's and the service's faults are requests.exceptions.RequestException too.
+"""Every error of the client. The network's and the service's faults are
+requests.exceptions.RequestException too.
 
 NexRLError
 ├── ClientError                 misuse, nothing was sent (also ValueError)
@@ -9,22 +10,21 @@ NexRLError
 │   ├── InvalidSetup            initialize_worker's configuration cannot be read, or names no group
 │   └── ClientClosed            the client was closed before the call
 └── ServiceFault                (also RequestException)
-    ├── Unreachable             no connection, or a lost one, until the time was spent (also ConnectionError)
-    ├── InvalidAnswer           an answer that the service does not give (a proxy's page, a broken frame)
-    ├── ServiceTimeout          no result in time; .job is the job, which goes on (also Timeout)
-    └── StatusError             the service, or a proxy before it, said no (also HTTPError)
-        ├── Rejected            4xx: the request cannot succeed as it is, and changed nothing
-        │   ├── Malformed, TooLarge, HeadersTooLarge, UnsupportedType, IdentifierRequired, MethodNotAllowed
-        │   ├── ForeignOrigin, HostRefused
-        │   ├── GroupNotFound, JobNotFound, PayloadNotFound, NotFound, Expired
-        │   ├── GroupNotReady, GroupExists, RoleUnsupported, IdempotencyMismatch
-        │   ├── GradientsPending, GradientsLost
-        │   ├── JobRunning, JobFinal, JobCancelled, JobRolledBack
-        │   ├── InvalidArgument, InvalidTensor, InvalidValue, InvalidConfig
-        │   └── PathRefused, CheckpointInvalid, NoSuchSlots, HDFSNotConfigured
-        ├── Failed              500: the operation (.rank says where) or the service failed
-        │   └── OperationFailed, PayloadDamaged, InternalError
-        └── Unavailable         the same request may succeed later
+    ├── Unreachable             no connection, or a lost one, until the time was spent (also
+    ConnectionError) ├── InvalidAnswer           an answer that the service does not give (a proxy's
+    page, a broken frame) ├── ServiceTimeout          no result in time; .job is the job, which goes
+    on (also Timeout) └── StatusError             the service, or a proxy before it, said no (also
+    HTTPError)
+        ├── Rejected            4xx: the request cannot succeed as it is, and changed nothing │
+        ├── Malformed, TooLarge, HeadersTooLarge, UnsupportedType, IdentifierRequired,
+        MethodNotAllowed │   ├── ForeignOrigin, HostRefused │   ├── GroupNotFound, JobNotFound,
+        PayloadNotFound, NotFound, Expired │   ├── GroupNotReady, GroupExists, RoleUnsupported,
+        IdempotencyMismatch │   ├── GradientsPending, GradientsLost │   ├── JobRunning, JobFinal,
+        JobCancelled, JobRolledBack │   ├── InvalidArgument, InvalidTensor, InvalidValue,
+        InvalidConfig │   └── PathRefused, CheckpointInvalid, NoSuchSlots, HDFSNotConfigured ├──
+        Failed              500: the operation (.rank says where) or the service failed │   └──
+        OperationFailed, PayloadDamaged, InternalError └── Unavailable         the same request may
+        succeed later
             ├── TooManyQueued, GroupDown, RedisUnavailable, StoreUnavailable
             ├── GatewayBusy, SlowRequest
             └── WaitLimit, NoSpace, ChecksumMismatch
@@ -45,7 +45,8 @@ __all__ = [
     "CheckpointInvalid", "ChecksumMismatch", "ClientClosed", "ClientError", "Expired", "Failed",
     "ForeignOrigin", "GatewayBusy", "GradientsLost", "GradientsPending", "GroupDown", "GroupExists",
     "GroupNotFound", "GroupNotReady", "HDFSNotConfigured", "HeadersTooLarge", "HostRefused",
-    "IdempotencyMismatch", "IdentifierRequired", "InternalError", "InvalidAnswer", "InvalidArgument",
+    "IdempotencyMismatch", "IdentifierRequired", "InternalError", "InvalidAnswer",
+    "InvalidArgument",
     "InvalidBatch", "InvalidConfig", "InvalidSetup", "InvalidTensor", "InvalidURL", "InvalidValue",
     "JobCancelled", "JobFinal", "JobNotFound", "JobRolledBack", "JobRunning", "Malformed",
     "MethodNotAllowed", "NexRLError", "NoSpace", "NoSuchSlots", "NotFound", "OperationFailed",
@@ -59,7 +60,8 @@ CONTEXT = ("identifier", "job_id", "rank")
 
 
 class NexRLError(Exception):
-    """Base of all. code is a key of nexrl_contract.errors.ERRORS or None; details are the error's other JSON fields.
+    """Base of all. code is a key of nexrl_contract.errors.ERRORS or None; details are the error's
+    other JSON fields.
 
     status is the HTTP status, None where no answer came; all of them survive pickling.
     """
@@ -93,7 +95,9 @@ class NexRLError(Exception):
         self.job = job
 
     def __str__(self) -> str:
-        context = " ".join(f"{name}={getattr(self, name)}" for name in CONTEXT if getattr(self, name) is not None)
+        context = " ".join(
+            f"{name}={getattr(self, name)}" for name in CONTEXT if getattr(self, name) is not None
+        )
         prefix = f"{self.code}: " if self.code else ""
         return f"{prefix}{self.message}" + (f" [{context}]" if context else "")
 
@@ -151,11 +155,13 @@ class InvalidAnswer(ServiceFault):
 
 
 class ServiceTimeout(ServiceFault, requests.exceptions.Timeout):
-    """The time is spent. .job is the job's handle; it goes on. None where no answer told which job it is."""
+    """The time is spent. .job is the job's handle; it goes on. None where no answer told which job
+    it is."""
 
 
 class StatusError(ServiceFault, requests.exceptions.HTTPError):
-    """An answer that is not 2xx. Codes that this version does not know are of the class of their status."""
+    """An answer that is not 2xx. Codes that this version does not know are of the class of their
+    status."""
 
 
 class Rejected(StatusError):
@@ -271,7 +277,8 @@ class InvalidValue(Rejected, code="INVALID_VALUE"):
 
 
 class InvalidConfig(Rejected, code="INVALID_CONFIG"):
-    """A configuration key is unknown or has a wrong value; details name it and the nearest known one."""
+    """A configuration key is unknown or has a wrong value; details name it and the nearest known
+    one."""
 
 
 class PathRefused(Rejected, code="PATH_REFUSED"):
@@ -299,7 +306,8 @@ class OperationFailed(Failed, code="OPERATION_FAILED"):
 
 
 class PayloadDamaged(Failed, code="PAYLOAD_DAMAGED"):
-    """The batch, or a result, changed while it was stored; the message says where. Nothing was applied of a batch."""
+    """The batch, or a result, changed while it was stored; the message says where. Nothing was
+    applied of a batch."""
 
 
 class InternalError(Failed, code="INTERNAL"):
@@ -311,7 +319,8 @@ class TooManyQueued(Unavailable, code="TOO_MANY_QUEUED"):
 
 
 class GroupDown(Unavailable, code="GROUP_DOWN"):
-    """The group is down (raised at once), restarting (waited for), or has no agent to start on; the message says why."""
+    """The group is down (raised at once), restarting (waited for), or has no agent to start on; the
+    message says why."""
 
 
 class RedisUnavailable(Unavailable, code="REDIS_UNAVAILABLE"):
@@ -344,7 +353,9 @@ class ChecksumMismatch(Unavailable, code="CHECKSUM_MISMATCH"):
 
 def _by_code(kind: type[StatusError]) -> dict[str, type[StatusError]]:
     own = {kind.default_code: kind} if kind.default_code else {}
-    return own | {code: leaf for child in kind.__subclasses__() for code, leaf in _by_code(child).items()}
+    return own | {
+        code: leaf for child in kind.__subclasses__() for code, leaf in _by_code(child).items()
+    }
 
 
 BY_CODE: dict[str, type[StatusError]] = _by_code(StatusError)
@@ -352,14 +363,23 @@ BY_CODE: dict[str, type[StatusError]] = _by_code(StatusError)
 
 
 def status_error(status: int, body: Mapping[str, Any]) -> StatusError:
-    """The error of an answer; body is the inner object of {"error": ...}, or empty where a proxy answered."""
+    """The error of an answer; body is the inner object of {"error": ...}, or empty where a proxy
+    answered."""
     fields = dict(body)
     code = fields.pop("code", None)
     kind = BY_CODE.get(code) or _class_of_status(status)
     message = str(fields.pop("message", "") or f"HTTP status {status} without an explanation")
-    retryable = fields.pop("retryable", ERRORS[code].retryable if code in ERRORS else status in (429, 502, 503, 504))
+    retryable = fields.pop(
+        "retryable", ERRORS[code].retryable if code in ERRORS else status in (429, 502, 503, 504)
+    )
     context = {name: fields.pop(name, None) for name in CONTEXT}
-    return kind(message, code=code, status=status, details={**fields, "retryable": bool(retryable)}, **context)
+    return kind(
+        message,
+        code=code,
+        status=status,
+        details={**fields, "retryable": bool(retryable)},
+        **context,
+    )
 
 
 def _class_of_status(status: int) -> type[StatusError]:

@@ -1,6 +1,8 @@
-"""How sequences lie in a batch: padding, masks and positions. B rows, S positions, the last R of them responses.
+"""How sequences lie in a batch: padding, masks and positions. B rows, S positions, the last R of
+them responses.
 
-Pure functions that take torch tensors or NumPy arrays (rows may be lists) and give back the kind that they got.
+Pure functions that take torch tensors or NumPy arrays (rows may be lists) and give back the kind
+that they got.
 """
 
 from __future__ import annotations
@@ -13,14 +15,22 @@ import numpy as np
 from ._tensors import check_shapes, restore, to_numpy
 from .errors import InvalidBatch
 
-__all__ = ["left_pad", "loss_mask_after_prompts", "position_ids", "response_mask", "right_pad", "scoring_mask"]
+__all__ = [
+    "left_pad",
+    "loss_mask_after_prompts",
+    "position_ids",
+    "response_mask",
+    "right_pad",
+    "scoring_mask",
+]
 
 
 def left_pad(rows: Sequence[Any], value: float, width: int | None = None) -> tuple[Any, Any]:
-    """(padded [B, width], mask [B, width] int32): each row at the right edge, value before it, the mask 1 on its own.
+    """(padded [B, width], mask [B, width] int32): each row at the right edge, value before it, the
+    mask 1 on its own.
 
-    width None takes the longest row's. Integers become int64, floats keep their dtype (lists: float32). Raises
-    InvalidBatch for a row that is not one-dimensional or is longer than width.
+    width None takes the longest row's. Integers become int64, floats keep their dtype (lists:
+    float32). Raises InvalidBatch for a row that is not one-dimensional or is longer than width.
     """
     return _pad(rows, value, width, left=True)
 
@@ -31,35 +41,43 @@ def right_pad(rows: Sequence[Any], value: float, width: int | None = None) -> tu
 
 
 def position_ids(attention_mask: Any) -> Any:
-    """[B, S] int64 = clip(cumsum(attention_mask) - 1, 0): a row's first token has position 0, wherever it stands."""
+    """[B, S] int64 = clip(cumsum(attention_mask) - 1, 0): a row's first token has position 0,
+    wherever it stands."""
     attended = to_numpy(attention_mask) != 0
     check_shapes({"attention_mask": attended}, 2)
     return restore(np.maximum(np.cumsum(attended, axis=1, dtype=np.int64) - 1, 0), attention_mask)
 
 
 def response_mask(mask: Any, responses: int) -> Any:
-    """The columns [B, R] of a mask [B, S] of the last R = responses tokens. Raises InvalidBatch for R > S."""
+    """The columns [B, R] of a mask [B, S] of the last R = responses tokens. Raises InvalidBatch for
+    R > S."""
     columns = int(mask.shape[1])
     if not 0 < responses <= columns:
-        raise InvalidBatch(f"responses is {responses}; of {columns} columns it can be 1 to {columns}")
+        raise InvalidBatch(
+            f"responses is {responses}; of {columns} columns it can be 1 to {columns}"
+        )
     return mask[:, columns - responses :]
 
 
 def loss_mask_after_prompts(attention_mask: Any, prompt_lengths: Any) -> Any:
     """[B, S] int32, 1 on every attended token after a row's first prompt_lengths [B] attended ones.
 
-    For conversations of one turn; where a tool or a user speaks in between, the trainer knows the mask.
+    For conversations of one turn; where a tool or a user speaks in between, the trainer knows the
+    mask.
     """
     attended, lengths = to_numpy(attention_mask) != 0, to_numpy(prompt_lengths)
     check_shapes({"attention_mask": attended}, 2)
     if lengths.shape != attended.shape[:1]:
-        raise InvalidBatch(f"prompt_lengths has shape {list(lengths.shape)}; it must be [{len(attended)}]")
+        raise InvalidBatch(
+            f"prompt_lengths has shape {list(lengths.shape)}; it must be [{len(attended)}]"
+        )
     seen = np.cumsum(attended, axis=1)
     return restore((attended & (seen > lengths[:, None])).astype(np.int32), attention_mask)
 
 
 def scoring_mask(loss_mask: Any, attention_mask: Any) -> Any:
-    """[B, S] int32, 1 where both masks are not 0: what the service scores as scoring_attention_mask."""
+    """[B, S] int32, 1 where both masks are not 0: what the service scores as
+    scoring_attention_mask."""
     loss, attended = to_numpy(loss_mask) != 0, to_numpy(attention_mask) != 0
     check_shapes({"loss_mask": loss, "attention_mask": attended}, 2)
     return restore((loss & attended).astype(np.int32), loss_mask, attention_mask)
@@ -71,7 +89,9 @@ def _pad(rows: Sequence[Any], value: float, width: int | None, *, left: bool) ->
     room = longest if width is None else width
     for number, array in enumerate(arrays):
         if array.ndim != 1 or array.size > room:
-            raise InvalidBatch(f"row {number} has shape {list(array.shape)}; it must be at most [{room}]")
+            raise InvalidBatch(
+                f"row {number} has shape {list(array.shape)}; it must be at most [{room}]"
+            )
     # An empty list is of floats to NumPy; it must not decide for the others.
     kinds = {array.dtype.kind for array in arrays if array.size}
     padded = np.full((len(arrays), room), value, np.float64 if "f" in kinds else np.int64)

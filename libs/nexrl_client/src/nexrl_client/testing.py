@@ -1,6 +1,7 @@
 """For the tests of trainers: a client whose service is a script.
 
-Give ScriptedTransport the answers, then HTTPTrainServiceClient(transport=...); transport.requests tells what was sent.
+Give ScriptedTransport the answers, then HTTPTrainServiceClient(transport=...); transport.requests
+tells what was sent.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ Answer: TypeAlias = Response | Exception | Callable[[Recorded], Response]
 
 
 class ScriptedTransport:
-    """Gives the answers in order, one a request, and keeps the requests. An exception is raised, a function is called.
+    """Gives the answers in order, one a request, and keeps the requests. An exception is raised, a
+    function is called.
 
     A request beyond the script is an AssertionError that names it.
     """
@@ -64,10 +66,14 @@ class ScriptedTransport:
     def send(self, request: Request, silence_s: float) -> Response:
         """The next answer of the script."""
         content = b"".join(request.body) if request.body is not None else b""
-        recorded = Recorded(request.method, request.path, dict(request.query), dict(request.headers), content)
+        recorded = Recorded(
+            request.method, request.path, dict(request.query), dict(request.headers), content
+        )
         self.requests.append(recorded)
         if not self._answers:
-            raise AssertionError(f"the script has no answer left for {request.method} {request.path}")
+            raise AssertionError(
+                f"the script has no answer left for {request.method} {request.path}"
+            )
         answer = self._answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
@@ -78,10 +84,16 @@ class ScriptedTransport:
         self.closed = True
 
 
-def json_response(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+def json_response(
+    content: object, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
     """An answer of JSON."""
     lowered = {name.lower(): value for name, value in (headers or {}).items()}
-    return Response(status, {"content-type": JSON_TYPE, **lowered}, memoryview(bytearray(json.dumps(content).encode())))
+    return Response(
+        status,
+        {"content-type": JSON_TYPE, **lowered},
+        memoryview(bytearray(json.dumps(content).encode())),
+    )
 
 
 def result_response(
@@ -95,13 +107,16 @@ def result_response(
     return Response(200, {"content-type": FRAME_TYPE}, memoryview(bytearray(frame.tobytes())))
 
 
-def job_response(job_id: str, operation: str = "update_actor", state: str = "queued", status: int = 202) -> Response:
+def job_response(
+    job_id: str, operation: str = "update_actor", state: str = "queued", status: int = 202
+) -> Response:
     """The record of a job: what an operation answers that has not ended in time."""
     return json_response({"id": job_id, "operation": operation, "state": state}, status)
 
 
 def error_response(code: str, message: str = "", **details: Any) -> Response:
-    """A refusal or failure with a code of nexrl_contract.errors.ERRORS; job_id=... makes it the end of that job."""
+    """A refusal or failure with a code of nexrl_contract.errors.ERRORS; job_id=... makes it the end
+    of that job."""
     error = ServiceError(code, message, **details)
     headers = {"Retry-After": str(RETRY_AFTER_S)} if error.kind.status in (429, 503) else {}
     return json_response({"error": error.body()}, error.kind.status, headers)

@@ -21,7 +21,8 @@ class Loan:
         self._used = 0
 
     def take(self, nbytes: int) -> memoryview:
-        """``nbytes`` of writable memory, aligned to a cache line; beyond the loan's size, memory of its own."""
+        """``nbytes`` of writable memory, aligned to a cache line; beyond the loan's size, memory of
+        its own."""
         end = self._used + nbytes
         if end > self._root.nbytes:
             return memoryview(bytearray(nbytes))
@@ -31,7 +32,8 @@ class Loan:
 
 
 class Arena:
-    """Lends one kept buffer; while tensors still view it, the next loan gets a new buffer instead."""
+    """Lends one kept buffer; while tensors still view it, the next loan gets a new buffer
+    instead."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -39,7 +41,8 @@ class Arena:
         self._root: weakref.ref[NDArray[np.uint8]] | None = None
 
     def lend(self, nbytes: int, *, pieces: int) -> Loan:
-        """Memory for ``pieces`` tensors of ``nbytes`` in all; pages that are never touched cost nothing."""
+        """Memory for ``pieces`` tensors of ``nbytes`` in all; pages that are never touched cost
+        nothing."""
         nbytes += pieces * _ALIGNMENT
         with self._lock:
             free = self._root is None or self._root() is None
@@ -51,7 +54,11 @@ class Arena:
 
 
 def _reserve(nbytes: int) -> mmap.mmap:
-    memory = mmap.mmap(-1, max(nbytes + -nbytes % _HUGE_PAGE, _HUGE_PAGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(
+        -1,
+        max(nbytes + -nbytes % _HUGE_PAGE, _HUGE_PAGE),
+        flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS,
+    )
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory

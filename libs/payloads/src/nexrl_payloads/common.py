@@ -22,7 +22,8 @@ PIECE = 1024 * 1024
 """Bytes of one piece of a stream."""
 
 BLOCK = 16 * 1024
-"""Bytes under one checksum. Larger ones are hardly faster, and a reader of rows reads whole blocks."""
+"""Bytes under one checksum. Larger ones are hardly faster, and a reader of rows reads whole
+blocks."""
 
 MAX_PARTS = 100_000
 _LENGTH_BYTES = 8
@@ -37,11 +38,15 @@ def is_id(text: str) -> bool:
 
 
 def check_id(payload_id: str) -> str:
-    """Return the id, or raise INVALID_ARGUMENT: an id is a file's name, so it must not lead anywhere else."""
+    """Return the id, or raise INVALID_ARGUMENT: an id is a file's name, so it must not lead
+    anywhere else."""
     if not is_id(payload_id):
         raise ServiceError(
             "INVALID_ARGUMENT",
-            f"payload id {payload_id[:100]!a} is not valid: use 1 to 80 of A-Z a-z 0-9 _ . - without a leading dot",
+            (
+                f"payload id {payload_id[:100]!a} is not valid: use 1 to 80 of A-Z a-z 0-9 _ . - "
+                "without a leading dot"
+            ),
         )
     return payload_id
 
@@ -49,26 +54,34 @@ def check_id(payload_id: str) -> str:
 def check_part(n: int) -> int:
     """Return the part's number, or raise INVALID_ARGUMENT."""
     if not 0 <= n < MAX_PARTS:
-        raise ServiceError("INVALID_ARGUMENT", f"part {n} is not between 0 and {MAX_PARTS - 1}", part=n)
+        raise ServiceError(
+            "INVALID_ARGUMENT", f"part {n} is not between 0 and {MAX_PARTS - 1}", part=n
+        )
     return n
 
 
 def check_count(payload_id: str, present: Sequence[int], count: int) -> None:
     """Raise INVALID_ARGUMENT unless the parts present are exactly 0 to ``count - 1``."""
     if not 1 <= count <= MAX_PARTS:
-        raise ServiceError("INVALID_ARGUMENT", f"parts must be between 1 and {MAX_PARTS}, not {count}")
+        raise ServiceError(
+            "INVALID_ARGUMENT", f"parts must be between 1 and {MAX_PARTS}, not {count}"
+        )
     missing = sorted(set(range(count)) - set(present))
     if missing:
         more = ", ..." if len(missing) > 20 else ""
         named = ", ".join(map(str, missing[:20])) + more
         raise ServiceError(
             "INVALID_ARGUMENT",
-            f"payload {payload_id} lacks part {named} of {count}: send it with PUT /payloads/{payload_id}/parts/N",
+            (
+                f"payload {payload_id} lacks part {named} of {count}: send it with PUT "
+                f"/payloads/{payload_id}/parts/N"
+            ),
             missing=missing[:20],
         )
     if len(present) > count:
         raise ServiceError(
-            "INVALID_ARGUMENT", f"payload {payload_id} has {len(present)} parts, not {count}: say how many were sent"
+            "INVALID_ARGUMENT",
+            f"payload {payload_id} has {len(present)} parts, not {count}: say how many were sent",
         )
 
 
@@ -77,7 +90,10 @@ def same_part(payload_id: str, n: int, known: Known, sent: Known) -> None:
     if known != sent:
         raise ServiceError(
             "INVALID_ARGUMENT",
-            f"part {n} of payload {payload_id} is already there with other bytes: use a new payload id",
+            (
+                f"part {n} of payload {payload_id} is already there with other bytes: use a new "
+                "payload id"
+            ),
             part=n,
         )
 
@@ -85,7 +101,8 @@ def same_part(payload_id: str, n: int, known: Known, sent: Known) -> None:
 def not_found(payload_id: str) -> ServiceError:
     """The refusal for a payload that is not there."""
     return ServiceError(
-        "PAYLOAD_NOT_FOUND", f"payload {payload_id} is not there: it was never sent, has expired or was deleted"
+        "PAYLOAD_NOT_FOUND",
+        f"payload {payload_id} is not there: it was never sent, has expired or was deleted",
     )
 
 
@@ -100,7 +117,9 @@ def as_malformed(payload_id: str) -> Iterator[None]:
     try:
         yield
     except CodecError as error:
-        raise ServiceError("MALFORMED", f"payload {payload_id} is no sound frame: {error}") from error
+        raise ServiceError(
+            "MALFORMED", f"payload {payload_id} is no sound frame: {error}"
+        ) from error
 
 
 class Tally:
@@ -118,30 +137,39 @@ class Tally:
         self._begun = xxhash.xxh3_64()
 
     def add(self, chunks: Sequence[memoryview]) -> None:
-        """Take chunks into account before they are written. Raises MALFORMED above the announced length."""
+        """Take chunks into account before they are written. Raises MALFORMED above the announced
+        length."""
         for chunk in chunks:
             self._hash_blocks(chunk)
             if self._whole is not None:
                 self._whole.update(chunk)
         if self._announced is not None and self.nbytes > self._announced:
-            raise ServiceError("MALFORMED", f"{self._what} is longer than the {self._announced} bytes announced")
+            raise ServiceError(
+                "MALFORMED", f"{self._what} is longer than the {self._announced} bytes announced"
+            )
 
     def finish(self) -> None:
         """All has been added. Raises MALFORMED below the announced length."""
         if self._announced is not None and self.nbytes != self._announced:
             raise ServiceError(
-                "MALFORMED", f"{self._what} ended after {self.nbytes} of {self._announced} bytes announced"
+                "MALFORMED",
+                f"{self._what} ended after {self.nbytes} of {self._announced} bytes announced",
             )
 
     def verify(self, claimed: str | None) -> None:
-        """Raise CHECKSUM_MISMATCH unless the sender's checksum, where there is one, is that of the bytes."""
+        """Raise CHECKSUM_MISMATCH unless the sender's checksum, where there is one, is that of the
+        bytes."""
         if claimed is None:
             return
         if _CHECKSUM.fullmatch(claimed.lower()) is None:
-            raise ServiceError("INVALID_ARGUMENT", f"the checksum of {self._what} must be 32 hex digits of xxh3-128")
+            raise ServiceError(
+                "INVALID_ARGUMENT",
+                f"the checksum of {self._what} must be 32 hex digits of xxh3-128",
+            )
         if self._whole is None or claimed.lower() != self._whole.hexdigest():
             raise ServiceError(
-                "CHECKSUM_MISMATCH", f"{self._what} arrived with other bytes than were sent: send it again"
+                "CHECKSUM_MISMATCH",
+                f"{self._what} arrived with other bytes than were sent: send it again",
             )
 
     @property
@@ -174,10 +202,12 @@ class Tally:
 
 
 class Sums:
-    """The checksums of a payload's blocks: its parts' tables, joined in order. Each part begins a new block.
+    """The checksums of a payload's blocks: its parts' tables, joined in order. Each part begins a
+    new block.
 
-    A table is the part's bytes and the xxh3-64 of each of its blocks, in 8 little-endian bytes each. What names the
-    payload carries the checksum of all tables, so bytes and tables cannot both go wrong unseen.
+    A table is the part's bytes and the xxh3-64 of each of its blocks, in 8 little-endian bytes
+    each. What names the payload carries the checksum of all tables, so bytes and tables cannot both
+    go wrong unseen.
     """
 
     def __init__(self, payload_id: str, tables: bytes, checksum: str) -> None:
@@ -205,13 +235,15 @@ class Sums:
         return self.borders[-1]
 
     def covering(self, start: int, end: int) -> range:
-        """The blocks that hold bytes ``start`` to ``end`` (exclusive); block n begins at ``borders[n]``."""
+        """The blocks that hold bytes ``start`` to ``end`` (exclusive); block n begins at
+        ``borders[n]``."""
         if start >= end:
             return range(0)
         return range(bisect_right(self.borders, start) - 1, bisect_left(self.borders, end))
 
     def check(self, block: int, data: memoryview, header: Header | None = None) -> None:
-        """Raise PAYLOAD_DAMAGED, naming what of ``header`` the block holds, unless ``data`` are its bytes."""
+        """Raise PAYLOAD_DAMAGED, naming what of ``header`` the block holds, unless ``data`` are its
+        bytes."""
         if xxhash.xxh3_64_intdigest(data) != self._digests[block]:
             start, end = self.borders[block : block + 2]
             what = f"{_contents(header, start, end)} (bytes {start} to {end - 1})"
@@ -219,7 +251,8 @@ class Sums:
 
 
 def verified_head(sums: Sums, read: Callable[[int, int], memoryview]) -> bytes:
-    """Prefix and JSON of a frame, after checking the blocks that hold them; raises CodecError for their length."""
+    """Prefix and JSON of a frame, after checking the blocks that hold them; raises CodecError for
+    their length."""
     head = b""
     for block, (start, end) in enumerate(pairwise(sums.borders)):
         data = read(start, end)
@@ -245,7 +278,8 @@ def verified_pieces(sums: Sums, read: Callable[[int, int], bytes]) -> Iterator[b
 
 
 def sums_checksum(tables: bytes) -> str:
-    """What stands for a payload's bytes: equal payloads that came in equal parts have equal ones."""
+    """What stands for a payload's bytes: equal payloads that came in equal parts have equal
+    ones."""
     return str(xxhash.xxh3_128_hexdigest(tables))
 
 
@@ -253,14 +287,18 @@ def damaged(payload_id: str, what: str, **details: object) -> ServiceError:
     """The refusal of bytes that are no longer those that were stored."""
     return ServiceError(
         "PAYLOAD_DAMAGED",
-        f"{what} of payload {payload_id} changed while it was stored, on disk, in memory or in Redis: nothing of the "
+        f"{what} of payload {payload_id} changed while it was stored, on disk, in memory or in "
+        "Redis: nothing of the "
         "batch was applied, send it again",
         **details,
     )
 
 
-def row_spans(name: str, header: Header, rows: Rows) -> tuple[TensorInfo, list[tuple[int, int]], tuple[int, ...]]:
-    """A tensor, the bytes of its rows inside the frame (neighbours joined), and the shape that they give."""
+def row_spans(
+    name: str, header: Header, rows: Rows
+) -> tuple[TensorInfo, list[tuple[int, int]], tuple[int, ...]]:
+    """A tensor, the bytes of its rows inside the frame (neighbours joined), and the shape that they
+    give."""
     info = header.tensors.get(name)
     if info is None:
         raise UnknownTensor(f"the frame has no tensor {name!a}; it has {sorted(header.tensors)!a}")
@@ -286,7 +324,9 @@ def _row_numbers(name: str, rows: slice | Sequence[int], count: int) -> Sequence
     if isinstance(rows, slice):
         start, stop, step = rows.indices(count)
         if step < 1:
-            raise InvalidRows(f"tensor {name!a} cannot be read with step {step}; give a step above 0, or a list")
+            raise InvalidRows(
+                f"tensor {name!a} cannot be read with step {step}; give a step above 0, or a list"
+            )
         return range(start, stop, step)
     chosen = [operator.index(row) for row in rows]
     for row in chosen:
@@ -324,12 +364,16 @@ def _place(header: Header | None, start: int) -> dict[str, object]:
     for name, info in header.tensors.items():
         if info.start <= position < info.end:
             row_bytes = info.nbytes // info.shape[0] if info.shape else 0
-            return {"tensor": name, "row": (position - info.start) // row_bytes if row_bytes else None}
+            return {
+                "tensor": name,
+                "row": (position - info.start) // row_bytes if row_bytes else None,
+            }
     return {}
 
 
 def _little_endian(digests: array[int]) -> array[int]:
-    """The same array on a little-endian machine, on another one with the bytes of each number turned round."""
+    """The same array on a little-endian machine, on another one with the bytes of each number
+    turned round."""
     if sys.byteorder == "big":
         digests = digests[:]
         digests.byteswap()

@@ -88,8 +88,12 @@ class TailPart(_WrittenPart):
 
     def _finish(self, part: Part) -> None:
         if not self._parts.append(self._tail, self._n, part):
-            raise ServiceError("STORE_UNAVAILABLE", f"{self._what} was overtaken while it stalled: send it again")
-        with suppress(OSError):  # this part counts; what stops the merge shows when the payload is put together
+            raise ServiceError(
+                "STORE_UNAVAILABLE", f"{self._what} was overtaken while it stalled: send it again"
+            )
+        with suppress(
+            OSError
+        ):  # this part counts; what stops the merge shows when the payload is put together
             self._parts.merge(self._tail)
 
     def _discard(self) -> None:
@@ -98,7 +102,8 @@ class TailPart(_WrittenPart):
 
 
 class AsidePart(_WrittenPart):
-    """A part before its turn, or while another writer holds the tail: a file of its own until it is merged."""
+    """A part before its turn, or while another writer holds the tail: a file of its own until it is
+    merged."""
 
     def __init__(self, parts: PartsFolder, n: int, nbytes: int | None) -> None:
         self._temporary = parts.path / unique("tmp-")

@@ -3,12 +3,14 @@
 ``.parts-ID/`` holds
 
 - ``index``   JSON: name of the growing file, the parts that it holds, whether it became the payload
-- ``data-*``  the growing file; who writes behind its last part holds its lock, which dies with the writer
+- ``data-*``  the growing file; who writes behind its last part holds its lock, which dies with the
+  writer
 - ``part-N-CHECKSUM-NBYTES``  a part that came before its turn; ``tmp-*`` one being written
 - ``sums-N-CHECKSUM``  the checksums of a part's blocks, written before the part counts
 - ``lock``    held for moments, while the index is read and replaced
 
-Bytes of the growing file behind the parts in the index are an abandoned write; the next writer overwrites them.
+Bytes of the growing file behind the parts in the index are an abandoned write; the next writer
+overwrites them.
 """
 
 from __future__ import annotations
@@ -26,7 +28,16 @@ from nexrl_contract.errors import ServiceError
 
 from .common import check_count, not_found, same_part, sums_checksum
 from .file_uploads import sums_path
-from .files import copy_bytes, create_file, disk_errors, locked, replace_file, sync_folder, try_lock, unique
+from .files import (
+    copy_bytes,
+    create_file,
+    disk_errors,
+    locked,
+    replace_file,
+    sync_folder,
+    try_lock,
+    unique,
+)
 from .protocol import StoredPayload
 
 PARTS = ".parts-"
@@ -69,7 +80,8 @@ def parts_folder(folder: Path, payload_id: str) -> Path:
 
 
 class PartsFolder:
-    """The parts of one payload; every state is on disk, so any number of these may work on it at once."""
+    """The parts of one payload; every state is on disk, so any number of these may work on it at
+    once."""
 
     def __init__(self, folder: Path, payload_id: str, *, fsync: bool) -> None:
         self.path = parts_folder(folder, payload_id)
@@ -78,7 +90,8 @@ class PartsFolder:
         self._target = folder / payload_id
 
     def look(self, n: int) -> tuple[Part | None, bool, Tail | None]:
-        """Part ``n`` if it is there, whether all is put together, and the tail if ``n`` is next and it is free."""
+        """Part ``n`` if it is there, whether all is put together, and the tail if ``n`` is next and
+        it is free."""
         with suppress(FileExistsError):
             self.path.mkdir(mode=0o700)
             if self.fsync:
@@ -118,7 +131,8 @@ class PartsFolder:
         replace_file(self.path / f"sums-{n}-{checksum}", sums, fsync=self.fsync)
 
     def append(self, tail: Tail, n: int, part: Part) -> bool:
-        """Make the bytes behind the last part count as part ``n``; False if ``tail`` is no longer its tail."""
+        """Make the bytes behind the last part count as part ``n``; False if ``tail`` is no longer
+        its tail."""
         if self.fsync:
             os.fsync(tail.fd)
         with self.lock():
@@ -152,7 +166,8 @@ class PartsFolder:
                 os.ftruncate(tail.fd, tail.end)
 
     def merge_unless_busy(self) -> None:
-        """Append the parts whose turn has come, unless another writer has the tail and will do it."""
+        """Append the parts whose turn has come, unless another writer has the tail and will do
+        it."""
         with self.lock():
             index = self.index()
             tail = self._try_tail(index) if len(index.parts) in self._asides() else None
@@ -196,10 +211,14 @@ class PartsFolder:
                     os.close(tail.fd)
 
     def _publish(self, count: int, tail: Tail | None) -> StoredPayload:
-        """Turn the growing file into the payload; a crash in between is made good by the next call."""
+        """Turn the growing file into the payload; a crash in between is made good by the next
+        call."""
         index = self.index()
         if tail is not None and tail.file != index.file:
-            raise ServiceError("STORE_UNAVAILABLE", f"payload {self.payload_id} is put together elsewhere: try again")
+            raise ServiceError(
+                "STORE_UNAVAILABLE",
+                f"payload {self.payload_id} is put together elsewhere: try again",
+            )
         check_count(self.payload_id, range(len(index.parts)), count)
         if tail is not None and not index.assembled:
             os.ftruncate(tail.fd, index.end)
@@ -207,7 +226,10 @@ class PartsFolder:
                 os.fsync(tail.fd)
             index.assembled = True
             self._store(index)
-        sums = b"".join((self.path / f"sums-{n}-{part.checksum}").read_bytes() for n, part in enumerate(index.parts))
+        sums = b"".join(
+            (self.path / f"sums-{n}-{part.checksum}").read_bytes()
+            for n, part in enumerate(index.parts)
+        )
         replace_file(sums_path(self._target.parent, self.payload_id), sums, fsync=self.fsync)
         try:
             os.replace(self.path / index.file, self._target)
@@ -221,7 +243,8 @@ class PartsFolder:
         return StoredPayload(self.payload_id, index.end, sums_checksum(sums))
 
     def _try_tail(self, index: Index) -> Tail | None:
-        """The tail, unless another writer has it. Called with the index locked, so that the tail fits the index."""
+        """The tail, unless another writer has it. Called with the index locked, so that the tail
+        fits the index."""
         if index.assembled:
             return None
         fd = os.open(self.path / index.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -233,8 +256,9 @@ class PartsFolder:
     def _take_tail(self) -> Tail | None:
         """The tail, from a stalled writer too; None once the payload is assembled.
 
-        All parts are there, so whoever still writes repeats one of them, and may hang for as long as its connection
-        does: after a moment the parts go on in a copy, and that write ends in a file that is no part of anything.
+        All parts are there, so whoever still writes repeats one of them, and may hang for as long
+        as its connection does: after a moment the parts go on in a copy, and that write ends in a
+        file that is no part of anything.
         """
         deadline = time.monotonic() + _TAIL_PATIENCE_S
         while time.monotonic() < deadline:

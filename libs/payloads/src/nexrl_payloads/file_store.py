@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 
 class FilePayload:
-    """See :class:`nexrl_payloads.Payload`: a mapped file, of which only the touched pages are read."""
+    """See :class:`nexrl_payloads.Payload`: a mapped file, of which only the touched pages are
+    read."""
 
     def __init__(self, frame: Frame, blocks: _Blocks | None) -> None:
         self._frame = frame
@@ -91,15 +92,18 @@ class _Blocks:
         for start, end in spans:
             for block in self._sums.covering(start, end):
                 if not self._sound[block]:
-                    self._sums.check(block, self._memory[borders[block] : borders[block + 1]], header)
+                    self._sums.check(
+                        block, self._memory[borders[block] : borders[block + 1]], header
+                    )
                     self._sound[block] = 1
 
 
 class FileStore:
     """See :class:`nexrl_payloads.PayloadStore`.
 
-    ``ID`` is a payload, ``.sums-ID`` the checksums of its blocks, ``.tmp-ID-*`` one being written, ``.parts-ID/`` its
-    parts (see ``file_parts``). All state is in the folder, so gateways may come, go and share it.
+    ``ID`` is a payload, ``.sums-ID`` the checksums of its blocks, ``.tmp-ID-*`` one being written,
+    ``.parts-ID/`` its parts (see ``file_parts``). All state is in the folder, so gateways may come,
+    go and share it.
     """
 
     def __init__(self, folder: Path, *, fsync: bool) -> None:
@@ -113,7 +117,9 @@ class FileStore:
 
     def put(self, payload_id: str, buffers: Iterable[Chunk]) -> StoredPayload:
         with self.create(payload_id) as upload:
-            for buffer in buffers:  # not *buffers: a frame's len() is bytes, and would size the list of arguments
+            for buffer in (
+                buffers
+            ):  # not *buffers: a frame's len() is bytes, and would size the list of arguments
                 upload.write(buffer)
             return upload.commit()
 
@@ -157,7 +163,9 @@ class FileStore:
         def pieces() -> Iterator[bytes]:
             with file, disk_errors():
                 if sums is not None:
-                    yield from verified_pieces(sums, lambda start, end: file.read(end - start) or b"")
+                    yield from verified_pieces(
+                        sums, lambda start, end: file.read(end - start) or b""
+                    )
                     return
                 while piece := file.read(PIECE):
                     yield piece
@@ -200,7 +208,9 @@ class FileStore:
 
     def sweep(self, in_use: set[str], *, result_age_s: float, upload_age_s: float) -> list[str]:
         with disk_errors():
-            return sweep_folder(self._folder, in_use, result_age_s=result_age_s, upload_age_s=upload_age_s)
+            return sweep_folder(
+                self._folder, in_use, result_age_s=result_age_s, upload_age_s=upload_age_s
+            )
 
     def check(self) -> None:
         path = self._folder / unique(f"{TEMPORARY}check-")
@@ -215,7 +225,8 @@ class FileStore:
             raise store_unavailable("cannot be written", error) from error
 
     def _sums(self, payload_id: str, checksum: str, nbytes: int) -> Sums:
-        """The checksums of a payload of so many bytes; raises PAYLOAD_DAMAGED where they are not its own."""
+        """The checksums of a payload of so many bytes; raises PAYLOAD_DAMAGED where they are not
+        its own."""
         try:
             tables = sums_path(self._folder, payload_id).read_bytes()
         except FileNotFoundError:

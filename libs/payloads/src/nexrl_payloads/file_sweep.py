@@ -14,7 +14,9 @@ from .files import unique
 _GONE = ".gone-"
 
 
-def sweep_folder(folder: Path, in_use: set[str], *, result_age_s: float, upload_age_s: float) -> list[str]:
+def sweep_folder(
+    folder: Path, in_use: set[str], *, result_age_s: float, upload_age_s: float
+) -> list[str]:
     """See :meth:`nexrl_payloads.PayloadStore.sweep`; files of other programs are left alone."""
     removed = set()
     for path in list(folder.iterdir()):
@@ -53,11 +55,14 @@ def _owner(path: Path, result_age_s: float, upload_age_s: float) -> tuple[str | 
     if name.startswith(SUMS):  # they go with their payload; by themselves only where it never came
         payload_id = name.removeprefix(SUMS)
         return (None if path.with_name(payload_id).exists() else payload_id), upload_age_s
-    return (name if is_id(name) and path.is_file() else None), age_limit(name, result_age_s, upload_age_s)
+    return (name if is_id(name) and path.is_file() else None), age_limit(
+        name, result_age_s, upload_age_s
+    )
 
 
 def _age_s(path: Path) -> float:
-    """Seconds since the entry, or a file in it, was last written or touched; 0 if it has just gone."""
+    """Seconds since the entry, or a file in it, was last written or touched; 0 if it has just
+    gone."""
     try:
         times = [path.stat().st_mtime]
         if path.is_dir():

@@ -1,4 +1,5 @@
-"""Bytes to files: writing without copies, reserving room, naming failures, locks that a killed process lets go of."""
+"""Bytes to files: writing without copies, reserving room, naming failures, locks that a killed
+process lets go of."""
 
 from __future__ import annotations
 
@@ -26,7 +27,11 @@ def disk_errors() -> Iterator[None]:
     except OSError as error:
         if error.errno in _NO_SPACE:
             raise ServiceError(
-                "NO_SPACE", "the payload store's disk is full: free space in its folder, or send the batch later"
+                "NO_SPACE",
+                (
+                    "the payload store's disk is full: free space in its folder, or send the batch "
+                    "later"
+                ),
             ) from error
         raise store_unavailable("failed", error) from error
 
@@ -48,13 +53,18 @@ def unique(prefix: str) -> str:
 
 
 def reserve(fd: int, offset: int, nbytes: int) -> None:
-    """Take room for bytes to come, so that a full disk is known before they are sent (and writes are faster)."""
+    """Take room for bytes to come, so that a full disk is known before they are sent (and writes
+    are faster)."""
     if nbytes == 0 or not hasattr(os, "posix_fallocate"):
         return
     try:
         os.posix_fallocate(fd, offset, nbytes)
     except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # a file system without it
+        if error.errno not in (
+            errno.EOPNOTSUPP,
+            errno.EINVAL,
+            errno.ENOSYS,
+        ):  # a file system without it
             raise
 
 
@@ -122,7 +132,8 @@ def try_lock(fd: int) -> bool:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a file (made if missing) that other threads, processes and hosts take for moments only."""
+    """Hold the lock of a file (made if missing) that other threads, processes and hosts take for
+    moments only."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)

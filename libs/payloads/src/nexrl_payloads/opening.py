@@ -11,10 +11,12 @@ from .protocol import PayloadStore
 
 
 def open_store(url: str, *, fsync: bool = False) -> PayloadStore:
-    """The store at ``file:///absolute/folder`` (made if missing) or ``redis://``, ``rediss://``, ``unix://``.
+    """The store at ``file:///absolute/folder`` (made if missing) or ``redis://``, ``rediss://``,
+    ``unix://``.
 
-    ``fsync`` makes the folder's payloads survive a power cut; a Redis server has its own setting for that. Raises
-    INVALID_ARGUMENT for any other URL and STORE_UNAVAILABLE for a folder that cannot be made.
+    ``fsync`` makes the folder's payloads survive a power cut; a Redis server has its own setting
+    for that. Raises INVALID_ARGUMENT for any other URL and STORE_UNAVAILABLE for a folder that
+    cannot be made.
     """
     parts = urlsplit(url)
     if parts.scheme == "file" and not parts.netloc and parts.path.startswith("/"):

@@ -24,8 +24,8 @@ RESULT_SUFFIX = ".result"
 class StoredPayload:
     """A payload that is there.
 
-    ``checksum`` stands for the checksums of its blocks, which lie beside it: equal bytes that came in equal parts have
-    equal ones, and whoever opens the payload with it reads these bytes or none.
+    ``checksum`` stands for the checksums of its blocks, which lie beside it: equal bytes that came
+    in equal parts have equal ones, and whoever opens the payload with it reads these bytes or none.
     """
 
     id: str
@@ -34,13 +34,16 @@ class StoredPayload:
 
 
 class Upload(Protocol):
-    """One payload being written by one caller. Leaving the ``with`` block without a commit aborts it."""
+    """One payload being written by one caller. Leaving the ``with`` block without a commit aborts
+    it."""
 
     def write(self, *chunks: Chunk) -> None:
-        """Append chunks, in one system call where that helps; none is kept after the return. Raises NO_SPACE."""
+        """Append chunks, in one system call where that helps; none is kept after the return. Raises
+        NO_SPACE."""
 
     def commit(self) -> StoredPayload:
-        """Make the payload visible, whole, under its id. Raises MALFORMED if it is not as long as announced."""
+        """Make the payload visible, whole, under its id. Raises MALFORMED if it is not as long as
+        announced."""
 
     def abort(self) -> None:
         """Leave nothing behind; harmless after a commit."""
@@ -51,7 +54,8 @@ class Upload(Protocol):
 
 
 class PartUpload(Protocol):
-    """One part being written by one caller. Leaving the ``with`` block without a commit aborts it."""
+    """One part being written by one caller. Leaving the ``with`` block without a commit aborts
+    it."""
 
     def write(self, *chunks: Chunk) -> None:
         """As :meth:`Upload.write`."""
@@ -59,8 +63,8 @@ class PartUpload(Protocol):
     def commit(self, checksum: str | None) -> int:
         """Make the part count and return its bytes; the same part again changes nothing.
 
-        ``checksum`` is the sender's xxh3-128 hex: CHECKSUM_MISMATCH, and the part is not there, if the bytes have
-        another. INVALID_ARGUMENT if the part is already there with other bytes.
+        ``checksum`` is the sender's xxh3-128 hex: CHECKSUM_MISMATCH, and the part is not there, if
+        the bytes have another. INVALID_ARGUMENT if the part is already there with other bytes.
         """
 
     def abort(self) -> None:
@@ -74,8 +78,8 @@ class PartUpload(Protocol):
 class Payload(Protocol):
     """An open payload. Its tensors stay valid as long as they are referenced, also after ``close``.
 
-    Opened with its checksum, whatever it gives has been compared with the checksums of the blocks that hold it: raises
-    PAYLOAD_DAMAGED naming tensor, rows and block.
+    Opened with its checksum, whatever it gives has been compared with the checksums of the blocks
+    that hold it: raises PAYLOAD_DAMAGED naming tensor, rows and block.
     """
 
     @property
@@ -87,13 +91,15 @@ class Payload(Protocol):
         """Bytes of the whole frame."""
 
     def torch(self, name: str, rows: Rows = None) -> torch.Tensor:
-        """A tensor, or rows of its dimension 0 (a slice of step above 0, or a list of indices); only these are read."""
+        """A tensor, or rows of its dimension 0 (a slice of step above 0, or a list of indices);
+        only these are read."""
 
     def numpy(self, name: str, rows: Rows = None) -> NDArray[Any]:
         """As :meth:`torch`, as an array."""
 
     def check(self, name: str, rows: Rows = None) -> None:
-        """Raise PAYLOAD_DAMAGED unless the rows are as they were stored; without a checksum nothing is compared."""
+        """Raise PAYLOAD_DAMAGED unless the rows are as they were stored; without a checksum nothing
+        is compared."""
 
     def close(self) -> None:
         """End reading; memory is freed or kept for the next payload once no tensor views it."""
@@ -104,19 +110,24 @@ class Payload(Protocol):
 
 
 class PayloadStore(Protocol):
-    """Payloads by id (1 to 80 of ``A-Za-z0-9_.-``, no leading dot). Safe for threads and for several processes."""
+    """Payloads by id (1 to 80 of ``A-Za-z0-9_.-``, no leading dot). Safe for threads and for
+    several processes."""
 
     def create(self, payload_id: str, nbytes: int | None = None) -> Upload:
-        """Begin to write a payload of ``nbytes`` (None: not known). Raises NO_SPACE, INVALID_ARGUMENT for the id."""
+        """Begin to write a payload of ``nbytes`` (None: not known). Raises NO_SPACE,
+        INVALID_ARGUMENT for the id."""
 
     def put(self, payload_id: str, buffers: Iterable[Chunk]) -> StoredPayload:
-        """Write a whole payload at once, such as tensor_codec's ``Encoded``, replacing one of the same id."""
+        """Write a whole payload at once, such as tensor_codec's ``Encoded``, replacing one of the
+        same id."""
 
     def put_part(self, payload_id: str, n: int, nbytes: int | None = None) -> PartUpload:
-        """Begin to write part ``n`` (from 0) of ``nbytes`` (None: unknown); parts come in any order, again, at once."""
+        """Begin to write part ``n`` (from 0) of ``nbytes`` (None: unknown); parts come in any
+        order, again, at once."""
 
     def parts(self, payload_id: str) -> list[int]:
-        """The numbers of the parts that are there, ascending; empty for a payload without parts or unknown."""
+        """The numbers of the parts that are there, ascending; empty for a payload without parts or
+        unknown."""
 
     def assemble(self, payload_id: str, count: int) -> StoredPayload:
         """Make parts 0 to ``count - 1``, joined in order, the payload; again gives the same answer.
@@ -125,13 +136,15 @@ class PayloadStore(Protocol):
         """
 
     def open(self, payload_id: str, checksum: str | None = None) -> Payload:
-        """Open for reading. Raises PAYLOAD_NOT_FOUND, MALFORMED where the bytes are no frame, or PAYLOAD_DAMAGED.
+        """Open for reading. Raises PAYLOAD_NOT_FOUND, MALFORMED where the bytes are no frame, or
+        PAYLOAD_DAMAGED.
 
         ``checksum`` is what the commit gave; without it the bytes are taken as they are.
         """
 
     def stream(self, payload_id: str, checksum: str | None = None) -> Iterator[bytes]:
-        """The bytes in pieces of about 1 MiB. Raises PAYLOAD_NOT_FOUND at once, before the first piece.
+        """The bytes in pieces of about 1 MiB. Raises PAYLOAD_NOT_FOUND at once, before the first
+        piece.
 
         With ``checksum``, as :meth:`open`; PAYLOAD_DAMAGED comes before the damaged piece.
         """
@@ -140,18 +153,22 @@ class PayloadStore(Protocol):
         """Bytes of the payload, or of its parts so far. Raises PAYLOAD_NOT_FOUND."""
 
     def local_path(self, payload_id: str) -> Path | None:
-        """The file that holds the payload, None where the store has no files. Raises PAYLOAD_NOT_FOUND."""
+        """The file that holds the payload, None where the store has no files. Raises
+        PAYLOAD_NOT_FOUND."""
 
     def delete(self, payload_id: str) -> None:
         """Remove the payload and its parts, if there are any; tensors already read stay valid."""
 
     def touch(self, payload_id: str) -> None:
-        """Renew the lease: the age that :meth:`sweep` sees begins again. Raises PAYLOAD_NOT_FOUND."""
+        """Renew the lease: the age that :meth:`sweep` sees begins again. Raises
+        PAYLOAD_NOT_FOUND."""
 
     def sweep(self, in_use: set[str], *, result_age_s: float, upload_age_s: float) -> list[str]:
-        """Remove results older than ``result_age_s`` and all else older than ``upload_age_s``, except ids ``in_use``.
+        """Remove results older than ``result_age_s`` and all else older than ``upload_age_s``,
+        except ids ``in_use``.
 
-        Abandoned uploads and parts go by ``upload_age_s``. Returns the ids of which something was removed, sorted.
+        Abandoned uploads and parts go by ``upload_age_s``. Returns the ids of which something was
+        removed, sorted.
         """
 
     def check(self) -> None:

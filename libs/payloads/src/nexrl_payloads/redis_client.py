@@ -18,7 +18,8 @@ KEY_TTL_S = 48 * 3600
 
 
 def connect(url: str) -> redis.Redis:
-    """A client for large values: bytes as they are, no retries behind the caller's back, no endless waits."""
+    """A client for large values: bytes as they are, no retries behind the caller's back, no endless
+    waits."""
     return redis.Redis.from_url(
         url,
         decode_responses=False,
@@ -37,11 +38,17 @@ def redis_errors() -> Iterator[None]:
         yield
     except OutOfMemoryError as error:
         raise ServiceError(
-            "NO_SPACE", "the payload store's Redis has no memory left: raise its maxmemory, or send the batch later"
+            "NO_SPACE",
+            (
+                "the payload store's Redis has no memory left: raise its maxmemory, or send the "
+                "batch "
+                "later"
+            ),
         ) from error
     except RedisError as error:
         raise ServiceError(
-            "STORE_UNAVAILABLE", f"the payload store's Redis did not answer ({type(error).__name__}): try again"
+            "STORE_UNAVAILABLE",
+            f"the payload store's Redis did not answer ({type(error).__name__}): try again",
         ) from error
 
 

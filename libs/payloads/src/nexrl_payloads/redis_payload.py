@@ -33,9 +33,12 @@ _AHEAD_COMMANDS = 64
 
 
 class RedisPayload:
-    """See :class:`nexrl_payloads.Payload`. ``arena`` lends the memory that tensors are read into."""
+    """See :class:`nexrl_payloads.Payload`. ``arena`` lends the memory that tensors are read
+    into."""
 
-    def __init__(self, client: redis.Redis, record: Record, arena: Arena, sums: Sums | None) -> None:
+    def __init__(
+        self, client: redis.Redis, record: Record, arena: Arena, sums: Sums | None
+    ) -> None:
         self._client = client
         self._record = record
         self._sums = sums
@@ -72,7 +75,9 @@ class RedisPayload:
 
     def _read(self, name: str, rows: Rows) -> RawTensor:
         if self._loan is None:
-            raise FrameClosed(f"the payload was closed before tensor {name!a} was read; read it before")
+            raise FrameClosed(
+                f"the payload was closed before tensor {name!a} was read; read it before"
+            )
         info, spans, shape = row_spans(name, self._header, rows)
         memory = self._loan.take(sum(stop - first for first, stop in spans))
         if self._sums is None:
@@ -91,7 +96,8 @@ class RedisPayload:
     def _fetch_sound(self, sums: Sums, spans: list[tuple[int, int]], memory: memoryview) -> None:
         """Fetch whole blocks, check them, and put the spans' bytes into ``memory``.
 
-        The inner blocks of a span are fetched into their place, those at its ends, which hold others' bytes too, beside.
+        The inner blocks of a span are fetched into their place, those at its ends, which hold
+        others' bytes too, beside.
         """
         targets: list[tuple[int, memoryview]] = []
         checks: list[tuple[int, memoryview]] = []
@@ -111,7 +117,9 @@ class RedisPayload:
                     beside[block] = memoryview(bytearray(end - start))
                     targets.append((start, beside[block]))
                 mine = slice(max(first, start) - start, min(stop, end) - start)
-                copies.append((memory[to + start + mine.start : to + start + mine.stop], beside[block][mine]))
+                copies.append(
+                    (memory[to + start + mine.start : to + start + mine.stop], beside[block][mine])
+                )
             if inner:
                 targets.append((inner[0][0], memory[to + inner[0][0] : to + inner[-1][1]]))
             place += stop - first
@@ -123,13 +131,16 @@ class RedisPayload:
 
 
 def fetch_bytes(client: redis.Redis, record: Record, start: int, end: int) -> bytes:
-    """Bytes ``start`` to ``end`` (exclusive) of the payload. Raises PAYLOAD_NOT_FOUND if they have gone."""
+    """Bytes ``start`` to ``end`` (exclusive) of the payload. Raises PAYLOAD_NOT_FOUND if they have
+    gone."""
     memory = bytearray(end - start)
     _read_into(client, record, [(start, memoryview(memory))])
     return bytes(memory)
 
 
-def _read_into(client: redis.Redis, record: Record, targets: Iterable[tuple[int, memoryview]]) -> None:
+def _read_into(
+    client: redis.Redis, record: Record, targets: Iterable[tuple[int, memoryview]]
+) -> None:
     """Fill each memory with the payload's bytes from its offset on.
 
     The next ranges are asked for before an answer is read, so that the server never waits.
@@ -147,7 +158,9 @@ def _read_into(client: redis.Redis, record: Record, targets: Iterable[tuple[int,
 
         try:
             for wanted, memory in _pieces(record, targets):
-                while asked and (ahead + wanted.nbytes > _AHEAD_BYTES or len(asked) == _AHEAD_COMMANDS):
+                while asked and (
+                    ahead + wanted.nbytes > _AHEAD_BYTES or len(asked) == _AHEAD_COMMANDS
+                ):
                     receive()
                 connection.send_command("GETRANGE", wanted.key, wanted.first, wanted.last)  # type: ignore[no-untyped-call]
                 asked.append(memory)
@@ -160,7 +173,9 @@ def _read_into(client: redis.Redis, record: Record, targets: Iterable[tuple[int,
             client.connection_pool.release(connection)
 
 
-def _pieces(record: Record, targets: Iterable[tuple[int, memoryview]]) -> Iterator[tuple[Range, memoryview]]:
+def _pieces(
+    record: Record, targets: Iterable[tuple[int, memoryview]]
+) -> Iterator[tuple[Range, memoryview]]:
     """The ranges that fill the targets, each with its piece of their memory."""
     for start, memory in targets:
         position = 0
@@ -170,10 +185,13 @@ def _pieces(record: Record, targets: Iterable[tuple[int, memoryview]]) -> Iterat
 
 
 def _read_header(client: redis.Redis, record: Record, sums: Sums | None) -> Header:
-    """One round trip for an ordinary header, a second for a longer one; block by block where they are checked."""
+    """One round trip for an ordinary header, a second for a longer one; block by block where they
+    are checked."""
     with as_malformed(record.payload_id):
         if sums is not None:
-            head = verified_head(sums, lambda start, end: memoryview(fetch_bytes(client, record, start, end)))
+            head = verified_head(
+                sums, lambda start, end: memoryview(fetch_bytes(client, record, start, end))
+            )
             return parse_header(head, record.nbytes)
         start = fetch_bytes(client, record, 0, min(_HEADER_GUESS, record.nbytes))
         length = header_length(start)

@@ -11,11 +11,20 @@ from nexrl_contract.errors import ServiceError
 
 from .common import damaged, not_found, sums_checksum
 from .protocol import StoredPayload
-from .redis_client import CHUNK_BYTES, KEY_TTL_S, chunk_key, meta_key, parts_key, redis_errors, sums_key
+from .redis_client import (
+    CHUNK_BYTES,
+    KEY_TTL_S,
+    chunk_key,
+    meta_key,
+    parts_key,
+    redis_errors,
+    sums_key,
+)
 
 
 class Segment(NamedTuple):
-    """The chunks of one upload: a payload written at once has one segment, one sent in parts a segment a part."""
+    """The chunks of one upload: a payload written at once has one segment, one sent in parts a
+    segment a part."""
 
     token: str
     nbytes: int
@@ -23,7 +32,10 @@ class Segment(NamedTuple):
 
     def keys(self, payload_id: str) -> list[str]:
         """The keys of its chunks, in order, and of their checksums."""
-        chunks = [chunk_key(payload_id, self.token, chunk) for chunk in range(-(-self.nbytes // CHUNK_BYTES))]
+        chunks = [
+            chunk_key(payload_id, self.token, chunk)
+            for chunk in range(-(-self.nbytes // CHUNK_BYTES))
+        ]
         return [*chunks, sums_key(payload_id, self.token)]
 
 
@@ -64,7 +76,11 @@ class Record:
             while position < stop:
                 chunk, first = divmod(position, CHUNK_BYTES)
                 count = min(CHUNK_BYTES - first, stop - position)
-                found.append(Range(chunk_key(self.payload_id, segment.token, chunk), first, first + count - 1))
+                found.append(
+                    Range(
+                        chunk_key(self.payload_id, segment.token, chunk), first, first + count - 1
+                    )
+                )
                 position += count
             base += segment.nbytes
         return found
@@ -83,7 +99,8 @@ def load_record(client: redis.Redis, payload_id: str) -> Record | None:
 
 
 def load_tables(client: redis.Redis, payload_id: str, segments: list[Segment]) -> bytes:
-    """The tables of checksums of all segments, joined. Raises PAYLOAD_NOT_FOUND where one has gone."""
+    """The tables of checksums of all segments, joined. Raises PAYLOAD_NOT_FOUND where one has
+    gone."""
     keys = [sums_key(payload_id, segment.token) for segment in segments]
     with redis_errors():
         tables = client.mget(keys)
@@ -98,20 +115,25 @@ def load_parts(client: redis.Redis, payload_id: str) -> dict[int, Segment]:
     with redis_errors():
         stored = client.hgetall(parts_key(payload_id))
     return {
-        int(n): Segment(*json.loads(segment)) for n, segment in sorted(stored.items(), key=lambda item: int(item[0]))
+        int(n): Segment(*json.loads(segment))
+        for n, segment in sorted(stored.items(), key=lambda item: int(item[0]))
     }
 
 
 def store_record(client: redis.Redis, record: Record, tables: bytes) -> StoredPayload:
-    """Make the payload visible, after making sure that none of its chunks has expired or been swept."""
+    """Make the payload visible, after making sure that none of its chunks has expired or been
+    swept."""
     renew(client, record.payload_id, record.keys())
     with redis_errors():
-        client.set(meta_key(record.payload_id), json.dumps({"segments": record.segments}), ex=KEY_TTL_S)
+        client.set(
+            meta_key(record.payload_id), json.dumps({"segments": record.segments}), ex=KEY_TTL_S
+        )
     return StoredPayload(record.payload_id, record.nbytes, sums_checksum(tables))
 
 
 def store_part(client: redis.Redis, payload_id: str, n: int, segment: Segment) -> Segment:
-    """Make ``segment`` part ``n`` unless there is one already; returns the one that is there now."""
+    """Make ``segment`` part ``n`` unless there is one already; returns the one that is there
+    now."""
     renew(client, payload_id, segment.keys(payload_id))
     key = parts_key(payload_id)
     with redis_errors(), client.pipeline(transaction=True) as pipeline:
@@ -128,4 +150,6 @@ def renew(client: redis.Redis, payload_id: str, keys: list[str]) -> None:
             pipeline.expire(key, KEY_TTL_S)
         renewed = pipeline.execute()
     if not all(renewed):
-        raise ServiceError("PAYLOAD_NOT_FOUND", f"payload {payload_id} has expired in part: send it again")
+        raise ServiceError(
+            "PAYLOAD_NOT_FOUND", f"payload {payload_id} has expired in part: send it again"
+        )

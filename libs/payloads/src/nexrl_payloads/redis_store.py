@@ -6,7 +6,16 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from .common import PIECE, Sums, check_count, check_id, check_part, damaged, not_found, verified_pieces
+from .common import (
+    PIECE,
+    Sums,
+    check_count,
+    check_id,
+    check_part,
+    damaged,
+    not_found,
+    verified_pieces,
+)
 from .protocol import Chunk, PartUpload, StoredPayload
 from .redis_client import PREFIX, connect, meta_key, redis_errors
 from .redis_payload import RedisPayload, fetch_bytes
@@ -20,7 +29,8 @@ if TYPE_CHECKING:
 
 
 class RedisStore:
-    """See :class:`nexrl_payloads.PayloadStore`. All state is in Redis, under keys with a TTL and of 2 MiB at most."""
+    """See :class:`nexrl_payloads.PayloadStore`. All state is in Redis, under keys with a TTL and of
+    2 MiB at most."""
 
     def __init__(self, url: str) -> None:
         self._client = connect(url)
@@ -36,7 +46,9 @@ class RedisStore:
 
     def put(self, payload_id: str, buffers: Iterable[Chunk]) -> StoredPayload:
         with self.create(payload_id) as upload:
-            for buffer in buffers:  # not *buffers: a frame's len() is bytes, and would size the list of arguments
+            for buffer in (
+                buffers
+            ):  # not *buffers: a frame's len() is bytes, and would size the list of arguments
                 upload.write(buffer)
             return upload.commit()
 
@@ -56,7 +68,9 @@ class RedisStore:
         parts = load_parts(self._client, check_id(payload_id))
         check_count(payload_id, list(parts), count)
         record = Record(payload_id, list(parts.values()))
-        ref = store_record(self._client, record, load_tables(self._client, payload_id, record.segments))
+        ref = store_record(
+            self._client, record, load_tables(self._client, payload_id, record.segments)
+        )
         renew_all(self._client, payload_id)
         return ref
 
@@ -70,7 +84,9 @@ class RedisStore:
 
         def pieces() -> Iterator[bytes]:
             if sums is not None:
-                yield from verified_pieces(sums, lambda start, end: fetch_bytes(self._client, record, start, end))
+                yield from verified_pieces(
+                    sums, lambda start, end: fetch_bytes(self._client, record, start, end)
+                )
                 return
             for start in range(0, record.nbytes, PIECE):
                 end = min(start + PIECE, record.nbytes)
@@ -80,7 +96,11 @@ class RedisStore:
 
     def nbytes(self, payload_id: str) -> int:
         record = load_record(self._client, check_id(payload_id))
-        segments = record.segments if record is not None else list(load_parts(self._client, payload_id).values())
+        segments = (
+            record.segments
+            if record is not None
+            else list(load_parts(self._client, payload_id).values())
+        )
         if not segments:
             raise not_found(payload_id)
         return sum(segment.nbytes for segment in segments)
@@ -96,7 +116,9 @@ class RedisStore:
             raise not_found(payload_id)
 
     def sweep(self, in_use: set[str], *, result_age_s: float, upload_age_s: float) -> list[str]:
-        return sweep_redis(self._client, in_use, result_age_s=result_age_s, upload_age_s=upload_age_s)
+        return sweep_redis(
+            self._client, in_use, result_age_s=result_age_s, upload_age_s=upload_age_s
+        )
 
     def check(self) -> None:
         with redis_errors():
@@ -108,7 +130,9 @@ class RedisStore:
         tables = load_tables(self._client, record.payload_id, record.segments)
         sums = Sums(record.payload_id, tables, checksum)
         if sums.nbytes != record.nbytes:
-            raise damaged(record.payload_id, f"the length ({record.nbytes} bytes now, {sums.nbytes} stored)")
+            raise damaged(
+                record.payload_id, f"the length ({record.nbytes} bytes now, {sums.nbytes} stored)"
+            )
         return sums
 
     def _record(self, payload_id: str) -> Record:

@@ -14,7 +14,9 @@ from .redis_records import load_parts, load_record
 _SCAN_COUNT = 1000
 
 
-def sweep_redis(client: redis.Redis, in_use: set[str], *, result_age_s: float, upload_age_s: float) -> list[str]:
+def sweep_redis(
+    client: redis.Redis, in_use: set[str], *, result_age_s: float, upload_age_s: float
+) -> list[str]:
     """See :meth:`nexrl_payloads.PayloadStore.sweep`; the leases of ids in use are renewed."""
     removed = []
     for payload_id, keys in _keys_by_id(client).items():
@@ -33,7 +35,8 @@ def sweep_redis(client: redis.Redis, in_use: set[str], *, result_age_s: float, u
 
 
 def payload_keys(client: redis.Redis, payload_id: str) -> list[str]:
-    """The keys of a payload and its parts, its record first; whether they exist is not looked at."""
+    """The keys of a payload and its parts, its record first; whether they exist is not looked
+    at."""
     record, parts = load_record(client, payload_id), load_parts(client, payload_id)
     chunks = {key for segment in parts.values() for key in segment.keys(payload_id)}
     if record is not None:
@@ -42,7 +45,8 @@ def payload_keys(client: redis.Redis, payload_id: str) -> list[str]:
 
 
 def renew_all(client: redis.Redis, payload_id: str) -> bool:
-    """Begin the life of all of a payload's keys again; False if there is neither a payload nor a part."""
+    """Begin the life of all of a payload's keys again; False if there is neither a payload nor a
+    part."""
     with redis_errors(), client.pipeline(transaction=False) as pipeline:
         for key in payload_keys(client, payload_id):
             pipeline.expire(key, KEY_TTL_S)
@@ -57,7 +61,8 @@ def unlink(client: redis.Redis, keys: Sequence[str]) -> None:
 
 
 def _keys_by_id(client: redis.Redis) -> dict[str, list[str]]:
-    """All keys of the store by payload; the record comes first, so that a half-removed payload is not there."""
+    """All keys of the store by payload; the record comes first, so that a half-removed payload is
+    not there."""
     found: dict[str, list[str]] = defaultdict(list)
     with redis_errors():
         for raw in client.scan_iter(match=f"{PREFIX}*", count=_SCAN_COUNT):
@@ -67,11 +72,14 @@ def _keys_by_id(client: redis.Redis) -> dict[str, list[str]]:
 
 
 def _ages(client: redis.Redis, keys: list[str]) -> tuple[float, dict[str, float]]:
-    """Seconds since the youngest key was written or touched, and of each segment the same, by its token."""
+    """Seconds since the youngest key was written or touched, and of each segment the same, by its
+    token."""
     with redis_errors(), client.pipeline(transaction=False) as pipeline:
         for key in keys:
             pipeline.pttl(key)
-        ages = [KEY_TTL_S - left / 1000 if left >= 0 else float("inf") for left in pipeline.execute()]
+        ages = [
+            KEY_TTL_S - left / 1000 if left >= 0 else float("inf") for left in pipeline.execute()
+        ]
     by_token: dict[str, float] = {}
     for key, age in zip(keys, ages, strict=True):
         if key.count(":") == PREFIX.count(":") + 2:
@@ -80,8 +88,11 @@ def _ages(client: redis.Redis, keys: list[str]) -> tuple[float, dict[str, float]
     return min(ages), by_token
 
 
-def _abandoned(client: redis.Redis, payload_id: str, ages: dict[str, float], upload_age_s: float) -> list[str]:
-    """The chunks of a live payload's segments that no record names and nobody has written to for long."""
+def _abandoned(
+    client: redis.Redis, payload_id: str, ages: dict[str, float], upload_age_s: float
+) -> list[str]:
+    """The chunks of a live payload's segments that no record names and nobody has written to for
+    long."""
     old = {token for token, age in ages.items() if age >= upload_age_s}
     if not old:
         return []
@@ -91,4 +102,8 @@ def _abandoned(client: redis.Redis, payload_id: str, ages: dict[str, float], upl
         named.update(segment.token for segment in record.segments)
     patterns = [f"{PREFIX}{payload_id}:{token}:*" for token in old - named]
     with redis_errors():
-        return [key.decode() for pattern in patterns for key in client.scan_iter(match=pattern, count=_SCAN_COUNT)]
+        return [
+            key.decode()
+            for pattern in patterns
+            for key in client.scan_iter(match=pattern, count=_SCAN_COUNT)
+        ]

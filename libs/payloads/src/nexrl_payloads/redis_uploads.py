@@ -1,4 +1,5 @@
-"""A payload or a part on its way into Redis: chunks under a token of their own until a record names them."""
+"""A payload or a part on its way into Redis: chunks under a token of their own until a record names
+them."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ from .redis_wire import ChunkSender
 class _Chunks:
     """Joins what is written to chunks and sends each by one SET; holds one chunk at the most."""
 
-    def __init__(self, client: redis.Redis, payload_id: str, nbytes: int | None, what: str, *, whole: bool) -> None:
+    def __init__(
+        self, client: redis.Redis, payload_id: str, nbytes: int | None, what: str, *, whole: bool
+    ) -> None:
         self._client = client
         self._payload_id = payload_id
         self._token = unique("")
@@ -41,7 +44,9 @@ class _Chunks:
         """Remove what was sent, as far as Redis answers; what stays has a TTL and is swept."""
         if not self._settled:
             self._settled = True
-            with suppress(ServiceError):  # a chunk on its way would otherwise be stored after its removal
+            with suppress(
+                ServiceError
+            ):  # a chunk on its way would otherwise be stored after its removal
                 self._sender.settle()
             self._remove()
 
@@ -85,8 +90,11 @@ class _Chunks:
         self._flush()
         self._sender.settle()
         with redis_errors():
-            self._client.set(sums_key(self._payload_id, self._token), self._tally.sums(), ex=KEY_TTL_S)
-        self._settled = True  # from here on a lost answer may hide a success: only the sweep removes these chunks
+            self._client.set(
+                sums_key(self._payload_id, self._token), self._tally.sums(), ex=KEY_TTL_S
+            )
+        # from here on a lost answer may hide a success: only the sweep removes these chunks
+        self._settled = True
 
 
 class RedisUpload(_Chunks):

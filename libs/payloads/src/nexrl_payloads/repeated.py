@@ -11,9 +11,12 @@ from .protocol import Chunk
 
 
 class RepeatedPart:
-    """A part that is there already as ``known`` (nbytes, checksum), or comes too late (None): hashed, then compared."""
+    """A part that is there already as ``known`` (nbytes, checksum), or comes too late (None):
+    hashed, then compared."""
 
-    def __init__(self, payload_id: str, n: int, nbytes: int | None, known: tuple[int, str] | None) -> None:
+    def __init__(
+        self, payload_id: str, n: int, nbytes: int | None, known: tuple[int, str] | None
+    ) -> None:
         self._payload_id = payload_id
         self._n = n
         self._known = known
@@ -29,9 +32,15 @@ class RepeatedPart:
         if self._known is None:
             raise ServiceError(
                 "INVALID_ARGUMENT",
-                f"payload {self._payload_id} is put together already, without part {self._n}: use a new payload id",
+                (
+                    f"payload {self._payload_id} is put together already, without part {self._n}: "
+                    "use "
+                    "a new payload id"
+                ),
             )
-        same_part(self._payload_id, self._n, self._known, (self._tally.nbytes, self._tally.checksum))
+        same_part(
+            self._payload_id, self._n, self._known, (self._tally.nbytes, self._tally.checksum)
+        )
         return self._tally.nbytes
 
     def abort(self) -> None:

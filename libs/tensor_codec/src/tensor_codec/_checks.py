@@ -1,4 +1,5 @@
-"""The dtype table and the checks that writing and reading share. Sizes are Python ints: nothing overflows."""
+"""The dtype table and the checks that writing and reading share. Sizes are Python ints: nothing
+overflows."""
 
 from __future__ import annotations
 
@@ -6,7 +7,14 @@ import math
 import reprlib
 from collections.abc import Mapping, Sequence
 
-from ._errors import InvalidMetadata, InvalidName, InvalidTensorEntry, RankTooHigh, ShapeMismatch, UnsupportedDtype
+from ._errors import (
+    InvalidMetadata,
+    InvalidName,
+    InvalidTensorEntry,
+    RankTooHigh,
+    ShapeMismatch,
+    UnsupportedDtype,
+)
 from ._limits import MAX_NAME_LENGTH, MAX_RANK, MAX_SIZE
 
 METADATA_KEY = "__metadata__"
@@ -34,7 +42,8 @@ CODES = {long_name: code for code, long_name in LONG_NAMES.items()}
 def show(value: object) -> str:
     """A short, printable ASCII form of any value, for messages."""
     if isinstance(value, int) and value.bit_length() > 128:
-        return f"an integer of {value.bit_length()} bits"  # printing it may be refused by Python itself
+        # printing it may be refused by Python itself
+        return f"an integer of {value.bit_length()} bits"
     text = repr(value) if isinstance(value, str) and len(value) <= 80 else reprlib.repr(value)
     return text.encode("ascii", "backslashreplace").decode()
 
@@ -53,7 +62,10 @@ def check_name(name: object) -> str:
     if not isinstance(name, str):
         raise InvalidName(f"a tensor's name must be text, not {type(name).__name__}")
     if not 1 <= len(name) <= MAX_NAME_LENGTH:
-        raise InvalidName(f"tensor name {show(name)} has {len(name)} characters; allowed are 1 to {MAX_NAME_LENGTH}")
+        raise InvalidName(
+            f"tensor name {show(name)} has {len(name)} characters; allowed are 1 to "
+            f"{MAX_NAME_LENGTH}"
+        )
     if name == METADATA_KEY:
         raise InvalidName(f"the name {METADATA_KEY} is reserved for metadata")
     if not is_utf8(name):
@@ -67,7 +79,9 @@ def check_metadata(metadata: object) -> dict[str, str]:
         raise InvalidMetadata(f"metadata must map text to text, not be {type(metadata).__name__}")
     for key, value in metadata.items():
         if not (isinstance(key, str) and isinstance(value, str)):
-            raise InvalidMetadata(f"metadata must map text to text; {show(key)} maps to {show(value)}")
+            raise InvalidMetadata(
+                f"metadata must map text to text; {show(key)} maps to {show(value)}"
+            )
         if not (is_utf8(key) and is_utf8(value)):
             raise InvalidMetadata(f"metadata {show(key)} cannot be written as UTF-8")
     return dict(metadata)
@@ -76,20 +90,27 @@ def check_metadata(metadata: object) -> dict[str, str]:
 def check_dtype(dtype: object, what: str) -> str:
     """Return the dtype code if it is in the table, or raise UnsupportedDtype."""
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
-        raise UnsupportedDtype(f"{what} has dtype {show(dtype)}; supported are {', '.join(ITEMSIZE)}")
+        raise UnsupportedDtype(
+            f"{what} has dtype {show(dtype)}; supported are {', '.join(ITEMSIZE)}"
+        )
     return dtype
 
 
 def check_shape(shape: Sequence[object], what: str) -> tuple[int, ...]:
-    """Return the shape as a tuple of ints from 0 to MAX_SIZE, or raise RankTooHigh or InvalidTensorEntry."""
+    """Return the shape as a tuple of ints from 0 to MAX_SIZE, or raise RankTooHigh or
+    InvalidTensorEntry."""
     if len(shape) > MAX_RANK:
         raise RankTooHigh(f"{what} has {len(shape)} dimensions; the limit is {MAX_RANK}")
     dims: list[int] = []
     for dim in shape:
         if type(dim) is not int or not 0 <= dim <= MAX_SIZE:  # bool is an int, and no dimension
-            raise InvalidTensorEntry(f"{what} has dimension {show(dim)}; each must be an integer from 0 to {MAX_SIZE}")
+            raise InvalidTensorEntry(
+                f"{what} has dimension {show(dim)}; each must be an integer from 0 to {MAX_SIZE}"
+            )
         dims.append(dim)
-    if math.prod(dim for dim in dims if dim) > MAX_SIZE:  # zeros left out: an empty tensor's strides count too
+    if (
+        math.prod(dim for dim in dims if dim) > MAX_SIZE
+    ):  # zeros left out: an empty tensor's strides count too
         raise InvalidTensorEntry(f"{what} has shape {dims}, beyond {MAX_SIZE} elements")
     return tuple(dims)
 
@@ -98,4 +119,6 @@ def check_nbytes(dtype: str, shape: tuple[int, ...], nbytes: int, what: str) -> 
     """Raise ShapeMismatch unless shape times dtype is nbytes."""
     needed = ITEMSIZE[dtype] * math.prod(shape)
     if needed != nbytes:
-        raise ShapeMismatch(f"{what} of dtype {dtype} and shape {list(shape)} needs {needed} bytes and has {nbytes}")
+        raise ShapeMismatch(
+            f"{what} of dtype {dtype} and shape {list(shape)} needs {needed} bytes and has {nbytes}"
+        )

@@ -17,11 +17,13 @@ AnyTensor: TypeAlias = "Array | torch.Tensor | RawTensor"
 
 
 def to_raw(value: object, what: str) -> RawTensor:
-    """The value as a RawTensor, without a copy where it is contiguous on the CPU; else raises UnsupportedTensor."""
+    """The value as a RawTensor, without a copy where it is contiguous on the CPU; else raises
+    UnsupportedTensor."""
     if isinstance(value, RawTensor):
         return value
-    # A value of a library that was never imported cannot exist, so there is nothing to import in order to ask; nor
-    # one of a library that another thread is importing just now and that has no such class yet.
+    # A value of a library that was never imported cannot exist, so there is nothing to import in
+    # order to ask; nor one of a library that another thread is importing just now and that has no
+    # such class yet.
     tensor = getattr(sys.modules.get("torch"), "Tensor", None)
     if tensor is not None and isinstance(value, tensor):
         from ._torch import from_torch
@@ -32,4 +34,6 @@ def to_raw(value: object, what: str) -> RawTensor:
         from ._numpy import from_numpy
 
         return from_numpy(value, what)
-    raise UnsupportedTensor(f"{what} is {type(value).__name__}; give a NumPy array, a torch tensor or a RawTensor")
+    raise UnsupportedTensor(
+        f"{what} is {type(value).__name__}; give a NumPy array, a torch tensor or a RawTensor"
+    )

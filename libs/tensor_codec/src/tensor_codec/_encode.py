@@ -14,11 +14,13 @@ from ._limits import MAX_TENSORS
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """An encoded frame. Iterating gives header and buffers, len() the bytes: HTTP clients stream it with a length.
+    """An encoded frame. Iterating gives header and buffers, len() the bytes: HTTP clients stream it
+    with a length.
 
-    The buffers are views: they keep the tensors' memory alive, and what is written to the tensors shows in them.
-    Tensors without elements have no buffer. header is prefix, JSON and padding; nbytes is the whole frame.
-    Loop over it rather than list() or unpack it: these take len() as a hint and reserve a pointer for every byte.
+    The buffers are views: they keep the tensors' memory alive, and what is written to the tensors
+    shows in them. Tensors without elements have no buffer. header is prefix, JSON and padding;
+    nbytes is the whole frame. Loop over it rather than list() or unpack it: these take len() as a
+    hint and reserve a pointer for every byte.
     """
 
     header: bytes
@@ -33,23 +35,38 @@ class Encoded:
         return self.nbytes
 
     def tobytes(self) -> bytes:
-        """The whole frame in one new bytes object: the one copy this package makes of a contiguous tensor."""
+        """The whole frame in one new bytes object: the one copy this package makes of a contiguous
+        tensor."""
         return b"".join([self.header, *self.buffers])
 
 
 def encode(tensors: Mapping[str, AnyTensor], metadata: Mapping[str, str] | None = None) -> Encoded:
-    """Encode tensors without copying those that are contiguous on the CPU; the same input gives the same bytes.
+    """Encode tensors without copying those that are contiguous on the CPU; the same input gives the
+    same bytes.
 
-    Others are copied, their own elements only. Data is ordered by element size (largest first), then name, so each
-    tensor is aligned. Raises CodecError's subclasses for what no reader would accept.
+    Others are copied, their own elements only. Data is ordered by element size (largest first),
+    then name, so each tensor is aligned. Raises CodecError's subclasses for what no reader would
+    accept.
     """
     if len(tensors) > MAX_TENSORS:
         raise TooManyTensors(f"{len(tensors)} tensors were given; the limit is {MAX_TENSORS}")
-    raws = {check_name(name): to_raw(value, f"tensor {show(name)}") for name, value in tensors.items()}
+    raws = {
+        check_name(name): to_raw(value, f"tensor {show(name)}") for name, value in tensors.items()
+    }
     order = sorted(raws.items(), key=lambda item: (-ITEMSIZE[item[1].dtype], item[0]))
-    views = [memoryview(raw.data).cast("B") if memoryview(raw.data).nbytes else memoryview(b"") for _, raw in order]
+    views = [
+        memoryview(raw.data).cast("B") if memoryview(raw.data).nbytes else memoryview(b"")
+        for _, raw in order
+    ]
     header = write_header(
-        [(name, raw.dtype, raw.shape, view.nbytes) for (name, raw), view in zip(order, views, strict=True)],
+        [
+            (name, raw.dtype, raw.shape, view.nbytes)
+            for (name, raw), view in zip(order, views, strict=True)
+        ],
         check_metadata(metadata or {}),
     )
-    return Encoded(header, [view for view in views if view.nbytes], len(header) + sum(view.nbytes for view in views))
+    return Encoded(
+        header,
+        [view for view in views if view.nbytes],
+        len(header) + sum(view.nbytes for view in views),
+    )

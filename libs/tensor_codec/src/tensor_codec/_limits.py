@@ -6,7 +6,8 @@ PREFIX_BYTES = 8
 """Length of the little-endian header length that starts a frame."""
 
 ALIGNMENT = 64
-"""Written headers (prefix included) are padded to a multiple of this, so that the data starts on a cache line."""
+"""Written headers (prefix included) are padded to a multiple of this, so that the data starts on a
+cache line."""
 
 MAX_HEADER_BYTES = 1024 * 1024
 """Length of the JSON header, padding included."""
@@ -15,7 +16,8 @@ MAX_TENSORS = 512
 """Tensors in one frame."""
 
 MAX_LISTS = 16_384
-"""Brackets and braces in the JSON header, those in the texts of its metadata among them: time to read, not only bytes."""
+"""Brackets and braces in the JSON header, those in the texts of its metadata among them: time to
+read, not only bytes."""
 
 MAX_RANK = 8
 """Dimensions of one tensor."""

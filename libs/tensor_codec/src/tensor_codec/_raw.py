@@ -1,4 +1,5 @@
-"""RawTensor: a tensor as dtype code, shape and bytes, needing neither NumPy nor torch until it is converted."""
+"""RawTensor: a tensor as dtype code, shape and bytes, needing neither NumPy nor torch until it is
+converted."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 class RawTensor:
     """A tensor's little-endian, C-ordered bytes with its safetensors dtype code, such as "BF16".
 
-    Raises UnsupportedDtype, RankTooHigh, InvalidTensorEntry or ShapeMismatch when the three do not fit together.
+    Raises UnsupportedDtype, RankTooHigh, InvalidTensorEntry or ShapeMismatch when the three do not
+    fit together.
     """
 
     dtype: str
@@ -30,17 +32,23 @@ class RawTensor:
         object.__setattr__(self, "shape", check_shape(self.shape, "the raw tensor"))
         view = memoryview(self.data)
         if not view.c_contiguous:
-            raise UnsupportedTensor("the raw tensor's data is not contiguous; give contiguous bytes")
+            raise UnsupportedTensor(
+                "the raw tensor's data is not contiguous; give contiguous bytes"
+            )
         check_nbytes(self.dtype, self.shape, view.nbytes, "the raw tensor")
 
     def numpy(self, *, widen: bool = False) -> Array:
-        """A view of the data, read-only over bytes. BF16 raises NoNumpyDtype, or becomes float32 with widen=True."""
+        """A view of the data, read-only over bytes. BF16 raises NoNumpyDtype, or becomes float32
+        with widen=True."""
         from ._numpy import byte_rows, to_numpy
 
-        return to_numpy(byte_rows(self.data, self.shape), self.dtype, self.shape, "the raw tensor", widen=widen)
+        return to_numpy(
+            byte_rows(self.data, self.shape), self.dtype, self.shape, "the raw tensor", widen=widen
+        )
 
     def torch(self) -> torch.Tensor:
-        """A CPU tensor over writable data; over read-only data (bytes) a copy, as torch knows no read-only tensors."""
+        """A CPU tensor over writable data; over read-only data (bytes) a copy, as torch knows no
+        read-only tensors."""
         from ._numpy import byte_rows
         from ._torch import to_torch
 

@@ -1,4 +1,5 @@
-"""Torch tensors to bytes and back: the one module that imports torch, and itself imported only where one is needed."""
+"""Torch tensors to bytes and back: the one module that imports torch, and itself imported only
+where one is needed."""
 
 from __future__ import annotations
 
@@ -11,11 +12,14 @@ from ._raw import RawTensor
 
 
 def from_torch(tensor: torch.Tensor, what: str) -> RawTensor:
-    """The tensor as a RawTensor: a view of a contiguous CPU tensor, else a copy of just its own elements on the CPU."""
+    """The tensor as a RawTensor: a view of a contiguous CPU tensor, else a copy of just its own
+    elements on the CPU."""
     code = CODES.get(str(tensor.dtype).removeprefix("torch."))
     if code is None:
         raise UnsupportedDtype(f"{what} has dtype {tensor.dtype}; supported are {', '.join(CODES)}")
-    own_data = type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__  # not a wrapper of other tensors
+    own_data = (
+        type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    )  # not a wrapper of other tensors
     if not own_data or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
         kind = f"{type(tensor).__name__}, layout {tensor.layout}, device {tensor.device}"
         advice = "use full_tensor(), to_dense() or to_padded_tensor()"
@@ -30,7 +34,8 @@ def from_torch(tensor: torch.Tensor, what: str) -> RawTensor:
 
 
 def to_torch(table: Bytes, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Give byte rows their dtype and shape: a view, but a copy of bytes that are read-only or not aligned."""
+    """Give byte rows their dtype and shape: a view, but a copy of bytes that are read-only or not
+    aligned."""
     torch_dtype: torch.dtype = getattr(torch, LONG_NAMES[dtype])
     if table.size == 0:
         return torch.empty(shape, dtype=torch_dtype)

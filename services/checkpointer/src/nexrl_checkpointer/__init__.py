@@ -1,1 +1,2 @@
-"""The checkpointer: takes finished saves from staging, verifies and publishes them while training goes on. No torch."""
+"""The checkpointer: takes finished saves from staging, verifies and publishes them while training
+goes on. No torch."""

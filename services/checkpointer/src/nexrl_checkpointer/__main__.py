@@ -1,4 +1,5 @@
-"""``python -m nexrl_checkpointer``: consume the checkpoint queue until SIGTERM or SIGINT, after the job at hand."""
+"""``python -m nexrl_checkpointer``: consume the checkpoint queue until SIGTERM or SIGINT, after the
+job at hand."""
 
 from __future__ import annotations
 

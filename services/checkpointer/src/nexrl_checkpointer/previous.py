@@ -28,20 +28,29 @@ def _kind(request: PublishRequest) -> str:
 def replace_previous(ledger: Ledger, request: PublishRequest, submitted: float) -> None:
     """Remove the previous checkpoint if that was asked for, then record the new one. Repeatable.
 
-    The new one must be durable. ``submitted``: when the save was asked for; where the group of that time is gone,
-    nothing is known about its checkpoints, and nothing is removed or recorded. Nor is it where a later save has been recorded:
-    this one's lease had lapsed, and to whoever comes late with it the newest one looks like the previous one.
+    The new one must be durable. ``submitted``: when the save was asked for; where the group of that
+    time is gone, nothing is known about its checkpoints, and nothing is removed or recorded. Nor is
+    it where a later save has been recorded: this one's lease had lapsed, and to whoever comes late
+    with it the newest one looks like the previous one.
     """
     group = ledger.group(request.identifier)
     if group is None or group.state == "destroyed" or submitted < group.created_at:
         return
     previous = ledger.latest_checkpoint(request.identifier, _kind(request))
-    if previous is not None and previous.life == group.created_at and previous.order > request.order:
+    if (
+        previous is not None
+        and previous.life == group.created_at
+        and previous.order > request.order
+    ):
         return
     if request.remove_previous and previous is not None and previous.life == group.created_at:
         _remove(previous, request)
     new = LatestCheckpoint(
-        path=request.path, step=request.step, job_id=request.job_id, life=group.created_at, order=request.order
+        path=request.path,
+        step=request.step,
+        job_id=request.job_id,
+        life=group.created_at,
+        order=request.order,
     )
     ledger.record_checkpoint(request.identifier, _kind(request), new)
 
@@ -49,8 +58,8 @@ def replace_previous(ledger: Ledger, request: PublishRequest, submitted: float) 
 def _remove(previous: LatestCheckpoint, request: PublishRequest) -> None:
     """A rename hides it first, so that no half of it is ever seen.
 
-    That of its folder; of its manifest alone where others put something into the folder, which stays. So does what
-    cannot be removed: the new one is safe.
+    That of its folder; of its manifest alone where others put something into the folder, which
+    stays. So does what cannot be removed: the new one is safe.
     """
     path = previous.path
     aside = path.with_name(f".{path.name}.old-{request.job_id}")
@@ -58,21 +67,26 @@ def _remove(previous: LatestCheckpoint, request: PublishRequest) -> None:
     try:
         manifest = _removable(previous, request)
         if manifest is not None:
-            os.rename(*((path / MANIFEST, hidden) if foreign_entries(path, manifest) else (path, aside)))
+            os.rename(
+                *((path / MANIFEST, hidden) if foreign_entries(path, manifest) else (path, aside))
+            )
             sync_folder(path.parent)
             _log.info("previous.removed path=%s step=%d", path, previous.step)
         _remove_files(path, hidden)
         _remove_files(aside, aside / MANIFEST)
         with contextlib.suppress(OSError):
             aside.rmdir()
-        if aside.is_dir() and not os.path.lexists(path):  # others put something into it at the very last moment
+        if aside.is_dir() and not os.path.lexists(
+            path
+        ):  # others put something into it at the very last moment
             os.rename(aside, path)
     except OSError as error:
         _log.warning("previous.kept path=%s reason=%s", path, error.strerror)
 
 
 def _remove_files(folder: Path, record: Path) -> None:
-    """Delete what ``record``, the manifest under its present name, lists; a killed removal left it to be found."""
+    """Delete what ``record``, the manifest under its present name, lists; a killed removal left it
+    to be found."""
     try:
         manifest = Manifest.model_validate_json(record.read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValidationError):
@@ -88,5 +102,8 @@ def _removable(previous: LatestCheckpoint, request: PublishRequest) -> Manifest 
         manifest = read_manifest(previous.path)
     except (OSError, ServiceError):
         return None
-    ours = manifest is not None and (manifest.identifier, manifest.job_id) == (request.identifier, previous.job_id)
+    ours = manifest is not None and (manifest.identifier, manifest.job_id) == (
+        request.identifier,
+        previous.job_id,
+    )
     return manifest if ours else None

@@ -1,8 +1,9 @@
-"""Staging folder to published checkpoint. May be killed anywhere and run again by anyone: it looks at what is there.
+"""Staging folder to published checkpoint. May be killed anywhere and run again by anyone: it looks
+at what is there.
 
-The manifest in the destination names the job, so "is it published already" is one file read. The folder travels
-staging -> hidden sibling of the destination (a copy where that is another file system) -> destination
-(swapped in one step).
+The manifest in the destination names the job, so "is it published already" is one file read. The
+folder travels staging -> hidden sibling of the destination (a copy where that is another file
+system) -> destination (swapped in one step).
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from nexrl_contract.durable import first_few, remove_folder, remove_listed, replace_folder, sync_folder, unlisted
+from nexrl_contract.durable import (
+    first_few,
+    remove_folder,
+    remove_listed,
+    replace_folder,
+    sync_folder,
+    unlisted,
+)
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.manifest import (
     MANIFEST,
@@ -43,9 +51,11 @@ class _RankIndex(BaseModel):
 
 
 def publish(request: PublishRequest, check_claim: Callable[[], None]) -> Manifest:
-    """Verify, write the manifest, publish; ``check_claim`` raises when another process took the job over.
+    """Verify, write the manifest, publish; ``check_claim`` raises when another process took the job
+    over.
 
-    Raises ``CHECKPOINT_INVALID``, ``PATH_REFUSED``, ``NO_SPACE`` or OSError; the destination is then what it was.
+    Raises ``CHECKPOINT_INVALID``, ``PATH_REFUSED``, ``NO_SPACE`` or OSError; the destination is
+    then what it was.
     """
     manifest = _of_this_job(request, request.path)
     if manifest is None:
@@ -53,7 +63,9 @@ def publish(request: PublishRequest, check_claim: Callable[[], None]) -> Manifes
         manifest = _prepare(request)
         check_claim()
         check_destination(request)  # long ago since the first time: others may have come meanwhile
-        replace_folder(_sibling(request), request.path, lambda old: _remove_replaced(old, request.path))
+        replace_folder(
+            _sibling(request), request.path, lambda old: _remove_replaced(old, request.path)
+        )
     discard(request)
     return manifest
 
@@ -72,7 +84,8 @@ def discard(request: PublishRequest) -> None:
 
 
 def _remove_replaced(old: Path, path: Path) -> None:
-    """``old`` was at ``path`` until now. What others put into it in the very last moment goes back to its place."""
+    """``old`` was at ``path`` until now. What others put into it in the very last moment goes back
+    to its place."""
     record = _manifest(old)
     if record is None:
         old.rmdir()
@@ -85,7 +98,8 @@ def _remove_replaced(old: Path, path: Path) -> None:
 
 
 def check_destination(request: PublishRequest) -> None:
-    """Only an empty folder, or a sharded checkpoint of the same group and nothing else, is replaced.
+    """Only an empty folder, or a sharded checkpoint of the same group and nothing else, is
+    replaced.
 
     Raises ``PATH_REFUSED``.
     """
@@ -95,13 +109,21 @@ def check_destination(request: PublishRequest) -> None:
     record = None if path.is_symlink() else _manifest(path)
     if record is None:
         if path.is_symlink() or not path.is_dir() or any(path.iterdir()):
-            raise _refused(path, "holds something that is no sharded checkpoint of this service", "remove it")
+            raise _refused(
+                path, "holds something that is no sharded checkpoint of this service", "remove it"
+            )
         return
     if record.identifier != request.identifier:
-        raise _refused(path, f"holds a checkpoint of group {record.identifier!r}", "remove it if nobody needs it")
+        raise _refused(
+            path,
+            f"holds a checkpoint of group {record.identifier!r}",
+            "remove it if nobody needs it",
+        )
     if others := foreign_entries(path, record):
         raise _refused(
-            path, f"holds more than the checkpoint to be replaced ({first_few(others)})", "move that elsewhere"
+            path,
+            f"holds more than the checkpoint to be replaced ({first_few(others)})",
+            "move that elsewhere",
         )
 
 
@@ -116,11 +138,14 @@ def foreign_entries(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def _refused(path: Path, why: str, way_out: str) -> ServiceError:
-    return ServiceError("PATH_REFUSED", f"{path} {why}; choose another path, or {way_out}", key="local_path")
+    return ServiceError(
+        "PATH_REFUSED", f"{path} {why}; choose another path, or {way_out}", key="local_path"
+    )
 
 
 def _sibling(request: PublishRequest) -> Path:
-    """Each attempt has its own: one that was paused and replaced finds nothing to publish when it wakes."""
+    """Each attempt has its own: one that was paused and replaced finds nothing to publish when it
+    wakes."""
     return request.path.with_name(f".{request.path.name}.new-{request.job_id}-{request.attempt}")
 
 
@@ -177,7 +202,9 @@ def _make_parents(path: Path) -> None:
 
 def _verified(request: PublishRequest) -> Manifest:
     if not request.staging.is_dir():
-        raise ServiceError("CHECKPOINT_INVALID", f"the staging folder {request.staging} is gone; save again")
+        raise ServiceError(
+            "CHECKPOINT_INVALID", f"the staging folder {request.staging} is gone; save again"
+        )
     files: list[FileEntry] = []
     for rank in range(request.world_size):
         index = _rank_index(request, rank)
@@ -205,14 +232,17 @@ def _rank_index(request: PublishRequest, rank: int) -> _RankIndex:
         index = _RankIndex.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise ServiceError(
-            "CHECKPOINT_INVALID", f"rank {rank} of {request.world_size} saved nothing: {path} is missing"
+            "CHECKPOINT_INVALID",
+            f"rank {rank} of {request.world_size} saved nothing: {path} is missing",
         ) from None
     except ValidationError as error:
         raise ServiceError(
             "CHECKPOINT_INVALID", f"{path} is not the index of a rank: {error.errors()[0]['msg']}"
         ) from None
     if (index.rank, index.world_size) != (rank, request.world_size):
-        raise ServiceError("CHECKPOINT_INVALID", f"{path} is the index of rank {index.rank} of {index.world_size}")
+        raise ServiceError(
+            "CHECKPOINT_INVALID", f"{path} is the index of rank {index.rank} of {index.world_size}"
+        )
     return index
 
 

@@ -19,7 +19,8 @@ _log = logging.getLogger(__name__)
 
 
 class Pulse:
-    """Beats every five seconds, and renews the lease of the job in :meth:`holding` with each beat."""
+    """Beats every five seconds, and renews the lease of the job in :meth:`holding` with each
+    beat."""
 
     def __init__(self, ledger: Ledger, name: str) -> None:
         self._ledger = ledger
@@ -63,7 +64,13 @@ class Pulse:
                 return
 
     def _beat(self, job: JobRecord | None) -> None:
-        record = AgentRecord(name=self._name, host=socket.gethostname(), slots=1, free=0 if job else 1, pid=os.getpid())
+        record = AgentRecord(
+            name=self._name,
+            host=socket.gethostname(),
+            slots=1,
+            free=0 if job else 1,
+            pid=os.getpid(),
+        )
         self._ledger.beat(record, checkpointer=True)
         if job is not None:
             self.check_claim(job)

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 
 class PublishRequest(BaseModel):
-    """``staging`` and ``path`` are absolute; ``result`` is merged into what the caller of the save gets."""
+    """``staging`` and ``path`` are absolute; ``result`` is merged into what the caller of the save
+    gets."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -33,7 +34,8 @@ class PublishRequest(BaseModel):
 
     @classmethod
     def of(cls, job: JobRecord, staging_root: Path) -> Self:
-        """Raises ``INTERNAL`` for params that no rank of ours wrote: the staging folder is deleted in the end."""
+        """Raises ``INTERNAL`` for params that no rank of ours wrote: the staging folder is deleted
+        in the end."""
         try:
             request = cls.model_validate(
                 {
@@ -45,7 +47,14 @@ class PublishRequest(BaseModel):
                 }
             )
         except ValidationError as error:
-            raise ServiceError("INTERNAL", f"the publish request is malformed: {error.errors()[0]['msg']}") from None
-        if request.staging.resolve() != (staging_root / job.id).resolve() or not request.path.is_absolute():
-            raise ServiceError("INTERNAL", f"{request.staging} is not the staging folder of job {job.id}")
+            raise ServiceError(
+                "INTERNAL", f"the publish request is malformed: {error.errors()[0]['msg']}"
+            ) from None
+        if (
+            request.staging.resolve() != (staging_root / job.id).resolve()
+            or not request.path.is_absolute()
+        ):
+            raise ServiceError(
+                "INTERNAL", f"{request.staging} is not the staging folder of job {job.id}"
+            )
         return request

@@ -39,7 +39,9 @@ class Checkpointer:
 
     def run(self) -> None:
         """Consume until stopped; waits wherever Redis is away."""
-        _log.info("checkpointer.started name=%s staging=%s", self._settings.name, self._settings.staging)
+        _log.info(
+            "checkpointer.started name=%s staging=%s", self._settings.name, self._settings.staging
+        )
         self._pulse.start()
         try:
             self._worker = self._until_redis(self._make_worker)
@@ -60,7 +62,8 @@ class Checkpointer:
         return until_redis(act, while_waiting=self._leave_if_stopping)
 
     def _leave_if_stopping(self) -> None:
-        """Redis is away and the operator wants us gone: another attempt finds the job as it is now."""
+        """Redis is away and the operator wants us gone: another attempt finds the job as it is
+        now."""
         if self._stopping:
             raise SystemExit(0)
 
@@ -74,7 +77,8 @@ class Checkpointer:
         )
 
     def _drain(self) -> None:
-        """Groups side by side, the saves of one group in their order: "previous" means the one before."""
+        """Groups side by side, the saves of one group in their order: "previous" means the one
+        before."""
         taken: set[str] = set()
         self._ledger.forget_destroyed_checkpoints()
         for waiting in self._ledger.waiting(CHECKPOINT_QUEUE):
@@ -139,9 +143,17 @@ def _as_service_error(error: Exception, job: JobRecord) -> ServiceError:
         return ServiceError(error.code, error.message, **{**error.details, **about})
     _log.exception("publish.failed job_id=%s", job.id)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ServiceError("NO_SPACE", "no space is left to publish the checkpoint; free some and save again", **about)
+        return ServiceError(
+            "NO_SPACE",
+            "no space is left to publish the checkpoint; free some and save again",
+            **about,
+        )
     if isinstance(error, OSError) and error.errno in _NO_SUCH_PLACE:
-        message = f"the checkpoint cannot be published at {job.params.get('path')}: {error.strerror}"
+        message = (
+            f"the checkpoint cannot be published at {job.params.get('path')}: {error.strerror}"
+        )
         return ServiceError("PATH_REFUSED", message, key="local_path", **about)
     reason = error.strerror if isinstance(error, OSError) else type(error).__name__
-    return ServiceError("OPERATION_FAILED", f"the checkpoint could not be published: {reason}", **about)
+    return ServiceError(
+        "OPERATION_FAILED", f"the checkpoint could not be published: {reason}", **about
+    )

@@ -11,7 +11,8 @@ from typing import Self
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """``data`` is the absolute data folder; staging lies below it. ``name`` is unique among living checkpointers."""
+    """``data`` is the absolute data folder; staging lies below it. ``name`` is unique among living
+    checkpointers."""
 
     redis_url: str
     data: Path
@@ -23,7 +24,8 @@ class Settings:
         return cls(
             redis_url=os.environ.get("NEXRL_REDIS_URL", "redis://127.0.0.1:6379/0"),
             data=Path(os.environ.get("NEXRL_DATA", "data")).absolute(),
-            name=os.environ.get("NEXRL_CHECKPOINTER_NAME") or f"{socket.gethostname()}-{os.getpid()}",
+            name=os.environ.get("NEXRL_CHECKPOINTER_NAME")
+            or f"{socket.gethostname()}-{os.getpid()}",
         )
 
     @property

@@ -25,11 +25,13 @@ _FILES_PER_CONNECTION = 4
 _M_MMAP_THRESHOLD = -3
 _MAPPED_BYTES = 4 * 1024**2
 _SWITCH_S = 0.0005
-"""How long a thread keeps the interpreter while another waits for it, as /health has to a dozen times."""
+"""How long a thread keeps the interpreter while another waits for it, as /health has to a dozen
+times."""
 
 
 class _Server(uvicorn.Server):
-    """Answers those who wait for a job before it goes, and then ends with 0 instead of by the signal itself."""
+    """Answers those who wait for a job before it goes, and then ends with 0 instead of by the
+    signal itself."""
 
     def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
         super().__init__(config)
@@ -54,7 +56,8 @@ def main() -> int:
     sys.setswitchinterval(_SWITCH_S)
     _return_memory()
     gc.collect()
-    gc.freeze()  # what lives as long as the process; with it each large JSON body would cost five times as much
+    # what lives as long as the process; with it each large JSON body would cost five times as much
+    gc.freeze()
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -69,20 +72,24 @@ def main() -> int:
         log_config=None,
         server_header=False,
     )
-    logging.getLogger("nexrl_gateway").info("gateway.starting host=%s port=%d", settings.host, settings.port)
+    logging.getLogger("nexrl_gateway").info(
+        "gateway.starting host=%s port=%d", settings.host, settings.port
+    )
     server = _Server(config, app)
     server.run()
     return 0 if server.started else 1
 
 
 def _return_memory() -> None:
-    """What glibc may keep of freed memory are small pieces; by itself it soon keeps whole bodies of 32 MiB."""
+    """What glibc may keep of freed memory are small pieces; by itself it soon keeps whole bodies of
+    32 MiB."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
 
 
 def _connections(wanted: int) -> int:
-    """As many of the ``wanted`` connections as this process may have descriptors for, after asking for more."""
+    """As many of the ``wanted`` connections as this process may have descriptors for, after asking
+    for more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return wanted

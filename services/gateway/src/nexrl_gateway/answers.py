@@ -28,11 +28,16 @@ from nexrl_gateway.services import Services
 
 
 async def answer(
-    services: Services, job: JobRecord, preferences: Preferences, extra: dict[str, Any] | None = None
+    services: Services,
+    job: JobRecord,
+    preferences: Preferences,
+    extra: dict[str, Any] | None = None,
 ) -> Response:
-    """Wait for the job as long as ``preferences`` and the gateway's limit allow, and say what has become of it.
+    """Wait for the job as long as ``preferences`` and the gateway's limit allow, and say what has
+    become of it.
 
-    ``extra`` is added to the JSON of operations without a batch. Raises the job's own error, or WAIT_LIMIT with its id.
+    ``extra`` is added to the JSON of operations without a batch. Raises the job's own error, or
+    WAIT_LIMIT with its id.
     """
     limit = services.settings.wait_limit_s
     wait_s = min(preferences.wait_s, limit) if preferences.respond_async else limit
@@ -42,19 +47,28 @@ async def answer(
         return await result_response(services, job, preferences, extra)
     if preferences.respond_async:
         view = await run_sync(job_view, services.ledger, job)
-        return json_response(view, 202, {"Location": f"/jobs/{job.id}", "Preference-Applied": "respond-async"})
+        return json_response(
+            view, 202, {"Location": f"/jobs/{job.id}", "Preference-Applied": "respond-async"}
+        )
     raise ServiceError(
         "WAIT_LIMIT",
-        f"job {job.id} is {job.state}; the gateway waits no longer, the job goes on: GET /jobs/{job.id}/result",
+        (
+            f"job {job.id} is {job.state}; the gateway waits no longer, the job goes on: GET "
+            f"/jobs/{job.id}/result"
+        ),
         job_id=job.id,
         identifier=job.identifier,
     )
 
 
 async def result_response(
-    services: Services, job: JobRecord, preferences: Preferences, extra: dict[str, Any] | None = None
+    services: Services,
+    job: JobRecord,
+    preferences: Preferences,
+    extra: dict[str, Any] | None = None,
 ) -> Response:
-    """The answer of an ended job; raises its error, or what :func:`_unfinished` says of one that has not ended."""
+    """The answer of an ended job; raises its error, or what :func:`_unfinished` says of one that
+    has not ended."""
     if not job.final:
         raise await run_sync(_unfinished, services, job)
     _raise_unless_finished(job)
@@ -65,14 +79,16 @@ async def result_response(
 
 
 def _after_delivery(ledger: Ledger, job_id: str, response: Response) -> None:
-    """Note that the whole result has gone out; a connection that broke before leaves it as it was."""
+    """Note that the whole result has gone out; a connection that broke before leaves it as it
+    was."""
     if not isinstance(response, FrameResponse) or response.complete:
         with contextlib.suppress(redis.exceptions.RedisError):  # it is kept for longer then
             ledger.delivered(job_id)
 
 
 def initialized(group: GroupRecord, ignored: list[str], said: dict[str, Any]) -> Response:
-    """The answer of ``initialize`` for a group that is there already, with what else is ``said`` of the request."""
+    """The answer of ``initialize`` for a group that is there already, with what else is ``said`` of
+    the request."""
     return json_response(
         {
             "status": "success",
@@ -106,7 +122,8 @@ def job_view(ledger: Ledger, job: JobRecord) -> dict[str, Any]:
 
 
 def _unfinished(services: Services, job: JobRecord) -> ServiceError:
-    """JOB_RUNNING with what the job waits for, or GROUP_DOWN where that does not come by itself; the job stays."""
+    """JOB_RUNNING with what the job waits for, or GROUP_DOWN where that does not come by itself;
+    the job stays."""
     about = {"job_id": job.id, "identifier": job.identifier}
     if _lacks_agent(services.ledger, job):
         error = without_agent(services, **about)
@@ -126,7 +143,11 @@ def _waits_for(ledger: Ledger, job: JobRecord) -> str | None:
     if job.state != "queued" or job.waits_for:
         return job.waits_for
     group = ledger.group(job.identifier)
-    if group is not None and group.agent and group.agent not in {agent.name for agent in ledger.agents()}:
+    if (
+        group is not None
+        and group.agent
+        and group.agent not in {agent.name for agent in ledger.agents()}
+    ):
         return f"agent {group.agent}, which is not heard; the group goes down where it stays away"
     ahead = ledger.ahead_of(job)
     if not ahead:
@@ -138,7 +159,9 @@ def _raise_unless_finished(job: JobRecord) -> None:
     about = {"job_id": job.id, "identifier": job.identifier}
     if job.state == "rolled_back":
         raise ServiceError(
-            "JOB_ROLLED_BACK", f"job {job.id} was rolled back by a restart: its effect is not in the weights", **about
+            "JOB_ROLLED_BACK",
+            f"job {job.id} was rolled back by a restart: its effect is not in the weights",
+            **about,
         )
     if job.state != "finished":
         error = ServiceError.from_body(job.error or {"message": f"job {job.id} is {job.state}"})
@@ -155,7 +178,9 @@ class FrameResponse(StreamingResponse):
 
     def __init__(self, pieces: Iterable[bytes], nbytes: int) -> None:
         self.complete = False
-        super().__init__(self._watched(pieces), media_type=FRAME_TYPE, headers={"Content-Length": str(nbytes)})
+        super().__init__(
+            self._watched(pieces), media_type=FRAME_TYPE, headers={"Content-Length": str(nbytes)}
+        )
 
     def _watched(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
         yield from pieces
@@ -182,7 +207,9 @@ def _response(services: Services, job: JobRecord, frame: bool, extra: dict[str, 
     if frame and stored is not None and stored.header.tensors:
         return _frame_response(stored, {"metrics": metrics, "meta_info": meta_info})
     batch = _json_tensors(stored) if stored else {}
-    return json_response({"batch": batch, "metrics": metrics, "meta_info": {"metrics": metrics, **meta_info}})
+    return json_response(
+        {"batch": batch, "metrics": metrics, "meta_info": {"metrics": metrics, **meta_info}}
+    )
 
 
 def _placed(job: JobRecord) -> dict[str, Any]:
@@ -195,8 +222,17 @@ def _meta_info(job: JobRecord, result: dict[str, Any]) -> dict[str, Any]:
     """What the ranks said besides metrics, and what the ledger knows of the job."""
     said: dict[str, Any] = result.pop("meta_info", {}) or {}
     started, ended = job.started_at or job.created_at, job.finished_at or 0.0
-    timing = {"queued_s": started - job.created_at, "run_s": ended - started, **said.get("timing", {})}
-    known = {"job_id": job.id, "identifier": job.identifier, "operation": job.operation, "ignored": job.ignored}
+    timing = {
+        "queued_s": started - job.created_at,
+        "run_s": ended - started,
+        **said.get("timing", {}),
+    }
+    known = {
+        "job_id": job.id,
+        "identifier": job.identifier,
+        "operation": job.operation,
+        "ignored": job.ignored,
+    }
     return {**said, **result, **known, "timing": timing}
 
 
@@ -220,14 +256,22 @@ def _stored(services: Services, job: JobRecord) -> StoredFrame | None:
 
 def _expired(services: Services, job: JobRecord) -> ServiceError:
     kept = services.settings.result_kept_s
-    message = f"the result of job {job.id} is gone: it is kept for a day, or for {kept:g} s after it was fetched"
+    message = (
+        f"the result of job {job.id} is gone: it is kept for a day, or for {kept:g} s after it "
+        "was fetched"
+    )
     return ServiceError("EXPIRED", message, job_id=job.id, identifier=job.identifier)
 
 
 def _damaged(job: JobRecord) -> ServiceError:
     effect = "call it again" if job.seq is None else "the operation was applied, do not repeat it"
-    message = f"the result of job {job.id} changed while it was stored, on disk, in memory or in Redis: {effect}"
-    return ServiceError("PAYLOAD_DAMAGED", message, retryable=False, job_id=job.id, identifier=job.identifier)
+    message = (
+        f"the result of job {job.id} changed while it was stored, on disk, in memory or in Redis: "
+        f"{effect}"
+    )
+    return ServiceError(
+        "PAYLOAD_DAMAGED", message, retryable=False, job_id=job.id, identifier=job.identifier
+    )
 
 
 def _document(stored: StoredFrame | None) -> dict[str, Any]:

@@ -19,18 +19,23 @@ from nexrl_gateway.routes import groups, health, jobs, operations, payloads
 from nexrl_gateway.services import Services
 from nexrl_gateway.settings import Settings
 
-_DESCRIPTION = """Training of language models on worker groups: make a group, load a model, send batches.
+_DESCRIPTION = """\
+Training of language models on worker groups: make a group, load a model, send batches.
 
-Every operation answers when it is done; `Prefer: respond-async` answers 202 with a job to ask for. An `Idempotency-Key`
-makes a repeated request the same job. Errors have one shape: `{"error": {"code", "message", ...}}`. Whatever is asked,
-pages of another origin get 403, another `Host` 421, and a request whose bytes stop coming 408."""
+Every operation answers when it is done; `Prefer: respond-async` answers 202 with a job to ask for.
+An `Idempotency-Key` makes a repeated request the same job. Errors have one shape: `{"error":
+{"code", "message", ...}}`. Whatever is asked, pages of another origin get 403, another `Host` 421,
+and a request whose bytes stop coming 408."""
 
 
 class _Application(FastAPI):
-    """FastAPI, whose answers say which request they are of, and whose page keeps what is null in an example."""
+    """FastAPI, whose answers say which request they are of, and whose page keeps what is null in an
+    example."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await super().__call__(scope, receive, marked(scope, send) if scope["type"] == "http" else send)
+        await super().__call__(
+            scope, receive, marked(scope, send) if scope["type"] == "http" else send
+        )
 
     def openapi(self) -> dict[str, Any]:
         if not self.openapi_schema:

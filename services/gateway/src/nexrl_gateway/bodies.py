@@ -1,4 +1,5 @@
-"""Request bodies: which form one has, its pieces, JSON within bounds, and the forms of a batch in it."""
+"""Request bodies: which form one has, its pieces, JSON within bounds, and the forms of a batch in
+it."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ _AS_FRAME = f"send tensors as the binary frame ({FRAME_TYPE}) instead, as nexrl_
 
 
 def content_kind(request: Request, *, frames: bool) -> str:
-    """JSON_TYPE or FRAME_TYPE (where ``frames``); raises UNSUPPORTED_TYPE. A request without a body counts as JSON."""
+    """JSON_TYPE or FRAME_TYPE (where ``frames``); raises UNSUPPORTED_TYPE. A request without a body
+    counts as JSON."""
     refuse_encoding(request)
     given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if given == JSON_TYPE or (frames and given == FRAME_TYPE):
@@ -36,7 +38,9 @@ def content_kind(request: Request, *, frames: bool) -> str:
     if not given and not _has_body(request):
         return JSON_TYPE
     known = f"{JSON_TYPE} or {FRAME_TYPE}" if frames else JSON_TYPE
-    raise ServiceError("UNSUPPORTED_TYPE", f"Content-Type {given[:100]!a} is not known here; send {known}")
+    raise ServiceError(
+        "UNSUPPORTED_TYPE", f"Content-Type {given[:100]!a} is not known here; send {known}"
+    )
 
 
 def refuse_encoding(request: Request) -> None:
@@ -44,7 +48,8 @@ def refuse_encoding(request: Request) -> None:
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding != "identity":
         raise ServiceError(
-            "UNSUPPORTED_TYPE", f"Content-Encoding {encoding[:100]!a} is not known here; send the body as it is"
+            "UNSUPPORTED_TYPE",
+            f"Content-Encoding {encoding[:100]!a} is not known here; send the body as it is",
         )
 
 
@@ -59,9 +64,11 @@ def declared_length(request: Request) -> int | None:
 
 
 def pieces(request: Request, limit: int, advice: str) -> AsyncGenerator[bytes]:
-    """The body as it arrives; raises TOO_LARGE with ``advice`` above ``limit`` bytes, SLOW_REQUEST where it stops coming.
+    """The body as it arrives; raises TOO_LARGE with ``advice`` above ``limit`` bytes, SLOW_REQUEST
+    where it stops coming.
 
-    A declared length is judged by this call, not by the first piece: a body that is taken directly has none.
+    A declared length is judged by this call, not by the first piece: a body that is taken directly
+    has none.
     """
     declared = declared_length(request)
     if declared is not None and declared > limit:
@@ -89,14 +96,21 @@ async def _limited(request: Request, limit: int, advice: str) -> AsyncGenerator[
 
 @contextlib.asynccontextmanager
 async def json_body(request: Request, *, tensors: bool) -> AsyncIterator[dict[str, Any]]:
-    """The body's JSON object, {} for an empty body, while there is room for it in memory: so use it within the block.
+    """The body's JSON object, {} for an empty body, while there is room for it in memory: so use it
+    within the block.
 
     Raises TOO_LARGE, MALFORMED, SLOW_REQUEST or GATEWAY_BUSY.
     """
-    limit, advice = (TENSORS_LIMIT_BYTES, _AS_FRAME) if tensors else (CONTROL_LIMIT_BYTES, "no argument takes so much")
+    limit, advice = (
+        (TENSORS_LIMIT_BYTES, _AS_FRAME)
+        if tensors
+        else (CONTROL_LIMIT_BYTES, "no argument takes so much")
+    )
     arriving, room = pieces(request, limit, advice), services_of(request).room
     nbytes = limit if (declared := declared_length(request)) is None else declared
-    async with _while_free(room.large_bodies if nbytes > CONTROL_LIMIT_BYTES else room.small_bodies):
+    async with _while_free(
+        room.large_bodies if nbytes > CONTROL_LIMIT_BYTES else room.small_bodies
+    ):
         body = bytearray()
         try:
             async with asyncio.timeout(_WHOLE_BODY_S):
@@ -104,7 +118,9 @@ async def json_body(request: Request, *, tensors: bool) -> AsyncIterator[dict[st
                     body += piece
             document = await run_sync(parse_object, body, limiter=room.parsing) if body else {}
         except TimeoutError:
-            raise ServiceError("SLOW_REQUEST", f"the JSON body did not come within {_WHOLE_BODY_S} s") from None
+            raise ServiceError(
+                "SLOW_REQUEST", f"the JSON body did not come within {_WHOLE_BODY_S} s"
+            ) from None
         finally:
             body.clear()  # an error on its way up would keep it
         yield document
@@ -116,7 +132,9 @@ async def _while_free(places: asyncio.Semaphore) -> AsyncIterator[None]:
         async with asyncio.timeout(_PATIENCE_S):
             await places.acquire()
     except TimeoutError:
-        raise ServiceError("GATEWAY_BUSY", "too many JSON bodies are being read; try again shortly") from None
+        raise ServiceError(
+            "GATEWAY_BUSY", "too many JSON bodies are being read; try again shortly"
+        ) from None
     try:
         yield
     finally:
@@ -129,7 +147,9 @@ def _has_body(request: Request) -> bool:
 
 def _too_large(nbytes: int, limit: int, advice: str) -> ServiceError:
     return ServiceError(
-        "TOO_LARGE", f"the body has {nbytes} bytes or more and the limit is {limit}; {advice}", limit=limit
+        "TOO_LARGE",
+        f"the body has {nbytes} bytes or more and the limit is {limit}; {advice}",
+        limit=limit,
     )
 
 
@@ -140,7 +160,8 @@ BATCH_KEYS = (*TENSOR_SECTION, *VALUE_SECTION, *METADATA_SECTION, "payload", "pa
 
 @dataclass(frozen=True, slots=True)
 class BatchDocument:
-    """A batch inside the request; ``values`` names what no operation reads, ``params`` has all other keys."""
+    """A batch inside the request; ``values`` names what no operation reads, ``params`` has all
+    other keys."""
 
     tensors: dict[str, Any]
     values: list[str]
@@ -150,7 +171,8 @@ class BatchDocument:
 
 @dataclass(frozen=True, slots=True)
 class PartsDocument:
-    """A batch that was uploaded before as ``parts`` parts of ``payload``; ``metadata`` is beside what its frame has."""
+    """A batch that was uploaded before as ``parts`` parts of ``payload``; ``metadata`` is beside
+    what its frame has."""
 
     payload: str
     parts: int
@@ -173,17 +195,26 @@ def read_batch(document: dict[str, Any]) -> BatchDocument | PartsDocument:
 
 
 def _parts(
-    rest: dict[str, Any], values: list[str], metadata: dict[str, Any], tensors: dict[str, Any] | None
+    rest: dict[str, Any],
+    values: list[str],
+    metadata: dict[str, Any],
+    tensors: dict[str, Any] | None,
 ) -> PartsDocument:
     payload, parts = rest.pop("payload"), rest.pop("parts", None)
     if tensors:
         raise ServiceError(
-            "INVALID_ARGUMENT", "send the tensors or the id of an uploaded payload, not both", key="payload"
+            "INVALID_ARGUMENT",
+            "send the tensors or the id of an uploaded payload, not both",
+            key="payload",
         )
     if not isinstance(payload, str):
-        raise ServiceError("INVALID_ARGUMENT", "payload must be the id of an uploaded payload", key="payload")
+        raise ServiceError(
+            "INVALID_ARGUMENT", "payload must be the id of an uploaded payload", key="payload"
+        )
     if not isinstance(parts, int) or isinstance(parts, bool) or parts < 1:
-        raise ServiceError("INVALID_ARGUMENT", "parts must say how many parts were uploaded, from 1", key="parts")
+        raise ServiceError(
+            "INVALID_ARGUMENT", "parts must say how many parts were uploaded, from 1", key="parts"
+        )
     return PartsDocument(payload, parts, values, metadata, rest)
 
 
@@ -191,18 +222,23 @@ def _take(rest: dict[str, Any], spellings: tuple[str, str]) -> dict[str, Any] | 
     found = [name for name in spellings if name in rest]
     if len(found) == 2:
         raise ServiceError(
-            "INVALID_ARGUMENT", f"{found[0]} and {found[1]} are two names of one thing; send one", key=found[1]
+            "INVALID_ARGUMENT",
+            f"{found[0]} and {found[1]} are two names of one thing; send one",
+            key=found[1],
         )
     if not found:
         return None
     value = rest.pop(found[0])
     if value is not None and not isinstance(value, dict):
         raise ServiceError(
-            "INVALID_ARGUMENT", f"{found[0]} must be an object, not {type(value).__name__}", key=found[0]
+            "INVALID_ARGUMENT",
+            f"{found[0]} must be an object, not {type(value).__name__}",
+            key=found[0],
         )
     return value
 
 
 def _is_tensor(value: Any) -> bool:
-    """Whether somebody meant a tensor, well-formed or not: no argument is a list, or has one of these fields."""
+    """Whether somebody meant a tensor, well-formed or not: no argument is a list, or has one of
+    these fields."""
     return isinstance(value, list) or (isinstance(value, dict) and not _FIELDS.isdisjoint(value))

@@ -1,18 +1,22 @@
-"""Connections: large bodies straight from their socket, and an end to what is endless, stalled or too much.
+"""Connections: large bodies straight from their socket, and an end to what is endless, stalled or
+too much.
 
 A thread reads, checks and stores a large body through one kept buffer.
 
-uvicorn hands a body over in messages that its event loop has copied four times: two thirds of an upload's time. So
-:class:`DirectProtocol` (``http=`` of ``uvicorn.Config``) parses heads as uvicorn does, and offers the rest of a body of
-known length in ``scope["extensions"]``; who takes it gets a second descriptor of the paused connection. Another server,
-TLS or a chunked body offers nothing, and the body comes by ASGI messages.
+uvicorn hands a body over in messages that its event loop has copied four times: two thirds of an
+upload's time. So :class:`DirectProtocol` (``http=`` of ``uvicorn.Config``) parses heads as uvicorn
+does, and offers the rest of a body of known length in ``scope["extensions"]``; who takes it gets a
+second descriptor of the paused connection. Another server, TLS or a chunked body offers nothing,
+and the body comes by ASGI messages.
 
-uvicorn bounds neither a head's bytes nor the time that a head or a body takes, and above ``limit_concurrency`` it refuses
-whoever comes, while idle connections stay. So the protocol does: a head has ``HEAD_BYTES`` and ``HEAD_S``, a body its
-:class:`Pace`, and above ``limit_concurrency`` connections the idle ones go first.
+uvicorn bounds neither a head's bytes nor the time that a head or a body takes, and above
+``limit_concurrency`` it refuses whoever comes, while idle connections stay. So the protocol does: a
+head has ``HEAD_BYTES`` and ``HEAD_S``, a body its :class:`Pace`, and above ``limit_concurrency``
+connections the idle ones go first.
 
-This relies on uvicorn's ``HttpToolsProtocol`` (as of 0.54): on its callbacks, and that a connection's state is ``cycle``,
-``flow`` and ``parser``. The parser is made anew for the next request, because httptools cannot be told to skip bytes.
+This relies on uvicorn's ``HttpToolsProtocol`` (as of 0.54): on its callbacks, and that a
+connection's state is ``cycle``, ``flow`` and ``parser``. The parser is made anew for the next
+request, because httptools cannot be told to skip bytes.
 """
 
 from __future__ import annotations
@@ -32,17 +36,23 @@ from fastapi import Request
 from nexrl_contract.errors import ServiceError
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from nexrl_gateway.replies import json_bytes, json_response
 
 HEAD_BYTES = 64 * 1024
 """Of a request before its body, or of a chunked body between its pieces."""
 HEAD_S = 30.0
-"""From a connection's start, or a request's first byte, to the end of its head; and for the rest of a refused body."""
+"""From a connection's start, or a request's first byte, to the end of its head; and for the rest of
+a refused body."""
 STALL_S = 60.0
 STALL_BYTES = 64 * 1024
-"""A body that brings fewer bytes in ``STALL_S`` is given up, and so is a client that takes none of its answer."""
+"""A body that brings fewer bytes in ``STALL_S`` is given up, and so is a client that takes none of
+its answer."""
 ALWAYS_ANSWERED = ("/health", "/ready", "/metrics")
 _EXTENSION = "nexrl.body"
 _BUFFER_BYTES = 1024 * 1024
@@ -53,7 +63,8 @@ _PATIENCE_S = 0.002  # going to sleep on the event loop and back costs about as 
 
 
 class Pace:
-    """How long a body's next bytes may take: any ``STALL_S`` must bring ``STALL_BYTES``, or its end."""
+    """How long a body's next bytes may take: any ``STALL_S`` must bring ``STALL_BYTES``, or its
+    end."""
 
     def __init__(self) -> None:
         self._saw = 0
@@ -71,11 +82,14 @@ class Pace:
 
     def too_slow(self) -> ServiceError:
         """What to answer then."""
-        return ServiceError("SLOW_REQUEST", f"the body brought {self._saw} bytes in {STALL_S:g} s; send it again")
+        return ServiceError(
+            "SLOW_REQUEST", f"the body brought {self._saw} bytes in {STALL_S:g} s; send it again"
+        )
 
 
 class DirectBody:
-    """The rest of one request's body; ``remaining`` bytes of it have not been handed to the application."""
+    """The rest of one request's body; ``remaining`` bytes of it have not been handed to the
+    application."""
 
     def __init__(self, protocol: DirectProtocol, cycle: RequestResponseCycle, nbytes: int) -> None:
         self._protocol = protocol
@@ -89,15 +103,23 @@ class DirectBody:
     @property
     def offered(self) -> bool:
         """Whether some of the body is still to come, so that taking it is worth while."""
-        return self._unparsed > 0 and not self._cycle.disconnected and not self._protocol.transport.is_closing()
+        return (
+            self._unparsed > 0
+            and not self._cycle.disconnected
+            and not self._protocol.transport.is_closing()
+        )
 
     async def copy(self, head: bytes | bytearray, write: Callable[[memoryview], None]) -> None:
-        """Give ``head`` and then all that follows to ``write``, in a thread, in views that are valid for the call.
+        """Give ``head`` and then all that follows to ``write``, in a thread, in views that are
+        valid for the call.
 
-        Raises ClientDisconnect, and what ``write`` raises; the connection stays usable after the latter.
+        Raises ClientDisconnect, and what ``write`` raises; the connection stays usable after the
+        latter.
         """
         transport = self._protocol.transport
-        descriptor = os.dup(transport.get_extra_info("socket").fileno())  # may fail, so before anything is changed
+        descriptor = os.dup(
+            transport.get_extra_info("socket").fileno()
+        )  # may fail, so before anything is changed
         with socket.socket(fileno=descriptor) as connection:
             self._protocol.flow.pause_reading()
             if self._cycle.waiting_for_100_continue:
@@ -136,13 +158,17 @@ class _Flow:
     _large = threading.Semaphore(_LARGE_BUFFERS)
     """What a process holds for uploads is bounded, however many stall with theirs half full."""
 
-    def __init__(self, connection: socket.socket, remaining: int, write: Callable[[memoryview], None]) -> None:
+    def __init__(
+        self, connection: socket.socket, remaining: int, write: Callable[[memoryview], None]
+    ) -> None:
         connection.settimeout(_PATIENCE_S)
         self.remaining = remaining
         self._connection = connection
         self._write = write
         self._is_large = self._large.acquire(blocking=False)
-        self._buffer = memoryview(bytearray(_BUFFER_BYTES if self._is_large else _SMALL_BUFFER_BYTES))
+        self._buffer = memoryview(
+            bytearray(_BUFFER_BYTES if self._is_large else _SMALL_BUFFER_BYTES)
+        )
         self._filled = 0
 
     def close(self) -> None:
@@ -168,7 +194,9 @@ class _Flow:
         end = time.monotonic() + _SLICE_S
         while self.remaining and time.monotonic() < end:
             try:
-                count = self._connection.recv_into(self._buffer[self._filled : self._filled + self.remaining])
+                count = self._connection.recv_into(
+                    self._buffer[self._filled : self._filled + self.remaining]
+                )
             except TimeoutError:
                 break
             except OSError as error:
@@ -197,7 +225,8 @@ class _Flow:
 
 
 class DirectProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, whose bodies of known length may be taken off the connection; see the module."""
+    """uvicorn's protocol, whose bodies of known length may be taken off the connection; see the
+    module."""
 
     _body: DirectBody | None = None
     _unwanted = 0
@@ -214,7 +243,8 @@ class DirectProtocol(HttpToolsProtocol):
         super().__init__(*args, **options)
         self._most, self.limit_concurrency = self.limit_concurrency, None
 
-    # -- connections ------------------------------------------------------------------------------------------------
+    # -- connections
+    # ----------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -233,8 +263,13 @@ class DirectProtocol(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _make_room(self) -> None:
-        """Close the connection that has been idle longest, one without any request first; where all work, refuse ours."""
-        others = [each for each in self.connections if isinstance(each, DirectProtocol) and each is not self]
+        """Close the connection that has been idle longest, one without any request first; where all
+        work, refuse ours."""
+        others = [
+            each
+            for each in self.connections
+            if isinstance(each, DirectProtocol) and each is not self
+        ]
         idle = [each for each in others if not (each._busy or each.transport.is_closing())]
         if idle:
             min(idle, key=lambda each: (each.cycle is not None, each._idle_since)).transport.close()
@@ -252,7 +287,11 @@ class DirectProtocol(HttpToolsProtocol):
         if self._busy:  # half a head waits behind a request that has not been answered
             self._give(HEAD_S)
         elif self._unseen and not self._in_message:
-            self._refuse(ServiceError("SLOW_REQUEST", f"the request's headers did not come within {HEAD_S:g} s"))
+            self._refuse(
+                ServiceError(
+                    "SLOW_REQUEST", f"the request's headers did not come within {HEAD_S:g} s"
+                )
+            )
         else:
             self.transport.close()
 
@@ -260,7 +299,10 @@ class DirectProtocol(HttpToolsProtocol):
         """Answer outside of any request, and close."""
         if not (self._busy or self.transport.is_closing()):
             body = json_bytes({"error": error.body()})
-            head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            head = (
+                f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: "
+                "close\r\n\r\n"
+            )
             self.transport.write(STATUS_LINE[error.kind.status] + head.encode() + body)
         self.transport.close()
 
@@ -288,7 +330,8 @@ class DirectProtocol(HttpToolsProtocol):
         else:
             self._watch_answer(left)
 
-    # -- messages ---------------------------------------------------------------------------------------------------
+    # -- messages
+    # ----------------------------------------------------------------------------------------------
 
     def make_parser(self) -> httptools.HttpRequestParser:
         """A parser at the start of a request, as uvicorn makes it."""
@@ -343,12 +386,14 @@ class DirectProtocol(HttpToolsProtocol):
             self._give(HEAD_S)
 
     def _ended(self) -> None:
-        """All of a request has come. uvicorn has no limit for a connection whose answer went before."""
+        """All of a request has come. uvicorn has no limit for a connection whose answer went
+        before."""
         self._unseen, self._in_message = 0, False
         self._give(None if self._busy else float(self.timeout_keep_alive))
 
     def go_on_after(self, unwanted: int) -> None:
-        """A taken body has ended, ``unwanted`` bytes of it unread: those are dropped, and then comes the next request."""
+        """A taken body has ended, ``unwanted`` bytes of it unread: those are dropped, and then
+        comes the next request."""
         self._unwanted = unwanted
         if self.parser is None or self.transport.is_closing():
             return
@@ -374,7 +419,8 @@ class DirectProtocol(HttpToolsProtocol):
 
 
 class _Crowded:
-    """Answers on a connection too many: how the service is, and to everything else that it must come again."""
+    """Answers on a connection too many: how the service is, and to everything else that it must
+    come again."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
@@ -389,10 +435,13 @@ class _Crowded:
 
 
 def _head_too_large() -> ServiceError:
-    return ServiceError("HEADERS_TOO_LARGE", f"the request's headers have more than {HEAD_BYTES} bytes")
+    return ServiceError(
+        "HEADERS_TOO_LARGE", f"the request's headers have more than {HEAD_BYTES} bytes"
+    )
 
 
 def direct_body(request: Request) -> DirectBody | None:
-    """What of the body may be taken straight from the connection, None where all of it has come or must come by ASGI."""
+    """What of the body may be taken straight from the connection, None where all of it has come or
+    must come by ASGI."""
     body: DirectBody | None = request.scope.get("extensions", {}).get(_EXTENSION)
     return body if body is not None and body.offered else None

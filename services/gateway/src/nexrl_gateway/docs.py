@@ -24,7 +24,9 @@ FRAME: dict[str, Any] = {
         "schema": {
             "type": "string",
             "format": "binary",
-            "description": f"With `Accept: {FRAME_TYPE}`, where the result has tensors: a safetensors file of `batch`, "
+            "description": f"With `Accept: {FRAME_TYPE}`, where the result has tensors: a "
+            "safetensors file "
+            "of `batch`, "
             "with `metrics` and `meta_info` as JSON under `nexrl` in its metadata.",
         }
     }
@@ -74,13 +76,18 @@ def unavailable(example: Any) -> Responses:
 
 def operation_answers(operation: Operation) -> Responses:
     """What an operation answers when it is done, and when it is a job that goes on."""
-    content = json_content(OPERATION_ANSWERS[operation.name]) | (FRAME if operation.takes_batch else {})
+    content = json_content(OPERATION_ANSWERS[operation.name]) | (
+        FRAME if operation.takes_batch else {}
+    )
     return {200: {"description": "Done", "content": content}, **accepted(operation.name)}
 
 
 def operation_results() -> Responses:
     """What any operation has answered: the same as from the operation itself."""
-    examples = {name: {"value": _replaced(example, None, _NULL)} for name, example in OPERATION_ANSWERS.items()}
+    examples = {
+        name: {"value": _replaced(example, None, _NULL)}
+        for name, example in OPERATION_ANSWERS.items()
+    }
     content = {JSON_TYPE: {"schema": {"type": "object"}, "examples": examples}, **FRAME}
     return {200: {"description": "Done", "content": content}}
 
@@ -122,7 +129,13 @@ def _replaced(value: Any, old: Any, new: Any) -> Any:
 def _refusal(status: int) -> dict[str, Any]:
     codes = _CODES[status]
     examples = {
-        code: {"value": _replaced(ERROR_EXAMPLES[code], None, _NULL)} for code in codes if code in ERROR_EXAMPLES
+        code: {"value": _replaced(ERROR_EXAMPLES[code], None, _NULL)}
+        for code in codes
+        if code in ERROR_EXAMPLES
     }
-    response = {"model": ErrorBody, "description": ", ".join(codes), "content": {JSON_TYPE: {"examples": examples}}}
+    response = {
+        "model": ErrorBody,
+        "description": ", ".join(codes),
+        "content": {JSON_TYPE: {"examples": examples}},
+    }
     return response | ({"headers": RETRY_AFTER} if status in (429, 503) else {})

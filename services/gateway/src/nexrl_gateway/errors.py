@@ -19,7 +19,8 @@ _BY_STATUS = {404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Every error leaves ``app`` as ``{"error": {...}}``; what nobody expected the server logs with its traceback."""
+    """Every error leaves ``app`` as ``{"error": {...}}``; what nobody expected the server logs with
+    its traceback."""
     app.add_exception_handler(ServiceError, _answer)
     app.add_exception_handler(CodecError, _answer)
     app.add_exception_handler(RequestValidationError, _answer)
@@ -61,7 +62,11 @@ def as_service_error(error: Exception, request: Request) -> ServiceError:
         case ClientDisconnect():
             return ServiceError("MALFORMED", "the connection ended before the body did")
     if isinstance(error, redis.exceptions.AuthenticationError):
-        return ServiceError("REDIS_UNAVAILABLE", "Redis does not take the gateway's password", retryable=False)
+        return ServiceError(
+            "REDIS_UNAVAILABLE", "Redis does not take the gateway's password", retryable=False
+        )
     if is_away(error):
         return ServiceError("REDIS_UNAVAILABLE", "Redis does not answer; try again shortly")
-    return ServiceError("INTERNAL", "something unexpected went wrong in the gateway; its log has the details")
+    return ServiceError(
+        "INTERNAL", "something unexpected went wrong in the gateway; its log has the details"
+    )

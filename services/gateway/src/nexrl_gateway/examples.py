@@ -1,4 +1,5 @@
-"""What the OpenAPI page shows: requests, answers, errors. Tests send the requests to a real gateway and compare the answers' keys."""
+"""What the OpenAPI page shows: requests, answers, errors. Tests send the requests to a real gateway
+and compare the answers' keys."""
 
 from __future__ import annotations
 
@@ -24,11 +25,14 @@ PARTS: dict[str, Any] = {"payload": "0123456789abcdef0123456789abcdef", "parts":
 
 
 def _integers(*values: int, width: int) -> Any:
-    return to_json(RawTensor("I64", (len(values) // width, width), struct.pack(f"<{len(values)}q", *values)))
+    return to_json(
+        RawTensor("I64", (len(values) // width, width), struct.pack(f"<{len(values)}q", *values))
+    )
 
 
 def floats(*values: float, width: int | None = None) -> Any:
-    """A JSON tensor of float32 numbers, ``[len(values)]`` or, with a width, ``[len(values) // width, width]``."""
+    """A JSON tensor of float32 numbers, ``[len(values)]`` or, with a width, ``[len(values) //
+    width, width]``."""
     shape = (len(values),) if width is None else (len(values) // width, width)
     return to_json(RawTensor("F32", shape, struct.pack(f"<{len(values)}f", *values)))
 
@@ -61,8 +65,14 @@ def request_body(operation: Operation) -> dict[str, Any]:
     """OpenAPI's description of what the operation takes."""
     schema = operation.params.model_json_schema()
     if not operation.takes_batch:
-        example = {name: info.examples[0] for name, info in operation.params.model_fields.items() if info.examples}
-        return {"content": {JSON_TYPE: {"schema": schema, "examples": {"typical": {"value": example}}}}}
+        example = {
+            name: info.examples[0]
+            for name, info in operation.params.model_fields.items()
+            if info.examples
+        }
+        return {
+            "content": {JSON_TYPE: {"schema": schema, "examples": {"typical": {"value": example}}}}
+        }
     schema = {**schema, "additionalProperties": True}
     examples = {
         "tensors": {"summary": "Tensors as base64", "value": batch_example(operation)},
@@ -75,7 +85,10 @@ def request_body(operation: Operation) -> dict[str, Any]:
             "description": "A safetensors file; see libs/tensor_codec/SPEC.md",
         }
     }
-    return {"required": True, "content": {JSON_TYPE: {"schema": schema, "examples": examples}, FRAME_TYPE: frame}}
+    return {
+        "required": True,
+        "content": {JSON_TYPE: {"schema": schema, "examples": examples}, FRAME_TYPE: frame},
+    }
 
 
 JOB_ID = "019a0c3f5d207c1f8e2a4b6d8f0a1c3e"
@@ -96,7 +109,12 @@ _LEARNED: dict[str, Any] = {
     "time/backward_s": 0.04,
     "memory/peak_mib": 379.1,
 }
-_STEPPED: dict[str, Any] = {"actor/grad_norm": 1.7, "actor/lr": 0.001, "step_applied": True, "time/step_s": 0.004}
+_STEPPED: dict[str, Any] = {
+    "actor/grad_norm": 1.7,
+    "actor/lr": 0.001,
+    "step_applied": True,
+    "time/step_s": 0.004,
+}
 _CRITICISED: dict[str, Any] = {
     "critic/loss": 0.2,
     "critic/vf_loss": 0.2,
@@ -168,8 +186,16 @@ _JOB: dict[str, Any] = {
     "error": None,
     "result_url": f"/jobs/{JOB_ID}/result",
 }
-_NOT_STARTED = {"attempt": 0, "epoch": None, "started_at": None, "finished_at": None, "result_url": None}
-QUEUED: dict[str, Any] = _JOB | _NOT_STARTED | {"state": "queued", "waits_for": f"the consumer of train:{_GROUP}"}
+_NOT_STARTED = {
+    "attempt": 0,
+    "epoch": None,
+    "started_at": None,
+    "finished_at": None,
+    "result_url": None,
+}
+QUEUED: dict[str, Any] = (
+    _JOB | _NOT_STARTED | {"state": "queued", "waits_for": f"the consumer of train:{_GROUP}"}
+)
 CANCELLED: dict[str, Any] = {
     **QUEUED,
     "state": "cancelled",
@@ -190,7 +216,9 @@ OPERATION_ANSWERS: dict[str, dict[str, Any]] = {
     "init_model": {**_DONE, "already": False, **_MODEL},
     "update_actor": _result("update_actor", _LEARNED | _STEPPED, **_VERSION),
     "update_actor_with_distillation": _result(
-        "update_actor_with_distillation", {**_LEARNED, "actor/teacher_kl": 0.3, **_STEPPED}, **_VERSION
+        "update_actor_with_distillation",
+        {**_LEARNED, "actor/teacher_kl": 0.3, **_STEPPED},
+        **_VERSION,
     ),
     "forward_backward": _result("forward_backward", _LEARNED),
     "optim_step": {
@@ -220,7 +248,11 @@ OPERATION_ANSWERS: dict[str, dict[str, Any]] = {
         "optimizer": "restored",
         "rng": "restored",
     },
-    "convert_checkpoint_to_huggingface": {**_DONE, "path": "/data/ckpt/step_1-hf", "kind": "huggingface"},
+    "convert_checkpoint_to_huggingface": {
+        **_DONE,
+        "path": "/data/ckpt/step_1-hf",
+        "kind": "huggingface",
+    },
     INITIALIZE: {**_DONE, "role": "actor", "world_size": 2, "already": False, "ignored": []},
     "barrier": _DONE,
     "destroy": _DONE,
@@ -245,7 +277,12 @@ HEALTH: dict[str, Any] = {
     "slots": {"total": 4, "free": 2},
 }
 UNHEALTHY: dict[str, Any] = {"status": "degraded", **_AWAY}
-MODELS: dict[str, Any] = {"status": "success", "identifiers": [_GROUP], "count": 1, "models": {_GROUP: _BRIEF}}
+MODELS: dict[str, Any] = {
+    "status": "success",
+    "identifiers": [_GROUP],
+    "count": 1,
+    "models": {_GROUP: _BRIEF},
+}
 WORKER_INFO: dict[str, Any] = {
     "status": "success",
     "identifier": _GROUP,
@@ -269,14 +306,25 @@ nexrl_slots_free 2.0
 
 _SHOWN = (
     ServiceError(
-        "MALFORMED", "the body is not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"
+        "MALFORMED",
+        (
+            "the body is not JSON: Expecting property name enclosed in double quotes: line 1 "
+            "column 2 "
+            "(char 1)"
+        ),
     ),
     ServiceError("IDENTIFIER_REQUIRED", "name one of the groups: ?identifier=student or teacher"),
     ServiceError(
-        "GROUP_NOT_FOUND", "there is no worker group 'studnet'; initialize_worker makes one", identifier="studnet"
+        "GROUP_NOT_FOUND",
+        "there is no worker group 'studnet'; initialize_worker makes one",
+        identifier="studnet",
     ),
     ServiceError("JOB_NOT_FOUND", f"there is no job {JOB_ID}", job_id=JOB_ID),
-    ServiceError("GROUP_NOT_READY", "group 'student' has no model yet; call init_model first", identifier="student"),
+    ServiceError(
+        "GROUP_NOT_READY",
+        "group 'student' has no model yet; call init_model first",
+        identifier="student",
+    ),
     ServiceError(
         "GROUP_EXISTS",
         "group 'student' exists with other settings (actor.optim.lr); destroy it first",
@@ -296,16 +344,20 @@ _SHOWN = (
         identifier="student",
     ),
     ServiceError(
-        "EXPIRED", f"job {JOB_ID} ended more than a day or very many jobs ago, and its result is gone", job_id=JOB_ID
+        "EXPIRED",
+        f"job {JOB_ID} ended more than a day or very many jobs ago, and its result is gone",
+        job_id=JOB_ID,
     ),
     ServiceError(
         "TOO_LARGE",
-        "the body has 40000000 bytes or more and the limit is 33554432; send tensors as the binary frame "
+        "the body has 40000000 bytes or more and the limit is 33554432; send tensors as the "
+        "binary frame "
         f"({FRAME_TYPE}) instead, as nexrl_client does",
         limit=33554432,
     ),
     ServiceError(
-        "UNSUPPORTED_TYPE", f"Content-Type 'text/plain' is not known here; send application/json or {FRAME_TYPE}"
+        "UNSUPPORTED_TYPE",
+        f"Content-Type 'text/plain' is not known here; send application/json or {FRAME_TYPE}",
     ),
     ServiceError(
         "INVALID_TENSOR",
@@ -327,7 +379,13 @@ _SHOWN = (
         nearest="grad_clip",
     ),
     ServiceError("TOO_MANY_QUEUED", "64 operations wait for 'student' already; try later"),
-    ServiceError("OPERATION_FAILED", "RuntimeError: out of memory", rank=1, job_id=JOB_ID, identifier="student"),
+    ServiceError(
+        "OPERATION_FAILED",
+        "RuntimeError: out of memory",
+        rank=1,
+        job_id=JOB_ID,
+        identifier="student",
+    ),
     ServiceError(
         "GROUP_DOWN",
         "group 'student' is down: rank 1 was killed; destroy and initialize it",
@@ -338,11 +396,19 @@ _SHOWN = (
     ServiceError("REDIS_UNAVAILABLE", "Redis does not answer; try again shortly"),
     ServiceError(
         "WAIT_LIMIT",
-        f"job {JOB_ID} is queued; the gateway waits no longer, the job goes on: GET /jobs/{JOB_ID}/result",
+        (
+            f"job {JOB_ID} is queued; the gateway waits no longer, the job goes on: GET "
+            f"/jobs/{JOB_ID}/result"
+        ),
         job_id=JOB_ID,
         identifier="student",
     ),
-    ServiceError("NO_SPACE", "the payload store's disk is full: free space in its folder, or send the batch later"),
+    ServiceError(
+        "NO_SPACE",
+        "the payload store's disk is full: free space in its folder, or send the batch later",
+    ),
 )
-ERROR_EXAMPLES: dict[str, dict[str, Any]] = {error.code: {"error": error.body()} for error in _SHOWN}
+ERROR_EXAMPLES: dict[str, dict[str, Any]] = {
+    error.code: {"error": error.body()} for error in _SHOWN
+}
 """Whole bodies by code: at least one for every status that a route declares."""

@@ -1,4 +1,5 @@
-"""Batches on their way into the store, and frames that lie there: checked by their header, then streamed; memory stays flat."""
+"""Batches on their way into the store, and frames that lie there: checked by their header, then
+streamed; memory stays flat."""
 
 from __future__ import annotations
 
@@ -44,16 +45,22 @@ def envelope_of(header: Header) -> Envelope:
     """The envelope in a frame's header, empty for a plain safetensors file; raises MALFORMED."""
 
     def loads(text: str) -> dict[str, Any]:
-        return parse_object(text.encode(), f"the frame's {FRAME_METADATA_KEY} metadata", constant=float)
+        return parse_object(
+            text.encode(), f"the frame's {FRAME_METADATA_KEY} metadata", constant=float
+        )
 
     return Envelope.read(header.metadata, loads)
 
 
 async def store_frame(
-    request: Request, services: Services, payload_id: str, limit: int, check: Callable[[Header], Checked]
+    request: Request,
+    services: Services,
+    payload_id: str,
+    limit: int,
+    check: Callable[[Header], Checked],
 ) -> tuple[Checked, StoredPayload]:
-    """Stream the body into the store; ``check`` sees the header before anything is stored and may refuse by raising. It is
-    called in a thread, as a header may be large.
+    """Stream the body into the store; ``check`` sees the header before anything is stored and may
+    refuse by raising. It is called in a thread, as a header may be large.
 
     Raises TOO_LARGE, MALFORMED, NO_SPACE; whatever is raised, nothing stays in the store.
     """
@@ -68,7 +75,9 @@ async def store_frame(
     header, checked = await run_sync(parsed, limiter=services.room.parsing)
     if header.total_size > limit:
         raise ServiceError(
-            "TOO_LARGE", f"the frame has {header.total_size} bytes and the limit is {limit}; {advice}", limit=limit
+            "TOO_LARGE",
+            f"the frame has {header.total_size} bytes and the limit is {limit}; {advice}",
+            limit=limit,
         )
     upload = await run_sync(services.store.create, payload_id, header.total_size)
     try:
@@ -96,12 +105,17 @@ def _decode(name: str, entry: Any) -> RawTensor:
         return from_json(entry)
     except CodecError as error:
         unlike = not isinstance(entry, dict) or entry.keys() != _EXAMPLE.keys()
-        hint = f'; in JSON tensors look so: {{"tensors": {json.dumps({name[:64]: _EXAMPLE})}}}' if unlike else ""
+        hint = (
+            f'; in JSON tensors look so: {{"tensors": {json.dumps({name[:64]: _EXAMPLE})}}}'
+            if unlike
+            else ""
+        )
         raise ServiceError("MALFORMED", f"tensor {name}: {error}{hint}", tensor=name) from None
 
 
 async def _read_head(body: AsyncIterator[bytes]) -> bytearray:
-    """The bytes read so far, the whole header among them unless the body ends before; raises CodecError."""
+    """The bytes read so far, the whole header among them unless the body ends before; raises
+    CodecError."""
     head = bytearray()
     async for piece in body:
         head += piece
@@ -113,7 +127,8 @@ async def _read_head(body: AsyncIterator[bytes]) -> bytearray:
 async def write_body(
     request: Request, body: AsyncGenerator[bytes], head: bytearray, upload: Upload | PartUpload
 ) -> None:
-    """Write ``head`` and the rest of the body: straight from the connection where that can be, else as it arrives."""
+    """Write ``head`` and the rest of the body: straight from the connection where that can be, else
+    as it arrives."""
     direct = direct_body(request)
     if direct is None:
         await _write_joined(body, head, upload)
@@ -122,7 +137,9 @@ async def write_body(
         await direct.copy(head, upload.write)
 
 
-async def _write_joined(body: AsyncIterator[bytes], head: bytearray, upload: Upload | PartUpload) -> None:
+async def _write_joined(
+    body: AsyncIterator[bytes], head: bytearray, upload: Upload | PartUpload
+) -> None:
     """Write what arrives in joins of about 1 MiB, one being written while the next one arrives."""
     joined: list[bytes | bytearray] = [head]
     size = len(head)
@@ -160,7 +177,8 @@ class StoredFrame:
 
 
 def read_frame(store: PayloadStore, ref: StoredPayload | PayloadRef) -> StoredFrame:
-    """Begin to read a stored frame; raises PAYLOAD_NOT_FOUND, PAYLOAD_DAMAGED, or CodecError where it is no frame."""
+    """Begin to read a stored frame; raises PAYLOAD_NOT_FOUND, PAYLOAD_DAMAGED, or CodecError where
+    it is no frame."""
     pieces = store.stream(ref.id, ref.checksum)
     head = b""
     for piece in pieces:
@@ -172,10 +190,15 @@ def read_frame(store: PayloadStore, ref: StoredPayload | PayloadRef) -> StoredFr
 
 
 def header_bytes(header: Header, metadata: Mapping[str, str]) -> bytes:
-    """The header of the same tensors with other metadata; raises CodecError where that is too large."""
+    """The header of the same tensors with other metadata; raises CodecError where that is too
+    large."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     for name, info in header.tensors.items():
-        entries[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [info.start, info.end]}
+        entries[name] = {
+            "dtype": info.dtype,
+            "shape": info.shape,
+            "data_offsets": [info.start, info.end],
+        }
     text = json.dumps(entries, separators=(",", ":")).encode()
     length = len(text) + -(PREFIX_BYTES + len(text)) % ALIGNMENT
     head = length.to_bytes(PREFIX_BYTES, "little") + text.ljust(length)
@@ -186,7 +209,8 @@ def header_bytes(header: Header, metadata: Mapping[str, str]) -> bytes:
 def store_with_metadata(
     store: PayloadStore, source: StoredPayload, target: str, metadata: Mapping[str, str]
 ) -> StoredPayload:
-    """Store the frame ``source`` once more, as ``target`` with other metadata; memory stays flat."""
+    """Store the frame ``source`` once more, as ``target`` with other metadata; memory stays
+    flat."""
     frame = read_frame(store, source)
     head = header_bytes(frame.header, metadata)
     with store.create(target, len(head) + frame.nbytes) as upload:

@@ -1,4 +1,5 @@
-"""Takes away payloads and records that nobody needs any more, of all replicas one at a time; and ends groups whose agent is gone."""
+"""Takes away payloads and records that nobody needs any more, of all replicas one at a time; and
+ends groups whose agent is gone."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ _log = logging.getLogger(__name__)
 
 
 async def keep_clean(services: Services) -> None:
-    """Sweep once a period until cancelled; a store or Redis that is away is tried again the next time."""
+    """Sweep once a period until cancelled; a store or Redis that is away is tried again the next
+    time."""
     lost = LostGroups(services.ledger)
     while True:
         try:
@@ -39,7 +41,9 @@ def sweep(services: Services) -> list[str]:
     if not ledger.may_sweep(_period_s(services)):
         return []
     in_use = ledger.payloads_in_use()
-    removed = services.store.sweep(in_use, result_age_s=RESULT_TTL_S, upload_age_s=settings.upload_kept_s)
+    removed = services.store.sweep(
+        in_use, result_age_s=RESULT_TTL_S, upload_age_s=settings.upload_kept_s
+    )
     dropped = ledger.drop_finished(settings.jobs_kept, settings.jobs_kept_s)
     groups = ledger.drop_destroyed(settings.jobs_kept_s)
     due = ledger.take_due_results(settings.result_kept_s)
@@ -55,7 +59,9 @@ def sweep(services: Services) -> list[str]:
 def _period_s(services: Services) -> float:
     """A minute, or half of the shortest time that something is kept."""
     settings = services.settings
-    return min(PERIOD_S, settings.result_kept_s / 2, settings.upload_kept_s / 2, settings.jobs_kept_s / 2)
+    return min(
+        PERIOD_S, settings.result_kept_s / 2, settings.upload_kept_s / 2, settings.jobs_kept_s / 2
+    )
 
 
 PATIENCE_S = 150.0
@@ -64,7 +70,8 @@ _log = logging.getLogger(__name__)
 
 
 class LostGroups:
-    """Remembers since when it has seen each group silent. A stack that starts again has ``PATIENCE_S`` to bring its groups back."""
+    """Remembers since when it has seen each group silent. A stack that starts again has
+    ``PATIENCE_S`` to bring its groups back."""
 
     def __init__(self, ledger: Ledger, patience_s: float = PATIENCE_S) -> None:
         self._ledger = ledger
@@ -72,7 +79,8 @@ class LostGroups:
         self._silent_since: dict[tuple[str, int], float] = {}
 
     def look(self) -> list[str]:
-        """One look; the identifiers of groups that it took down. Raises RedisError, after which :meth:`forget` is due."""
+        """One look; the identifiers of groups that it took down. Raises RedisError, after which
+        :meth:`forget` is due."""
         now = time.monotonic()
         heard = {agent.name for agent in self._ledger.agents()}
         silent = [group for group in self._ledger.groups() if self._is_silent(group, heard)]
@@ -91,10 +99,15 @@ class LostGroups:
     def _end(self, group: GroupRecord, now: float) -> bool:
         if now - self._silent_since[group.identifier, group.epoch] < self._patience_s:
             return False
-        cause = f"agent {group.agent} has not been heard for {self._patience_s:g} s; its ranks and their weights are taken for lost"
+        cause = (
+            f"agent {group.agent} has not been heard for {self._patience_s:g} s; its ranks and "
+            "their weights are taken for lost"
+        )
         try:
             self._ledger.group_down(group.identifier, group.epoch, cause)
         except Fenced:
             return False
-        _log.error("group.lost identifier=%s epoch=%d agent=%s", group.identifier, group.epoch, group.agent)
+        _log.error(
+            "group.lost identifier=%s epoch=%d agent=%s", group.identifier, group.epoch, group.agent
+        )
         return True

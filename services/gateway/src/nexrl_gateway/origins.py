@@ -1,7 +1,8 @@
 """Who may ask: programs, and pages of the gateway's own origin, under a name that is the gateway's.
 
-A browser carries the requests of any page to this machine, bodiless ones without asking, and whoever owns a domain may point
-its name here (DNS rebinding), so that his page's origin looks like ours. An address in ``Host`` cannot be pointed elsewhere.
+A browser carries the requests of any page to this machine, bodiless ones without asking, and
+whoever owns a domain may point its name here (DNS rebinding), so that his page's origin looks like
+ours. An address in ``Host`` cannot be pointed elsewhere.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ _DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 
 
 class OwnOrigin:
-    """ASGI middleware: refuses, on every verb, foreign pages and hosts that are not ours; ``settings`` names further hosts."""
+    """ASGI middleware: refuses, on every verb, foreign pages and hosts that are not ours;
+    ``settings`` names further hosts."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
@@ -56,12 +58,17 @@ class OwnOrigin:
                 raise _foreign(origin)
 
     def _is_ours(self, authority: str, served: str) -> bool:
-        """Whether ``authority`` names loopback, the address at which the request came in, or a host of the list."""
+        """Whether ``authority`` names loopback, the address at which the request came in, or a host
+        of the list."""
         parts = _AUTHORITY.fullmatch(authority)
         if parts is None:
             return False
         host = _canonical(parts[1] or parts[2].removesuffix("."))
-        if _is_loopback(host) or host == _canonical(served) or not self._hosts.isdisjoint((host, "*")):
+        if (
+            _is_loopback(host)
+            or host == _canonical(served)
+            or not self._hosts.isdisjoint((host, "*"))
+        ):
             return True
         return any(host.endswith(name[1:]) for name in self._hosts if name.startswith("*."))
 
@@ -83,7 +90,8 @@ def _is_loopback(host: str) -> bool:
 
 
 def _same(origin: str, host: str) -> bool:
-    """Whether a page of ``origin`` was served under ``host``; behind a proxy that ends TLS its scheme is another one."""
+    """Whether a page of ``origin`` was served under ``host``; behind a proxy that ends TLS its
+    scheme is another one."""
     scheme, _, authority = origin.partition("://")
     port = _DEFAULT_PORTS.get(scheme)
     return port is not None and authority.removesuffix(port) == host.removesuffix(port)
@@ -92,14 +100,17 @@ def _same(origin: str, host: str) -> bool:
 def _host_refused(host: str) -> ServiceError:
     return ServiceError(
         "HOST_REFUSED",
-        f"this gateway does not answer for Host {host[:100]!a}, only for loopback and the address it serves; "
-        "where the name is its own, list it in NEXRL_ALLOWED_HOSTS (comma-separated) of the gateway",
+        f"this gateway does not answer for Host {host[:100]!a}, only for loopback and the address "
+        "it serves; "
+        "where the name is its own, list it in NEXRL_ALLOWED_HOSTS (comma-separated) of the "
+        "gateway",
     )
 
 
 def _foreign(origin: str) -> ServiceError:
     return ServiceError(
         "FOREIGN_ORIGIN",
-        f"a browser sent this for {origin[:100]!a}, and only programs and this gateway's own pages may ask it; "
+        f"a browser sent this for {origin[:100]!a}, and only programs and this gateway's own "
+        "pages may ask it; "
         "type its address into the browser, or call it from a program",
     )

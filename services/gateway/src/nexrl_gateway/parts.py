@@ -13,8 +13,11 @@ from nexrl_gateway.intake import write_body
 from nexrl_gateway.services import Services
 
 
-async def store_part(services: Services, request: Request, payload_id: str, part: int, checksum: str) -> int:
-    """Stream the body as one part and return its bytes; raises TOO_LARGE, CHECKSUM_MISMATCH or NO_SPACE."""
+async def store_part(
+    services: Services, request: Request, payload_id: str, part: int, checksum: str
+) -> int:
+    """Stream the body as one part and return its bytes; raises TOO_LARGE, CHECKSUM_MISMATCH or
+    NO_SPACE."""
     refuse_encoding(request)
     body = pieces(request, services.settings.max_body_bytes, "send smaller parts")
     upload = await run_sync(services.store.put_part, payload_id, part, declared_length(request))

@@ -1,4 +1,5 @@
-"""Which folders a request may name: checkpoints and models below their roots, never our own files."""
+"""Which folders a request may name: checkpoints and models below their roots, never our own
+files."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from nexrl_contract.manifest import EXPORT
 from nexrl_gateway.settings import Settings
 
 LONGEST_NAME = 180
-"""Bytes in the name of a checkpoint's folder: hidden siblings add up to 74 (``..new-``, an identifier, ``.link``)."""
+"""Bytes in the name of a checkpoint's folder: hidden siblings add up to 74 (``..new-``, an
+identifier, ``.link``)."""
 LONGEST_PART = 255
 LONGEST_PATH = 3700
 """Bytes; Linux allows 4096, and the longest file inside, below a hidden sibling, adds some 340."""
@@ -29,7 +31,8 @@ _UNMEANT = frozenset({"Cc", "Zl", "Zp"})
 
 @dataclass(frozen=True, slots=True)
 class Roots:
-    """Resolved folders. Relative checkpoint paths lead below ``checkpoints[0]``; ``models`` None allows any folder."""
+    """Resolved folders. Relative checkpoint paths lead below ``checkpoints[0]``; ``models`` None
+    allows any folder."""
 
     checkpoints: tuple[Path, ...]
     models: tuple[Path, ...] | None
@@ -37,18 +40,25 @@ class Roots:
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
-        """A checkpoint may always serve as a model; without model roots, only a loopback gateway allows others."""
-        checkpoints = tuple(Path(os.path.realpath(root)) for root in (settings.data, *settings.checkpoint_roots))
+        """A checkpoint may always serve as a model; without model roots, only a loopback gateway
+        allows others."""
+        checkpoints = tuple(
+            Path(os.path.realpath(root)) for root in (settings.data, *settings.checkpoint_roots)
+        )
         models = tuple(Path(os.path.realpath(root)) for root in settings.model_roots)
         anywhere = not models and settings.on_loopback
         return cls(
-            checkpoints, None if anywhere else (*models, *checkpoints), Path(os.path.realpath(settings.own_folder))
+            checkpoints,
+            None if anywhere else (*models, *checkpoints),
+            Path(os.path.realpath(settings.own_folder)),
         )
 
     def checkpoint(self, given: str, key: str, longest_name: int = LONGEST_PART) -> str:
-        """The absolute path of a checkpoint; raises PATH_REFUSED (HDFS_NOT_CONFIGURED for an hdfs:// URL).
+        """The absolute path of a checkpoint; raises PATH_REFUSED (HDFS_NOT_CONFIGURED for an
+        hdfs:// URL).
 
-        Links in the folders above are resolved; a link in its place (the weight-sync folder is one) is kept.
+        Links in the folders above are resolved; a link in its place (the weight-sync folder is one)
+        is kept.
         """
         path = _path(given, key, self.checkpoints[0])
         if not _below(path, self.checkpoints) or not _below(_resolved(path, key), self.checkpoints):
@@ -56,15 +66,18 @@ class Roots:
             raise _refused(
                 key,
                 given,
-                f"it is not below a checkpoint root ({named}); a relative path means below the first, and "
-                f"`nexrl up --checkpoint-root DIR` adds one (Compose: NEXRL_DATA is the root){self._model_hint(path)}",
+                f"it is not below a checkpoint root ({named}); a relative path means below the "
+                "first, and "
+                "`nexrl up --checkpoint-root DIR` adds one (Compose: NEXRL_DATA is the "
+                f"root){self._model_hint(path)}",
             )
         self._refuse_own(path, given, key)
         _refuse_long(path, given, key, longest_name)
         return str(path)
 
     def target(self, given: str, key: str) -> str:
-        """As :meth:`checkpoint`, of a path that is to be written: it can be made, and is in no weight-sync folder."""
+        """As :meth:`checkpoint`, of a path that is to be written: it can be made, and is in no
+        weight-sync folder."""
         path = Path(self.checkpoint(given, key, LONGEST_NAME))
         for folder in path.parents:
             if os.path.lexists(folder):
@@ -73,19 +86,32 @@ class Roots:
                 break
         for folder in (path, *path.parents):
             version = _VERSION.fullmatch(folder.name)
-            if version is not None and _is_file(folder / EXPORT) and _below(folder, self.checkpoints):
-                reason = f"{folder.with_name(version[1])} is a weight-sync folder, replaced whole by the next save"
+            if (
+                version is not None
+                and _is_file(folder / EXPORT)
+                and _below(folder, self.checkpoints)
+            ):
+                sync = folder.with_name(version[1])
+                reason = f"{sync} is a weight-sync folder, replaced whole by the next save"
                 raise _refused(key, given, f"{reason}; choose a path outside of it")
         return str(path)
 
     def model(self, given: str, key: str) -> str:
-        """The absolute path of a model folder with a config.json; raises PATH_REFUSED or INVALID_CONFIG.
+        """The absolute path of a model folder with a config.json; raises PATH_REFUSED or
+        INVALID_CONFIG.
 
-        A relative one means below the first model root; without roots it would mean wherever the service was started.
+        A relative one means below the first model root; without roots it would mean wherever the
+        service was started.
         """
-        if self.models is None and not given.startswith(("/", *_NOT_EXPANDED)) and "://" not in given:
+        if (
+            self.models is None
+            and not given.startswith(("/", *_NOT_EXPANDED))
+            and "://" not in given
+        ):
             raise _refused(
-                key, given, f"it is not absolute; give the whole path of a folder{self._relative_hint(given)}"
+                key,
+                given,
+                f"it is not absolute; give the whole path of a folder{self._relative_hint(given)}",
             )
         path = _path(given, key, self.models[0] if self.models else Path("/"))
         if self.models is not None and not _below(_resolved(path, key), self.models):
@@ -93,13 +119,15 @@ class Roots:
             raise _refused(
                 key,
                 given,
-                f"it is not below a model root ({named}); `nexrl up --model-root DIR` sets one (Compose: NEXRL_MODELS)",
+                f"it is not below a model root ({named}); `nexrl up --model-root DIR` sets one "
+                "(Compose: NEXRL_MODELS)",
             )
         self._refuse_own(path, given, key)
         if not _is_file(path / "config.json"):
             raise ServiceError(
                 "INVALID_CONFIG",
-                f"{key}: there is no model folder with a config.json at {path}{_folder_hint(path, given)}",
+                f"{key}: there is no model folder with a config.json at "
+                f"{path}{_folder_hint(path, given)}",
                 key=key,
             )
         return str(path)
@@ -131,21 +159,34 @@ def _is_file(path: Path) -> bool:
 
 
 def settle(params: dict[str, Any], roots: Roots) -> dict[str, Any]:
-    """The parameters of a checkpoint operation with absolute paths; raises as :meth:`Roots.checkpoint` does."""
+    """The parameters of a checkpoint operation with absolute paths; raises as
+    :meth:`Roots.checkpoint` does."""
     if params.get("hdfs_path") is not None:
-        raise ServiceError("HDFS_NOT_CONFIGURED", "hdfs_path: this service has no HDFS; leave it out", key="hdfs_path")
+        raise ServiceError(
+            "HDFS_NOT_CONFIGURED",
+            "hdfs_path: this service has no HDFS; leave it out",
+            key="hdfs_path",
+        )
     place = {"path": roots.checkpoint, "local_path": roots.target}
-    return {name: place[name](value, name) if name in place else value for name, value in params.items()}
+    return {
+        name: place[name](value, name) if name in place else value for name, value in params.items()
+    }
 
 
 def _path(given: str, key: str, base: Path) -> Path:
     if given.startswith("hdfs://"):
-        raise ServiceError("HDFS_NOT_CONFIGURED", f"{key}: this service has no HDFS; give a local path", key=key)
+        raise ServiceError(
+            "HDFS_NOT_CONFIGURED", f"{key}: this service has no HDFS; give a local path", key=key
+        )
     unmeant = next((letter for letter in given if unicodedata.category(letter) in _UNMEANT), None)
     if unmeant is not None:
         raise _refused(key, given, f"it holds the character {unmeant!a}")
     if given.startswith(_NOT_EXPANDED):
-        raise _refused(key, given, f"{given[0]} is not expanded here, since the service has another home; write it out")
+        raise _refused(
+            key,
+            given,
+            f"{given[0]} is not expanded here, since the service has another home; write it out",
+        )
     path = base / given
     if "://" in given or path.name in ("", ".."):
         raise _refused(key, given, "it is not the path of a folder")
@@ -159,13 +200,18 @@ def _folder_hint(path: Path, given: str) -> str:
     with contextlib.suppress(OSError):
         for config in path.glob("snapshots/*/config.json"):
             return f"; it is a cache of the Hugging Face hub: give {config.parent}"
-    return "" if given.startswith("/") else f" (a relative path means below the first model root){_hub_hint(given)}"
+    return (
+        ""
+        if given.startswith("/")
+        else f" (a relative path means below the first model root){_hub_hint(given)}"
+    )
 
 
 def _hub_hint(given: str) -> str:
     if not _HUB_ID.fullmatch(given):
         return ""
-    return f"; a model of the Hugging Face hub is downloaded first: hf download {given} --local-dir DIR, then give DIR"
+    hint = f"hf download {given} --local-dir DIR, then give DIR"
+    return f"; a model of the Hugging Face hub is downloaded first: {hint}"
 
 
 def _resolved(path: Path, key: str) -> Path:
@@ -176,11 +222,20 @@ def _resolved(path: Path, key: str) -> Path:
 
 
 def _refuse_long(path: Path, given: str, key: str, longest_name: int) -> None:
-    for part, longest in ((path.name, longest_name), *((part, LONGEST_PART) for part in path.parts)):
+    for part, longest in (
+        (path.name, longest_name),
+        *((part, LONGEST_PART) for part in path.parts),
+    ):
         if len(os.fsencode(part)) > longest:
-            raise _refused(key, given, f"a name in it has {len(os.fsencode(part))} bytes; {longest} are possible")
+            raise _refused(
+                key,
+                given,
+                f"a name in it has {len(os.fsencode(part))} bytes; {longest} are possible",
+            )
     if len(os.fsencode(path)) > LONGEST_PATH:
-        raise _refused(key, given, f"it has {len(os.fsencode(path))} bytes; {LONGEST_PATH} are possible")
+        raise _refused(
+            key, given, f"it has {len(os.fsencode(path))} bytes; {LONGEST_PATH} are possible"
+        )
 
 
 def _below(path: Path, roots: tuple[Path, ...]) -> bool:

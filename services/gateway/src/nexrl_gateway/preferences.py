@@ -1,4 +1,5 @@
-"""What a request's headers ask for besides its content: one key per call, when to answer, and in which form."""
+"""What a request's headers ask for besides its content: one key per call, when to answer, and in
+which form."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from nexrl_contract.names import FRAME_TYPE, KEY_PATTERN, valid_idempotency_key
 
 @dataclass(frozen=True, slots=True)
 class Preferences:
-    """``respond_async`` answers 202 unless the job ends within ``wait_s``; ``frame`` prefers tensors in a frame."""
+    """``respond_async`` answers 202 unless the job ends within ``wait_s``; ``frame`` prefers
+    tensors in a frame."""
 
     key: str | None = None
     respond_async: bool = False
@@ -24,19 +26,31 @@ def read_preferences(
     idempotency_key: Annotated[
         str | None,
         Header(
-            description="The same key and content again give the first job again; other content is refused.",
+            description=(
+                "The same key and content again give the first job again; other content is refused."
+            ),
             examples=["step-17-try"],
         ),
     ] = None,
     prefer: Annotated[
         str | None,
-        Header(description="`respond-async` answers 202 at once; `respond-async, wait=S` after at most S seconds."),
+        Header(
+            description=(
+                "`respond-async` answers 202 at once; `respond-async, wait=S` after at most S "
+                "seconds."
+            )
+        ),
     ] = None,
-    accept: Annotated[str | None, Header(description=f"`{FRAME_TYPE}` gets result tensors as a binary frame.")] = None,
+    accept: Annotated[
+        str | None, Header(description=f"`{FRAME_TYPE}` gets result tensors as a binary frame.")
+    ] = None,
 ) -> Preferences:
-    """A FastAPI dependency; raises INVALID_ARGUMENT for a bad key. Unknown preferences are ignored (RFC 7240)."""
+    """A FastAPI dependency; raises INVALID_ARGUMENT for a bad key. Unknown preferences are ignored
+    (RFC 7240)."""
     if idempotency_key is not None and not valid_idempotency_key(idempotency_key):
-        raise ServiceError("INVALID_ARGUMENT", f"Idempotency-Key must match {KEY_PATTERN}", key="Idempotency-Key")
+        raise ServiceError(
+            "INVALID_ARGUMENT", f"Idempotency-Key must match {KEY_PATTERN}", key="Idempotency-Key"
+        )
     preferences = dict(_preference(part) for part in (prefer or "").split(","))
     return Preferences(
         key=idempotency_key,

@@ -16,15 +16,22 @@ _REQUEST_ID = REQUEST_ID_HEADER.lower().encode()
 _LONGEST_ID = 128
 
 
-def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+def json_response(
+    content: Any, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
     """A response of ``content``; 429 and 503 say when to come again."""
     again = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else {}
     return Response(json_bytes(content), status, {**again, **(headers or {})}, JSON_TYPE)
 
 
 def marked(scope: Scope, send: Send) -> Send:
-    """``send`` for the answer of one request, which repeats that request's mark and is kept by no cache for another."""
-    marks = [(name, value) for name, value in scope["headers"] if name == _REQUEST_ID and len(value) <= _LONGEST_ID]
+    """``send`` for the answer of one request, which repeats that request's mark and is kept by no
+    cache for another."""
+    marks = [
+        (name, value)
+        for name, value in scope["headers"]
+        if name == _REQUEST_ID and len(value) <= _LONGEST_ID
+    ]
     added = [(b"cache-control", b"no-store"), *marks[:1]]
 
     async def send_marked(message: Message) -> None:

@@ -20,7 +20,8 @@ from nexrl_gateway.watch import Watch
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What one process does at a time of what takes memory, or the interpreter, from everybody else."""
+    """What one process does at a time of what takes memory, or the interpreter, from everybody
+    else."""
 
     small_bodies: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(32))
     large_bodies: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
@@ -44,7 +45,8 @@ class Services:
 
     @classmethod
     def start(cls, settings: Settings) -> Self:
-        """Needs a running event loop, not Redis. Raises STORE_UNAVAILABLE for a folder that cannot be made."""
+        """Needs a running event loop, not Redis. Raises STORE_UNAVAILABLE for a folder that cannot
+        be made."""
         ledger = Ledger(connect(settings.redis_url))
         return cls(
             settings=settings,

@@ -15,9 +15,10 @@ GIB = 1024**3
 class Settings:
     """``wait_limit_s`` bounds a synchronous answer, ``max_body_bytes`` a request's body.
 
-    ``result_kept_s``: tensors of a result after their last delivery; ``upload_kept_s``: an upload after its last byte;
-    ``jobs_kept``: records of ended jobs, the newest, and all of the last ``jobs_kept_s``.
-    ``allowed_hosts`` are names that ``Host`` may have besides loopback and the address served; "*.suffix" and "*" too.
+    ``result_kept_s``: tensors of a result after their last delivery; ``upload_kept_s``: an upload
+    after its last byte; ``jobs_kept``: records of ended jobs, the newest, and all of the last
+    ``jobs_kept_s``. ``allowed_hosts`` are names that ``Host`` may have besides loopback and the
+    address served; "*.suffix" and "*" too.
     """
 
     data: Path
@@ -72,14 +73,20 @@ class Settings:
 
 
 def _folders(name: str) -> tuple[Path, ...]:
-    return tuple(Path(part).absolute() for part in os.environ.get(name, "").split(os.pathsep) if part)
+    return tuple(
+        Path(part).absolute() for part in os.environ.get(name, "").split(os.pathsep) if part
+    )
 
 
 def _hosts(name: str) -> tuple[str, ...]:
-    hosts = tuple(part.strip("[]").lower() for part in re.split(r"[\s,]+", os.environ.get(name, "")) if part)
+    hosts = tuple(
+        part.strip("[]").lower() for part in re.split(r"[\s,]+", os.environ.get(name, "")) if part
+    )
     for host in hosts:
         if not re.fullmatch(r"\*|(\*\.)?[a-z0-9_.:-]+", host) or re.fullmatch(r"[^:]*:[^:]*", host):
-            raise ValueError(f"{name} lists host names or addresses without ports, and not {host!r}")
+            raise ValueError(
+                f"{name} lists host names or addresses without ports, and not {host!r}"
+            )
     return hosts
 
 

@@ -24,10 +24,16 @@ STALE_S = 20.0
 
 
 def health(services: Services) -> tuple[dict[str, Any], bool]:
-    """What ``/health`` shows, and whether Redis and the payload store answer. ``reasons`` say why it is not healthy."""
+    """What ``/health`` shows, and whether Redis and the payload store answer. ``reasons`` say why
+    it is not healthy."""
     store = _store_state(services)
     reasons = _lacks(services.settings, store) + _full(services.settings.checkpoint_roots)
-    report: dict[str, Any] = {"status": "degraded", "redis": "ok", "payload_store": store, "reasons": reasons}
+    report: dict[str, Any] = {
+        "status": "degraded",
+        "redis": "ok",
+        "payload_store": store,
+        "reasons": reasons,
+    }
     try:
         fault = services.ledger.fault()
         groups = services.ledger.groups()
@@ -52,9 +58,14 @@ def health(services: Services) -> tuple[dict[str, Any], bool]:
 
 
 def ready(services: Services) -> tuple[dict[str, Any], bool]:
-    """What ``/ready`` shows, and whether what is asked for now would be done and kept: Redis and the disks are sound."""
+    """What ``/ready`` shows, and whether what is asked for now would be done and kept: Redis and
+    the disks are sound."""
     report, serving = health(services)
-    sound = serving and report["redis"] == "ok" and not _lacks(services.settings, report["payload_store"])
+    sound = (
+        serving
+        and report["redis"] == "ok"
+        and not _lacks(services.settings, report["payload_store"])
+    )
     shown = {name: report[name] for name in ("redis", "payload_store", "reasons")}
     return {"ready": sound, **shown}, sound
 
@@ -99,13 +110,21 @@ class _Gauges:
         queues = {group.identifier: names.train_queue(group.identifier) for group in groups}
         queues |= {"agents": names.AGENT_QUEUE, "checkpoints": names.CHECKPOINT_QUEUE}
         up = time.time() - self._services.started_at
-        yield GaugeMetricFamily("nexrl_gateway_uptime_seconds", "Since this gateway started.", value=up)
-        jobs = GaugeMetricFamily("nexrl_jobs", "Jobs that have not ended.", labels=["queue", "state"])
-        counted = Counter((name, job.state) for name, queue in queues.items() for job in ledger.waiting(queue))
+        yield GaugeMetricFamily(
+            "nexrl_gateway_uptime_seconds", "Since this gateway started.", value=up
+        )
+        jobs = GaugeMetricFamily(
+            "nexrl_jobs", "Jobs that have not ended.", labels=["queue", "state"]
+        )
+        counted = Counter(
+            (name, job.state) for name, queue in queues.items() for job in ledger.waiting(queue)
+        )
         for labels, number in sorted(counted.items()):
             jobs.add_metric(labels, number)
         yield jobs
-        states = GaugeMetricFamily("nexrl_group_state", "1 for the state of a group.", labels=["identifier", "state"])
+        states = GaugeMetricFamily(
+            "nexrl_group_state", "1 for the state of a group.", labels=["identifier", "state"]
+        )
         for group in groups:
             states.add_metric([group.identifier, group.state], 1)
         yield states
@@ -128,7 +147,8 @@ def _store_state(services: Services) -> str:
 
 
 def _lacks(settings: Settings, store: str) -> list[str]:
-    """What keeps requests from being served: the payload store's fault, and a full disk of it or of the data folder."""
+    """What keeps requests from being served: the payload store's fault, and a full disk of it or of
+    the data folder."""
     folders = [settings.data]
     if settings.payloads.startswith("file://"):
         folders.append(Path(settings.payloads.removeprefix("file://")))
@@ -147,13 +167,19 @@ def _troubles(groups: list[GroupRecord], heard: set[str]) -> list[str]:
             found.append(f"group {group.identifier} is down: {group.cause or 'unknown cause'}")
         elif _stale(group):
             found.append(f"group {group.identifier} has not been heard for more than {STALE_S:g} s")
-        elif group.agent is not None and group.state in ("starting", "up", "ready") and group.agent not in heard:
+        elif (
+            group.agent is not None
+            and group.state in ("starting", "up", "ready")
+            and group.agent not in heard
+        ):
             found.append(f"group {group.identifier}: its agent {group.agent} is not heard")
     return found
 
 
 def _stale(group: GroupRecord) -> bool:
-    return group.state in ("up", "ready") and (group.heartbeat is None or time.time() - group.heartbeat > STALE_S)
+    return group.state in ("up", "ready") and (
+        group.heartbeat is None or time.time() - group.heartbeat > STALE_S
+    )
 
 
 def _brief(group: GroupRecord) -> dict[str, Any]:

@@ -1,7 +1,9 @@
-"""Strict JSON in bounded time: depth, marks and escapes are limited, and long texts never reach the parser.
+"""Strict JSON in bounded time: depth, marks and escapes are limited, and long texts never reach the
+parser.
 
-``json.loads`` keeps the interpreter to itself until it is done, in a thread too. So what would keep it long is refused or
-cut out before: a million small lists by counting, tens of megabytes of base64 by position.
+``json.loads`` keeps the interpreter to itself until it is done, in a thread too. So what would keep
+it long is refused or cut out before: a million small lists by counting, tens of megabytes of base64
+by position.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ _BACKSLASH = ord("\\")
 def parse_object(
     raw: bytes | bytearray, what: str = "the body", constant: Callable[[str], Any] | None = None
 ) -> dict[str, Any]:
-    """The JSON object in ``raw``, which is UTF-8; raises MALFORMED. ``constant`` reads NaN and the infinities, if they may be."""
+    """The JSON object in ``raw``, which is UTF-8; raises MALFORMED. ``constant`` reads NaN and the
+    infinities, if they may be."""
     try:
         skeleton, texts = _cut(raw)
         document = json.loads(
@@ -40,17 +43,22 @@ def parse_object(
             parse_int=_integer,
         )
         if not isinstance(document, dict):
-            raise ServiceError("MALFORMED", f"{what} must be a JSON object, not {type(document).__name__}")
+            raise ServiceError(
+                "MALFORMED", f"{what} must be a JSON object, not {type(document).__name__}"
+            )
         _settle(document, texts, surrogates=b"\\ud" in skeleton or b"\\uD" in skeleton)
     except UnicodeEncodeError:
-        raise ServiceError("MALFORMED", f"{what} has half a surrogate pair, which is no text") from None
+        raise ServiceError(
+            "MALFORMED", f"{what} has half a surrogate pair, which is no text"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise ServiceError("MALFORMED", f"{what} is not JSON: {str(error)[:200]}") from None
     return document
 
 
 def _cut(raw: bytes | bytearray) -> tuple[bytearray, dict[str, str]]:
-    """``raw`` with a short name for each long text, and these by name; raises ValueError where a limit is exceeded."""
+    """``raw`` with a short name for each long text, and these by name; raises ValueError where a
+    limit is exceeded."""
     _count(raw, 0, len(raw), b"\\", 0, MAX_ESCAPES, "escapes in its texts")
     token, texts = secrets.token_hex(8), dict[str, str]()
     skeleton, marks, at = bytearray(), 0, 0
@@ -68,12 +76,17 @@ def _cut(raw: bytes | bytearray) -> tuple[bytearray, dict[str, str]]:
     return skeleton + raw[at:], texts
 
 
-def _count(raw: bytes | bytearray, start: int, end: int, marks: bytes, so_far: int, most: int, what: str) -> int:
-    """``so_far`` and how often any of ``marks`` stands in a part of ``raw``; raises ValueError as soon as that is too often."""
+def _count(
+    raw: bytes | bytearray, start: int, end: int, marks: bytes, so_far: int, most: int, what: str
+) -> int:
+    """``so_far`` and how often any of ``marks`` stands in a part of ``raw``; raises ValueError as
+    soon as that is too often."""
     for at in range(start, end, _WINDOW):
         so_far += sum(raw.count(mark, at, min(at + _WINDOW, end)) for mark in marks)
         if so_far > most:
-            raise ValueError(f"it has more than {most} {what}; send tensors as base64 or as a frame")
+            raise ValueError(
+                f"it has more than {most} {what}; send tensors as base64 or as a frame"
+            )
     return so_far
 
 
@@ -90,7 +103,8 @@ def _closing(raw: bytes | bytearray, start: int) -> int:
 
 
 def _settle(document: dict[str, Any], texts: dict[str, str], *, surrogates: bool) -> None:
-    """Put the long texts back; raises ValueError for what is too deep, or no text. Not recursive, as what it looks for is."""
+    """Put the long texts back; raises ValueError for what is too deep, or no text. Not recursive,
+    as what it looks for is."""
     level: list[Any] = [document]
     for _ in range(MAX_DEPTH):
         inner: list[Any] = []

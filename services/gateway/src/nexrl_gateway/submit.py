@@ -1,4 +1,5 @@
-"""From a request to a job in the ledger: resolve the group, check the content, store the batch, submit once."""
+"""From a request to a job in the ledger: resolve the group, check the content, store the batch,
+submit once."""
 
 from __future__ import annotations
 
@@ -26,7 +27,14 @@ from tensor_codec import Header
 
 from nexrl_gateway import intake
 from nexrl_gateway.admission import admit, named_identifier, resolve
-from nexrl_gateway.bodies import BATCH_KEYS, BatchDocument, PartsDocument, content_kind, json_body, read_batch
+from nexrl_gateway.bodies import (
+    BATCH_KEYS,
+    BatchDocument,
+    PartsDocument,
+    content_kind,
+    json_body,
+    read_batch,
+)
 from nexrl_gateway.paths import settle
 from nexrl_gateway.services import Services
 
@@ -37,7 +45,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A checked request that is not in the ledger yet; ``fingerprint`` is the same for the same request."""
+    """A checked request that is not in the ledger yet; ``fingerprint`` is the same for the same
+    request."""
 
     job_id: str
     fingerprint: str
@@ -46,13 +55,19 @@ class Draft:
     rows: int | None = None
     ignored: list[str] = field(default_factory=list)
     stored_here: bool = False
-    """The payload was made by this request, so a request that comes to nothing takes it away again."""
+    """The payload was made by this request, so a request that comes to nothing takes it away
+    again."""
 
 
 async def submit_operation(
-    services: Services, operation: Operation, request: Request, identifier: str | None, key: str | None
+    services: Services,
+    operation: Operation,
+    request: Request,
+    identifier: str | None,
+    key: str | None,
 ) -> JobRecord:
-    """The job of this request, or the first one of its key; raises ServiceError for whatever is refused.
+    """The job of this request, or the first one of its key; raises ServiceError for whatever is
+    refused.
 
     The group is resolved and asked before the body is read, where the query names it.
     """
@@ -94,8 +109,12 @@ def submit_draft(
         created_at=time.time(),
     )
     try:
-        recorded, replayed = services.ledger.submit(job, names.RUN_JOB, check=partial(admit, operation=operation))
-    except ServiceError:  # and no other: where Redis went away the job may be written, and its payload needed
+        recorded, replayed = services.ledger.submit(
+            job, names.RUN_JOB, check=partial(admit, operation=operation)
+        )
+    except (
+        ServiceError
+    ):  # and no other: where Redis went away the job may be written, and its payload needed
         _discard(services, draft)
         raise
     if replayed:
@@ -113,31 +132,47 @@ def log_accepted(job: JobRecord, replayed: bool) -> None:
     """The one line of a request that became, or was, a job."""
     nbytes = job.payload.nbytes if job.payload else 0
     event = "job.replayed" if replayed else "job.accepted"
-    _log.info("%s job_id=%s operation=%s identifier=%s nbytes=%d", event, job.id, job.operation, job.identifier, nbytes)
+    _log.info(
+        "%s job_id=%s operation=%s identifier=%s nbytes=%d",
+        event,
+        job.id,
+        job.operation,
+        job.identifier,
+        nbytes,
+    )
 
 
 def fingerprint(operation: str, identifier: str, params: Mapping[str, Any], content: str) -> str:
     """xxh3-128 over everything that makes two requests the same."""
-    text = json.dumps([operation, identifier, params, content], sort_keys=True, separators=(",", ":"))
+    text = json.dumps(
+        [operation, identifier, params, content], sort_keys=True, separators=(",", ":")
+    )
     return str(xxhash.xxh3_128_hexdigest(text.encode()))
 
 
 def _params(operation: Operation, given: dict[str, Any]) -> dict[str, Any]:
     """The operation's arguments with defaults; raises INVALID_ARGUMENT."""
     return check_params(
-        operation, dict(islice(given.items(), _MOST_PARAMS)), BATCH_KEYS if operation.takes_batch else ()
+        operation,
+        dict(islice(given.items(), _MOST_PARAMS)),
+        BATCH_KEYS if operation.takes_batch else (),
     )
 
 
-def _entrance(ledger: Ledger, operation: Operation, key: str | None, identifier: str | None) -> GroupRecord:
-    """The group, if it can take the operation now; a repeated key is answered whatever has become of the group."""
+def _entrance(
+    ledger: Ledger, operation: Operation, key: str | None, identifier: str | None
+) -> GroupRecord:
+    """The group, if it can take the operation now; a repeated key is answered whatever has become
+    of the group."""
     group = resolve(ledger, identifier)
     if key is None or not ledger.knows_key(key):
         admit(group, operation)
     return group
 
 
-async def _frame_draft(services: Services, operation: Operation, request: Request, group: GroupRecord) -> Draft:
+async def _frame_draft(
+    services: Services, operation: Operation, request: Request, group: GroupRecord
+) -> Draft:
     job_id = names.new_job_id()
 
     def check(header: Header) -> tuple[Envelope, dict[str, Any], CheckedBatch]:
@@ -146,44 +181,66 @@ async def _frame_draft(services: Services, operation: Operation, request: Reques
         return envelope, params, check_batch(header.tensors, operation, params, group.actor)
 
     limit = services.settings.max_body_bytes
-    (envelope, params, checked), ref = await intake.store_frame(request, services, job_id, limit, check)
+    (envelope, params, checked), ref = await intake.store_frame(
+        request, services, job_id, limit, check
+    )
     mark = fingerprint(operation.name, group.identifier, params, ref.checksum)
     payload = PayloadRef(id=ref.id, nbytes=ref.nbytes, checksum=ref.checksum)
     ignored = _ignored(operation, checked, envelope.metadata)
     return Draft(job_id, mark, params, payload, checked.rows, ignored, stored_here=True)
 
 
-def _json_draft(services: Services, operation: Operation, batch: BatchDocument, group: GroupRecord) -> Draft:
+def _json_draft(
+    services: Services, operation: Operation, batch: BatchDocument, group: GroupRecord
+) -> Draft:
     params = _params(operation, batch.params)
     read = {name: entry for name, entry in batch.tensors.items() if name in operation.reads}
     tensors = intake.decode_tensors(read)
     checked = check_batch(tensors, operation, params, group.actor)
-    ignored = _ignored(operation, checked, batch.metadata, [*(batch.tensors.keys() - read.keys()), *batch.values])
+    ignored = _ignored(
+        operation, checked, batch.metadata, [*(batch.tensors.keys() - read.keys()), *batch.values]
+    )
     job_id = names.new_job_id()
-    ref = intake.store_tensors(services.store, job_id, tensors, Envelope(batch.metadata, batch.params))
+    ref = intake.store_tensors(
+        services.store, job_id, tensors, Envelope(batch.metadata, batch.params)
+    )
     mark = fingerprint(operation.name, group.identifier, params, ref.checksum)
     payload = PayloadRef(id=ref.id, nbytes=ref.nbytes, checksum=ref.checksum)
     return Draft(job_id, mark, params, payload, checked.rows, ignored, stored_here=True)
 
 
 def _ignored(
-    operation: Operation, checked: CheckedBatch, metadata: Mapping[str, Any], dropped: Iterable[str] = ()
+    operation: Operation,
+    checked: CheckedBatch,
+    metadata: Mapping[str, Any],
+    dropped: Iterable[str] = (),
 ) -> list[str]:
     """What of a batch does nothing; ``dropped`` was in the request and is in no frame."""
     return shortened([*checked.ignored, *unread_metadata(operation.name, metadata), *dropped])
 
 
-def _plain_draft(services: Services, operation: Operation, document: dict[str, Any], group: GroupRecord) -> Draft:
+def _plain_draft(
+    services: Services, operation: Operation, document: dict[str, Any], group: GroupRecord
+) -> Draft:
     params = settle(_params(operation, document), services.roots)
-    return Draft(names.new_job_id(), fingerprint(operation.name, group.identifier, params, ""), params)
+    return Draft(
+        names.new_job_id(), fingerprint(operation.name, group.identifier, params, ""), params
+    )
 
 
 def _submit_parts(
-    services: Services, operation: Operation, batch: PartsDocument, group: GroupRecord, key: str | None
+    services: Services,
+    operation: Operation,
+    batch: PartsDocument,
+    group: GroupRecord,
+    key: str | None,
 ) -> JobRecord:
-    """The parts stay until a job has taken them, so the verb may be repeated; the id stands for their content."""
+    """The parts stay until a job has taken them, so the verb may be repeated; the id stands for
+    their content."""
     said = {"params": batch.params, "metadata": batch.metadata}
-    mark = fingerprint(operation.name, group.identifier, said, f"parts:{batch.payload}:{batch.parts}")
+    mark = fingerprint(
+        operation.name, group.identifier, said, f"parts:{batch.payload}:{batch.parts}"
+    )
     first = services.ledger.replay_of(key, mark)
     if first is not None:
         return first
@@ -196,7 +253,9 @@ def _submit_parts(
         return first  # an earlier attempt, whose connection was lost, has taken the parts meanwhile
     job = submit_draft(services, operation, group, draft, key)
     if draft.stored_here:
-        with contextlib.suppress(ServiceError):  # the job is there all the same, and the janitor takes them later
+        with contextlib.suppress(
+            ServiceError
+        ):  # the job is there all the same, and the janitor takes them later
             services.store.delete(batch.payload)
     return job
 
@@ -204,7 +263,8 @@ def _submit_parts(
 def _parts_draft(
     services: Services, operation: Operation, batch: PartsDocument, group: GroupRecord, mark: str
 ) -> Draft:
-    """What the verb says wins over the frame; metadata that the frame lacks makes a copy, as the ranks read it there."""
+    """What the verb says wins over the frame; metadata that the frame lacks makes a copy, as the
+    ranks read it there."""
     ref = services.store.assemble(batch.payload, batch.parts)
     with services.store.open(batch.payload, ref.checksum) as payload:
         header = payload.header

@@ -1,4 +1,5 @@
-"""Waiting for jobs to end: one subscription per process wakes everybody, a slow re-read covers lost messages."""
+"""Waiting for jobs to end: one subscription per process wakes everybody, a slow re-read covers lost
+messages."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ _LISTEN_S = 0.5
 
 
 class Endings:
-    """Wakes whoever waits for a job; made in the event loop that uses it. Survives Redis' absence."""
+    """Wakes whoever waits for a job; made in the event loop that uses it. Survives Redis'
+    absence."""
 
     def __init__(self, redis_url: str) -> None:
         self._redis_url = redis_url
@@ -33,9 +35,11 @@ class Endings:
         self._thread.start()
 
     async def final(self, ledger: Ledger, job_id: str, timeout_s: float) -> JobRecord:
-        """The job's record when it has ended, or as it is after ``timeout_s`` or when the gateway stops.
+        """The job's record when it has ended, or as it is after ``timeout_s`` or when the gateway
+        stops.
 
-        Raises JOB_NOT_FOUND or EXPIRED, and Redis' own errors once Redis has been away for two seconds.
+        Raises JOB_NOT_FOUND or EXPIRED, and Redis' own errors once Redis has been away for two
+        seconds.
         """
         deadline = time.monotonic() + timeout_s
         answered = time.monotonic()

@@ -1,4 +1,5 @@
-"""What only shows over time: work that nobody takes though it could, and a Redis that has forgotten what it held."""
+"""What only shows over time: work that nobody takes though it could, and a Redis that has forgotten
+what it held."""
 
 from __future__ import annotations
 
@@ -22,12 +23,14 @@ from nexrl_ledger import Ledger
 
 PERIOD_S = 5.0
 QUIET_S = 20.0
-"""Idle consumers take a job within milliseconds; one that has waited so long before them is not being taken."""
+"""Idle consumers take a job within milliseconds; one that has waited so long before them is not
+being taken."""
 _log = logging.getLogger(__name__)
 
 
 class Watch:
-    """Looks at the queues and at Redis' mark again and again; :meth:`reasons` says what is wrong."""
+    """Looks at the queues and at Redis' mark again and again; :meth:`reasons` says what is
+    wrong."""
 
     def __init__(self, ledger: Ledger, folder: Path) -> None:
         """The mark of the Redis that was seen last is kept in ``folder``, for the next gateway."""
@@ -55,7 +58,9 @@ class Watch:
         now, idle = time.monotonic(), dict(self._idle())
         self._since = {key: self._since.get(key, now) for key in idle}
         self._stuck = [
-            f"{idle[key]} for more than {QUIET_S:g} s" for key, at in self._since.items() if now - at >= QUIET_S
+            f"{idle[key]} for more than {QUIET_S:g} s"
+            for key, at in self._since.items()
+            if now - at >= QUIET_S
         ]
 
     def stuck(self) -> list[str]:
@@ -63,7 +68,8 @@ class Watch:
         return self._stuck
 
     def emptied(self) -> str | None:
-        """That Redis has lost what it held, until a group has been made since; raises RedisError."""
+        """That Redis has lost what it held, until a group has been made since; raises
+        RedisError."""
         mark = self._mark()
         if "emptied" in mark and self._ledger.identifiers():
             mark = {name: value for name, value in mark.items() if name != "emptied"}
@@ -76,7 +82,8 @@ class Watch:
         return mark.get("emptied")
 
     def _mark(self) -> dict[str, Any]:
-        """Redis' mark, made where it has none; ``emptied`` says that there was another one before."""
+        """Redis' mark, made where it has none; ``emptied`` says that there was another one
+        before."""
         known = self._seen.get("id")
         mark = self._read()
         if mark is None:
@@ -92,7 +99,8 @@ class Watch:
             return {}
         seen = datetime.fromtimestamp(self._seen["at"]).isoformat(sep=" ", timespec="seconds")
         reason = (
-            f"Redis was emptied, or replaced by another one, after {seen}: it has forgotten all groups and jobs; "
+            f"Redis was emptied, or replaced by another one, after {seen}: it has forgotten all "
+            "groups and jobs; "
             "initialise the groups again and load their checkpoints"
         )
         _log.error("redis.emptied %s", reason)
@@ -108,7 +116,8 @@ class Watch:
             self._ledger.set_mark(json.dumps(mark), only_new=only_new)
 
     def _idle(self) -> Iterator[tuple[tuple[str, str], str]]:
-        """The oldest job of each queue whose consumer is there and does nothing, and what to say of it."""
+        """The oldest job of each queue whose consumer is there and does nothing, and what to say of
+        it."""
         for group in self._ledger.groups():
             if group.state in ("up", "ready") and group.running_job is None:
                 queue = names.train_queue(group.identifier)
@@ -118,7 +127,9 @@ class Watch:
         if self._ledger.agents():
             yield from self._untaken(names.AGENT_QUEUE, "no agent takes what is to be placed")
         if self._ledger.checkpointers():
-            yield from self._untaken(names.CHECKPOINT_QUEUE, "no checkpointer takes what is to be published")
+            yield from self._untaken(
+                names.CHECKPOINT_QUEUE, "no checkpointer takes what is to be published"
+            )
 
     def _untaken(self, queue: str, what: str) -> Iterator[tuple[tuple[str, str], str]]:
         jobs = self._ledger.waiting(queue)

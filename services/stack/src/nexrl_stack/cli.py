@@ -22,17 +22,25 @@ from nexrl_stack.supervisor import GaveUp
 from nexrl_stack.up import free_port, run_stack
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help=__doc__.splitlines()[0], pretty_exceptions_show_locals=False
+    no_args_is_help=True,
+    add_completion=False,
+    help=__doc__.splitlines()[0],
+    pretty_exceptions_show_locals=False,
 )
 
-DataOption = Annotated[Path, typer.Option("--data", envvar="NEXRL_DATA", help="Data folder; checkpoints lie under it.")]
+DataOption = Annotated[
+    Path, typer.Option("--data", envvar="NEXRL_DATA", help="Data folder; checkpoints lie under it.")
+]
 RootsOption = Annotated[
     list[Path] | None,
     typer.Option(
-        "--checkpoint-root", help="A further folder for checkpoints, repeatable. Default: the current folder."
+        "--checkpoint-root",
+        help="A further folder for checkpoints, repeatable. Default: the current folder.",
     ),
 ]
-UrlOption = Annotated[str, typer.Option("--url", envvar="NEXRL_URL", help="Address of the gateway.")]
+UrlOption = Annotated[
+    str, typer.Option("--url", envvar="NEXRL_URL", help="Address of the gateway.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 _PIPE_COLUMNS = 200
 DEFAULT_DATA = Path("data")
@@ -42,28 +50,39 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 @app.command()
 def up(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.", min=0, max=65535)] = 8000,
+    port: Annotated[
+        int, typer.Option(help="Port to listen on; 0 picks a free one.", min=0, max=65535)
+    ] = 8000,
     slots: Annotated[
         int | None, typer.Option(help="Ranks at a time. Default: the CUDA devices, else 4.", min=1)
     ] = None,
     checkpointers: Annotated[int, typer.Option(help="How many checkpointers to run.", min=1)] = 1,
-    redis: Annotated[str | None, typer.Option(help="URL of a Redis to use instead of the embedded server.")] = None,
+    redis: Annotated[
+        str | None, typer.Option(help="URL of a Redis to use instead of the embedded server.")
+    ] = None,
     data: DataOption = DEFAULT_DATA,
     checkpoint_root: RootsOption = None,
     model_root: Annotated[
         list[Path] | None,
-        typer.Option(help="A folder that models are read from, repeatable. Default on loopback: any."),
+        typer.Option(
+            help="A folder that models are read from, repeatable. Default on loopback: any."
+        ),
     ] = None,
     payloads: Annotated[
-        str | None, typer.Option(help="Payload store, file://DIR or redis://URL. Default: under --data.")
+        str | None,
+        typer.Option(help="Payload store, file://DIR or redis://URL. Default: under --data."),
     ] = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Forget earlier groups, jobs and logs; checkpoints stay.")
+        bool,
+        typer.Option("--fresh", help="Forget earlier groups, jobs and logs; checkpoints stay."),
     ] = False,
 ) -> None:
     """Run the whole service here until Ctrl-C; prints one line `nexrl ready URL`."""
     if fresh and redis is not None:
-        _fail("--fresh forgets what the embedded server holds; leave it out, and empty the Redis of --redis yourself")
+        _fail(
+            "--fresh forgets what the embedded server holds; leave it out, and empty the Redis of "
+            "--redis yourself"
+        )
     try:
         settings = StackSettings(
             host=host,
@@ -76,7 +95,9 @@ def up(
             checkpoint_roots=_absolute(checkpoint_root) or (Path.cwd(),),
             model_roots=_absolute(model_root),
         )
-        run_stack(settings, fresh=fresh, ready=lambda url: typer.echo(f"nexrl ready {url}"), say=_note)
+        run_stack(
+            settings, fresh=fresh, ready=lambda url: typer.echo(f"nexrl ready {url}"), say=_note
+        )
     except (Refused, GaveUp) as error:
         _fail(str(error))
 
@@ -104,25 +125,36 @@ def jobs(
 def logs(
     identifier: Annotated[str, typer.Argument(help="The group.")],
     data: DataOption = DEFAULT_DATA,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing new lines until Ctrl-C.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Keep printing new lines until Ctrl-C.")
+    ] = False,
 ) -> None:
     """The logs of a group's ranks, each line with its rank."""
     if not valid_identifier(identifier):
         _fail(f"{identifier!r} is no identifier of a group")
     folder = data.expanduser().resolve() / ".nexrl" / "logs" / "groups" / identifier
     if not follow and not rank_files(folder):
-        _fail(f"there are no logs of a group {identifier!r} under {folder}; give the stack's folder with --data")
+        _fail(
+            f"there are no logs of a group {identifier!r} under {folder}; give the stack's folder "
+            "with --data"
+        )
     for line in rank_lines(folder, follow=follow):
         typer.echo(line)
 
 
 @app.command()
 def checkpoints(
-    data: DataOption = DEFAULT_DATA, checkpoint_root: RootsOption = None, as_json: JsonOption = False
+    data: DataOption = DEFAULT_DATA,
+    checkpoint_root: RootsOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """The published checkpoints, oldest first."""
     found = published([data.expanduser().resolve(), *(_absolute(checkpoint_root) or (Path.cwd(),))])
-    _show({"checkpoints": [item.model_dump(mode="json") for item in found]}, views.checkpoints_view(found), as_json)
+    _show(
+        {"checkpoints": [item.model_dump(mode="json") for item in found]},
+        views.checkpoints_view(found),
+        as_json,
+    )
 
 
 def _absolute(folders: list[Path] | None) -> tuple[Path, ...]:

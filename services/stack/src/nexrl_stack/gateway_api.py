@@ -20,7 +20,8 @@ class GatewayError(Exception):
 
 
 def fetch_status(url: str) -> dict[str, Any]:
-    """What ``/health`` says, and under ``groups`` each living group with its running and queued operations."""
+    """What ``/health`` says, and under ``groups`` each living group with its running and queued
+    operations."""
     response = _send(url, "/health", {})
     if response.status_code not in (200, 503):
         raise _refusal(response)
@@ -43,9 +44,20 @@ def _fetch_groups(url: str) -> list[dict[str, Any]]:
     groups = []
     for identifier, model in sorted(_get(url, "/get_models")["models"].items()):
         jobs = fetch_jobs(url, identifier, _RECENT_JOBS)
-        running = [{"id": job["id"], "operation": job["operation"]} for job in jobs if job["state"] == "running"]
+        running = [
+            {"id": job["id"], "operation": job["operation"]}
+            for job in jobs
+            if job["state"] == "running"
+        ]
         queued = sum(job["state"] == "queued" for job in jobs)
-        groups.append({"identifier": identifier, **model, "running": running[0] if running else None, "queued": queued})
+        groups.append(
+            {
+                "identifier": identifier,
+                **model,
+                "running": running[0] if running else None,
+                "queued": queued,
+            }
+        )
     return groups
 
 
@@ -82,7 +94,8 @@ def _send(url: str, path: str, params: dict[str, str | int]) -> requests.Respons
 
 
 def _proxy(url: str) -> str | None:
-    """The proxy that the environment sets for ``url``; this machine itself needs none, whatever is set."""
+    """The proxy that the environment sets for ``url``; this machine itself needs none, whatever is
+    set."""
     if is_loopback(urlsplit(url).hostname or ""):
         return None
     proxy = select_proxy(url, get_environ_proxies(url))

@@ -15,7 +15,8 @@ _FILE = re.compile(r"rank(\d+)\.log")
 
 
 def rank_lines(folder: Path, *, follow: bool) -> Iterator[str]:
-    """``[rank] line`` for every line there is, rank by rank; with ``follow`` then each new line, forever."""
+    """``[rank] line`` for every line there is, rank by rank; with ``follow`` then each new line,
+    forever."""
     tails: dict[Path, _Tail] = {}
     while True:
         for rank, path in rank_files(folder):
@@ -23,7 +24,9 @@ def rank_lines(folder: Path, *, follow: bool) -> Iterator[str]:
                 for older in older_logs(path):
                     if older.exists():
                         yield from _numbered(rank, _Tail(older).new_lines(unfinished=True))
-            yield from _numbered(rank, tails.setdefault(path, _Tail(path)).new_lines(unfinished=not follow))
+            yield from _numbered(
+                rank, tails.setdefault(path, _Tail(path)).new_lines(unfinished=not follow)
+            )
         if not follow:
             return
         time.sleep(_POLL_S)
@@ -31,20 +34,26 @@ def rank_lines(folder: Path, *, follow: bool) -> Iterator[str]:
 
 def rank_files(folder: Path) -> list[tuple[int, Path]]:
     """The log files of a group, by rank."""
-    found = [(int(match[1]), path) for path in folder.glob("rank*.log") if (match := _FILE.fullmatch(path.name))]
+    found = [
+        (int(match[1]), path)
+        for path in folder.glob("rank*.log")
+        if (match := _FILE.fullmatch(path.name))
+    ]
     return sorted(found)
 
 
 @dataclass
 class _Tail:
-    """What of a growing file has not been read yet; one that was begun anew is read on in the copy of what it held."""
+    """What of a growing file has not been read yet; one that was begun anew is read on in the copy
+    of what it held."""
 
     path: Path
     position: int = 0
     rest: bytes = field(default=b"")
 
     def new_lines(self, *, unfinished: bool) -> list[str]:
-        """Lines that ended since the last call; ``unfinished`` also gives a last one without its end."""
+        """Lines that ended since the last call; ``unfinished`` also gives a last one without its
+        end."""
         with self.path.open("rb") as file:
             text = self.rest
             if file.seek(0, 2) < self.position:

@@ -10,7 +10,8 @@ from nexrl_ledger import Ledger, connect
 
 
 def running_operations(redis_url: str) -> Callable[[], str]:
-    """A look at the ledger: ``student: update_actor, 83 s so far``, empty where nothing runs or Redis is away."""
+    """A look at the ledger: ``student: update_actor, 83 s so far``, empty where nothing runs or
+    Redis is away."""
     ledger = Ledger(connect(redis_url))
 
     def look() -> str:

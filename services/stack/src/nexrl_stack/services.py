@@ -1,4 +1,5 @@
-"""What each process of the stack is: its name, command line, environment, and how long its clean stop may take."""
+"""What each process of the stack is: its name, command line, environment, and how long its clean
+stop may take."""
 
 from __future__ import annotations
 
@@ -20,9 +21,11 @@ _GATEWAY_GRACE_S = 15.0
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """One process; ``env`` is added to ours, ``grace_s`` is how long it may take to stop after SIGTERM.
+    """One process; ``env`` is added to ours, ``grace_s`` is how long it may take to stop after
+    SIGTERM.
 
-    ``hopeless`` tells from what a dead process has logged why another start would end alike, and what to do; None where it may not.
+    ``hopeless`` tells from what a dead process has logged why another start would end alike, and
+    what to do; None where it may not.
     """
 
     name: str
@@ -34,7 +37,8 @@ class Service:
 
 @dataclass(frozen=True, slots=True)
 class StackSettings:
-    """What ``nexrl up`` was asked for; folders are absolute, ``redis_url`` None means the embedded server."""
+    """What ``nexrl up`` was asked for; folders are absolute, ``redis_url`` None means the embedded
+    server."""
 
     host: str
     port: int
@@ -53,7 +57,8 @@ class StackSettings:
 
     @property
     def agent_name(self) -> str:
-        """The agent's stable name. A laptop's host name may change between two runs; only a shared Redis needs it."""
+        """The agent's stable name. A laptop's host name may change between two runs; only a shared
+        Redis needs it."""
         return "local" if self.redis_url is None else socket.gethostname()
 
     @property

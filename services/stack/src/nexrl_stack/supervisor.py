@@ -1,4 +1,5 @@
-"""Starts processes, starts again what dies, and stops all in the reverse order of starting; none outlives this one."""
+"""Starts processes, starts again what dies, and stops all in the reverse order of starting; none
+outlives this one."""
 
 from __future__ import annotations
 
@@ -29,16 +30,22 @@ _LOGS_EVERY_S = 5.0
 
 
 class GaveUp(Exception):
-    """A process dies again and again right after its start; the message ends with the tail of its log."""
+    """A process dies again and again right after its start; the message ends with the tail of its
+    log."""
 
 
 class Supervisor:
-    """Children of the *main* thread, since the kernel kills them when the thread that forked them ends."""
+    """Children of the *main* thread, since the kernel kills them when the thread that forked them
+    ends."""
 
     def __init__(
-        self, logs: Path, say: Callable[[str], None], obstacle: Callable[[], str | None] = lambda: None
+        self,
+        logs: Path,
+        say: Callable[[str], None],
+        obstacle: Callable[[], str | None] = lambda: None,
     ) -> None:
-        """``obstacle`` says why nothing can live at the moment: deaths do not count then, and the dead wait for its end."""
+        """``obstacle`` says why nothing can live at the moment: deaths do not count then, and the
+        dead wait for its end."""
         self._logs = logs
         self._say = say
         self._obstacle = obstacle
@@ -47,7 +54,8 @@ class Supervisor:
         self._children: list[_Child] = []
         self._stop_since: float | None = None
         self._hurry = False
-        # A handler may interrupt any line of the main thread; SimpleQueue.put is the one primitive that is re-entrant.
+        # A handler may interrupt any line of the main thread; SimpleQueue.put is the one primitive
+        # that is re-entrant.
         self._signals: queue.SimpleQueue[int] = queue.SimpleQueue()
         logs.mkdir(parents=True, exist_ok=True)
         for number in (*STOP_SIGNALS, signal.SIGCHLD):
@@ -64,7 +72,8 @@ class Supervisor:
         return next(child.started_at for child in self._children if child.service.name == name)
 
     def watch(self, done: Callable[[], bool] = lambda: False, *, every_s: float = 60.0) -> bool:
-        """Keep everything running until ``done()`` (True) or a stop signal (False); raises GaveUp."""
+        """Keep everything running until ``done()`` (True) or a stop signal (False); raises
+        GaveUp."""
         while self._stop_since is None:
             if done():
                 return True
@@ -75,7 +84,8 @@ class Supervisor:
         return False
 
     def stop(self, progress: Callable[[], str]) -> None:
-        """Stop all, last started first, and keep the others running meanwhile; a second Ctrl-C ends what is left at once.
+        """Stop all, last started first, and keep the others running meanwhile; a second Ctrl-C ends
+        what is left at once.
 
         ``progress`` tells what is still waited for.
         """
@@ -92,7 +102,11 @@ class Supervisor:
             self._stop(child, min(child.service.grace_s, seconds), None)
 
     def _sleep(self, seconds: float) -> None:
-        due = [child.restart_at - time.monotonic() for child in self._children if child.restart_at is not None]
+        due = [
+            child.restart_at - time.monotonic()
+            for child in self._children
+            if child.restart_at is not None
+        ]
         try:
             received = self._signals.get(timeout=max(0.0, min([seconds, *due])))
         except queue.Empty:
@@ -101,8 +115,11 @@ class Supervisor:
             return
         if self._stop_since is None:
             self._stop_since = time.monotonic()
-        # A program that started us may pass on the Ctrl-C of a terminal to both of us: only a later one is impatience.
-        self._hurry |= received == signal.SIGINT and time.monotonic() - self._stop_since > _SAME_CTRL_C_S
+        # A program that started us may pass on the Ctrl-C of a terminal to both of us: only a later
+        # one is impatience.
+        self._hurry |= (
+            received == signal.SIGINT and time.monotonic() - self._stop_since > _SAME_CTRL_C_S
+        )
 
     def _revive(self, child: _Child) -> None:
         if child.restart_at is not None:
@@ -116,16 +133,23 @@ class Supervisor:
         name = child.service.name
         if (obstacle := self._obstacle()) is not None:
             child.hold_back()
-            self._say(f"{obstacle}; {name} has ended ({_describe(code)}) and is started again as soon as there is room")
+            self._say(
+                f"{obstacle}; {name} has ended ({_describe(code)}) and is started again as soon "
+                "as there is room"
+            )
             return
         if not self._stopping and (why := child.service.hopeless(child.said())) is not None:
             raise GaveUp(why)
         delay_s = child.count_death()
         if child.quick_deaths >= _QUICK_DEATHS and not self._stopping:
             raise GaveUp(
-                f"{name} died {_QUICK_DEATHS} times right after its start; the end of {child.log}:\n{child.tail()}"
+                f"{name} died {_QUICK_DEATHS} times right after its start; the end of "
+                f"{child.log}:\n{child.tail()}"
             )
-        self._say(f"{name} died ({_describe(code)}); it is started again in {delay_s:g} s; log: {child.log}")
+        self._say(
+            f"{name} died ({_describe(code)}); it is started again in {delay_s:g} s; log: "
+            f"{child.log}"
+        )
 
     def _start_again(self, child: _Child) -> None:
         if child.held_back:
@@ -151,17 +175,23 @@ class Supervisor:
                     tell_at += _TELL_EVERY_S
                     self._tell(child, progress())
         if child.process.poll() is None:
-            self._say(f"{child.service.name} {'' if self._hurry else 'did not stop in time and '}is killed")
+            self._say(
+                f"{child.service.name} {'' if self._hurry else 'did not stop in time and '}is "
+                "killed"
+            )
         child.end_group()
 
     def _tell(self, child: _Child, doing: str) -> None:
         obstacle = self._obstacle()
         reasons = [reason for reason in (doing, obstacle) if reason]
-        self._say(f"still waiting for {child.service.name}{': ' if reasons else ''}{'; '.join(reasons)}")
+        self._say(
+            f"still waiting for {child.service.name}{': ' if reasons else ''}{'; '.join(reasons)}"
+        )
 
 
 class _Child:
-    """A service and its process, which leads a session of its own: a terminal's Ctrl-C reaches only the supervisor."""
+    """A service and its process, which leads a session of its own: a terminal's Ctrl-C reaches only
+    the supervisor."""
 
     process: subprocess.Popen[bytes]
 

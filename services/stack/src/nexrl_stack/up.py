@@ -47,7 +47,8 @@ def run_stack(settings: StackSettings, *, fresh: bool, ready: Tell, say: Tell) -
         try:
             _keep(supervisor, settings, ready, say)
         finally:
-            # What _keep has not stopped itself; a part is missing then, and what waits for that part waits in vain.
+            # What _keep has not stopped itself; a part is missing then, and what waits for that
+            # part waits in vain.
             supervisor.stop_within(_BROKEN_STOP_S)
 
 
@@ -76,14 +77,21 @@ def _keep(supervisor: Supervisor, settings: StackSettings, ready: Tell, say: Tel
         supervisor.watch()
     running = running_operations(redis_url)
     doing = running()
-    say(f"stopping; waiting at most {STOP_LIMIT_S // 60} min for {doing}; {_IMPATIENT}" if doing else "stopping")
+    say(
+        f"stopping; waiting at most {STOP_LIMIT_S // 60} min for {doing}; {_IMPATIENT}"
+        if doing
+        else "stopping"
+    )
     supervisor.stop(running)
 
 
 class _Readiness:
-    """Whether the gateway is ready and agent and checkpointers are registered; says now and then what is missing."""
+    """Whether the gateway is ready and agent and checkpointers are registered; says now and then
+    what is missing."""
 
-    def __init__(self, settings: StackSettings, redis_url: str, supervisor: Supervisor, say: Tell) -> None:
+    def __init__(
+        self, settings: StackSettings, redis_url: str, supervisor: Supervisor, say: Tell
+    ) -> None:
         self._settings = settings
         self._ledger = Ledger(connect(redis_url))
         self._supervisor = supervisor
@@ -97,20 +105,30 @@ class _Readiness:
         missing = self._missing()
         if missing and time.monotonic() >= self._note_at:
             self._note_at += _NOTE_EVERY_S
-            self._say(f"still waiting for {', '.join(missing)}; logs: {self._settings.own_folder / 'logs'}")
+            self._say(
+                f"still waiting for {', '.join(missing)}; logs: "
+                f"{self._settings.own_folder / 'logs'}"
+            )
         return not missing
 
     def _missing(self) -> list[str]:
-        """Services that are not ready; records of an earlier run, which Redis keeps a while, do not count."""
+        """Services that are not ready; records of an earlier run, which Redis keeps a while, do not
+        count."""
         try:
             agents = {record.name: record.heartbeat for record in self._ledger.agents()}
-            checkpointers = {record.name: record.heartbeat for record in self._ledger.checkpointers()}
+            checkpointers = {
+                record.name: record.heartbeat for record in self._ledger.checkpointers()
+            }
         except redis.exceptions.RedisError:
             return ["redis"]
         expected = {"agent": agents.get(self._settings.agent_name, 0.0)}
         for number, name in enumerate(self._settings.checkpointer_names, start=1):
             expected[f"checkpointer-{number}"] = checkpointers.get(name, 0.0)
-        missing = [name for name, heartbeat in expected.items() if heartbeat < self._supervisor.started_at(name)]
+        missing = [
+            name
+            for name, heartbeat in expected.items()
+            if heartbeat < self._supervisor.started_at(name)
+        ]
         return missing or self._gateway_lacks()
 
     def _gateway_lacks(self) -> list[str]:
@@ -120,7 +138,11 @@ class _Readiness:
         url = service_url(host, self._settings.port)
         try:
             answer = self._http.get(f"{url}/ready", timeout=_PROBE_S)
-            return [] if answer.status_code == 200 else [f"gateway ({'; '.join(answer.json()['reasons'])})"]
+            return (
+                []
+                if answer.status_code == 200
+                else [f"gateway ({'; '.join(answer.json()['reasons'])})"]
+            )
         except (requests.RequestException, KeyError):
             return ["gateway"]
 
@@ -131,7 +153,8 @@ def _check_port(host: str, port: int) -> None:
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise Refused(
-            f"port {port} on {host} cannot be used ({reason}); give another --port, 0 for a free one"
+            f"port {port} on {host} cannot be used ({reason}); give another --port, 0 for a free "
+            "one"
         ) from error
 
 
@@ -141,7 +164,9 @@ def _check_redis(url: str) -> None:
     except ValueError as error:
         raise Refused(f"--redis: {error}") from error
     if not there:
-        raise Refused("no Redis answers at --redis; start it first, or leave --redis out for the embedded one")
+        raise Refused(
+            "no Redis answers at --redis; start it first, or leave --redis out for the embedded one"
+        )
     with connect(url) as client:
         if (fault := redis_fault(client)) is not None:
             raise Refused(f"--redis: {fault}")
@@ -150,7 +175,8 @@ def _check_redis(url: str) -> None:
 def _bind(host: str, port: int) -> int:
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     with socket.socket(family, kind, protocol) as probe:
-        # As the gateway will bind: connections of an earlier run that still linger in the kernel do not count.
+        # As the gateway will bind: connections of an earlier run that still linger in the kernel do
+        # not count.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(address)
         return int(probe.getsockname()[1])

@@ -35,14 +35,30 @@ def status_view(status: dict[str, Any]) -> RenderableType:
     slots = status.get("slots") or {}
     lines = [
         f"[bold]{escape(status['url'])}[/bold]  {_state(status.get('status'))}",
-        f"Redis: {_text(status.get('redis'))}   payload store: {_text(status.get('payload_store'))}",
+        (
+            f"Redis: {_text(status.get('redis'))}   payload store: "
+            f"{_text(status.get('payload_store'))}"
+        ),
         *(f"  [red]-[/red] {escape(reason)}" for reason in status.get("reasons") or ()),
         f"slots: {_text(slots.get('free'))} of {_text(slots.get('total'))} free",
-        f"agents: {_names(status.get('agents'))}   checkpointers: {_names(status.get('checkpointers'))}",
+        (
+            f"agents: {_names(status.get('agents'))}   checkpointers: "
+            f"{_names(status.get('checkpointers'))}"
+        ),
     ]
     if not status["groups"]:
         return "\n".join([*lines, "no worker groups"])
-    table = _table("identifier", "state", "role", "world size", "epoch", "running", "queued", "heartbeat", "cause")
+    table = _table(
+        "identifier",
+        "state",
+        "role",
+        "world size",
+        "epoch",
+        "running",
+        "queued",
+        "heartbeat",
+        "cause",
+    )
     for group in status["groups"]:
         running = group["running"]
         table.add_row(
@@ -104,7 +120,8 @@ def checkpoints_view(found: list[Published]) -> RenderableType:
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in columns:
-        # Prose gives way on a narrow terminal; an id must stay whole, since it is copied into the next command.
+        # Prose gives way on a narrow terminal; an id must stay whole, since it is copied into the
+        # next command.
         table.add_column(name, overflow="fold", no_wrap=name not in _PROSE)
     return table
 
@@ -120,7 +137,9 @@ def _state(value: object) -> str:
 
 
 def _names(members: Iterable[Any] | None) -> str:
-    names = [_text(member["name"] if isinstance(member, dict) else member) for member in members or ()]
+    names = [
+        _text(member["name"] if isinstance(member, dict) else member) for member in members or ()
+    ]
     return ", ".join(names) or "none"
 
 

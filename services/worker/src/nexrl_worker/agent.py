@@ -1,4 +1,5 @@
-"""The agent: ``python -m nexrl_worker.agent``. It offers slots, places groups on them, and tells the ledger how they fare."""
+"""The agent: ``python -m nexrl_worker.agent``. It offers slots, places groups on them, and tells
+the ledger how they fare."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ _log = logging.getLogger(__name__)
 
 
 class Agent:
-    """One host's slots. Groups are started in the main thread and watched each in a thread of its own."""
+    """One host's slots. Groups are started in the main thread and watched each in a thread of its
+    own."""
 
     def __init__(self, settings: AgentSettings) -> None:
         self._settings = settings
@@ -94,13 +96,18 @@ class Agent:
     def _place_waiting(self) -> None:
         """Claim every placement job that fits; say why the others wait."""
         for job in self._ledger.waiting(names.AGENT_QUEUE):
-            if job.identifier in self._running or self._settings.identifier not in (None, job.identifier):
+            if job.identifier in self._running or self._settings.identifier not in (
+                None,
+                job.identifier,
+            ):
                 continue
             group = self._ledger.group(job.identifier)
             if group is not None and (group.state == "destroyed" or group.placement_job != job.id):
                 group = None  # or another of that name: its own job places it
             if group is not None and group.world_size > self._slots.free:
-                self._ledger.explain_wait(job.id, self._slots.shortage(group.world_size, self._settings.name))
+                self._ledger.explain_wait(
+                    job.id, self._slots.shortage(group.world_size, self._settings.name)
+                )
                 continue
             stale = time.time() - LEASE_S
             claimed = self._ledger.claim(names.AGENT_QUEUE, job_id=job.id, stale_before=stale)
@@ -112,10 +119,13 @@ class Agent:
                 self._start(group, claimed)
             except Fenced as error:
                 _log.warning("placement.fenced job_id=%s %s", job.id, error)
-                self._refuse(claimed, "GROUP_NOT_READY", "the group was destroyed before it was started")
+                self._refuse(
+                    claimed, "GROUP_NOT_READY", "the group was destroyed before it was started"
+                )
 
     def _start(self, group: GroupRecord, placement: JobRecord | None) -> None:
-        """A group that this machine cannot start is down, with the cause; raises Fenced where it is gone."""
+        """A group that this machine cannot start is down, with the cause; raises Fenced where it is
+        gone."""
         identifier = group.identifier
         epoch = self._ledger.start_epoch(identifier, self._settings.name, [socket.gethostname()])
         gpus = self._slots.take(group.world_size)
@@ -130,7 +140,12 @@ class Agent:
                 self._refuse(placement, "OPERATION_FAILED", cause)
             return
         self._running[identifier] = process
-        _log.info("group.started identifier=%s epoch=%d world_size=%d", identifier, epoch, group.world_size)
+        _log.info(
+            "group.started identifier=%s epoch=%d world_size=%d",
+            identifier,
+            epoch,
+            group.world_size,
+        )
         watch = GroupWatch(self._ledger, self._store, process, placement, self._release)
         watcher = threading.Thread(target=watch.run, name=f"watch-{identifier}", daemon=True)
         self._watchers = [each for each in self._watchers if each.is_alive()] + [watcher]
@@ -159,7 +174,8 @@ class Agent:
     # --- coming back ---
 
     def _bring_back(self) -> None:
-        """Groups that this agent held before it was restarted: start them again, or say what was lost. May be repeated."""
+        """Groups that this agent held before it was restarted: start them again, or say what was
+        lost. May be repeated."""
         mine = [
             group
             for group in self._ledger.groups()
@@ -168,12 +184,15 @@ class Agent:
             and group.identifier not in self._running
         ]
         kept = {group.identifier: suspended(self._folders(group).state) for group in mine}
-        whole = [group for group in mine if kept[group.identifier].accounts_for(group.seq, group.epoch)]
+        whole = [
+            group for group in mine if kept[group.identifier].accounts_for(group.seq, group.epoch)
+        ]
         needed = sum(group.world_size for group in whole)
         if needed > self._slots.free:
             names_of = ", ".join(group.identifier for group in whole)
             sys.exit(
-                f"agent {self._settings.name} keeps the groups {names_of}, which need {needed} slots: start it with as many "
+                f"agent {self._settings.name} keeps the groups {names_of}, which need {needed} "
+                "slots: start it with as many "
                 "(NEXRL_SLOTS, nexrl up --slots)"
             )
         for group in mine:
@@ -190,13 +209,17 @@ class Agent:
                 self._ledger.group_destroyed(identifier, group.epoch)
                 return
             cause = "the agent stopped while this ran; whether it took effect is not known"
-            self._ledger.finish(job, error=ServiceError("OPERATION_FAILED", cause, identifier=identifier).body())
+            self._ledger.finish(
+                job, error=ServiceError("OPERATION_FAILED", cause, identifier=identifier).body()
+            )
         if not kept.accounts_for(group.seq, group.epoch):
             self._give_up(group, kept.seq)
             return
         if group.seq > kept.seq:
             group = self._without_dropped(group, kept.seq)
-        placement = self._ledger.claim(names.AGENT_QUEUE, job_id=group.placement_job or "-", stale_before=time.time())
+        placement = self._ledger.claim(
+            names.AGENT_QUEUE, job_id=group.placement_job or "-", stale_before=time.time()
+        )
         self._start(group, placement)
 
     def _give_up(self, group: GroupRecord, kept: int) -> None:
@@ -205,9 +228,14 @@ class Agent:
         self._ledger.group_down(group.identifier, epoch, cause, kept=kept)
 
     def _without_dropped(self, group: GroupRecord, kept: int) -> GroupRecord:
-        """Gradients that awaited optim_step ended with the ranks; before the new incarnation, for which nothing is dropped."""
+        """Gradients that awaited optim_step ended with the ranks; before the new incarnation, for
+        which nothing is dropped."""
         lost = self._ledger.roll_back(group.identifier, group.epoch, kept)
-        _log.warning("gradients.lost identifier=%s: %d forward_backward are rolled_back", group.identifier, lost)
+        _log.warning(
+            "gradients.lost identifier=%s: %d forward_backward are rolled_back",
+            group.identifier,
+            lost,
+        )
         return group.model_copy(update={"seq": kept})
 
     def _folders(self, group: GroupRecord) -> GroupFolders:
@@ -236,9 +264,16 @@ class Agent:
         what = "its operation or the saving of its state"
         with contextlib.suppress(redis.exceptions.RedisError):
             group = self._ledger.group(identifier)
-            job = self._ledger.job(group.running_job) if group is not None and group.running_job else None
+            job = (
+                self._ledger.job(group.running_job)
+                if group is not None and group.running_job
+                else None
+            )
             what = job.operation if job is not None else "the saving of its state"
-        return f"the service was stopped, and {what} had not ended {self._settings.stop_limit_s} s later"
+        return (
+            f"the service was stopped, and {what} had not ended {self._settings.stop_limit_s} s "
+            "later"
+        )
 
     def _patiently(self, act: Callable[[], Answer]) -> Answer:
         """Wait for Redis, unless the operator wants this process to end."""

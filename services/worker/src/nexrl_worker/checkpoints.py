@@ -1,4 +1,5 @@
-"""The operations on checkpoints: which file work each rank does, where the ranks vote, and what is collective in between."""
+"""The operations on checkpoints: which file work each rank does, where the ranks vote, and what is
+collective in between."""
 
 from __future__ import annotations
 
@@ -13,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from nexrl_contract.durable import replace_folder, write_file
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.manifest import FileEntry, Manifest, describe, fingerprint_text, index_name, write_manifest
+from nexrl_contract.manifest import (
+    FileEntry,
+    Manifest,
+    describe,
+    fingerprint_text,
+    index_name,
+    write_manifest,
+)
 
 from nexrl_worker.checkpoint.huggingface import FolderWriter, Stamp, export
 from nexrl_worker.checkpoint.load import LoadPlan, inspect
@@ -41,7 +49,8 @@ if TYPE_CHECKING:
 
 
 class Checkpoints:
-    """Saves and loads one group's state. Every method is collective; a refused one has changed nothing."""
+    """Saves and loads one group's state. Every method is collective; a refused one has changed
+    nothing."""
 
     def __init__(self, settings: RankSettings, config: ActorConfig, team: Team) -> None:
         self._settings = settings
@@ -52,7 +61,8 @@ class Checkpoints:
     # --- saving ---
 
     def save(self, model: TrainingState, job_id: str, params: dict[str, Any], seq: int) -> Outcome:
-        """Sharded: into staging, the checkpointer publishes. Hugging Face: published here, complete on return."""
+        """Sharded: into staging, the checkpointer publishes. Hugging Face: published here, complete
+        on return."""
         step, path = int(params["global_step"]), Path(params["local_path"])
         if not params["saved_fully_shared_ckpt"]:
             return Outcome(
@@ -81,20 +91,31 @@ class Checkpoints:
         )
 
     def convert(self, model: TrainingState, params: dict[str, Any]) -> Outcome:
-        """A published sharded checkpoint becomes its sibling ``-hf``; a path that does not exist yet gets the current weights."""
+        """A published sharded checkpoint becomes its sibling ``-hf``; a path that does not exist
+        yet gets the current weights."""
         path = Path(params["local_path"])
         if not self._from_rank_0({"there": os.path.lexists(path)})["there"]:
             step = model.optimizer_steps
             return Outcome(
-                {"path": str(path), "kind": "huggingface", **self._export(model, PlainPath(path, self._name), step)}
+                {
+                    "path": str(path),
+                    "kind": "huggingface",
+                    **self._export(model, PlainPath(path, self._name), step),
+                }
             )
         target = path.with_name(f"{path.name}-hf")
         self._team.agree(
-            lambda: self._convert_folder(model, path, PlainPath(target, self._name)) if self._team.rank == 0 else None
+            lambda: (
+                self._convert_folder(model, path, PlainPath(target, self._name))
+                if self._team.rank == 0
+                else None
+            )
         )
         return Outcome({"path": str(target), "kind": "huggingface"})
 
-    def _export(self, model: TrainingState, path: VersionedPath | PlainPath, step: int) -> dict[str, Any]:
+    def _export(
+        self, model: TrainingState, path: VersionedPath | PlainPath, step: int
+    ) -> dict[str, Any]:
         """Gather every tensor to rank 0, which writes and publishes the folder."""
         first = self._team.rank == 0
         self._team.agree(path.check if first else _nothing)
@@ -105,7 +126,13 @@ class Checkpoints:
             if not first:
                 return None
             layout = model.layout()
-            return FolderWriter(path.begin(), self._source, stamp, config_changes=model.config_changes(), layout=layout)
+            return FolderWriter(
+                path.begin(),
+                self._source,
+                stamp,
+                config_changes=model.config_changes(),
+                layout=layout,
+            )
 
         writer = self._team.agree(begin)
         failure = export(model.full_weights(), writer)
@@ -117,7 +144,10 @@ class Checkpoints:
                 return {}
             record = writer.finish()
             path.commit()
-            return {"fingerprint": record.fingerprint, "master_fingerprint": record.master_fingerprint}
+            return {
+                "fingerprint": record.fingerprint,
+                "master_fingerprint": record.master_fingerprint,
+            }
 
         try:
             marks = self._from_rank_0(self._team.agree(publish))
@@ -131,15 +161,20 @@ class Checkpoints:
         plan = inspect(path)
         if not isinstance(plan.record, Manifest):
             raise ServiceError(
-                "CHECKPOINT_INVALID", f"{path} is no sharded checkpoint of this service; there is nothing to convert"
+                "CHECKPOINT_INVALID",
+                f"{path} is no sharded checkpoint of this service; there is nothing to convert",
             )
         plan.verify(0, 1)
         target.check()
-        stamp = Stamp(plan.record.identifier, plan.record.step, plan.record.seq, plan.record.fingerprint or "")
+        stamp = Stamp(
+            plan.record.identifier, plan.record.step, plan.record.seq, plan.record.fingerprint or ""
+        )
         try:
             with ShardReader(plan.folder, plan.record) as reader:
                 layout = model.layout_of(plan.folder / MODEL_FILES, reader.shapes, plan.state())
-                writer = FolderWriter(target.begin(), plan.folder / MODEL_FILES, stamp, layout=layout)
+                writer = FolderWriter(
+                    target.begin(), plan.folder / MODEL_FILES, stamp, layout=layout
+                )
                 for name, tensor in reader.weights():
                     writer.add(name, tensor)
                 writer.finish()
@@ -148,7 +183,9 @@ class Checkpoints:
             target.discard()
             raise
 
-    def _write_sharded(self, model: TrainingState, folder: Path, step: int, seq: int, *, weight_only: bool) -> None:
+    def _write_sharded(
+        self, model: TrainingState, folder: Path, step: int, seq: int, *, weight_only: bool
+    ) -> None:
         rank, size = self._team.rank, self._team.size
         state = {
             "architecture": model.architecture(),
@@ -182,18 +219,26 @@ class Checkpoints:
     # --- loading ---
 
     def load(self, model: TrainingState, params: dict[str, Any]) -> Outcome:
-        """Everything is verified on all ranks before the first weight changes; any world size loads."""
+        """Everything is verified on all ranks before the first weight changes; any world size
+        loads."""
         first = self._team.rank == 0
         resolved = self._team.agree(lambda: str(Path(params["path"]).resolve()) if first else "")
         folder = Path(self._from_rank_0({"folder": resolved})["folder"])
         plan = self._team.agree(lambda: inspect(folder))
         self._team.agree(lambda: plan.verify(self._team.rank, self._team.size))
-        restored = self._load(model, plan, weight_only=bool(params["load_weight_only"]) or not model.learns)
+        restored = self._load(
+            model, plan, weight_only=bool(params["load_weight_only"]) or not model.learns
+        )
         step = {} if plan.step is None else {"global_step": plan.step}
-        return Outcome({"path": params["path"], "kind": plan.kind, **step, **restored}, applied=True)
+        return Outcome(
+            {"path": params["path"], "kind": plan.kind, **step, **restored}, applied=True
+        )
 
-    def _load(self, model: TrainingState, plan: LoadPlan, *, weight_only: bool, kept: bool = False) -> dict[str, Any]:
-        """``optimizer``: restored or kept as it was; ``rng``: restored, reseeded, or kept; ``dtype``: of an export's weights.
+    def _load(
+        self, model: TrainingState, plan: LoadPlan, *, weight_only: bool, kept: bool = False
+    ) -> dict[str, Any]:
+        """``optimizer``: restored or kept as it was; ``rng``: restored, reseeded, or kept;
+        ``dtype``: of an export's weights.
 
         ``kept``: it is the group's own state, which comes back whatever its numbers are.
         """
@@ -213,7 +258,11 @@ class Checkpoints:
             model.load_shards(reader, optimizer=full)
         finally:
             reader.close()
-        held = {"dtype": ", ".join(sorted(opened.weight_dtypes))} if isinstance(opened, HuggingFaceReader) else {}
+        held = (
+            {"dtype": ", ".join(sorted(opened.weight_dtypes))}
+            if isinstance(opened, HuggingFaceReader)
+            else {}
+        )
         if not full:
             return {**held, "optimizer": "kept", "rng": "kept"}
         model.load_scalars(state["scalars"])
@@ -221,10 +270,15 @@ class Checkpoints:
             model.set_rng_state(rng)
         else:
             seed_all(int(state["seed"]), self._team.rank)
-        return {**held, "optimizer": "restored", "rng": "restored" if rng is not None else "reseeded"}
+        return {
+            **held,
+            "optimizer": "restored",
+            "rng": "restored" if rng is not None else "reseeded",
+        }
 
     def _from_rank_0(self, seen: dict[str, Any]) -> dict[str, Any]:
-        """What rank 0 sees of the file system, on every rank: it may look different a moment later."""
+        """What rank 0 sees of the file system, on every rank: it may look different a moment
+        later."""
         return self._team.broadcast(seen)
 
     # --- clean stop and start ---
@@ -256,7 +310,9 @@ class Checkpoints:
     def _suspended_manifest(self, folder: Path, seq: int) -> Manifest:
         files: list[FileEntry] = []
         for rank in range(self._team.size):
-            files += [FileEntry(**entry) for entry in read_index(folder, rank, self._team.size)["files"]]
+            files += [
+                FileEntry(**entry) for entry in read_index(folder, rank, self._team.size)["files"]
+            ]
             files.append(describe(folder, index_name(rank, self._team.size)))
         return Manifest(
             identifier=self._name,
@@ -290,23 +346,30 @@ def _accounted(model: TrainingState, plan: LoadPlan, opened: TensorReader) -> Te
     try:
         return model.account(opened)
     except InvalidValue as error:
-        raise ServiceError("CHECKPOINT_INVALID", f"{plan.folder}: {error.message}", **error.details()) from None
+        raise ServiceError(
+            "CHECKPOINT_INVALID", f"{plan.folder}: {error.message}", **error.details()
+        ) from None
 
 
 def _check_numbers(model: TrainingState, plan: LoadPlan, reader: TensorReader, full: bool) -> None:
-    """Of a sharded checkpoint; a Hugging Face folder's are part of its account. Its files were hashed a moment ago."""
+    """Of a sharded checkpoint; a Hugging Face folder's are part of its account. Its files were
+    hashed a moment ago."""
     if plan.kind != "sharded":
         return
     try:
         model.check_finite(reader, full)
     except InvalidValue as error:
-        raise ServiceError("CHECKPOINT_INVALID", f"{plan.folder}: {error.message}", **error.details()) from None
+        raise ServiceError(
+            "CHECKPOINT_INVALID", f"{plan.folder}: {error.message}", **error.details()
+        ) from None
 
 
 def _usable_state(model: TrainingState, plan: LoadPlan) -> dict[str, Any]:
     state = plan.state()
     if missing := model.scalars().keys() - state["scalars"].keys():
-        raise ServiceError("CHECKPOINT_INVALID", f"the state in {plan.folder} lacks {', '.join(sorted(missing))}")
+        raise ServiceError(
+            "CHECKPOINT_INVALID", f"the state in {plan.folder} lacks {', '.join(sorted(missing))}"
+        )
     return state
 
 
@@ -318,7 +381,9 @@ def _usable_rng(model: TrainingState, plan: LoadPlan, team: Team) -> dict[str, A
         try:
             model.set_rng_state(rng)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ServiceError("CHECKPOINT_INVALID", f"{plan.folder} has no random state: {error}") from error
+            raise ServiceError(
+                "CHECKPOINT_INVALID", f"{plan.folder} has no random state: {error}"
+            ) from error
         finally:
             model.set_rng_state(before)
     return rng

@@ -34,10 +34,17 @@ _log = logging.getLogger(__name__)
 
 
 class Consumer:
-    """Runs in rank 0's main thread until the agent asks to stop, or a ``destroy`` ends the group."""
+    """Runs in rank 0's main thread until the agent asks to stop, or a ``destroy`` ends the
+    group."""
 
     def __init__(
-        self, settings: RankSettings, team: Team, operations: Operations, store: PayloadStore, *, seq: int
+        self,
+        settings: RankSettings,
+        team: Team,
+        operations: Operations,
+        store: PayloadStore,
+        *,
+        seq: int,
     ) -> None:
         self._settings = settings
         self._team = team
@@ -45,7 +52,9 @@ class Consumer:
         self._store = store
         self._seq = seq
         self._in_doubt = False
-        self._saving = True  # until the ledger says that no save of the group is with the checkpointer
+        self._saving = (
+            True  # until the ledger says that no save of the group is with the checkpointer
+        )
         self._folders = GroupFolders(settings.data, settings.identifier)
         self._ledger = Ledger(connect(settings.redis_url))
         self._queue = train_queue(settings.identifier)
@@ -58,7 +67,8 @@ class Consumer:
         )
 
     def run(self, *, ready: bool) -> None:
-        """Announce the group and consume; returns after the ranks were told to stop. Raises Fenced when it was replaced."""
+        """Announce the group and consume; returns after the ranks were told to stop. Raises Fenced
+        when it was replaced."""
         state = {"state": "ready", "initialised": True} if ready else {"state": "up"}
         until_redis(lambda: self._update(**state, info=self._info(), heartbeat=time.time()))
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
@@ -80,7 +90,9 @@ class Consumer:
                 self._run(job)
             elif save and (waiting := self._ledger.waiting(self._queue)):
                 if waiting[0].operation in AFTER_SAVES:
-                    self._ledger.explain_wait(waiting[0].id, f"the checkpointer, which has yet to publish save {save}")
+                    self._ledger.explain_wait(
+                        waiting[0].id, f"the checkpointer, which has yet to publish save {save}"
+                    )
                 time.sleep(SAVE_POLL_S)
             else:
                 return
@@ -90,13 +102,15 @@ class Consumer:
         if not self._saving:
             return None
         handed_over = self._ledger.waiting(names.CHECKPOINT_QUEUE)
-        save = next((job.id for job in handed_over if job.identifier == self._settings.identifier), None)
+        save = next(
+            (job.id for job in handed_over if job.identifier == self._settings.identifier), None
+        )
         self._saving = save is not None
         return save
 
     def _claim(self, held: tuple[str, ...]) -> JobRecord | None:
-        """The head of the queue, if it is not ``held``. After an error, which may have been a lost reply, a running head is what
-        we had claimed."""
+        """The head of the queue, if it is not ``held``. After an error, which may have been a lost
+        reply, a running head is what we had claimed."""
         stale_before = time.time() + 1 if self._in_doubt else None
         self._in_doubt = True
         job = self._ledger.claim(
@@ -134,7 +148,10 @@ class Consumer:
         else:
             self._conclude(job, outcome)
         _log.info(
-            "job.ended job_id=%s operation=%s elapsed_s=%.3f", job.id, job.operation, time.perf_counter() - started
+            "job.ended job_id=%s operation=%s elapsed_s=%.3f",
+            job.id,
+            job.operation,
+            time.perf_counter() - started,
         )
 
     def _conclude(self, job: JobRecord, outcome: Outcome) -> None:
@@ -144,7 +161,11 @@ class Consumer:
             epoch = self._settings.epoch
             until_redis(
                 lambda: self._ledger.hand_over(
-                    job, names.CHECKPOINT_QUEUE, names.PUBLISH_JOB, epoch=epoch, params={**publish, "seq": self._seq}
+                    job,
+                    names.CHECKPOINT_QUEUE,
+                    names.PUBLISH_JOB,
+                    epoch=epoch,
+                    params={**publish, "seq": self._seq},
                 )
             )
             return
@@ -160,10 +181,15 @@ class Consumer:
             result, payload = {"metrics": {}, "meta_info": {"result_lost": error.message}}, None
         if job.operation == "init_model":
             until_redis(lambda: self._update(state="ready", initialised=True, info=self._info()))
-        self._finish(job, result=result, result_payload=payload, seq=self._seq if outcome.applied else None)
+        self._finish(
+            job, result=result, result_payload=payload, seq=self._seq if outcome.applied else None
+        )
 
-    def _stored(self, job: JobRecord, outcome: Outcome) -> tuple[dict[str, Any] | None, PayloadRef | None]:
-        """Small results go into the record, tensors and long metrics into the payload store; raises what that raises."""
+    def _stored(
+        self, job: JobRecord, outcome: Outcome
+    ) -> tuple[dict[str, Any] | None, PayloadRef | None]:
+        """Small results go into the record, tensors and long metrics into the payload store; raises
+        what that raises."""
         text = json.dumps(outcome.result)
         if not outcome.tensors and len(text) <= INLINE_RESULT_BYTES:
             return outcome.result, None
@@ -172,7 +198,9 @@ class Consumer:
         while True:
             try:
                 stored = self._store.put(f"{job.id}.result", frame)
-                return None, PayloadRef(id=stored.id, nbytes=stored.nbytes, checksum=stored.checksum)
+                return None, PayloadRef(
+                    id=stored.id, nbytes=stored.nbytes, checksum=stored.checksum
+                )
             except ServiceError as error:
                 if error.code != "STORE_UNAVAILABLE" or time.monotonic() > deadline:
                     raise
@@ -201,7 +229,9 @@ class Consumer:
         ledger = Ledger(connect(self._settings.redis_url))
         while True:
             try:
-                ledger.update_group(self._settings.identifier, self._settings.epoch, heartbeat=time.time())
+                ledger.update_group(
+                    self._settings.identifier, self._settings.epoch, heartbeat=time.time()
+                )
             except redis.exceptions.RedisError:
                 _log.warning("heartbeat.missed")
             except Fenced:  # the main thread hears of it, too

@@ -1,4 +1,5 @@
-"""The processes of one incarnation of a group: torchrun and its ranks, how they start, and what is known when they end."""
+"""The processes of one incarnation of a group: torchrun and its ranks, how they start, and what is
+known when they end."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ _LOG_TAIL_BYTES = 2000
 _LAST_WORDS_S = 0.2
 _LAST_STATUS_S = 1.0
 _LONGEST_CAUSE = 1000
-# Linux 6.15: _IOWR(0xFF, 11, struct pidfd_info of 64 bytes), whose mask asks for, and then has, the wait status.
+# Linux 6.15: _IOWR(0xFF, 11, struct pidfd_info of 64 bytes), whose mask asks for, and then has, the
+# wait status.
 _PIDFD_GET_INFO, _PIDFD_INFO_BYTES, _PIDFD_INFO_EXIT, _STATUS_AT = 0xC040FF0B, 64, 1 << 3, 60
 
 
@@ -39,9 +41,12 @@ class Failure(NamedTuple):
 
 
 class GroupProcess:
-    """Start it from the agent's main thread: the children die with the thread that forked them. Raises OSError."""
+    """Start it from the agent's main thread: the children die with the thread that forked them.
+    Raises OSError."""
 
-    def __init__(self, settings: AgentSettings, group: GroupRecord, epoch: int, gpus: tuple[str, ...]) -> None:
+    def __init__(
+        self, settings: AgentSettings, group: GroupRecord, epoch: int, gpus: tuple[str, ...]
+    ) -> None:
         self.identifier = group.identifier
         self.world_size = group.world_size
         self.epoch = epoch
@@ -57,7 +62,9 @@ class GroupProcess:
         self._check: subprocess.Popen[bytes] | None = None
         if not group.initialised:
             environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-            self._check = self._start([sys.executable, "-m", "nexrl_worker.model_folder"], environment, "check.log")
+            self._check = self._start(
+                [sys.executable, "-m", "nexrl_worker.model_folder"], environment, "check.log"
+            )
         self._watched: dict[int, int] = {}
         self._oom_kills = oom_kills()
         self._ended_because: str | None = None
@@ -114,7 +121,8 @@ class GroupProcess:
         return True
 
     def end(self, cause: str) -> None:
-        """Begin to kill it for a reason that only the caller knows; whoever watches it sees the end with that cause."""
+        """Begin to kill it for a reason that only the caller knows; whoever watches it sees the end
+        with that cause."""
         self._ended_because = cause
         self._torchrun.kill()
 
@@ -135,7 +143,9 @@ class GroupProcess:
             os.close(descriptor)
         self._watched.clear()
 
-    def _start(self, command: list[str], environment: dict[str, str], log: str) -> subprocess.Popen[bytes]:
+    def _start(
+        self, command: list[str], environment: dict[str, str], log: str
+    ) -> subprocess.Popen[bytes]:
         with (self.folders.logs / log).open("ab") as output:
             return subprocess.Popen(
                 command,
@@ -150,7 +160,8 @@ class GroupProcess:
         return self.folders.destroyed.exists() or self.folders.stop_request.exists()
 
     def _descriptors(self) -> dict[int, int]:
-        """A pidfd for each rank that has told its process id: it becomes readable when the rank ends."""
+        """A pidfd for each rank that has told its process id: it becomes readable when the rank
+        ends."""
         if not hasattr(os, "pidfd_open"):
             return {}
         for rank in range(self.world_size):
@@ -162,11 +173,16 @@ class GroupProcess:
         return self._watched
 
     def _cause(self, dead: list[int], code: int | None) -> Failure:
-        """The rank that began it: one that died without a word was killed, and its peers only lost their connection to it."""
+        """The rank that began it: one that died without a word was killed, and its peers only lost
+        their connection to it."""
         if self._ended_because is not None:
             return Failure(self._ended_because, None)
         time.sleep(_LAST_WORDS_S)
-        words = {rank: said for rank in range(self.world_size) if (said := _read(self.folders.error(rank))) is not None}
+        words = {
+            rank: said
+            for rank in range(self.world_size)
+            if (said := _read(self.folders.error(rank))) is not None
+        }
         silent = [rank for rank in dead if rank not in words]
         if silent:
             how = how_it_ended(self._status(silent[0]), oom_kills() - self._oom_kills)
@@ -179,7 +195,8 @@ class GroupProcess:
         return Failure(f"the launcher ended with {_exit_text(code)}: {tail}"[:_LONGEST_CAUSE], None)
 
     def _status(self, rank: int) -> int | None:
-        """The wait status of a rank that has ended, as soon as the launcher has waited for it; None where it is not told."""
+        """The wait status of a rank that has ended, as soon as the launcher has waited for it; None
+        where it is not told."""
         deadline = time.monotonic() + _LAST_STATUS_S
         while (status := wait_status(self._watched[rank])) is None and time.monotonic() < deadline:
             time.sleep(_LAST_WORDS_S / 4)
@@ -187,15 +204,23 @@ class GroupProcess:
 
 
 def how_it_ended(status: int | None, oom_kills: int) -> str:
-    """In words, by the wait status and what the kernel killed meanwhile for want of memory, see `oom_kills`."""
+    """In words, by the wait status and what the kernel killed meanwhile for want of memory, see
+    `oom_kills`."""
     if status is None:
         return "was killed or crashed"
     if not os.WIFSIGNALED(status):
         return f"ended with exit code {os.waitstatus_to_exitcode(status)}"
     number = os.WTERMSIG(status)
     if number == signal.SIGKILL and oom_kills > 0:
-        return f"was killed by SIGKILL, out of memory (the kernel has killed {oom_kills} for want of memory since the group began),"
-    verb = "was killed by" if number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT) else "crashed with"
+        return (
+            f"was killed by SIGKILL, out of memory (the kernel has killed {oom_kills} for want of "
+            "memory since the group began),"
+        )
+    verb = (
+        "was killed by"
+        if number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+        else "crashed with"
+    )
     return f"{verb} {signal_name(number)}"
 
 
@@ -208,7 +233,8 @@ def signal_name(number: int) -> str:
 
 
 def oom_kills(root: Path = Path("/")) -> int:
-    """How many processes the kernel has killed for want of memory, in this process's control group: its ranks are in it, too.
+    """How many processes the kernel has killed for want of memory, in this process's control group:
+    its ranks are in it, too.
 
     Where no control group counts, on the host, others' included; 0 where that does not say either.
     """
@@ -223,7 +249,8 @@ def oom_kills(root: Path = Path("/")) -> int:
 
 
 def wait_status(descriptor: int) -> int | None:
-    """Of a process that is another's child and has been waited for; None before, and where the kernel is too old to tell."""
+    """Of a process that is another's child and has been waited for; None before, and where the
+    kernel is too old to tell."""
     info = bytearray(_PIDFD_INFO_BYTES)
     struct.pack_into("Q", info, 0, _PIDFD_INFO_EXIT)
     try:
@@ -248,13 +275,21 @@ def _zombie_status(descriptor: int) -> int | None:
 
 def _torchrun(world_size: int) -> list[str]:
     return [
-        *(sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={world_size}"),
+        *(
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes=1",
+            f"--nproc-per-node={world_size}",
+        ),
         *("--master-addr=127.0.0.1", f"--master-port={_free_port()}", "--max-restarts=0"),
         *("-m", "nexrl_worker.rank"),
     ]
 
 
-def _environment(settings: AgentSettings, group: GroupRecord, epoch: int, gpus: tuple[str, ...]) -> dict[str, str]:
+def _environment(
+    settings: AgentSettings, group: GroupRecord, epoch: int, gpus: tuple[str, ...]
+) -> dict[str, str]:
     document: dict[str, Any] = {
         "identifier": group.identifier,
         "epoch": epoch,
@@ -270,13 +305,15 @@ def _environment(settings: AgentSettings, group: GroupRecord, epoch: int, gpus: 
     }
     threads = max(1, (os.cpu_count() or 1) // group.world_size)
     return {
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # nvidia-smi's numbers; CUDA's own begin with the fastest
+        # nvidia-smi's numbers; CUDA's own begin with the fastest
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         **os.environ,
         "NEXRL_GROUP": json.dumps(document),
         "CUDA_VISIBLE_DEVICES": ",".join(gpus),
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": str(threads),
-        # A thread that spins while it waits takes the core from whoever it waits for: another rank, or the trainer.
+        # A thread that spins while it waits takes the core from whoever it waits for: another rank,
+        # or the trainer.
         "OMP_WAIT_POLICY": "passive",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",

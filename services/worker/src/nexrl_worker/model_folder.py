@@ -1,4 +1,5 @@
-"""Whether a folder holds a model that a role can run: ``python -m nexrl_worker.model_folder`` finds out while ranks start."""
+"""Whether a folder holds a model that a role can run: ``python -m nexrl_worker.model_folder`` finds
+out while ranks start."""
 
 from __future__ import annotations
 
@@ -27,14 +28,16 @@ _log = logging.getLogger(__name__)
 
 
 def check_model_folder(path: str, role: str, key: str = "actor.model.path") -> None:
-    """Raises ``INVALID_CONFIG`` saying what is missing, unreadable or no model for the role. Reads no weights."""
+    """Raises ``INVALID_CONFIG`` saying what is missing, unreadable or no model for the role. Reads
+    no weights."""
     with config_errors(path, key):
         _check(path)
         kind_of(role).check(model_config(path))
 
 
 def check_models(role: str, actor: dict[str, Any]) -> None:
-    """Check the folders of a group's settings, and that their models can be built; needs a process group of one."""
+    """Check the folders of a group's settings, and that their models can be built; needs a process
+    group of one."""
     reference = actor["ref"]["model"]["path"] if role == "actor" else None
     for key, path, holder in (
         ("actor.model.path", actor["model"]["path"], role),
@@ -48,7 +51,8 @@ def check_models(role: str, actor: dict[str, Any]) -> None:
 
 @contextmanager
 def config_errors(path: str, key: str) -> Iterator[None]:
-    """Whatever a folder makes transformers, safetensors and our own model code raise is ``INVALID_CONFIG`` of ``key``, in a line."""
+    """Whatever a folder makes transformers, safetensors and our own model code raise is
+    ``INVALID_CONFIG`` of ``key``, in a line."""
     try:
         yield
     except ServiceError as error:
@@ -76,7 +80,10 @@ def _check(path: str) -> None:
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise InvalidValue("there is no config.json, so it is no Hugging Face model folder")
-    for file in (folder / "config.json", *sorted(folder.glob("*tokenizer*"))):  # what an export takes along
+    for file in (
+        folder / "config.json",
+        *sorted(folder.glob("*tokenizer*")),
+    ):  # what an export takes along
         if file.is_file() and (wrong := what_is_wrong(file)):
             raise InvalidValue(f"{file} cannot be read: {wrong}")
     for name in weight_files(folder):

@@ -1,7 +1,8 @@
 """The operations of a group, run by all ranks together.
 
-Each is: local work in :meth:`Team.agree` (an error there fails the job and leaves the group in step), then the collective part.
-What raises outside a vote has left the ranks out of step: it ends the process, and with it this incarnation of the group.
+Each is: local work in :meth:`Team.agree` (an error there fails the job and leaves the group in
+step), then the collective part. What raises outside a vote has left the ranks out of step: it ends
+the process, and with it this incarnation of the group.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Opened:
-    """A batch as one rank has opened it: its operation prepared, and the lengths of this rank's share if they are needed."""
+    """A batch as one rank has opened it: its operation prepared, and the lengths of this rank's
+    share if they are needed."""
 
     rows: PayloadRows
     prepared: Prepared
@@ -47,10 +49,16 @@ class Opened:
 
 
 class Operations:
-    """The group's model and what can be done with it; the same calls in the same order on every rank."""
+    """The group's model and what can be done with it; the same calls in the same order on every
+    rank."""
 
     def __init__(
-        self, settings: RankSettings, config: ActorConfig, team: Team, store: PayloadStore, device: torch.device
+        self,
+        settings: RankSettings,
+        config: ActorConfig,
+        team: Team,
+        store: PayloadStore,
+        device: torch.device,
     ) -> None:
         self._settings = settings
         self._config = config
@@ -79,13 +87,16 @@ class Operations:
         self._lost = self._checkpoints.resume(self._model().state).lost
 
     def suspend(self, seq: int) -> None:
-        """Write the state for the next start, pending gradients left out; waits while the disk is full. Collective."""
+        """Write the state for the next start, pending gradients left out; waits while the disk is
+        full. Collective."""
         if self._engine is None:
             return
         kept = Suspended(seq, 0, self._settings.epoch, self._lost)
         if self._engine.state.pending:
             first = self._unstepped_from
-            kept = Suspended(first, seq - first, self._settings.epoch, (*self._lost, *self._unstepped))
+            kept = Suspended(
+                first, seq - first, self._settings.epoch, (*self._lost, *self._unstepped)
+            )
         while True:
             try:
                 self._checkpoints.suspend(self._engine.state, kept)
@@ -111,15 +122,22 @@ class Operations:
         if engine.state.pending:
             raise Refused(
                 "GRADIENTS_PENDING",
-                f"cannot {verb} while gradients of forward_backward are pending; call optim_step (or optim_step(discard=True)) first",
+                (
+                    f"cannot {verb} while gradients of forward_backward are pending; call "
+                    "optim_step "
+                    "(or optim_step(discard=True)) first"
+                ),
             )
         return engine
 
     def _build(self) -> None:
-        """Collective, and refused as a whole: the first bad tensor may be in one rank's rows alone."""
+        """Collective, and refused as a whole: the first bad tensor may be in one rank's rows
+        alone."""
 
         def agree(act: Callable[[], Answer]) -> Answer:
-            return self._team.agree(lambda: self._reading(self._config.model.path, "actor.model.path", act))
+            return self._team.agree(
+                lambda: self._reading(self._config.model.path, "actor.model.path", act)
+            )
 
         self._engine = Engine.build(self._config, self._settings.role, self._device, agree)
 
@@ -135,7 +153,9 @@ class Operations:
         return Outcome({"already": False, **self.info()})
 
     def _save(self, request: Request) -> Outcome:
-        return self._checkpoints.save(self._sound_engine("save").state, request.job_id, request.params, request.seq)
+        return self._checkpoints.save(
+            self._sound_engine("save").state, request.job_id, request.params, request.seq
+        )
 
     def _load(self, request: Request) -> Outcome:
         outcome = self._checkpoints.load(self._sound_engine("load").state, request.params)
@@ -154,8 +174,12 @@ class Operations:
             results = engine.update(prepared, plan)
             self._lost = ()
             first_epoch = results[: len(results) // self._config.ppo_epochs]
-            outcome = self._answered(_together([result.answers for result in first_epoch]), plan.size)
-            return _with_metrics(outcome, [result.metrics for result in results], self._weights(engine))
+            outcome = self._answered(
+                _together([result.answers for result in first_epoch]), plan.size
+            )
+            return _with_metrics(
+                outcome, [result.metrics for result in results], self._weights(engine)
+            )
 
         self._sound_engine("update")
         return self._with_batch(request, run)
@@ -176,7 +200,10 @@ class Operations:
         if lost and not request.params.get("discard"):
             raise _gradients_lost(lost)
         return self._timed(
-            request, lambda: _with_metrics(Outcome(), [engine.step(**request.params)], self._weights(engine))
+            request,
+            lambda: _with_metrics(
+                Outcome(), [engine.step(**request.params)], self._weights(engine)
+            ),
         )
 
     def _compute(self, request: Request) -> Outcome:
@@ -198,7 +225,9 @@ class Operations:
     def _answered(self, answers: dict[str, Parts], size: int) -> Outcome:
         """Rank 0 gets every tensor ``[B, ...]`` in the caller's row order. Collective."""
         tensors = {name: self._in_row_order(answers[name], size) for name in sorted(answers)}
-        return Outcome({"metrics": {}}, {name: full for name, full in tensors.items() if full is not None})
+        return Outcome(
+            {"metrics": {}}, {name: full for name, full in tensors.items() if full is not None}
+        )
 
     def _in_row_order(self, parts: Parts, size: int) -> torch.Tensor | None:
         mine = [row for rows, _ in parts for row in rows]
@@ -213,8 +242,11 @@ class Operations:
                 full[torch.tensor(rows)] = part
         return full
 
-    def _with_batch(self, request: Request, run: Callable[[Engine, Prepared, Plan], Outcome]) -> Outcome:
-        """Prepare, plan, check, run: two votes and what rank 0 decides, then nothing that one rank alone can refuse."""
+    def _with_batch(
+        self, request: Request, run: Callable[[Engine, Prepared, Plan], Outcome]
+    ) -> Outcome:
+        """Prepare, plan, check, run: two votes and what rank 0 decides, then nothing that one rank
+        alone can refuse."""
         engine = self._model()
         opened = self._team.agree(lambda: self._open(engine, request))
         with opened.rows as rows:
@@ -238,7 +270,10 @@ class Operations:
 
             plan = self._team.agree(check)
             if explains:
-                meta = {"plan": engine.explain(prepared, plan, decided["lengths"]), "ignored": request.ignored}
+                meta = {
+                    "plan": engine.explain(prepared, plan, decided["lengths"]),
+                    "ignored": request.ignored,
+                }
                 return Outcome({"metrics": {}, "meta_info": meta})
             try:
                 return self._timed(request, lambda: run(engine, prepared, plan))
@@ -246,12 +281,18 @@ class Operations:
                 raise Refused("INVALID_VALUE", error.message, **error.details()) from None
 
     def _open(self, engine: Engine, request: Request) -> Opened:
-        """All that can be refused before the cut is known, and the frozen reference where it is needed. Local."""
-        rows = PayloadRows(self._store, str(request.payload), OPERATIONS[request.operation], request.checksum)
+        """All that can be refused before the cut is known, and the frozen reference where it is
+        needed. Local."""
+        rows = PayloadRows(
+            self._store, str(request.payload), OPERATIONS[request.operation], request.checksum
+        )
         prepared = engine.prepare(request.operation, rows, request.params)
         if engine.uses_reference(prepared) and not engine.reference_ready:
             own = self._config.ref.model.path
-            path, key = own or self._config.model.path, "actor.ref.model.path" if own else "actor.model.path"
+            path, key = (
+                own or self._config.model.path,
+                "actor.ref.model.path" if own else "actor.model.path",
+            )
             check_model_folder(path, "ref", key)
             self._reading(path, key, engine.load_reference)
         needed = request.params.get("explain") or engine.needs_lengths(prepared)
@@ -263,7 +304,9 @@ class Operations:
         part = slice(size * rank // ranks, size * (rank + 1) // ranks)
         if not rows.has("attention_mask"):
             return [rows.shape("input_ids")[1]] * (part.stop - part.start)
-        return [int(length) for length in (rows.tensor("attention_mask", part) != 0).sum(dim=1).tolist()]
+        return [
+            int(length) for length in (rows.tensor("attention_mask", part) != 0).sum(dim=1).tolist()
+        ]
 
     def _every_length(self, mine: list[int]) -> list[int] | None:
         """All ranks' lengths in row order, on rank 0. Collective."""
@@ -302,8 +345,10 @@ def _gradients_lost(jobs: tuple[str, ...]) -> Refused:
     named = list(jobs[:_NAMED_JOBS])
     return Refused(
         "GRADIENTS_LOST",
-        f"the gradients of {len(jobs)} forward_backward went with a restart of the group, and their jobs are rolled_back "
-        f"({', '.join(named)}{', ...' if len(jobs) > len(named) else ''}): send those batches again and call optim_step "
+        f"the gradients of {len(jobs)} forward_backward went with a restart of the group, and "
+        "their jobs are rolled_back "
+        f"({', '.join(named)}{', ...' if len(jobs) > len(named) else ''}): send those batches "
+        "again and call optim_step "
         "again; optim_step(discard=True) drops what is pending. No step was taken",
         jobs=named,
     )
@@ -315,7 +360,8 @@ def _together(answers: list[dict[str, Parts]]) -> dict[str, Parts]:
 
 
 def _with_metrics(outcome: Outcome, steps: list[dict[str, Any]], meta: dict[str, Any]) -> Outcome:
-    """Numbers under ``metrics`` (a list where there were several steps), and why a step was skipped under ``meta_info``.
+    """Numbers under ``metrics`` (a list where there were several steps), and why a step was skipped
+    under ``meta_info``.
 
     Trainers average whatever stands among the metrics, so nothing else may.
     """
@@ -323,5 +369,9 @@ def _with_metrics(outcome: Outcome, steps: list[dict[str, Any]], meta: dict[str,
     if any(reason is not None for reason in skipped):
         meta = {**meta, "skipped": skipped if len(steps) > 1 else skipped[0]}
     names = sorted({name for step in steps for name in step})
-    metrics = steps[0] if len(steps) == 1 else {name: [step.get(name) for step in steps] for name in names}
+    metrics = (
+        steps[0]
+        if len(steps) == 1
+        else {name: [step.get(name) for step in steps] for name in names}
+    )
     return Outcome({"metrics": metrics, "meta_info": meta}, outcome.tensors, applied=True)

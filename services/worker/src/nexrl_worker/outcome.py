@@ -23,7 +23,8 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What an operation gives rank 0: JSON, tensors by name, or (``publish``) a second half for the checkpointer."""
+    """What an operation gives rank 0: JSON, tensors by name, or (``publish``) a second half for the
+    checkpointer."""
 
     result: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)

@@ -1,4 +1,5 @@
-"""One rank of a worker group: ``python -m nexrl_worker.rank``, started by torchrun on behalf of the agent."""
+"""One rank of a worker group: ``python -m nexrl_worker.rank``, started by torchrun on behalf of the
+agent."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ _log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Serve until told to stop. Whatever goes wrong after a vote ends the process: its peers sit in a collective it left."""
+    """Serve until told to stop. Whatever goes wrong after a vote ends the process: its peers sit in
+    a collective it left."""
     die_with_parent(os.getppid())
     settings = RankSettings.from_env()
     _leave_if_orphaned(settings.agent_pid)
@@ -32,7 +34,8 @@ def main() -> None:
     _log_to(folders.logs / f"rank{settings.rank}.log")
     folders.pid(settings.rank).write_text(str(os.getpid()))
     try:
-        # Not earlier: torch takes seconds to load, and a launcher that dies meanwhile must take this process along.
+        # Not earlier: torch takes seconds to load, and a launcher that dies meanwhile must take
+        # this process along.
         from nexrl_worker.serving import serve
 
         serve(settings)
@@ -47,7 +50,8 @@ def main() -> None:
 
 
 def _leave_if_orphaned(agent_pid: int) -> None:
-    """The launcher may have died before the kernel was asked to take us along. While it lives, its parent is the agent."""
+    """The launcher may have died before the kernel was asked to take us along. While it lives, its
+    parent is the agent."""
     if sys.platform == "linux":
         stat = Path(f"/proc/{os.getppid()}/stat").read_text()
         if int(stat.rpartition(")")[2].split()[1]) != agent_pid:

@@ -20,22 +20,33 @@ _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 class PayloadRows(Rows):
     """The tensors of a stored batch that one operation reads; what else was sent is invisible.
 
-    With the payload's ``checksum``, whatever it gives are the bytes that were stored: raises PAYLOAD_DAMAGED.
+    With the payload's ``checksum``, whatever it gives are the bytes that were stored: raises
+    PAYLOAD_DAMAGED.
     """
 
-    def __init__(self, store: PayloadStore, payload_id: str, operation: Operation, checksum: str | None = None) -> None:
+    def __init__(
+        self,
+        store: PayloadStore,
+        payload_id: str,
+        operation: Operation,
+        checksum: str | None = None,
+    ) -> None:
         self._payload = store.open(payload_id, checksum)
         self._remote = store.local_path(payload_id) is None
         self._kept = _Kept(())
         header = self._payload.header
-        self.header = {name: header.tensors[name] for name in operation.reads if name in header.tensors}
+        self.header = {
+            name: header.tensors[name] for name in operation.reads if name in header.tensors
+        }
         self.metadata = Envelope.read(header.metadata).metadata
         self.size = sizes_of(self.header)[0]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Say which rows (ascending) this rank works on, and read them once: all damage shows here, before the vote.
+        """Say which rows (ascending) this rank works on, and read them once: all damage shows here,
+        before the vote.
 
-        A store without files is asked for them now, once for each tensor; a mapped one's stay where they are.
+        A store without files is asked for them now, once for each tensor; a mapped one's stay where
+        they are.
         """
         self._kept = _Kept(tuple(rows) if self._remote else ())
         for name in self.header:
@@ -45,7 +56,8 @@ class PayloadRows(Rows):
                 self._payload.check(name, _contiguous(rows))
 
     def tensor(self, name: str, rows: Sequence[int] | slice) -> torch.Tensor:
-        """``[len(rows), ...]`` on CPU; a view of the mapped store, or of what is kept, where the rows are contiguous.
+        """``[len(rows), ...]`` on CPU; a view of the mapped store, or of what is kept, where the
+        rows are contiguous.
 
         Unsigned integers beyond 8 bits come as int64: torch computes next to nothing with them.
         """
@@ -65,7 +77,10 @@ class PayloadRows(Rows):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._kept = _Kept(())
         self._payload.__exit__(kind, error, trace)

@@ -1,4 +1,5 @@
-"""What a rank does between its start and its end: meet the others, and run the group's operations with them."""
+"""What a rank does between its start and its end: meet the others, and run the group's operations
+with them."""
 
 from __future__ import annotations
 
@@ -62,7 +63,8 @@ def _device(settings: RankSettings) -> torch.device:
         return device
     if os.environ.get("CUDA_VISIBLE_DEVICES"):
         raise RuntimeError(
-            "this rank was given a GPU, and torch finds none: install torch with CUDA and a driver that it knows, or start "
+            "this rank was given a GPU, and torch finds none: install torch with CUDA and a "
+            "driver that it knows, or start "
             "the agent with CUDA_VISIBLE_DEVICES set to nothing to use the CPU"
         )
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.world_size))

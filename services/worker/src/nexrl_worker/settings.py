@@ -19,7 +19,8 @@ _DEFAULT_STOP_LIMIT_S = 50  # within the stop_grace_period of docker-compose.yml
 class AgentSettings:
     """``identifier`` keeps the agent for one fixed group; ``gpus`` is empty on CPU.
 
-    ``stop_limit_s``: how long its groups may take, when it is stopped, to end their operation and keep their state.
+    ``stop_limit_s``: how long its groups may take, when it is stopped, to end their operation and
+    keep their state.
     """
 
     name: str
@@ -43,7 +44,8 @@ class AgentSettings:
         slots = world_size or _integer("NEXRL_SLOTS", len(gpus) or CPU_SLOTS)
         if gpus and slots > len(gpus):
             raise ValueError(
-                f"{slots} slots were asked for (NEXRL_SLOTS or NEXRL_WORLD_SIZE), but there are {len(gpus)} GPUs"
+                f"{slots} slots were asked for (NEXRL_SLOTS or NEXRL_WORLD_SIZE), but there are "
+                f"{len(gpus)} GPUs"
             )
         return cls(
             name=os.environ.get("NEXRL_AGENT_NAME") or socket.gethostname(),
@@ -63,7 +65,8 @@ class AgentSettings:
 class RankSettings:
     """One rank of one incarnation of a group.
 
-    ``restore`` builds the model at once and loads the suspended state, if any; ``seq`` operations are in that state.
+    ``restore`` builds the model at once and loads the suspended state, if any; ``seq`` operations
+    are in that state.
     """
 
     identifier: str

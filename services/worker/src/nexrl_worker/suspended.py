@@ -1,4 +1,5 @@
-"""The state of a group that was stopped cleanly: which operations it contains. Readable without torch."""
+"""The state of a group that was stopped cleanly: which operations it contains. Readable without
+torch."""
 
 from __future__ import annotations
 
@@ -10,9 +11,11 @@ SEQ_FILE = "suspended.json"
 
 
 class Suspended(NamedTuple):
-    """``seq`` operations are in the state. Incarnation ``epoch`` had ``dropped`` more: gradients that no step had used.
+    """``seq`` operations are in the state. Incarnation ``epoch`` had ``dropped`` more: gradients
+    that no step had used.
 
-    ``lost`` are the jobs of such gradients, of this or an earlier stop, of which nobody has been told yet.
+    ``lost`` are the jobs of such gradients, of this or an earlier stop, of which nobody has been
+    told yet.
     """
 
     seq: int = 0
@@ -21,7 +24,8 @@ class Suspended(NamedTuple):
     lost: tuple[str, ...] = ()
 
     def accounts_for(self, seq: int, epoch: int) -> bool:
-        """Whether a group that stood at ``seq`` operations in incarnation ``epoch`` lost no weights."""
+        """Whether a group that stood at ``seq`` operations in incarnation ``epoch`` lost no
+        weights."""
         return seq <= self.seq + (self.dropped if epoch == self.epoch else 0)
 
 
@@ -37,6 +41,7 @@ def suspended(folder: Path) -> Suspended:
 def lost_operations(count: int) -> str:
     """How a cause says what went with a group's processes, and what to do."""
     return (
-        f"{count} finished operations that changed the weights went with its processes (now rolled_back); "
+        f"{count} finished operations that changed the weights went with its processes (now "
+        "rolled_back); "
         "destroy the group, initialise it again and load a checkpoint"
     )

@@ -1,4 +1,5 @@
-"""How the ranks of a group talk besides the mathematics: commands from rank 0, votes, and gathering rows, on a gloo group of their own."""
+"""How the ranks of a group talk besides the mathematics: commands from rank 0, votes, and gathering
+rows, on a gloo group of their own."""
 
 from __future__ import annotations
 
@@ -25,14 +26,17 @@ _log = logging.getLogger(__name__)
 
 
 class Refused(ServiceError):
-    """An operation that every rank refuses, in step, and that has changed nothing: the job fails, the group goes on.
+    """An operation that every rank refuses, in step, and that has changed nothing: the job fails,
+    the group goes on.
 
-    Any other error of an operation, a plain ServiceError too, may be one rank's alone and ends the group.
+    Any other error of an operation, a plain ServiceError too, may be one rank's alone and ends the
+    group.
     """
 
 
 class Team:
-    """The control group of all ranks. Every public method is collective: all ranks call it, in the same order."""
+    """The control group of all ranks. Every public method is collective: all ranks call it, in the
+    same order."""
 
     def __init__(self) -> None:
         self.rank = dist.get_rank()
@@ -40,7 +44,8 @@ class Team:
         self._group = dist.new_group(backend="gloo", timeout=_IDLE_LIMIT)
 
     def broadcast(self, message: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Rank 0's message, on every rank; JSON, because nothing that crosses a process is unpickled."""
+        """Rank 0's message, on every rank; JSON, because nothing that crosses a process is
+        unpickled."""
         if self.size == 1:
             assert message is not None
             return message
@@ -55,9 +60,11 @@ class Team:
         return dict(json.loads(data.numpy().tobytes()))
 
     def agree(self, act: Callable[[], Answer]) -> Answer:
-        """Run a *local* ``act`` on every rank and vote: its answer, or on all ranks the first failing rank's error.
+        """Run a *local* ``act`` on every rank and vote: its answer, or on all ranks the first
+        failing rank's error.
 
-        The error is :class:`Refused` with that rank's number, so a failed operation leaves the group in step and alive.
+        The error is :class:`Refused` with that rank's number, so a failed operation leaves the
+        group in step and alive.
         """
         answer: Answer | None = None
         error: ServiceError | None = None
@@ -73,7 +80,8 @@ class Team:
         return answer  # type: ignore[return-value] # act() returned it
 
     def decide(self, act: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What rank 0 makes of ``act``, as JSON on every rank; or, on all of them, its error as :class:`Refused`."""
+        """What rank 0 makes of ``act``, as JSON on every rank; or, on all of them, its error as
+        :class:`Refused`."""
         message: dict[str, Any] | None = None
         if self.rank == 0:
             try:
@@ -90,7 +98,8 @@ class Team:
         if self.size == 1:
             return Refused.from_body(json.loads(text))
         if mine is not None and len(text) > _MAX_ERROR_BYTES:
-            # One character takes up to 12 bytes, and every rank must send as many bytes as the others.
+            # One character takes up to 12 bytes, and every rank must send as many bytes as the
+            # others.
             short = ServiceError(mine.code, mine.message[: _MAX_ERROR_BYTES // 16], rank=self.rank)
             text = json.dumps(short.body()).encode()
         data = torch.frombuffer(bytearray(text.ljust(_MAX_ERROR_BYTES)), dtype=torch.uint8)
@@ -105,7 +114,8 @@ class Team:
         return None if parts is None else [[] if part is None else part.tolist() for part in parts]
 
     def collect(self, mine: torch.Tensor | None) -> list[torch.Tensor | None] | None:
-        """Rank 0 gets every rank's CPU tensor (float32 or int64, any shape, None for nothing), in rank order."""
+        """Rank 0 gets every rank's CPU tensor (float32 or int64, any shape, None for nothing), in
+        rank order."""
         if self.size == 1:
             return [mine]
         if self.rank != 0:
@@ -139,12 +149,18 @@ def _shape_of(tensor: torch.Tensor | None) -> torch.Tensor:
 
 def _as_service_error(error: Exception, rank: int) -> ServiceError:
     if isinstance(error, ServiceError):
-        return ServiceError(error.code, error.message[:_LONGEST_MESSAGE], **{**error.details, "rank": rank})
+        return ServiceError(
+            error.code, error.message[:_LONGEST_MESSAGE], **{**error.details, "rank": rank}
+        )
     if isinstance(error, InvalidValue):
-        return ServiceError("INVALID_VALUE", error.message[:_LONGEST_MESSAGE], rank=rank, **error.details())
+        return ServiceError(
+            "INVALID_VALUE", error.message[:_LONGEST_MESSAGE], rank=rank, **error.details()
+        )
     _log.exception("operation.refused rank=%d", rank)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ServiceError("NO_SPACE", f"rank {rank}: no space left for {error.filename}", rank=rank)
+        return ServiceError(
+            "NO_SPACE", f"rank {rank}: no space left for {error.filename}", rank=rank
+        )
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         named = f"{error.filename}: {error.strerror}; choose a shorter path"
         return ServiceError("PATH_REFUSED", named[:_LONGEST_MESSAGE], rank=rank)

@@ -1,4 +1,5 @@
-"""One group under watch: from the start of its processes to their end, and what the ledger is told of it."""
+"""One group under watch: from the start of its processes to their end, and what the ledger is told
+of it."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ _log = logging.getLogger(__name__)
 
 
 class GroupWatch:
-    """Runs in a thread of its own. However it ends, the processes are gone and ``release`` was called once."""
+    """Runs in a thread of its own. However it ends, the processes are gone and ``release`` was
+    called once."""
 
     def __init__(
         self,
@@ -63,14 +65,20 @@ class GroupWatch:
             self._end()
 
     def _await_up(self) -> dict[str, Any] | None:
-        """Answer the placement job as soon as the ranks have met; the error of models that none of them can run."""
+        """Answer the placement job as soon as the ranks have met; the error of models that none of
+        them can run."""
         renewed = time.monotonic()
         while not self._process.ended_cleanly and self._process.poll_failure() is None:
             checked = self._process.checked  # before its word is looked for
             if (refusal := self._process.refusal) is not None:
                 return refusal
             group = until_redis(lambda: self._ledger.group(self._process.identifier))
-            if checked and group is not None and group.epoch == self._process.epoch and group.state in ("up", "ready"):
+            if (
+                checked
+                and group is not None
+                and group.epoch == self._process.epoch
+                and group.state in ("up", "ready")
+            ):
                 self._answer(result=_placed(group))
                 return None
             if time.monotonic() - renewed > RENEW_S:
@@ -80,13 +88,16 @@ class GroupWatch:
         return None
 
     def _turn_away(self, refusal: dict[str, Any]) -> None:
-        """The group is gone as if it had been destroyed, so that its name is free for other settings."""
+        """The group is gone as if it had been destroyed, so that its name is free for other
+        settings."""
         identifier, epoch = self._process.identifier, self._process.epoch
         self._end()
         doomed = until_redis(lambda: self._ledger.waiting(names.train_queue(identifier)))
         self._process.forget_state()
         until_redis(lambda: self._ledger.group_destroyed(identifier, epoch))
-        _log.warning("group.refused identifier=%s epoch=%d %s", identifier, epoch, refusal["message"])
+        _log.warning(
+            "group.refused identifier=%s epoch=%d %s", identifier, epoch, refusal["message"]
+        )
         self._answer(error={**refusal, "identifier": identifier})
         self._drop_payloads(doomed)
 
@@ -99,7 +110,8 @@ class GroupWatch:
         return None
 
     def _conclude(self, failure: Failure | None) -> None:
-        """Slots are free before anybody hears of the end; the placement is answered after the group's state is true."""
+        """Slots are free before anybody hears of the end; the placement is answered after the
+        group's state is true."""
         identifier, epoch = self._process.identifier, self._process.epoch
         destroy = self._process.destroy_job()
         self._end()
@@ -115,7 +127,11 @@ class GroupWatch:
             kept = suspended(self._process.folders.state).seq
             cause = failure.cause + self._lost(kept)
             _log.error("group.down identifier=%s epoch=%d %s", identifier, epoch, cause)
-            until_redis(lambda: self._ledger.group_down(identifier, epoch, cause, rank=failure.rank, kept=kept))
+            until_redis(
+                lambda: self._ledger.group_down(
+                    identifier, epoch, cause, rank=failure.rank, kept=kept
+                )
+            )
         else:
             until_redis(lambda: self._ledger.update_group(identifier, epoch, state="starting"))
             doomed = []
@@ -125,20 +141,30 @@ class GroupWatch:
     def _lost(self, kept: int) -> str:
         """How a cause says what only the dead ranks held; empty where nothing was lost."""
         group = until_redis(lambda: self._ledger.group(self._process.identifier))
-        return "" if group is None or group.seq <= kept else f"; {lost_operations(group.seq - kept)}"
+        return (
+            "" if group is None or group.seq <= kept else f"; {lost_operations(group.seq - kept)}"
+        )
 
     def _give_up(self, error: Exception) -> None:
         self._end()
         cause = f"the agent could not watch it any more: {type(error).__name__}: {error}"
         try:
-            until_redis(lambda: self._ledger.group_down(self._process.identifier, self._process.epoch, cause))
+            until_redis(
+                lambda: self._ledger.group_down(
+                    self._process.identifier, self._process.epoch, cause
+                )
+            )
             self._refuse(cause)
         except Exception:
             _log.exception("group.unreported identifier=%s", self._process.identifier)
 
     def _refuse(self, cause: str) -> None:
         message = f"the group did not start: {cause}"
-        self._answer(error=ServiceError("OPERATION_FAILED", message, identifier=self._process.identifier).body())
+        self._answer(
+            error=ServiceError(
+                "OPERATION_FAILED", message, identifier=self._process.identifier
+            ).body()
+        )
 
     def _answer(self, **ending: Any) -> None:
         """End the placement job, if it has not ended."""
@@ -167,11 +193,17 @@ class GroupWatch:
 
 def _placed(group: GroupRecord) -> dict[str, Any]:
     """The result of ``initialize_worker``."""
-    return {"role": group.role, "world_size": group.world_size, "ignored": group.ignored, "already": False}
+    return {
+        "role": group.role,
+        "world_size": group.world_size,
+        "ignored": group.ignored,
+        "already": False,
+    }
 
 
 def clear_staging(ledger: Ledger, data: Path) -> None:
-    """Remove what saves that have ended left in staging: their ranks died before they could hand over."""
+    """Remove what saves that have ended left in staging: their ranks died before they could hand
+    over."""
     for folder in (data / ".nexrl" / "staging").glob("*"):
         job = ledger.job(folder.name)
         if job is None or job.final:
@@ -179,16 +211,21 @@ def clear_staging(ledger: Ledger, data: Path) -> None:
 
 
 def clear_destroyed(ledger: Ledger, data: Path, running: Collection[str]) -> None:
-    """Remove what destroyed groups left: their state at once, logs beyond the last ``LOGS_KEPT`` groups or after a week.
+    """Remove what destroyed groups left: their state at once, logs beyond the last ``LOGS_KEPT``
+    groups or after a week.
 
-    A state is removed only where Redis itself says that its group was destroyed, not where it knows nothing.
+    A state is removed only where Redis itself says that its group was destroyed, not where it knows
+    nothing.
     """
     for folder in (data / ".nexrl" / "groups").glob("*"):
         group = None if folder.name in running else ledger.group(folder.name)
         if folder.name.startswith(_GONE) or (group is not None and group.state == "destroyed"):
             _remove_aside(folder)
     logs = list((data / ".nexrl" / "logs" / "groups").glob("*"))
-    living = {*ledger.identifiers(), *running}  # read after the folders, or a new group's would be taken for an old one
+    living = {
+        *ledger.identifiers(),
+        *running,
+    }  # read after the folders, or a new group's would be taken for an old one
     ended = [(_last_written(folder), folder) for folder in logs if folder.name not in living]
     for number, (written, folder) in enumerate(sorted(ended, reverse=True)):
         if number >= LOGS_KEPT or time.time() - written > LOGS_KEPT_S:
@@ -196,7 +233,8 @@ def clear_destroyed(ledger: Ledger, data: Path, running: Collection[str]) -> Non
 
 
 def _remove_aside(folder: Path) -> None:
-    """At once for whoever makes a folder of that name: another agent may have been given the next group."""
+    """At once for whoever makes a folder of that name: another agent may have been given the next
+    group."""
     aside = folder if folder.name.startswith(_GONE) else folder.with_name(_GONE + folder.name)
     with contextlib.suppress(OSError):
         folder.rename(aside)

@@ -44,10 +44,13 @@ async def initialize_worker(
     preferences: Annotated[Preferences, Depends(read_preferences)],
     identifier: Identifier = None,
 ) -> Response:
-    """Waits for free slots and starts the ranks; a living group with equal settings answers ``already: true``."""
+    """Waits for free slots and starts the ranks; a living group with equal settings answers
+    ``already: true``."""
     content_kind(request, frames=False)
     async with json_body(request, tensors=False) as document:
-        wanted = await run_sync(read_wanted, document, named_identifier(identifier, document), services.roots)
+        wanted = await run_sync(
+            read_wanted, document, named_identifier(identifier, document), services.roots
+        )
     group, job, already = await run_sync(initialize, services, wanted, preferences.key)
     if job is None or (already and job.final):
         return initialized(group, wanted.ignored, wanted.said)
@@ -60,7 +63,11 @@ async def get_models(services: Here) -> Response:
     return json_response(await run_sync(models, services))
 
 
-@router.get("/worker_info", summary="One group in detail", responses={**shown(WORKER_INFO), **errors(400, 404, 422)})
+@router.get(
+    "/worker_info",
+    summary="One group in detail",
+    responses={**shown(WORKER_INFO), **errors(400, 404, 422)},
+)
 async def get_worker_info(services: Here, identifier: Identifier = None) -> Response:
     """The group's record, and what its ranks say of themselves."""
     return json_response(worker_info(await run_sync(resolve, services.ledger, identifier)))

@@ -25,14 +25,20 @@ router = APIRouter(tags=["health"])
     responses={**answer(HEALTH), **unavailable(UNHEALTHY)},
 )
 async def show_health(services: Here) -> Response:
-    """200 with ``status`` healthy, or degraded with its ``reasons``; 503 while Redis or the store is away."""
+    """200 with ``status`` healthy, or degraded with its ``reasons``; 503 while Redis or the store
+    is away."""
     report, serving = await run_sync(health, services, limiter=services.room.looking)
     return json_response(report, 200 if serving else 503)
 
 
-@router.get("/ready", summary="Whether requests can be served", responses={**answer(READY), **unavailable(NOT_READY)})
+@router.get(
+    "/ready",
+    summary="Whether requests can be served",
+    responses={**answer(READY), **unavailable(NOT_READY)},
+)
 async def show_ready(services: Here) -> Response:
-    """200, or 503 where Redis or a disk would not keep what is asked for; ``reasons`` as in /health."""
+    """200, or 503 where Redis or a disk would not keep what is asked for; ``reasons`` as in
+    /health."""
     report, sound = await run_sync(ready, services, limiter=services.room.looking)
     return json_response(report, 200 if sound else 503)
 
@@ -41,7 +47,10 @@ async def show_ready(services: Here) -> Response:
     "/metrics",
     summary="Gauges for Prometheus",
     response_class=PlainTextResponse,
-    responses={200: {"description": "Done", "content": {"text/plain": {"example": METRICS}}}, **errors()},
+    responses={
+        200: {"description": "Done", "content": {"text/plain": {"example": METRICS}}},
+        **errors(),
+    },
 )
 async def show_metrics(services: Here) -> Response:
     """Prometheus' text format."""

@@ -47,9 +47,13 @@ async def show_job(services: Here, job_id: str, wait: Wait = 0.0) -> Response:
     responses={**operation_results(), **errors(404, 409, 410, 422, 500, 507)},
 )
 async def show_result(
-    services: Here, job_id: str, preferences: Annotated[Preferences, Depends(read_preferences)], wait: Wait = 0.0
+    services: Here,
+    job_id: str,
+    preferences: Annotated[Preferences, Depends(read_preferences)],
+    wait: Wait = 0.0,
 ) -> Response:
-    """Exactly the answer of the synchronous call, or its error with its own status; 409 while the job has not ended."""
+    """Exactly the answer of the synchronous call, or its error with its own status; 409 while the
+    job has not ended."""
     return await result_response(services, await _job(services, job_id, wait), preferences)
 
 

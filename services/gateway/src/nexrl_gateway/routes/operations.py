@@ -18,13 +18,17 @@ from nexrl_gateway.preferences import Preferences, read_preferences
 from nexrl_gateway.services import services_of
 from nexrl_gateway.submit import submit_operation
 
-Identifier = Annotated[str | None, Query(description="The worker group; may be left out while there is only one.")]
+Identifier = Annotated[
+    str | None, Query(description="The worker group; may be left out while there is only one.")
+]
 router = APIRouter(tags=["operations"])
 
 
 def _endpoint(operation: Operation) -> Callable[..., Awaitable[Response]]:
     async def handle(
-        request: Request, preferences: Annotated[Preferences, Depends(read_preferences)], identifier: Identifier = None
+        request: Request,
+        preferences: Annotated[Preferences, Depends(read_preferences)],
+        identifier: Identifier = None,
     ) -> Response:
         services = services_of(request)
         job = await submit_operation(services, operation, request, identifier, preferences.key)

@@ -15,7 +15,9 @@ from nexrl_gateway.parts import list_parts, store_part
 from nexrl_gateway.replies import json_response
 from nexrl_gateway.services import Services, services_of
 
-PayloadId = Annotated[str, Path(pattern="^[0-9a-f]{32}$", description="32 hex digits, made by the client.")]
+PayloadId = Annotated[
+    str, Path(pattern="^[0-9a-f]{32}$", description="32 hex digits, made by the client.")
+]
 Here = Annotated[Services, Depends(services_of)]
 router = APIRouter(tags=["payloads"])
 
@@ -25,7 +27,11 @@ router = APIRouter(tags=["payloads"])
     summary="Upload one part of a frame",
     responses={**answer(PART), **errors(400, 413, 415, 422, 507)},
     openapi_extra={
-        "requestBody": {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
+        "requestBody": {
+            "content": {
+                "application/octet-stream": {"schema": {"type": "string", "format": "binary"}}
+            }
+        }
     },
 )
 async def put_part(
@@ -34,7 +40,10 @@ async def put_part(
     payload_id: PayloadId,
     part: Annotated[int, Path(ge=0, lt=100_000, description="From 0.")],
     checksum: Annotated[
-        str, Header(alias=CHECKSUM_HEADER, pattern="^[0-9a-fA-F]{32}$", description="xxh3-128 of the part.")
+        str,
+        Header(
+            alias=CHECKSUM_HEADER, pattern="^[0-9a-fA-F]{32}$", description="xxh3-128 of the part."
+        ),
     ],
 ) -> Response:
     """The parts, joined in order, are one frame. The same part may be sent again."""
@@ -43,7 +52,9 @@ async def put_part(
 
 
 @router.get(
-    "/payloads/{payload_id}", summary="Which parts are there", responses={**answer(PAYLOAD), **errors(404, 422)}
+    "/payloads/{payload_id}",
+    summary="Which parts are there",
+    responses={**answer(PAYLOAD), **errors(404, 422)},
 )
 async def show_payload(services: Here, payload_id: PayloadId) -> Response:
     """The numbers of the parts, and their bytes so far."""

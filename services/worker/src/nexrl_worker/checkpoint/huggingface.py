@@ -1,4 +1,5 @@
-"""A full Hugging Face folder from a stream of whole tensors: what inference engines and transformers load."""
+"""A full Hugging Face folder from a stream of whole tensors: what inference engines and
+transformers load."""
 
 from __future__ import annotations
 
@@ -42,17 +43,20 @@ class Stamp:
 
 
 class Layout(Protocol):
-    """What :class:`nexrl_worker.training.conversion.ExportLayout` is: the folder's tensors from the model's."""
+    """What :class:`nexrl_worker.training.conversion.ExportLayout` is: the folder's tensors from the
+    model's."""
 
     def take(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]: ...
     def check_complete(self) -> None: ...
 
 
 class FolderWriter:
-    """Fills ``folder``, which is there and empty, with the model that ``source`` describes. Rank 0 only; local.
+    """Fills ``folder``, which is there and empty, with the model that ``source`` describes. Rank 0
+    only; local.
 
-    Tensors are written as ``layout`` names, cuts and casts them, as they come without one. At most ``shard_bytes`` of
-    them are held at a time. Methods raise ``NO_SPACE`` or OSError and leave the clean-up to the caller.
+    Tensors are written as ``layout`` names, cuts and casts them, as they come without one. At most
+    ``shard_bytes`` of them are held at a time. Methods raise ``NO_SPACE`` or OSError and leave the
+    clean-up to the caller.
     """
 
     def __init__(
@@ -102,7 +106,8 @@ class FolderWriter:
             self._dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
 
     def finish(self) -> Export:
-        """Write what is left, the configuration, the tokenizer, and last the record of it all, synced."""
+        """Write what is left, the configuration, the tokenizer, and last the record of it all,
+        synced."""
         try:
             if self._layout is not None:
                 self._layout.check_complete()
@@ -111,7 +116,8 @@ class FolderWriter:
             small = copy_model_files(self._source, self._folder, self._config_changes)
             if CONFIG not in small:
                 raise ServiceError(
-                    "CHECKPOINT_INVALID", f"the model's folder {self._source} has no config.json any more"
+                    "CHECKPOINT_INVALID",
+                    f"the model's folder {self._source} has no config.json any more",
                 )
             set_dtype(self._folder, self._dtypes.most_common(1)[0][0], self._dtypes.keys())
             return self._record(weights, small)
@@ -125,24 +131,32 @@ class FolderWriter:
             "weight_version": str(self._stamp.weight_version),
             "fingerprint": fingerprint_text(fingerprint),
         }
-        entry = write_tensors(self._folder / f"part-{len(self._shards) + 1:05d}", self._held, metadata)
+        entry = write_tensors(
+            self._folder / f"part-{len(self._shards) + 1:05d}", self._held, metadata
+        )
         self._shards.append((entry, list(self._held)))
         self._held, self._held_bytes = {}, 0
 
     def _name_shards(self) -> list[FileEntry]:
-        """The files' names depend on how many there are, and what they say of all weights on the last; both are known now."""
+        """The files' names depend on how many there are, and what they say of all weights on the
+        last; both are known now."""
         count, entries, where = len(self._shards), [], {}
         for number, (entry, names) in enumerate(self._shards, 1):
             final = WEIGHTS if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
             os.rename(self._folder / entry.name, self._folder / final)
             if number < count:
-                set_metadata(self._folder / final, "fingerprint", fingerprint_text(self._fingerprint))
+                set_metadata(
+                    self._folder / final, "fingerprint", fingerprint_text(self._fingerprint)
+                )
                 entries.append(describe(self._folder, final))
             else:
                 entries.append(entry.model_copy(update={"name": final}))
             where.update(dict.fromkeys(names, final))
         if count > 1:
-            index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(where.items()))}
+            index = {
+                "metadata": {"total_size": self._total},
+                "weight_map": dict(sorted(where.items())),
+            }
             write_file(self._folder / WEIGHTS_INDEX, json.dumps(index, indent=2).encode())
             entries.append(describe(self._folder, WEIGHTS_INDEX))
         return entries
@@ -162,12 +176,13 @@ class FolderWriter:
         return export
 
 
-def export(stream: Iterable[tuple[str, Tensor | None]], writer: FolderWriter | None) -> Exception | None:
+def export(
+    stream: Iterable[tuple[str, Tensor | None]], writer: FolderWriter | None
+) -> Exception | None:
     """Drain ``stream`` into ``writer`` (None on every rank but 0). Collective where the stream is.
 
-    An error of the writer is returned, not raised, after the stream has ended: a rank that left early would hang the
-    others.
-    Raise it inside the vote that follows.
+    An error of the writer is returned, not raised, after the stream has ended: a rank that left
+    early would hang the others. Raise it inside the vote that follows.
     """
     failure: Exception | None = None
     for name, tensor in stream:

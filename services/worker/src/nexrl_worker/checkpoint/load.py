@@ -13,10 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.manifest import Export, Manifest, check_size, read_export, read_manifest, verify_files
+from nexrl_contract.manifest import (
+    Export,
+    Manifest,
+    check_size,
+    read_export,
+    read_manifest,
+    verify_files,
+)
 
 from nexrl_worker.checkpoint.model_files import CONFIG
-from nexrl_worker.checkpoint.readers import HuggingFaceReader, ShardReader, TensorReader, weight_files
+from nexrl_worker.checkpoint.readers import (
+    HuggingFaceReader,
+    ShardReader,
+    TensorReader,
+    weight_files,
+)
 from nexrl_worker.checkpoint.shards import OPTIMIZER_PREFIX, STATE, read_index
 
 # What transformers calls the heads of models that are no language models.
@@ -25,7 +37,8 @@ _HEADS = ("score", "classifier", "qa_outputs")
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """A checkpoint that is all there. ``record`` is None for a Hugging Face folder that others made."""
+    """A checkpoint that is all there. ``record`` is None for a Hugging Face folder that others
+    made."""
 
     folder: Path
     record: Manifest | Export | None
@@ -47,13 +60,21 @@ class LoadPlan:
 
     @property
     def mark(self) -> str:
-        """Two folders with the same mark are the same checkpoint; empty for one that others made."""
-        return "" if self.record is None else hashlib.sha256(self.record.model_dump_json().encode()).hexdigest()
+        """Two folders with the same mark are the same checkpoint; empty for one that others
+        made."""
+        return (
+            ""
+            if self.record is None
+            else hashlib.sha256(self.record.model_dump_json().encode()).hexdigest()
+        )
 
     def check_unchanged(self, mark: str) -> None:
-        """Raises ``CHECKPOINT_INVALID`` where the folder is not (any more) what the rank that gave ``mark`` saw."""
+        """Raises ``CHECKPOINT_INVALID`` where the folder is not (any more) what the rank that gave
+        ``mark`` saw."""
         if LoadPlan(self.folder, _record(self.folder)).mark != mark:
-            raise ServiceError("CHECKPOINT_INVALID", f"{self.folder} was replaced while it was read; load it again")
+            raise ServiceError(
+                "CHECKPOINT_INVALID", f"{self.folder} was replaced while it was read; load it again"
+            )
 
     def verify(self, rank: int, world_size: int) -> None:
         """Hash this rank's share of the files (``files[rank::world_size]``).
@@ -72,13 +93,19 @@ class LoadPlan:
         )
 
     def check_fits(
-        self, reader: TensorReader, needed: Mapping[str, tuple[int, ...]], architecture: str, whole: bool = True
+        self,
+        reader: TensorReader,
+        needed: Mapping[str, tuple[int, ...]],
+        architecture: str,
+        whole: bool = True,
     ) -> None:
-        """``needed``: the group's tensors and global shapes; ``architecture``: the class of its model.
+        """``needed``: the group's tensors and global shapes; ``architecture``: the class of its
+        model.
 
         ``whole``: these are all of its tensors, so that the checkpoint may hold no others.
 
-        Raises ``CHECKPOINT_INVALID`` where it is another model's checkpoint. Afterwards every file that will be read is open.
+        Raises ``CHECKPOINT_INVALID`` where it is another model's checkpoint. Afterwards every file
+        that will be read is open.
         """
         self._check_head(reader, needed, architecture)
         for name, shape in needed.items():
@@ -86,30 +113,44 @@ class LoadPlan:
                 continue
             if not reader.has(name):
                 raise ServiceError(
-                    "CHECKPOINT_INVALID", f"{self.folder} has no tensor {name}: it is of another model", tensor=name
+                    "CHECKPOINT_INVALID",
+                    f"{self.folder} has no tensor {name}: it is of another model",
+                    tensor=name,
                 )
             if reader.shapes[name] != tuple(shape):
                 raise ServiceError(
                     "CHECKPOINT_INVALID",
-                    f"{self.folder}: {name} has shape {list(reader.shapes[name])}, the model's has {list(shape)}",
+                    (
+                        f"{self.folder}: {name} has shape {list(reader.shapes[name])}, the model's "
+                        f"has {list(shape)}"
+                    ),
                     tensor=name,
                 )
             reader.check(name)
         others = reader.shapes.keys() - needed.keys() if whole else ()
         for name in sorted(name for name in others if not name.startswith(OPTIMIZER_PREFIX)):
-            message = f"{self.folder} holds {name}, for which the group's {architecture} has no place"
+            message = (
+                f"{self.folder} holds {name}, for which the group's {architecture} has no place"
+            )
             raise ServiceError("CHECKPOINT_INVALID", message, tensor=name)
 
-    def _check_head(self, reader: TensorReader, needed: Mapping[str, tuple[int, ...]], architecture: str) -> None:
-        """A model with a tied head needs nothing that a critic's checkpoint lacks: what is too much tells them apart."""
+    def _check_head(
+        self, reader: TensorReader, needed: Mapping[str, tuple[int, ...]], architecture: str
+    ) -> None:
+        """A model with a tied head needs nothing that a critic's checkpoint lacks: what is too much
+        tells them apart."""
         saved = self._architecture()
         if saved is not None and saved != architecture:
             raise ServiceError(
-                "CHECKPOINT_INVALID", f"{self.folder} holds a {saved}, the group's model is a {architecture}"
+                "CHECKPOINT_INVALID",
+                f"{self.folder} holds a {saved}, the group's model is a {architecture}",
             )
         for name in sorted(reader.shapes.keys() - needed.keys()):
             if name.split(".")[0] in _HEADS:
-                message = f"{self.folder} holds {name}, a head that the group's {architecture} does not have"
+                message = (
+                    f"{self.folder} holds {name}, a head that the group's {architecture} does not "
+                    "have"
+                )
                 raise ServiceError("CHECKPOINT_INVALID", message, tensor=name)
 
     def _architecture(self) -> str | None:
@@ -120,11 +161,14 @@ class LoadPlan:
         try:
             saved = json.loads(path.read_bytes()).get("architecture")
         except (OSError, ValueError, AttributeError):
-            raise ServiceError("CHECKPOINT_INVALID", f"{path} is not the state of a group") from None
+            raise ServiceError(
+                "CHECKPOINT_INVALID", f"{path} is not the state of a group"
+            ) from None
         return None if saved is None else str(saved)
 
     def state(self) -> dict[str, Any]:
-        """What rank 0 wrote of the group (architecture, scalars, seq, step, seed, threads); raises ``CHECKPOINT_INVALID``.
+        """What rank 0 wrote of the group (architecture, scalars, seq, step, seed, threads); raises
+        ``CHECKPOINT_INVALID``.
 
         Sharded only.
         """
@@ -134,10 +178,13 @@ class LoadPlan:
             scalars = {name: _count(value) for name, value in dict(state["scalars"]).items()}
             return {**state, "scalars": scalars, "seed": _count(state.get("seed", 0))}
         except (OSError, KeyError, ValueError, TypeError):
-            raise ServiceError("CHECKPOINT_INVALID", f"{path} is not the state of a group") from None
+            raise ServiceError(
+                "CHECKPOINT_INVALID", f"{path} is not the state of a group"
+            ) from None
 
     def rng(self, rank: int, world_size: int) -> dict[str, Any] | None:
-        """The rank's saved random state, None where another world size wrote it (reseed from the saved seed).
+        """The rank's saved random state, None where another world size wrote it (reseed from the
+        saved seed).
 
         Sharded only.
         """
@@ -147,7 +194,8 @@ class LoadPlan:
 
 
 def inspect(path: Path) -> LoadPlan:
-    """Find out what lies at ``path`` (a link is followed once); raises ``CHECKPOINT_INVALID`` with what is wrong.
+    """Find out what lies at ``path`` (a link is followed once); raises ``CHECKPOINT_INVALID`` with
+    what is wrong.
 
     Looks at names, sizes and headers; :meth:`LoadPlan.verify` hashes.
     """
@@ -155,7 +203,9 @@ def inspect(path: Path) -> LoadPlan:
     try:
         there = folder.is_dir()
     except OSError as error:  # a name too long, a folder that may not be entered
-        raise ServiceError("CHECKPOINT_INVALID", f"there is no checkpoint at {path}: {error.strerror}") from None
+        raise ServiceError(
+            "CHECKPOINT_INVALID", f"there is no checkpoint at {path}: {error.strerror}"
+        ) from None
     if not there:
         raise ServiceError("CHECKPOINT_INVALID", f"there is no checkpoint at {path}")
     record = _record(folder)
@@ -178,7 +228,12 @@ def _count(value: Any) -> int:
 
 def _check_foreign(folder: Path) -> None:
     if any(folder.glob("model.rank*-of-*.safetensors")):
-        raise ServiceError("CHECKPOINT_INVALID", f"{folder} has shards but no manifest: its save was never finished")
+        raise ServiceError(
+            "CHECKPOINT_INVALID",
+            f"{folder} has shards but no manifest: its save was never finished",
+        )
     if not (folder / CONFIG).is_file():
-        raise ServiceError("CHECKPOINT_INVALID", f"{folder} has neither a manifest nor a Hugging Face config.json")
+        raise ServiceError(
+            "CHECKPOINT_INVALID", f"{folder} has neither a manifest nor a Hugging Face config.json"
+        )
     weight_files(folder)

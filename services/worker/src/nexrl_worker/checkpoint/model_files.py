@@ -1,4 +1,5 @@
-"""The small files of a Hugging Face model folder: configuration, tokenizer, processors, never weights or code."""
+"""The small files of a Hugging Face model folder: configuration, tokenizer, processors, never
+weights or code."""
 
 from __future__ import annotations
 
@@ -16,21 +17,46 @@ MOST_BYTES = 128 * 1024 * 1024  # a tokenizer of a large vocabulary has some 40 
 _CHAT_TEMPLATES = "additional_chat_templates"
 _LEFT_OUT = (
     # weights, in every format, and what says where they lie
-    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.ggml", "*.onnx*", "*.ot"),
-    *("*.npz", "*.npy", "*.pkl", "*.pickle", "*.tflite", "*.index.json", "*.index", "*.data-*", "*.gz", "*.zip"),
+    *(
+        "*.safetensors",
+        "*.bin",
+        "*.pt",
+        "*.pth",
+        "*.ckpt",
+        "*.h5",
+        "*.msgpack",
+        "*.gguf",
+        "*.ggml",
+        "*.onnx*",
+        "*.ot",
+    ),
+    *(
+        "*.npz",
+        "*.npy",
+        "*.pkl",
+        "*.pickle",
+        "*.tflite",
+        "*.index.json",
+        "*.index",
+        "*.data-*",
+        "*.gz",
+        "*.zip",
+    ),
     *("*.py", "*.pyc", "*.so", "*.sh", "*.ipynb"),  # code
     *(EXPORT, MANIFEST, "*.tmp", "*.lock", "*.log"),  # a folder's own record is made anew
-    # what is said of other weights than those written: a model card, another trainer's state, adapters, a quantisation
+    # what is said of other weights than those written: a model card, another trainer's state,
+    # adapters, a quantisation
     *("README*", "trainer_state.json", "*_results.json", "adapter_*", "*quant*_config.json"),
 )
 
 
 def copy_model_files(source: Path, folder: Path, changes: Mapping[str, Any]) -> list[str]:
-    """Copy what ``source`` has of them into ``folder`` (made if need be), synced; returns the names. Raises OSError.
+    """Copy what ``source`` has of them into ``folder`` (made if need be), synced; returns the
+    names. Raises OSError.
 
-    That is every file of at most ``MOST_BYTES`` that is no weights, code or record of other weights, and additional
-    chat templates. ``changes`` replace keys of ``config.json``: a critic has another head than the model that it was
-    made of. A quantisation is not named there any more.
+    That is every file of at most ``MOST_BYTES`` that is no weights, code or record of other
+    weights, and additional chat templates. ``changes`` replace keys of ``config.json``: a critic
+    has another head than the model that it was made of. A quantisation is not named there any more.
     """
     folder.mkdir(parents=True, exist_ok=True)
     names = sorted(_small_files(source))
@@ -39,7 +65,9 @@ def copy_model_files(source: Path, folder: Path, changes: Mapping[str, Any]) -> 
         write_file(folder / name, (source / name).read_bytes())
     if CONFIG in names:
         config = _read_config(folder)
-        changed = _of_these_weights({**config, **changes}, tied="tie_word_embeddings" not in changes)
+        changed = _of_these_weights(
+            {**config, **changes}, tied="tie_word_embeddings" not in changes
+        )
         if changed != config:
             _write_config(folder, changed)
     return names
@@ -73,12 +101,16 @@ def _travels(path: Path) -> bool:
 
 
 def set_dtype(folder: Path, main: str, written: Collection[str]) -> None:
-    """Let ``config.json`` name a dtype that weights beside it have: loaders go by the configuration.
+    """Let ``config.json`` name a dtype that weights beside it have: loaders go by the
+    configuration.
 
-    What it and its parts (``text_config`` and the like) say becomes ``main`` where it is none of ``written``.
+    What it and its parts (``text_config`` and the like) say becomes ``main`` where it is none of
+    ``written``.
     """
     config = _agreeing(_read_config(folder), main, written)
-    _write_config(folder, config if {"dtype", "torch_dtype"} & config.keys() else {**config, "dtype": main})
+    _write_config(
+        folder, config if {"dtype", "torch_dtype"} & config.keys() else {**config, "dtype": main}
+    )
 
 
 def _agreeing(config: dict[str, Any], main: str, written: Collection[str]) -> dict[str, Any]:

@@ -21,12 +21,20 @@ from nexrl_contract.manifest import EXPORT, MANIFEST, Export, read_export
 from nexrl_worker.checkpoint.tensor_file import no_space
 
 KEPT_VERSIONS = 2
-_NO_SUCH_PLACE = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_SUCH_PLACE = (
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+)
 _log = logging.getLogger(__name__)
 
 
 class VersionedPath:
-    """A path that is a link to one of its sibling folders ``.{name}.v{n}``, swapped by rename: the weight-sync folder.
+    """A path that is a link to one of its sibling folders ``.{name}.v{n}``, swapped by rename: the
+    weight-sync folder.
 
     A reader that resolves the link once keeps its version until two newer ones are there.
     """
@@ -38,14 +46,18 @@ class VersionedPath:
         self._pattern = re.compile(rf"\.{re.escape(path.name)}\.v(\d+)")
 
     def check(self) -> None:
-        """Raises ``PATH_REFUSED`` where something lies that this group did not write for weight sync.
+        """Raises ``PATH_REFUSED`` where something lies that this group did not write for weight
+        sync.
 
         Before any collective.
         """
         with _refusing(self.path):
             if self.path.is_symlink():
                 target = self.path.parent / os.readlink(self.path)
-                if target.parent != self.path.parent or self._pattern.fullmatch(target.name) is None:
+                if (
+                    target.parent != self.path.parent
+                    or self._pattern.fullmatch(target.name) is None
+                ):
                     raise _refused(self.path, "is a link that this service did not make")
             elif os.path.lexists(self.path):
                 check_replaceable(self.path)
@@ -66,7 +78,8 @@ class VersionedPath:
         _discard(self._temporary)
 
     def commit(self) -> Path:
-        """Make the written folder the newest version and point the path at it; older ones than the last two go.
+        """Make the written folder the newest version and point the path at it; older ones than the
+        last two go.
 
         Raises as :meth:`check` does; no version is left then.
         """
@@ -108,14 +121,16 @@ class VersionedPath:
 
 
 class PlainPath:
-    """A folder that gets its name when it is complete; one of ours with that name is replaced in one step."""
+    """A folder that gets its name when it is complete; one of ours with that name is replaced in
+    one step."""
 
     def __init__(self, path: Path, identifier: str) -> None:
         self.path = path
         self._temporary = path.with_name(f".{path.name}.new-{identifier}")
 
     def check(self) -> None:
-        """Raises ``PATH_REFUSED`` where something lies that no export of ours put there. Before any collective."""
+        """Raises ``PATH_REFUSED`` where something lies that no export of ours put there. Before any
+        collective."""
         with _refusing(self.path):
             if os.path.lexists(self.path):
                 check_replaceable(self.path)
@@ -137,7 +152,8 @@ class PlainPath:
 
 
 def check_replaceable(path: Path) -> None:
-    """Raises ``PATH_REFUSED`` unless ``path`` is an empty folder, or a Hugging Face folder that we wrote and no more."""
+    """Raises ``PATH_REFUSED`` unless ``path`` is an empty folder, or a Hugging Face folder that we
+    wrote and no more."""
     if path.is_symlink() or not path.is_dir():
         raise _refused(path, "is no folder")
     if not any(path.iterdir()):
@@ -152,7 +168,11 @@ def check_replaceable(path: Path) -> None:
 
 
 def _refused(path: Path, why: str) -> ServiceError:
-    return ServiceError("PATH_REFUSED", f"{path} {why}; choose another path, or remove it yourself", key="local_path")
+    return ServiceError(
+        "PATH_REFUSED",
+        f"{path} {why}; choose another path, or remove it yourself",
+        key="local_path",
+    )
 
 
 @contextlib.contextmanager

@@ -47,7 +47,9 @@ class _Files:
         """Raises ``CHECKPOINT_INVALID`` for a missing, truncated or foreign file."""
         if name not in self._open:
             try:
-                self._open[name] = self._stack.enter_context(weights.open_weights(self._folder / name))
+                self._open[name] = self._stack.enter_context(
+                    weights.open_weights(self._folder / name)
+                )
             except InvalidValue as error:
                 raise ServiceError("CHECKPOINT_INVALID", error.message) from None
         return self._open[name]
@@ -63,10 +65,13 @@ class _Files:
         try:
             actual = tuple(self.file(file).get_slice(name).get_shape())
         except SafetensorError:
-            raise ServiceError("CHECKPOINT_INVALID", f"{self._folder / file} has no tensor {name}") from None
+            raise ServiceError(
+                "CHECKPOINT_INVALID", f"{self._folder / file} has no tensor {name}"
+            ) from None
         if actual != shape:
             raise ServiceError(
-                "CHECKPOINT_INVALID", f"{self._folder / file}: {name} has shape {list(actual)}, not {list(shape)}"
+                "CHECKPOINT_INVALID",
+                f"{self._folder / file}: {name} has shape {list(actual)}, not {list(shape)}",
             )
 
     def close(self) -> None:
@@ -95,9 +100,13 @@ class ShardReader:
         for rank in range(manifest.world_size):
             for name, row in read_index(folder, rank, manifest.world_size)["tensors"].items():
                 if row["file"] not in known:
-                    raise ServiceError("CHECKPOINT_INVALID", f"{folder}: {row['file']} is not in the manifest")
+                    raise ServiceError(
+                        "CHECKPOINT_INVALID", f"{folder}: {row['file']} is not in the manifest"
+                    )
                 self.shapes.setdefault(name, tuple(row["global_shape"]))
-                self._pieces.setdefault(name, []).append(_Piece(row["file"], row["offset"], row["rows"]))
+                self._pieces.setdefault(name, []).append(
+                    _Piece(row["file"], row["offset"], row["rows"])
+                )
         for name, pieces in self._pieces.items():
             pieces.sort(key=lambda piece: piece.offset)
             self._check_whole(folder, name)
@@ -111,7 +120,8 @@ class ShardReader:
         needed = shape[0] if shape else 1
         if reached != needed:
             raise ServiceError(
-                "CHECKPOINT_INVALID", f"{folder}: {name} has rows up to {reached} of {needed} in one run"
+                "CHECKPOINT_INVALID",
+                f"{folder}: {name} has rows up to {reached} of {needed} in one run",
             )
 
     def has(self, name: str) -> bool:
@@ -119,18 +129,22 @@ class ShardReader:
         return name in self._pieces
 
     def check(self, name: str) -> None:
-        """Open the tensor's files and compare them with the index, so that reading cannot fail half-way."""
+        """Open the tensor's files and compare them with the index, so that reading cannot fail
+        half-way."""
         shape = self.shapes[name]
         for piece in self._pieces[name]:
             self._files.check(piece.file, name, (piece.rows, *shape[1:]) if shape else ())
 
     def read(self, name: str, offset: int, length: int) -> Tensor:
-        """Rows ``offset:offset + length`` of the global tensor along dim 0 (all of a 0-dim one), as it was saved."""
+        """Rows ``offset:offset + length`` of the global tensor along dim 0 (all of a 0-dim one), as
+        it was saved."""
         found, position, stop = [], offset, offset + length
         for piece in self._pieces[name]:
             if piece.offset <= position < piece.offset + piece.rows and position < stop:
                 end = min(stop, piece.offset + piece.rows)
-                found.append(self._files.rows(piece.file, name, position - piece.offset, end - piece.offset))
+                found.append(
+                    self._files.rows(piece.file, name, position - piece.offset, end - piece.offset)
+                )
                 position = end
         if not found:
             return self._files.rows(self._pieces[name][0].file, name, 0, 0)
@@ -163,7 +177,9 @@ class HuggingFaceReader(Dequantised):
         try:
             super().__init__(FolderReader(folder), quantisation(folder))
         except InvalidValue as error:
-            raise ServiceError("CHECKPOINT_INVALID", _placed(folder, error.message), **error.details()) from None
+            raise ServiceError(
+                "CHECKPOINT_INVALID", _placed(folder, error.message), **error.details()
+            ) from None
 
     @property
     def weight_dtypes(self) -> set[str]:

@@ -1,4 +1,5 @@
-"""A sharded save: each rank writes its own rows and an index of them into the job's staging folder."""
+"""A sharded save: each rank writes its own rows and an index of them into the job's staging
+folder."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ OPTIMIZER_PREFIX = "optim."
 
 
 class ShardLike(Protocol):
-    """What :class:`nexrl_worker.training.weights.Shard` is: rows of a global tensor from row ``offset_dim0`` on."""
+    """What :class:`nexrl_worker.training.weights.Shard` is: rows of a global tensor from row
+    ``offset_dim0`` on."""
 
     @property
     def name(self) -> str: ...
@@ -37,8 +39,8 @@ class ShardLike(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class GroupState:
-    """What rank 0 writes once: ``state`` (architecture, scalars, seq, step, seed, threads: JSON), and the small files of the
-    model's ``source`` folder with ``changes`` to its configuration.
+    """What rank 0 writes once: ``state`` (architecture, scalars, seq, step, seed, threads: JSON),
+    and the small files of the model's ``source`` folder with ``changes`` to its configuration.
     """
 
     state: Mapping[str, Any]
@@ -52,7 +54,8 @@ def staging_folder(data: Path, job_id: str) -> Path:
 
 
 def prepare_staging(folder: Path) -> None:
-    """Make an empty staging folder. Rank 0 only, before the vote that lets the others write. Local."""
+    """Make an empty staging folder. Rank 0 only, before the vote that lets the others write.
+    Local."""
     remove_folder(folder)
     try:
         folder.mkdir(parents=True)
@@ -75,7 +78,8 @@ def write_shards(
     *,
     weight_only: bool = False,
 ) -> list[FileEntry]:
-    """Write and sync this rank's files, the index last; rank 0 gives ``group``. Returns all of them. Local.
+    """Write and sync this rank's files, the index last; rank 0 gives ``group``. Returns all of
+    them. Local.
 
     Raises ``NO_SPACE`` on a full disk, after removing what this rank wrote.
     """
@@ -104,12 +108,16 @@ def _write(
     files, table = [], {}
     for kind, some in parts.items():
         path = folder / f"{kind}.rank{rank}-of-{world_size}.safetensors"
-        files.append(write_tensors(path, {part.name: part.local_tensor for part in some}, {"format": "pt"}))
+        files.append(
+            write_tensors(path, {part.name: part.local_tensor for part in some}, {"format": "pt"})
+        )
         table.update({part.name: _row(path.name, part) for part in some})
     if group is not None:
         write_file(folder / STATE, json.dumps(dict(group.state)).encode())
         names = [STATE, *copy_model_files(group.source, folder / MODEL_FILES, group.changes)]
-        files += [describe(folder, name if name == STATE else f"{MODEL_FILES}/{name}") for name in names]
+        files += [
+            describe(folder, name if name == STATE else f"{MODEL_FILES}/{name}") for name in names
+        ]
     index = {
         "rank": rank,
         "world_size": world_size,
@@ -134,7 +142,8 @@ def _row(file: str, part: ShardLike) -> dict[str, Any]:
 
 
 def read_index(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
-    """One rank's index; raises ``CHECKPOINT_INVALID`` when it is missing or no such thing. Local."""
+    """One rank's index; raises ``CHECKPOINT_INVALID`` when it is missing or no such thing.
+    Local."""
     path = folder / index_name(rank, world_size)
     try:
         index = json.loads(path.read_bytes())

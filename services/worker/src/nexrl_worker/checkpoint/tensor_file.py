@@ -1,4 +1,5 @@
-"""Writes one safetensors file in a single pass: tensors go to the disk one by one, hashed on the way."""
+"""Writes one safetensors file in a single pass: tensors go to the disk one by one, hashed on the
+way."""
 
 from __future__ import annotations
 
@@ -29,12 +30,17 @@ _CODES = {
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> FileEntry:
-    """Write and sync ``path``; the entry's name is the file's own. Tensors come to the CPU one at a time.
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> FileEntry:
+    """Write and sync ``path``; the entry's name is the file's own. Tensors come to the CPU one at a
+    time.
 
     Raises ``NO_SPACE`` on a full disk; what was written stays for the caller to remove.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps every tensor aligned
+    order = sorted(
+        tensors, key=lambda name: (-tensors[name].element_size(), name)
+    )  # keeps every tensor aligned
     header = _header([(name, tensors[name]) for name in order], metadata)
     digest = hashlib.sha256(header)
     size = len(header)
@@ -54,7 +60,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def set_metadata(path: Path, key: str, value: str) -> None:
-    """Give a metadata key of a written file another value of the same length, in place and synced; its hash changes."""
+    """Give a metadata key of a written file another value of the same length, in place and synced;
+    its hash changes."""
     with open(path, "r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -71,7 +78,9 @@ def set_metadata(path: Path, key: str, value: str) -> None:
 def no_space(error: OSError, path: Path) -> Exception:
     """``NO_SPACE`` for a full disk or quota, else the error itself."""
     if error.errno in _NO_SPACE:
-        return ServiceError("NO_SPACE", f"no space is left to write {path}; free some and save again")
+        return ServiceError(
+            "NO_SPACE", f"no space is left to write {path}; free some and save again"
+        )
     return error
 
 
@@ -80,7 +89,11 @@ def _header(tensors: list[tuple[str, Tensor]], metadata: Mapping[str, str]) -> b
     end = 0
     for name, tensor in tensors:
         start, end = end, end + tensor.numel() * tensor.element_size()
-        table[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        table[name] = {
+            "dtype": _CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

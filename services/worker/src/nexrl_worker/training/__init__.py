@@ -1,4 +1,5 @@
-"""The worker's mathematics: a sharded model, its losses and its optimizer, without any queue or web framework."""
+"""The worker's mathematics: a sharded model, its losses and its optimizer, without any queue or web
+framework."""
 
 from nexrl_worker.training.batch import Rows
 from nexrl_worker.training.engine import Engine

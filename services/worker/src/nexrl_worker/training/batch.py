@@ -1,7 +1,9 @@
-"""From rows of a batch to the tensors of one micro-batch: alignment, masks, positions, padding trimmed or packed away.
+"""From rows of a batch to the tensors of one micro-batch: alignment, masks, positions, padding
+trimmed or packed away.
 
-Alignment: `log_probs[:, k]` belongs to `input_ids[:, S-R+k]` and is predicted at the last attended column before it.
-A row's first attended token has none: it is no label, on whichever side the row is padded.
+Alignment: `log_probs[:, k]` belongs to `input_ids[:, S-R+k]` and is predicted at the last attended
+column before it. A row's first attended token has none: it is no label, on whichever side the row
+is padded.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ class Rows:
 class RowsInMemory(Rows):
     """A batch of tensors at hand."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None
+    ) -> None:
         self.tensors = tensors
         self.metadata = metadata or {}
         self.size = len(tensors["input_ids"])
@@ -82,7 +86,8 @@ class Masks:
 
 
 def read_masks(rows: Rows, layout: Layout, indices: Sequence[int]) -> Masks:
-    """scored is scoring_attention_mask, else loss_mask * attention_mask, else attention_mask, on the last R columns.
+    """scored is scoring_attention_mask, else loss_mask * attention_mask, else attention_mask, on
+    the last R columns.
 
     What no attended token precedes cannot be predicted, and is never scored.
     """
@@ -92,7 +97,10 @@ def read_masks(rows: Rows, layout: Layout, indices: Sequence[int]) -> Masks:
         attention = torch.ones(len(indices), layout.sequence, dtype=torch.bool)
     predictable = layout.align(_predictable(attention))
     if rows.has("scoring_attention_mask"):
-        return Masks(attention, predictable & (layout.align(rows.tensor("scoring_attention_mask", indices)) != 0))
+        return Masks(
+            attention,
+            predictable & (layout.align(rows.tensor("scoring_attention_mask", indices)) != 0),
+        )
     scored = predictable & layout.align(attention)
     if rows.has("loss_mask"):
         scored = scored & (layout.align(rows.tensor("loss_mask", indices)) != 0)
@@ -106,14 +114,16 @@ def _predictable(attention: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch on the device: n rows, padded behind to the longest, or one packed stream of them.
+    """One micro-batch on the device: n rows, padded behind to the longest, or one packed stream of
+    them.
 
-    Shapes: input_ids, attention_mask, position_ids [n,C]; packed: [1,C], the mask None, and `segments` the rows that
-    hold tokens. index, labels, slots [T], one per attended label: `index` into the flat layout (the predicting token),
-    `slots` into [n*R]; scored [T] bool on the CPU, `chosen` the slots of the scored; last [n] the flat place of each
-    row's last token (-1 for a row without any); mask [n,R] bool; values {name: [n,R]}. `padded` counts the tokens
-    computed, `attended` the real ones. `dropped` [n,R] bool: what would be in the mask but for a rollout correction.
-    `temperature` divides logits: one number, or one for each label [T].
+    Shapes: input_ids, attention_mask, position_ids [n,C]; packed: [1,C], the mask None, and
+    `segments` the rows that hold tokens. index, labels, slots [T], one per attended label: `index`
+    into the flat layout (the predicting token), `slots` into [n*R]; scored [T] bool on the CPU,
+    `chosen` the slots of the scored; last [n] the flat place of each row's last token (-1 for a row
+    without any); mask [n,R] bool; values {name: [n,R]}. `padded` counts the tokens computed,
+    `attended` the real ones. `dropped` [n,R] bool: what would be in the mask but for a rollout
+    correction. `temperature` divides logits: one number, or one for each label [T].
     """
 
     input_ids: Tensor
@@ -141,11 +151,13 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class BatchReader:
-    """Reads micro-batches of one operation: `names` are the float tensors it needs, in `dtype`, on `device`.
+    """Reads micro-batches of one operation: `names` are the float tensors it needs, in `dtype`, on
+    `device`.
 
-    `packed` makes one stream of a micro-batch's attended tokens; the model's attention must then be that of packing.
-    What `dropping` rejects is not scored: known from the batch alone, it is the same however the work is cut.
-    `temperature` is that of rows without one of their own, the tensor `temperature` [B].
+    `packed` makes one stream of a micro-batch's attended tokens; the model's attention must then be
+    that of packing. What `dropping` rejects is not scored: known from the batch alone, it is the
+    same however the work is cut. `temperature` is that of rows without one of their own, the tensor
+    `temperature` [B].
     """
 
     rows: Rows
@@ -163,7 +175,9 @@ class BatchReader:
             values = {name: self._nothing(name) for name in self.names}
             ones = torch.ones(1, 2, dtype=torch.bool)
             ids = torch.zeros(1, 2, dtype=torch.int64)
-            return self._assemble(ids, Masks(ones, torch.zeros(1, 1, dtype=torch.bool)), values, real=False)
+            return self._assemble(
+                ids, Masks(ones, torch.zeros(1, 1, dtype=torch.bool)), values, real=False
+            )
         indices = list(indices)
         masks = read_masks(self.rows, self.layout, indices)
         values = {name: self.layout.align(self.rows.tensor(name, indices)) for name in self.names}
@@ -171,9 +185,17 @@ class BatchReader:
         kept = self._kept(masks.scored, indices)
         ids = self.rows.tensor("input_ids", indices)
         micro = self._assemble(
-            ids, Masks(masks.attention, kept), values, real=True, given=given, temperatures=self._temperatures(indices)
+            ids,
+            Masks(masks.attention, kept),
+            values,
+            real=True,
+            given=given,
+            temperatures=self._temperatures(indices),
         )
-        return replace(micro, dropped=None if self.dropping is None else send(masks.scored & ~kept, self.device))
+        return replace(
+            micro,
+            dropped=None if self.dropping is None else send(masks.scored & ~kept, self.device),
+        )
 
     def read_scored(self, indices: Sequence[int]) -> Tensor:
         """The scored mask [n,R] of these rows alone, bool on the CPU."""
@@ -184,11 +206,14 @@ class BatchReader:
         if self.dropping is None:
             return scored
         names = ("old_log_probs", "rollout_log_probs")
-        old, rollout = (self.layout.align(self.rows.tensor(name, indices)).to(self.dtype) for name in names)
+        old, rollout = (
+            self.layout.align(self.rows.tensor(name, indices)).to(self.dtype) for name in names
+        )
         return self.dropping.kept(old, rollout, scored)
 
     def _temperatures(self, indices: list[int]) -> Tensor | None:
-        """Of every row [n]; 1 where a row's is no temperature, which nothing that is scored then reads."""
+        """Of every row [n]; 1 where a row's is no temperature, which nothing that is scored then
+        reads."""
         if not self.rows.has("temperature"):
             return None
         given = self.rows.tensor("temperature", indices).to(self.dtype)
@@ -213,10 +238,20 @@ class BatchReader:
     ) -> MicroBatch:
         response = masks.scored.shape[1]
         first = ids.shape[1] - response
-        labelled = (masks.attention[:, first:] | masks.scored) & _predictable(masks.attention)[:, first:]
+        labelled = (masks.attention[:, first:] | masks.scored) & _predictable(masks.attention)[
+            :, first:
+        ]
         row, k = labelled.nonzero(as_tuple=True)
-        positions = (masks.attention.long().cumsum(dim=-1) - 1).clamp(min=0) if given is None else given.long()
-        inputs = _pack(ids, masks.attention, positions) if self.packed else _trim(ids, masks.attention, positions)
+        positions = (
+            (masks.attention.long().cumsum(dim=-1) - 1).clamp(min=0)
+            if given is None
+            else given.long()
+        )
+        inputs = (
+            _pack(ids, masks.attention, positions)
+            if self.packed
+            else _trim(ids, masks.attention, positions)
+        )
         columns = torch.arange(ids.shape[1]).expand_as(ids)
         latest = torch.where(masks.attention, columns, 0).cummax(dim=-1).values
         ends = inputs.places.gather(1, latest[:, -1:]).squeeze(1)
@@ -236,12 +271,15 @@ class BatchReader:
             attended=int(masks.attention.sum()) if real else 0,
             padded=inputs.ids.numel(),
             segments=Segments(inputs.lengths, self.device) if self.packed else None,
-            temperature=self.temperature if temperatures is None else send(temperatures[row], self.device),
+            temperature=self.temperature
+            if temperatures is None
+            else send(temperatures[row], self.device),
         )
 
 
 class _Inputs(NamedTuple):
-    """What the model sees: ids, visible, positions [n,C] or [1,C]; `places` [n,S] of tokens in it, 0 where it has none."""
+    """What the model sees: ids, visible, positions [n,C] or [1,C]; `places` [n,S] of tokens in it,
+    0 where it has none."""
 
     ids: Tensor
     visible: Tensor
@@ -251,7 +289,8 @@ class _Inputs(NamedTuple):
 
 
 def _trim(ids: Tensor, attention: Tensor, positions: Tensor) -> _Inputs:
-    """Rows with their attended tokens first, as wide as the longest: the same on whichever side they were padded.
+    """Rows with their attended tokens first, as wide as the longest: the same on whichever side
+    they were padded.
 
     A row without any token still shows one, so that attention has something to normalise over.
     """
@@ -260,15 +299,20 @@ def _trim(ids: Tensor, attention: Tensor, positions: Tensor) -> _Inputs:
     starts = torch.arange(len(ids))[:, None] * width
     places = torch.where(attention, starts + attention.cumsum(dim=-1) - 1, 0)
     shown, placed = (
-        torch.zeros(len(ids) * width, dtype=torch.int64).index_put((places[attention],), tensor[attention].long())
+        torch.zeros(len(ids) * width, dtype=torch.int64).index_put(
+            (places[attention],), tensor[attention].long()
+        )
         for tensor in (ids, positions)
     )
     visible = torch.arange(width) < counts.clamp(min=1)
-    return _Inputs(shown.view(-1, width), visible, placed.view(-1, width), places, (width,) * len(ids))
+    return _Inputs(
+        shown.view(-1, width), visible, placed.view(-1, width), places, (width,) * len(ids)
+    )
 
 
 def _pack(ids: Tensor, attention: Tensor, positions: Tensor) -> _Inputs:
-    """The attended tokens of all rows, one row after the other; without any, one token that nobody reads."""
+    """The attended tokens of all rows, one row after the other; without any, one token that nobody
+    reads."""
     counts = [count for count in attention.sum(dim=-1).tolist() if count]
     places = torch.where(attention, attention.flatten().cumsum(dim=0).view_as(attention) - 1, 0)
     if not counts:

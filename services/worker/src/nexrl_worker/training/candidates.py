@@ -1,4 +1,5 @@
-"""The most likely tokens of every position, and log-probabilities of given ones, without ever holding [T,V]."""
+"""The most likely tokens of every position, and log-probabilities of given ones, without ever
+holding [T,V]."""
 
 from __future__ import annotations
 
@@ -18,9 +19,11 @@ OfLogits = Callable[[Tensor, slice], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class CandidateScores:
-    """Log-probabilities under the whole vocabulary: `labels` [n,R], of the given ids [n,R,K], of all others `rest`.
+    """Log-probabilities under the whole vocabulary: `labels` [n,R], of the given ids [n,R,K], of
+    all others `rest`.
 
-    `rest` [n,R] is None where the ids are the whole vocabulary; entropies [n,R]. 0 at labels that are not attended.
+    `rest` [n,R] is None where the ids are the whole vocabulary; entropies [n,R]. 0 at labels that
+    are not attended.
     """
 
     labels: Tensor
@@ -30,7 +33,8 @@ class CandidateScores:
 
 
 def top_k(scorer: Scorer, micro: MicroBatch, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels' log-probabilities [n,R], and the `k` most likely ids with theirs [n,R,K]; call without gradients."""
+    """Labels' log-probabilities [n,R], and the `k` most likely ids with theirs [n,R,K]; call
+    without gradients."""
 
     def of_logits(logits: Tensor, part: slice) -> tuple[Tensor, ...]:
         total = torch.logsumexp(logits, dim=-1)
@@ -43,7 +47,8 @@ def top_k(scorer: Scorer, micro: MicroBatch, k: int) -> tuple[Tensor, Tensor, Te
 
 
 def score_candidates(scorer: Scorer, micro: MicroBatch, ids: Tensor) -> CandidateScores:
-    """Score the tokens `ids` [n,R,K] at every label; differentiable, each chunk being computed again in the backward."""
+    """Score the tokens `ids` [n,R,K] at every label; differentiable, each chunk being computed
+    again in the backward."""
     chosen = ids.flatten(0, 1)[micro.slots]
     everything = ids.shape[-1] == scorer.vocabulary
 
@@ -80,10 +85,13 @@ def _in_chunks(scorer: Scorer, micro: MicroBatch, of_logits: OfLogits) -> tuple[
         return of_logits(scaled_logits(hidden[part], weight, bias, temperature), part)
 
     parts = _parts(count, chunk_length(scorer.vocabulary, hidden.device))
-    pieces = [checkpoint(chunk, part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    pieces = [
+        checkpoint(chunk, part, use_reentrant=False, preserve_rng_state=False) for part in parts
+    ]
     return tuple(torch.cat(column) for column in zip(*pieces, strict=True))
 
 
 def _parts(count: int, length: int) -> Iterator[slice]:
-    """Consecutive slices; an empty one where there is nothing, so that the head always takes part."""
+    """Consecutive slices; an empty one where there is nothing, so that the head always takes
+    part."""
     return (slice(at, min(at + length, count)) for at in range(0, max(count, 1), length))

@@ -1,4 +1,5 @@
-"""Log-probabilities and entropies straight from hidden states: the LM head in chunks of tokens, never [T,V] at once."""
+"""Log-probabilities and entropies straight from hidden states: the LM head in chunks of tokens,
+never [T,V] at once."""
 
 from __future__ import annotations
 
@@ -12,19 +13,23 @@ from torch import Tensor
 Temperature = float | Tensor
 """What logits are divided by: one number, or one for each token [T]."""
 
-# Elements of one chunk's logits: large enough for a fast matrix product, small enough to stay a side note in memory.
+# Elements of one chunk's logits: large enough for a fast matrix product, small enough to stay a
+# side note in memory.
 _ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
-# Elements of logits kept for the backward, which computes the others again: on CPU 32 MiB save a small model a product.
+# Elements of logits kept for the backward, which computes the others again: on CPU 32 MiB save a
+# small model a product.
 _KEPT = {"cpu": 1 << 23}
 
 
 def chunk_length(vocabulary: int, device: torch.device) -> int:
-    """Tokens per chunk; depends on nothing but the model and the device, so that every operation cuts alike."""
+    """Tokens per chunk; depends on nothing but the model and the device, so that every operation
+    cuts alike."""
     return max(_ELEMENTS.get(device.type, 1 << 22) // vocabulary, 1)
 
 
 def head_bytes(tokens: int, vocabulary: int, device: torch.device, trains: bool) -> int:
-    """The most bytes that chunks of float32 logits take at once: one and its exponentials, and those kept."""
+    """The most bytes that chunks of float32 logits take at once: one and its exponentials, and
+    those kept."""
     chunk = min(tokens, chunk_length(vocabulary, device)) * vocabulary
     kept = min(_KEPT.get(device.type, 0), tokens * vocabulary) if trains else 0
     return 4 * (2 * chunk + kept)
@@ -45,11 +50,12 @@ def head_log_probs(
     active: tuple[bool, ...],
     entropy: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(log p(label), entropy) of softmax((hidden W^T + b) / temperature), each [T], at least float32.
+    """(log p(label), entropy) of softmax((hidden W^T + b) / temperature), each [T], at least
+    float32.
 
-    Shapes: hidden [T,H], weight [V,H], labels [T], temperature a number or [T]. Entropies are 0 unless asked
-    for, and so is all of an inactive chunk. Gradients reach hidden, weight and bias; the backward computes again what
-    logits were not kept.
+    Shapes: hidden [T,H], weight [V,H], labels [T], temperature a number or [T]. Entropies are 0
+    unless asked for, and so is all of an inactive chunk. Gradients reach hidden, weight and bias;
+    the backward computes again what logits were not kept.
     """
     result: tuple[Tensor, Tensor] = _HeadLogProbs.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, labels, temperature, length, active, entropy
@@ -57,7 +63,9 @@ def head_log_probs(
     return result
 
 
-def scaled_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Temperature) -> Tensor:
+def scaled_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Temperature
+) -> Tensor:
     """(hidden W^T + b) / temperature [T,V], at least float32."""
     return cooled(F.linear(hidden, weight, bias).to(_wide(hidden)), temperature)
 
@@ -80,7 +88,9 @@ def temperature_at(temperature: Temperature, part: slice) -> Temperature:
     return temperature[part] if isinstance(temperature, Tensor) else temperature
 
 
-def _fill_logits(into: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Temperature) -> Tensor:
+def _fill_logits(
+    into: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Temperature
+) -> Tensor:
     """`scaled_logits`, outside autograd, in memory that is there already."""
     if into.dtype != weight.dtype:
         into.copy_(F.linear(hidden, weight, bias))
@@ -99,7 +109,8 @@ def _wide(hidden: Tensor) -> torch.dtype:
 def _workspace(hidden: Tensor, weight: Tensor, length: int) -> Tensor:
     """Room for two chunks of logits [2,T,V], used by one chunk after the other.
 
-    Made and freed for each, they would take several times as much wherever the allocator leaves gaps between them.
+    Made and freed for each, they would take several times as much wherever the allocator leaves
+    gaps between them.
     """
     rows = min(length, hidden.shape[0])
     return torch.empty(2, rows, weight.shape[0], dtype=_wide(hidden), device=hidden.device)
@@ -118,7 +129,9 @@ class _HeadLogProbs(torch.autograd.Function):
         active: tuple[bool, ...],
         entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        log_probs, normaliser, entropies = (hidden.new_zeros(hidden.shape[0], dtype=_wide(hidden)) for _ in range(3))
+        log_probs, normaliser, entropies = (
+            hidden.new_zeros(hidden.shape[0], dtype=_wide(hidden)) for _ in range(3)
+        )
         kept: dict[int, Tensor] = {}
         room = _KEPT.get(hidden.device.type, 0)
         workspace = _workspace(hidden, weight, length)
@@ -149,17 +162,25 @@ class _HeadLogProbs(torch.autograd.Function):
         wide = _wide(hidden)
         hidden_grad = torch.zeros_like(hidden)
         weight_grad = torch.zeros(weight.shape, dtype=wide, device=weight.device)
-        bias_grad = None if bias is None else torch.zeros(bias.shape, dtype=wide, device=bias.device)
+        bias_grad = (
+            None if bias is None else torch.zeros(bias.shape, dtype=wide, device=bias.device)
+        )
         workspace = _workspace(hidden, weight, length)
         for part in _parts(hidden.shape[0], length, active):
             room, shares = workspace[:, : part.stop - part.start]
-            logits = ctx.kept.pop(part.start, None)  # used up below: a second backward computes it again
+            logits = ctx.kept.pop(
+                part.start, None
+            )  # used up below: a second backward computes it again
             if logits is None:
-                logits = _fill_logits(room, hidden[part], weight, bias, temperature_at(temperature, part))
+                logits = _fill_logits(
+                    room, hidden[part], weight, bias, temperature_at(temperature, part)
+                )
             centred = logits.sub_(normaliser[part, None])
             torch.exp(centred, out=shares)
             if by_entropy is not None:  # dH/dz = -p (log p + H)
-                grad = centred.add_(entropies[part, None]).mul_(shares).mul_(-by_entropy[part, None])
+                grad = (
+                    centred.add_(entropies[part, None]).mul_(shares).mul_(-by_entropy[part, None])
+                )
                 if by_log_prob is not None:
                     grad.addcmul_(shares, by_log_prob[part, None], value=-1.0)
             elif by_log_prob is not None:

@@ -19,10 +19,12 @@ COMMUNICATION = "communication"
 
 
 class Clock:
-    """Sums seconds by name on one rank. On CUDA it records events, and only `seconds` waits for the device.
+    """Sums seconds by name on one rank. On CUDA it records events, and only `seconds` waits for the
+    device.
 
-    `communication` is the time that FSDP's all-gathers and reduce-scatters take (on the CPU: that this rank waits for
-    them); it lies inside forward and backward, and on CUDA beside their computation.
+    `communication` is the time that FSDP's all-gathers and reduce-scatters take (on the CPU: that
+    this rank waits for them); it lies inside forward and backward, and on CUDA beside their
+    computation.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -77,8 +79,9 @@ class Clock:
 class Collective:
     """The all-gathers or the reduce-scatters of one sharded module, in the place of FSDP2's own.
 
-    It counts them, so that a rank that has left a micro-batch on the way can go through it again, to issue those that
-    the other ranks wait for and no other. `done` says whether a micro-batch finds one done before.
+    It counts them, so that a rank that has left a micro-batch on the way can go through it again,
+    to issue those that the other ranks wait for and no other. `done` says whether a micro-batch
+    finds one done before.
     """
 
     def __init__(self, done: Callable[[], bool] = lambda: False) -> None:
@@ -92,7 +95,8 @@ class Collective:
         self._issued, self._skips = int(self._done()), 0
 
     def again(self) -> None:
-        """The same micro-batch begins once more: as many as were issued until now only fill their outputs with 0."""
+        """The same micro-batch begins once more: as many as were issued until now only fill their
+        outputs with 0."""
         self._skips = self._issued
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -110,7 +114,9 @@ class Collective:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                raise dist.DistError(f"out of memory in a collective that may have begun: {error}") from error
+                raise dist.DistError(
+                    f"out of memory in a collective that may have begun: {error}"
+                ) from error
         self._issued += 1
         return work
 
@@ -119,22 +125,35 @@ class AllGather(Collective):
     """As FSDP2 asks of a custom one."""
 
     def __call__(
-        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        async_op: bool = False,
     ) -> Any:
         """`input_tensor` of every rank in `output_tensor`."""
         # torch 2.13 renamed it.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        return self._issue(output_tensor, lambda: gather(output_tensor, input_tensor, group=group, async_op=async_op))
+        return self._issue(
+            output_tensor,
+            lambda: gather(output_tensor, input_tensor, group=group, async_op=async_op),
+        )
 
 
 class ReduceScatter(Collective):
     """As FSDP2 asks of a custom one."""
 
     def __call__(
-        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
     ) -> Any:
         """This rank's part of the sum over ranks in `output_tensor`."""
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         return self._issue(
-            output_tensor, lambda: scatter(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
+            output_tensor,
+            lambda: scatter(output_tensor, input_tensor, group=group, op=op, async_op=async_op),
         )

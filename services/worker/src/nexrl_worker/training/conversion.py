@@ -1,7 +1,8 @@
 """Between a model in memory and its folder, by transformers' own conversions, forwards and back.
 
-At load transformers 5 renames tensors, stacks the experts of a layer into one, cuts fused ones apart; `save_pretrained`
-undoes what it did. Both go here by groups of tensors that one conversion needs together: never the whole model at once.
+At load transformers 5 renames tensors, stacks the experts of a layer into one, cuts fused ones
+apart; `save_pretrained` undoes what it did. Both go here by groups of tensors that one conversion
+needs together: never the whole model at once.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from nexrl_worker.training.weights import FLOAT_DTYPES
 
 
 class FolderTensors(Protocol):
-    """Rows of the tensors that a folder's files hold, by their names there; `shapes` are the whole ones.
+    """Rows of the tensors that a folder's files hold, by their names there; `shapes` are the whole
+    ones.
 
     `dtypes` are safetensors' names of theirs.
     """
@@ -44,7 +46,8 @@ class FolderTensors(Protocol):
 
 
 class _Group:
-    """Tensors of a folder that become tensors of the model together: `sources` are (name, pattern of the converter)."""
+    """Tensors of a folder that become tensors of the model together: `sources` are (name, pattern
+    of the converter)."""
 
     def __init__(self, converter: WeightConverter | None) -> None:
         self.converter = converter
@@ -52,18 +55,21 @@ class _Group:
 
 
 class Conversion:
-    """What transformers makes of a folder that holds tensors of these `names`, for the model `hf`."""
+    """What transformers makes of a folder that holds tensors of these `names`, for the model
+    `hf`."""
 
     def __init__(self, hf: Any, names: Iterable[str]) -> None:
         self._hf = hf
         mapping = get_model_conversion_mapping(self._hf)
         renamings, converters = _split(mapping)
-        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        by_pattern = {
+            pattern: converter for converter in converters for pattern in converter.source_patterns
+        }
         known = dict.fromkeys(hf.state_dict(keep_vars=True), True)
         prefix = self._hf.base_model_prefix
         self.groups: dict[str, _Group] = {}
         self.unused: dict[str, str] = {}
-        """Tensors that the model does not take: the name that they would have there, by theirs in the folder."""
+        """Tensors that the model does not take: theirs in the folder -> the name it would have."""
         for name in sorted(names, key=dot_natural_key):
             target, pattern = rename_source_key(name, renamings, converters, prefix, known)
             if target not in known and name in known:
@@ -71,12 +77,15 @@ class Conversion:
             if target not in known:
                 self.unused[name] = target
                 continue
-            group = self.groups.setdefault(target, _Group(None if pattern is None else by_pattern[pattern]))
+            group = self.groups.setdefault(
+                target, _Group(None if pattern is None else by_pattern[pattern])
+            )
             group.sources.append((name, name if pattern is None else pattern))
         self.used = [transform for transform in mapping if transform.was_used()]
 
     def convert(self, first: str, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """The model's tensors that the group of `first` becomes; `read` gives the folder's whole tensors."""
+        """The model's tensors that the group of `first` becomes; `read` gives the folder's whole
+        tensors."""
         group = self.groups[first]
         if group.converter is None:
             return {first: read(group.sources[-1][0])}
@@ -90,7 +99,8 @@ class Conversion:
 class ConvertingReader:
     """A folder's tensors by the names, and in the shapes, that they have in the model `hf`.
 
-    Of tensors that are converted together one group is held at a time; what the model does not take keeps its name.
+    Of tensors that are converted together one group is held at a time; what the model does not take
+    keeps its name.
     """
 
     def __init__(self, hf: Any, folder: FolderTensors) -> None:
@@ -101,12 +111,15 @@ class ConvertingReader:
         self._held: tuple[str, dict[str, Tensor]] = ("", {})
         self.shapes = {name: folder.shapes[name] for name in self.unused}
         for first in self._conversion.groups:
-            made = self._conversion.convert(first, lambda name: torch.empty(folder.shapes[name], device="meta"))
+            made = self._conversion.convert(
+                first, lambda name: torch.empty(folder.shapes[name], device="meta")
+            )
             self.shapes |= {name: tuple(part.shape) for name, part in made.items()}
             self._group_of |= dict.fromkeys(made, first)
 
     def sources(self) -> Iterator[tuple[str, list[str], bool]]:
-        """Of what the model takes: one tensor's name there, those in the folder, and whether they are converted."""
+        """Of what the model takes: one tensor's name there, those in the folder, and whether they
+        are converted."""
         for first, group in self._conversion.groups.items():
             yield first, [name for name, _ in group.sources], group.converter is not None
 
@@ -144,12 +157,14 @@ class ConvertingReader:
 class ExportLayout:
     """Names, cuts and dtypes of the model `hf` in a folder, as `save_pretrained` writes it.
 
-    `source`: safetensors' dtypes ("BF16") by name of the folder that the model was made of; without any, what
-    transformers writes of a model that was made from nothing. `dtype` None: each tensor that of the source, what it
-    lacks that of most of its tensors, and of nothing at all its own.
+    `source`: safetensors' dtypes ("BF16") by name of the folder that the model was made of; without
+    any, what transformers writes of a model that was made from nothing. `dtype` None: each tensor
+    that of the source, what it lacks that of most of its tensors, and of nothing at all its own.
     """
 
-    def __init__(self, hf: Any, source: Mapping[str, str], dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, hf: Any, source: Mapping[str, str], dtype: torch.dtype | None = None
+    ) -> None:
         self._hf = hf
         self._source = dict(source)
         self._dtype = dtype
@@ -157,15 +172,20 @@ class ExportLayout:
         if source:
             conversion = Conversion(hf, source)
             self._hf._weight_conversions = conversion.used
-            for name in conversion.unused:  # scales of a quantisation say nothing of the weights' dtype
+            for (
+                name
+            ) in conversion.unused:  # scales of a quantisation say nothing of the weights' dtype
                 del self._source[name]
         else:
             found = get_model_conversion_mapping(self._hf, add_legacy=False)
-            self._hf._weight_conversions = [one for one in found if not isinstance(one, PrefixChange)]
+            self._hf._weight_conversions = [
+                one for one in found if not isinstance(one, PrefixChange)
+            ]
         self._groups, self._renamed = self._sorted(hf)
 
     def take(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The next tensor of the model, whole: what of the folder is complete with it, by its name and in its dtype."""
+        """The next tensor of the model, whole: what of the folder is complete with it, by its name
+        and in its dtype."""
         if name in self._renamed:
             yield self._written(self._renamed[name], tensor)
             return
@@ -174,18 +194,27 @@ class ExportLayout:
         waiting[name] = tensor
         if len(waiting) == len(partners):
             del self._waiting[key]
-            yield from (self._written(*item) for item in revert_weight_conversion(self._hf, waiting).items())
+            yield from (
+                self._written(*item) for item in revert_weight_conversion(self._hf, waiting).items()
+            )
 
     def check_complete(self) -> None:
         """Raise ValueError where tensors came without those that they are converted with."""
         for key, waiting in self._waiting.items():
-            raise ValueError(f"{key} cannot be written: of what it is made of only {', '.join(waiting)} came")
+            raise ValueError(
+                f"{key} cannot be written: of what it is made of only {', '.join(waiting)} came"
+            )
 
     def _sorted(self, hf: Any) -> tuple[dict[str, tuple[str, list[str]]], dict[str, str]]:
-        """By name of the model: tensors that are converted together, and the new names of those that stay as they are."""
-        names = [name for name, _ in hf.named_parameters()] + [name for name, _ in hf.named_buffers()]
+        """By name of the model: tensors that are converted together, and the new names of those
+        that stay as they are."""
+        names = [name for name, _ in hf.named_parameters()] + [
+            name for name, _ in hf.named_buffers()
+        ]
         saved = hf.state_dict(keep_vars=True).keys()
-        reverse = [transform.reverse_transform() for transform in reversed(self._hf._weight_conversions)]
+        reverse = [
+            transform.reverse_transform() for transform in reversed(self._hf._weight_conversions)
+        ]
         renamings, converters = _split(reverse)
         groups: dict[str, list[str]] = defaultdict(list)
         plain: list[str] = []
@@ -203,8 +232,13 @@ class ExportLayout:
         wanted = self._dtype or self._source_dtype(name) or tensor.dtype
         cast = tensor.to(wanted)
         if wanted == torch.float16 and bool((cast.isinf() & tensor.isfinite()).any()):
-            message = f"{name} holds numbers that float16 cannot; set actor.model.export_dtype to bfloat16 or float32"
-            raise InvalidValue(message, tensor=name, expected=f"at most {torch.finfo(wanted).max:g}")
+            message = (
+                f"{name} holds numbers that float16 cannot; set actor.model.export_dtype to "
+                "bfloat16 or float32"
+            )
+            raise InvalidValue(
+                message, tensor=name, expected=f"at most {torch.finfo(wanted).max:g}"
+            )
         return name, cast
 
     def _source_dtype(self, name: str) -> torch.dtype | None:

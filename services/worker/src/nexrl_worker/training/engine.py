@@ -1,4 +1,5 @@
-"""One group's model on one rank: what the runtime calls. Ranks run every collective method together."""
+"""One group's model on one rank: what the runtime calls. Ranks run every collective method
+together."""
 
 from __future__ import annotations
 
@@ -43,7 +44,13 @@ class Engine:
     """
 
     def __init__(
-        self, actor: ActorConfig, role: str, root: Root, outcome: Probe, source: Mapping[str, str], room: Room
+        self,
+        actor: ActorConfig,
+        role: str,
+        root: Root,
+        outcome: Probe,
+        source: Mapping[str, str],
+        room: Room,
     ) -> None:
         self._kind, self._device = kind_of(role), room.device
         self._actor = actor
@@ -53,19 +60,26 @@ class Engine:
         self.room = room
         self._wide = _wide(Precision.of(actor.fsdp_config, self._device))
         self._trainer = Trainer(root, actor, self._device) if self._kind.trains else None
-        self.state = TrainingState(self._kind, root, self._trainer, self._device, source, export_dtype(actor.model))
+        self.state = TrainingState(
+            self._kind, root, self._trainer, self._device, source, export_dtype(actor.model)
+        )
         self._reference = FrozenReference(actor, root, outcome.packs, self._device)
 
     @classmethod
-    def build(cls, actor: ActorConfig, role: str, device: torch.device, agree: Agree = lambda act: act()) -> Engine:
-        """Load `actor.model.path` over all ranks of the default process group as `role` needs it. Collective.
+    def build(
+        cls, actor: ActorConfig, role: str, device: torch.device, agree: Agree = lambda act: act()
+    ) -> Engine:
+        """Load `actor.model.path` over all ranks of the default process group as `role` needs it.
+        Collective.
 
         `agree` runs what is local, and may raise on all ranks what one of them raises.
         """
         kind = kind_of(role)
         precision = Precision.of(actor.fsdp_config, device)
         root: Root = agree(lambda: load_root(actor, actor.model.path, device, kind, kind.trains))
-        outcome = strictest(probed(root, device, precision.param, actor.model.use_remove_padding), device)
+        outcome = strictest(
+            probed(root, device, precision.param, actor.model.use_remove_padding), device
+        )
         agree(outcome.check)
         if isinstance(root, Scorer | RewardModel):
             root.fallback = outcome.reason
@@ -75,12 +89,15 @@ class Engine:
         return engine
 
     def info(self) -> dict[str, Any]:
-        """What this group runs: sizes, dtypes, and whether log-probabilities are chunked and rows packed (or why not)."""
+        """What this group runs: sizes, dtypes, and whether log-probabilities are chunked and rows
+        packed (or why not)."""
         precision = Precision.of(self._actor.fsdp_config, self._device)
         return {
             "role": self._role,
             "model_type": self._root.hf.config.model_type,  # type: ignore[union-attr]
-            "parameters": sum(math.prod(part.global_shape) for part in parameter_shards(self._root.hf)),
+            "parameters": sum(
+                math.prod(part.global_shape) for part in parameter_shards(self._root.hf)
+            ),
             "vocab_size": self._root.vocabulary,
             "max_position_embeddings": longest_row(self._root.hf),
             "dtype": str(precision.model).removeprefix("torch."),
@@ -97,10 +114,12 @@ class Engine:
             "weight_version": self.state.weight_version,
         }
 
-    # -- planning and checking: local, no collectives ---------------------------------------------------------------
+    # -- planning and checking: local, no collectives
+    # ---------------------------------------------------------------
 
     def prepare(self, operation: str, rows: Rows, params: Mapping[str, Any]) -> Prepared:
-        """What `operation` will compute; raises InvalidValue or INVALID_TENSOR. Local, and reads no tensor."""
+        """What `operation` will compute; raises InvalidValue or INVALID_TENSOR. Local, and reads no
+        tensor."""
         prepared = prepare(self._actor, operation, rows, params)
         k, vocabulary = params.get("top_k"), self._root.vocabulary
         if k is not None and k > vocabulary:
@@ -110,36 +129,51 @@ class Engine:
         return prepared
 
     def plan(self, prepared: Prepared, lengths: Sequence[int] | None = None) -> Plan:
-        """How the rows are cut for this operation; pure. `lengths`: attended tokens per row, where `needs_lengths`.
+        """How the rows are cut for this operation; pure. `lengths`: attended tokens per row, where
+        `needs_lengths`.
 
-        What only looks uses the first epoch of the next update's cut, so that the update starts at ratio 1.
+        What only looks uses the first epoch of the next update's cut, so that the update starts at
+        ratio 1.
         """
         actor, operation = self._actor, prepared.operation
         steps = operation.steps or not operation.trains
         cut = Cut(
-            mini_rows=actor.ppo_mini_batch_size * actor.rollout.n if steps and actor.ppo_mini_batch_size else None,
+            mini_rows=actor.ppo_mini_batch_size * actor.rollout.n
+            if steps and actor.ppo_mini_batch_size
+            else None,
             epochs=actor.ppo_epochs if operation.steps else 1,
             micro_rows=actor.ppo_micro_batch_size_per_gpu,
             token_budget=actor.ppo_max_token_len_per_gpu if actor.use_dynamic_bsz else None,
-            shuffle_seed=f"{actor.seed}:{self.state.optimizer_steps}" if steps and actor.shuffle else None,
+            shuffle_seed=f"{actor.seed}:{self.state.optimizer_steps}"
+            if steps and actor.shuffle
+            else None,
             packed=self._probe.packs,
             fits=lambda lengths: self.room.need_mib(lengths, self._kind.trains) <= self.room.mib,
         )
         return make_plan(prepared.rows.size, dist.get_world_size(), cut, lengths)
 
     def needs_lengths(self, prepared: Prepared) -> bool:
-        """Whether `plan` has to know the lengths of the rows: else they fit, however they are cut."""
+        """Whether `plan` has to know the lengths of the rows: else they fit, however they are
+        cut."""
         rows = -(-prepared.rows.size // dist.get_world_size())
         some = min(self._actor.ppo_micro_batch_size_per_gpu or rows, rows)
         whole = [prepared.checked.sequence] * some
         return self._actor.use_dynamic_bsz or self.room.need_mib(whole, trains=True) > self.room.mib
 
     def check(self, prepared: Prepared, plan: Plan) -> None:
-        """Raise InvalidValue if this rank's rows cannot be used, or the operation cannot follow the last one. Local."""
+        """Raise InvalidValue if this rank's rows cannot be used, or the operation cannot follow the
+        last one. Local."""
         rows, layout, steps = prepared.rows, prepared.layout, len(plan.mini_batches)
         if prepared.loss is not None:
-            self._training().check(prepared.loss.aggregation, accumulates=not prepared.operation.steps)
-        if isinstance(prepared.loss, LossSpec) and prepared.loss.reads_old and steps > 1 and not rows.has(OLD):
+            self._training().check(
+                prepared.loss.aggregation, accumulates=not prepared.operation.steps
+            )
+        if (
+            isinstance(prepared.loss, LossSpec)
+            and prepared.loss.reads_old
+            and steps > 1
+            and not rows.has(OLD)
+        ):
             message = f"{steps} optimizer steps on one batch need {OLD}"
             raise InvalidValue(message, tensor=OLD, expected="[B,S] or [B,R]", actual="missing")
         with_reference = self.uses_reference(prepared)
@@ -150,18 +184,22 @@ class Engine:
         self.room.check_row(*longest(rows, layout, mine), prepared.operation.trains)
 
     def explain(self, prepared: Prepared, plan: Plan, lengths: Sequence[int]) -> dict[str, Any]:
-        """What the plan means for rows of these lengths, with the peak memory of the largest rank. Collective."""
+        """What the plan means for rows of these lengths, with the peak memory of the largest rank.
+        Collective."""
         packed, config, operation = self._probe.packs, self._actor, prepared.operation
         mine = [micro for mini in plan.mini_batches for micro in mini.ranks[dist.get_rank()]]
         load = Load(
             micros=[computed_lengths(micro, lengths, packed) for micro in mine],
             trains=operation.trains,
             first_step=operation.steps and self.state.optimizer_steps == 0,
-            keeps_gradients=config.fsdp_config.gradient_sync == "mini_batch" and len(plan.mini_batches[0].ranks[0]) > 1,
+            keeps_gradients=config.fsdp_config.gradient_sync == "mini_batch"
+            and len(plan.mini_batches[0].ranks[0]) > 1,
             reference=self.uses_reference(prepared),
             compute_bytes=Precision.of(config.fsdp_config, self._device).param.itemsize,
         )
-        peak = torch.tensor([peak_mib(self._root, self.room.activations, load, self._device)], dtype=torch.float64)
+        peak = torch.tensor(
+            [peak_mib(self._root, self.room.activations, load, self._device)], dtype=torch.float64
+        )
         peak = peak.to(self._device)
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)
         return {
@@ -173,10 +211,12 @@ class Engine:
             "peak_memory_mib": float(peak),
         }
 
-    # -- training ---------------------------------------------------------------------------------------------------
+    # -- training
+    # ----------------------------------------------------------------------------------------------
 
     def accumulate(self, prepared: Prepared, plan: Plan) -> Result:
-        """forward_backward: add the batch's unnormalised loss gradients to those pending. Collective.
+        """forward_backward: add the batch's unnormalised loss gradients to those pending.
+        Collective.
 
         Metrics are over all ranks, `actor/tokens` and `actor/rows` among them.
         """
@@ -186,11 +226,14 @@ class Engine:
         finally:
             objective.close()
 
-    def step(self, lr: float | None = None, grad_clip: float | None = None, discard: bool = False) -> dict[str, Any]:
+    def step(
+        self, lr: float | None = None, grad_clip: float | None = None, discard: bool = False
+    ) -> dict[str, Any]:
         """optim_step: divide the pending gradients by their denominator, clip, step. Collective.
 
-        `lr` and `grad_clip` override the schedule and the configuration once. Takes no step (`step_applied` False,
-        `skipped` says why) when there is nothing to learn from or the gradient is not finite.
+        `lr` and `grad_clip` override the schedule and the configuration once. Takes no step
+        (`step_applied` False, `skipped` says why) when there is nothing to learn from or the
+        gradient is not finite.
         """
         result = self._training().step("actor", lr, grad_clip, discard)
         self.state.weight_version += int(result["step_applied"])
@@ -206,12 +249,15 @@ class Engine:
         self.state.weight_version += sum(int(result.metrics["step_applied"]) for result in results)
         return results
 
-    # -- looking ----------------------------------------------------------------------------------------------------
+    # -- looking
+    # ----------------------------------------------------------------------------------------------
 
     def compute(self, prepared: Prepared, plan: Plan) -> Result:
-        """An operation of queries.py: by result name this rank's (row indices, values on the CPU). Collective.
+        """An operation of queries.py: by result name this rank's (row indices, values on the CPU).
+        Collective.
 
-        compute_ref_log_prob scores with the frozen weights of `ref.model.path` (else `model.path`), read at first use.
+        compute_ref_log_prob scores with the frozen weights of `ref.model.path` (else `model.path`),
+        read at first use.
         """
         root = self.reference() if prepared.reads_reference else self._root
         micros = [micro for mini in plan.mini_batches for micro in mini.ranks[dist.get_rank()]]
@@ -221,7 +267,8 @@ class Engine:
         finally:
             release(root)
 
-    # -- the frozen reference ---------------------------------------------------------------------------------------
+    # -- the frozen reference
+    # ---------------------------------------------------------------------------------------
 
     def uses_reference(self, prepared: Prepared) -> bool:
         """Whether a model besides the group's own takes part."""
@@ -233,18 +280,22 @@ class Engine:
         return self._reference.ready
 
     def load_reference(self) -> None:
-        """Read the frozen model; raises InvalidValue where that of `ref.model.path` does not fit. Local."""
+        """Read the frozen model; raises InvalidValue where that of `ref.model.path` does not fit.
+        Local."""
         self._reference.load()
 
     def examine_reference(self) -> None:
-        """After `load_reference` on all ranks: find out how it may be computed, for `check` to refuse it. Collective."""
+        """After `load_reference` on all ranks: find out how it may be computed, for `check` to
+        refuse it. Collective."""
         self._reference.examine()
 
     def reference(self) -> Scorer:
-        """The frozen model: the group's own while it holds those weights, else one read at first use. Collective."""
+        """The frozen model: the group's own while it holds those weights, else one read at first
+        use. Collective."""
         return cast(Scorer, self._root) if self._is_reference else self._reference.scorer()
 
-    # -- inside -----------------------------------------------------------------------------------------------------
+    # -- inside
+    # ----------------------------------------------------------------------------------------------
 
     def _training(self) -> Trainer:
         if self._trainer is None:
@@ -253,8 +304,13 @@ class Engine:
 
     @property
     def _is_reference(self) -> bool:
-        """Whether a group that does not learn still holds the weights that its reference would be read from."""
-        return not self._kind.trains and self.state.unchanged and self._reference.path == self._actor.model.path
+        """Whether a group that does not learn still holds the weights that its reference would be
+        read from."""
+        return (
+            not self._kind.trains
+            and self.state.unchanged
+            and self._reference.path == self._actor.model.path
+        )
 
     def _reader(self, prepared: Prepared) -> BatchReader:
         return BatchReader(
@@ -269,9 +325,15 @@ class Engine:
         )
 
     def _limits(self, with_reference: bool = False) -> Limits:
-        roots = [self._root, self._reference.root] if with_reference and self._reference.root else [self._root]
+        roots = (
+            [self._root, self._reference.root]
+            if with_reference and self._reference.root
+            else [self._root]
+        )
         known = [root.positions for root in roots]
-        limits = Limits(self._root.vocabulary, min((most for most in known if most is not None), default=None))
+        limits = Limits(
+            self._root.vocabulary, min((most for most in known if most is not None), default=None)
+        )
         return self._root.own_limits(limits) if isinstance(self._root, RewardModel) else limits
 
 

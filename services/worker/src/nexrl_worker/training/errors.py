@@ -4,9 +4,11 @@ from __future__ import annotations
 
 
 class InvalidValue(ValueError):
-    """A batch, parameter or setting that cannot be used; nothing has been changed when it is raised.
+    """A batch, parameter or setting that cannot be used; nothing has been changed when it is
+    raised.
 
-    `tensor`, `row` (index in the whole batch), `column`, `expected` and `actual` say where and what, when they are known.
+    `tensor`, `row` (index in the whole batch), `column`, `expected` and `actual` say where and
+    what, when they are known.
     """
 
     def __init__(
@@ -35,4 +37,5 @@ class InvalidValue(ValueError):
 
 
 class DoesNotFit(InvalidValue):
-    """Memory ran out on some rank, under a `row` alone where that is known; said on all, and nothing was changed."""
+    """Memory ran out on some rank, under a `row` alone where that is known; said on all, and
+    nothing was changed."""

@@ -9,7 +9,8 @@ from nexrl_worker.training.plan import Micro, MiniBatch, Plan
 
 
 def computed_lengths(micro: Micro, lengths: Sequence[int], packed: bool) -> list[int]:
-    """Tokens computed for every row of a micro-batch: its own where packed, else those of the longest; none: a dummy."""
+    """Tokens computed for every row of a micro-batch: its own where packed, else those of the
+    longest; none: a dummy."""
     if not micro:
         return [1]
     longest = max(max(lengths[row] for row in micro), 1)
@@ -17,7 +18,8 @@ def computed_lengths(micro: Micro, lengths: Sequence[int], packed: bool) -> list
 
 
 def explain_plan(plan: Plan, lengths: Sequence[int], packed: bool) -> dict[str, Any]:
-    """Rows, micro-batches and tokens of every optimizer step and rank; `lengths` are the rows' attended tokens."""
+    """Rows, micro-batches and tokens of every optimizer step and rank; `lengths` are the rows'
+    attended tokens."""
     steps = [_step(mini, lengths, packed) for mini in plan.mini_batches]
     attended = sum(step["tokens"] for step in steps)
     computed = sum(step["computed_tokens"] for step in steps)
@@ -33,7 +35,10 @@ def explain_plan(plan: Plan, lengths: Sequence[int], packed: bool) -> dict[str, 
 
 def _step(mini: MiniBatch, lengths: Sequence[int], packed: bool) -> dict[str, Any]:
     tokens = [sum(lengths[row] for micro in rank for row in micro) for rank in mini.ranks]
-    computed = [sum(sum(computed_lengths(micro, lengths, packed)) for micro in rank if micro) for rank in mini.ranks]
+    computed = [
+        sum(sum(computed_lengths(micro, lengths, packed)) for micro in rank if micro)
+        for rank in mini.ranks
+    ]
     return {
         "rows": len(mini.rows()),
         "micro_batches": len(mini.ranks[0]),

@@ -1,4 +1,5 @@
-"""How much memory an operation will take: parts that are known, and activations measured on a few tokens."""
+"""How much memory an operation will take: parts that are known, and activations measured on a few
+tokens."""
 
 from __future__ import annotations
 
@@ -26,14 +27,16 @@ from nexrl_worker.training.weights import parameter_shards
 
 _MIB = 1024.0 * 1024.0
 _LENGTHS = (16, 32, 64)
-# Of what is free at the start. Other groups and programs take from a host's memory, too; a device is the rank's own.
+# Of what is free at the start. Other groups and programs take from a host's memory, too; a device
+# is the rank's own.
 _SHARE = {"cpu": 0.4, "cuda": 0.8}
 _CLEARLY = 1.3  # the estimate is within a quarter
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes by computed token: `linear` x C + `square` x C^2 of a row of C are kept, `passing` x C live in one layer.
+    """Bytes by computed token: `linear` x C + `square` x C^2 of a row of C are kept, `passing` x C
+    live in one layer.
 
     Of the `layers`, whose squares (of attention) pass one at a time where nothing is kept.
     """
@@ -67,37 +70,69 @@ class Room:
         """What rows of these attended lengths take in one micro-batch."""
         longest = max(lengths)
         computed = [max(length if self.packed else longest, 1) for length in lengths]
-        nbytes = self.activations.of(computed, trains) + _head(self.root, sum(computed), self.device, trains)
+        nbytes = self.activations.of(computed, trains) + _head(
+            self.root, sum(computed), self.device, trains
+        )
         return nbytes / _MIB
 
     def check_row(self, row: int, length: int, trains: bool) -> None:
-        """Raise InvalidValue for a row that no cut makes fit: what it takes alone is clearly more than is free. Local."""
+        """Raise InvalidValue for a row that no cut makes fit: what it takes alone is clearly more
+        than is free. Local."""
         need, free = self.need_mib([length], trains), free_mib(self.device, dist.get_world_size())
         if need > _CLEARLY * free:
             expected = f"at most about {free:.0f} MiB, what is free for each rank"
-            message = f"row {row} has {length} attended tokens, which take about {need:.0f} MiB, expected {expected}"
-            raise InvalidValue(message, tensor="input_ids", row=row, expected=expected, actual=f"{need:.0f} MiB")
+            message = (
+                f"row {row} has {length} attended tokens, which take about {need:.0f} MiB, "
+                f"expected {expected}"
+            )
+            raise InvalidValue(
+                message, tensor="input_ids", row=row, expected=expected, actual=f"{need:.0f} MiB"
+            )
 
 
 def make_room(
-    root: Root, actor: ActorConfig, trains: bool, packed: bool, device: torch.device, wide: torch.dtype
+    root: Root,
+    actor: ActorConfig,
+    trains: bool,
+    packed: bool,
+    device: torch.device,
+    wide: torch.dtype,
 ) -> Room:
-    """The room of the rank that has least, and the largest estimate of any, on every rank. Collective.
+    """The room of the rank that has least, and the largest estimate of any, on every rank.
+    Collective.
 
-    What the gradients, the optimizer, gathered weights and a frozen reference will take is left out of what is free.
+    What the gradients, the optimizer, gathered weights and a frozen reference will take is left out
+    of what is free.
     """
-    activations = measure_activations(root, device, wide, packed, actor.model.enable_gradient_checkpointing)
+    activations = measure_activations(
+        root, device, wide, packed, actor.model.enable_gradient_checkpointing
+    )
     sizes = Sizes.of(root)
     compute = Precision.of(actor.fsdp_config, device).param.itemsize
-    later = (5 if trains else 1) * sizes.own + 3 * sizes.gathered * compute + (sizes.whole * 4 if trains else 0)
+    later = (
+        (5 if trains else 1) * sizes.own
+        + 3 * sizes.gathered * compute
+        + (sizes.whole * 4 if trains else 0)
+    )
     share = _SHARE.get(device.type, _SHARE["cpu"]) * free_mib(device, dist.get_world_size())
     mib = max(share - later / _MIB, share / 8)
-    step = 1024.0 if device.type == "cuda" and mib > 1024.0 else 2.0 ** math.floor(math.log2(max(mib, 1.0)))
-    numbers = [-max(mib // step * step, 1.0), activations.linear, activations.square, activations.passing]
+    step = (
+        1024.0
+        if device.type == "cuda" and mib > 1024.0
+        else 2.0 ** math.floor(math.log2(max(mib, 1.0)))
+    )
+    numbers = [
+        -max(mib // step * step, 1.0),
+        activations.linear,
+        activations.square,
+        activations.passing,
+    ]
     most = torch.tensor(numbers, dtype=torch.float64, device=device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     least, linear, square, passing = most.tolist()
-    return Room(-least, root, Activations(linear, square, passing, activations.layers), device, packed)
+    return Room(
+        -least, root, Activations(linear, square, passing, activations.layers), device, packed
+    )
 
 
 @dataclass(frozen=True)
@@ -110,9 +145,12 @@ class Sizes:
 
     @classmethod
     def of(cls, root: Root) -> Sizes:
-        """What this rank holds of them, what there is, and what a forward gathers: two layers and the rest."""
+        """What this rank holds of them, what there is, and what a forward gathers: two layers and
+        the rest."""
         size = next(root.hf.parameters()).element_size()
-        layers = [sum(param.numel() for param in layer.parameters()) for layer in sharded_layers(root.hf)]
+        layers = [
+            sum(param.numel() for param in layer.parameters()) for layer in sharded_layers(root.hf)
+        ]
         whole = sum(param.numel() for param in root.hf.parameters())
         own = sum(part.local_tensor.numel() for part in parameter_shards(root.hf)) * size
         return cls(own, whole * size, whole - sum(layers) + 2 * max(layers, default=0))
@@ -126,7 +164,11 @@ def measure_activations(
     saved: list[float] = []
     passing = 0.0
     most = root.positions or max(_LENGTHS)
-    lengths = [min(length, most) for length in _LENGTHS] if most >= max(_LENGTHS) else [most // 4, most // 2, most]
+    lengths = (
+        [min(length, most) for length in _LENGTHS]
+        if most >= max(_LENGTHS)
+        else [most // 4, most // 2, most]
+    )
     for length in lengths:
         micro = TinyRows(root.vocabulary, (length,)).micro_batch(device, packed, dtype)
         with _outputs(layers[-1]) as outputs, _saved(root) as kept, torch.enable_grad():
@@ -135,9 +177,13 @@ def measure_activations(
         saved.append(float(sum(kept.values())))
         passing = sum(outputs) / length
     powers = torch.tensor([[1.0, length, length**2] for length in lengths], dtype=torch.float64)
-    _, linear, square = torch.linalg.solve(powers, torch.tensor(saved, dtype=torch.float64)).tolist()
+    _, linear, square = torch.linalg.solve(
+        powers, torch.tensor(saved, dtype=torch.float64)
+    ).tolist()
     if recomputes:  # every layer's input is kept, and one layer at a time is computed again
-        linear += len(layers) * root.text_config.hidden_size * next(root.hf.parameters()).element_size()
+        linear += (
+            len(layers) * root.text_config.hidden_size * next(root.hf.parameters()).element_size()
+        )
         passing *= 2
     return Activations(max(linear, 0.0), max(square, 0.0), passing, len(layers))
 
@@ -151,10 +197,11 @@ def _body(root: Root, micro: MicroBatch) -> Tensor:
 
 @dataclass(frozen=True)
 class Load:
-    """One rank's share of an operation: computed lengths of the rows of every micro-batch, and what they are for.
+    """One rank's share of an operation: computed lengths of the rows of every micro-batch, and what
+    they are for.
 
-    `first_step` touches AdamW's moments for the first time; `keeps_gradients`: whole ones, until the last micro-batch;
-    `compute_bytes` of a gathered weight.
+    `first_step` touches AdamW's moments for the first time; `keeps_gradients`: whole ones, until
+    the last micro-batch; `compute_bytes` of a gathered weight.
     """
 
     micros: Sequence[Sequence[int]]
@@ -168,8 +215,8 @@ class Load:
 def peak_mib(root: Root, activations: Activations, load: Load, device: torch.device) -> float:
     """The most MiB that this rank will hold (CUDA: allocated).
 
-    What it holds now, the gathered weights, and the larger of two moments: when activations are whole (beside the
-    gradients of earlier micro-batches), or when the optimizer steps.
+    What it holds now, the gathered weights, and the larger of two moments: when activations are
+    whole (beside the gradients of earlier micro-batches), or when the optimizer steps.
     """
     sizes = Sizes.of(root)
     own, gathered = sizes.own, sizes.gathered * load.compute_bytes
@@ -178,17 +225,21 @@ def peak_mib(root: Root, activations: Activations, load: Load, device: torch.dev
     passing += _head(root, tokens, device, load.trains)
     stepping = 0
     if load.trains:
-        reduced = 2 if dist.get_world_size() > 1 else 1  # whole gradients, and their copy for the reduce-scatter
+        reduced = (
+            2 if dist.get_world_size() > 1 else 1
+        )  # whole gradients, and their copy for the reduce-scatter
         passing += reduced * gathered + (own if len(load.micros) > 1 else 0)
         passing += sizes.whole if load.keeps_gradients else 0
-        # On CUDA the moments are counted from the start, on the CPU from when they are first touched.
+        # On CUDA the moments are counted from the start, on the CPU from when they are first
+        # touched.
         stepping = own * (3 if load.first_step and device.type == "cpu" else 1)
     gathered *= 2 if load.reference else 1
     return held_mib(device) + (gathered + max(passing, stepping)) / _MIB
 
 
 def _head(root: Root, tokens: int, device: torch.device, trains: bool) -> float:
-    """Bytes of logits: chunks of them, all of them several times over where the family computes its own, or none."""
+    """Bytes of logits: chunks of them, all of them several times over where the family computes its
+    own, or none."""
     if not isinstance(root, Scorer):
         return 0.0
     if root.fallback is not None:
@@ -199,7 +250,8 @@ def _head(root: Root, tokens: int, device: torch.device, trains: bool) -> float:
 
 @contextmanager
 def _saved(root: Root) -> Iterator[dict[int, int]]:
-    """Bytes of every storage that autograd saves inside the block, by address; gathered weights are not counted."""
+    """Bytes of every storage that autograd saves inside the block, by address; gathered weights are
+    not counted."""
     found: dict[int, int] = {}
     alive: list[Tensor] = []  # an address must not be given to another tensor meanwhile
 
@@ -209,7 +261,9 @@ def _saved(root: Root) -> Iterator[dict[int, int]]:
         if all(param.untyped_storage().data_ptr() != storage.data_ptr() for param in gathered):
             found[storage.data_ptr()] = storage.nbytes()
             alive.append(tensor.detach())
-        return tensor.detach()  # a node that kept its own output, graph and all, would never be freed
+        return (
+            tensor.detach()
+        )  # a node that kept its own output, graph and all, would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield found
@@ -224,7 +278,9 @@ def _outputs(layer: nn.Module) -> Iterator[list[int]]:
         if isinstance(output, Tensor):
             found.append(output.numel() * output.element_size())
 
-    hooks = [part.register_forward_hook(note) for part in layer.modules() if not list(part.children())]
+    hooks = [
+        part.register_forward_hook(note) for part in layer.modules() if not list(part.children())
+    ]
     try:
         yield found
     finally:

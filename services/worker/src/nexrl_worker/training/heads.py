@@ -1,4 +1,5 @@
-"""A critic and a reward model: a head with one output on the same backbones that language models have."""
+"""A critic and a reward model: a head with one output on the same backbones that language models
+have."""
 
 from __future__ import annotations
 
@@ -16,20 +17,23 @@ from nexrl_worker.training.validate import Limits
 
 
 class ValueModel(Root):
-    """The critic: a linear layer on the last hidden states, whatever else its family's own class does."""
+    """The critic: a linear layer on the last hidden states, whatever else its family's own class
+    does."""
 
     def __init__(self, hf: nn.Module) -> None:
         super().__init__(hf)
         head_of(hf)
 
     def values(self, micro: MicroBatch) -> Tensor:
-        """[n,R]: the head at the column before each label (S-R-1+k), where the action k is chosen; 0 if not attended."""
+        """[n,R]: the head at the column before each label (S-R-1+k), where the action k is chosen;
+        0 if not attended."""
         values: Tensor = self(lambda: _scalars(self, micro, micro.index))
         return micro.scatter(values)
 
 
 class RewardModel(Root):
-    """The reward model. `fallback` says why its family's own forward is used instead of its linear head."""
+    """The reward model. `fallback` says why its family's own forward is used instead of its linear
+    head."""
 
     def __init__(self, hf: nn.Module) -> None:
         super().__init__(hf)
@@ -53,7 +57,8 @@ class RewardModel(Root):
         return _scalars(self, micro, self._places(micro))
 
     def own_limits(self, limits: Limits) -> Limits:
-        """`limits`, where the family's own forward counts positions: some begin in their table after the padding id."""
+        """`limits`, where the family's own forward counts positions: some begin in their table
+        after the padding id."""
         if self.fallback is None:
             return limits
         tables = [part for part in self.hf.modules() if isinstance(part, nn.Embedding)]
@@ -63,7 +68,8 @@ class RewardModel(Root):
         return replace(limits, positions=most, counts=True)
 
     def own(self, ids: Tensor, attention: Tensor | None) -> Tensor:
-        """[n]: what the model itself answers to rows [n,C], padded behind; only inside `forward`."""
+        """[n]: what the model itself answers to rows [n,C], padded behind; only inside
+        `forward`."""
         padding = padding_id(self.hf)
         if padding is not None and attention is not None:
             ids = torch.where(attention.bool(), ids, padding)
@@ -73,7 +79,8 @@ class RewardModel(Root):
         return _wide(logits.sum(dim=-1))
 
     def _places(self, micro: MicroBatch) -> Tensor:
-        """[n]: each row's last token that is not the padding id, else its first; transformers pools there."""
+        """[n]: each row's last token that is not the padding id, else its first; transformers pools
+        there."""
         last = micro.last.clamp(min=0)
         padding = padding_id(self.hf)
         if padding is None:
@@ -90,7 +97,8 @@ class RewardModel(Root):
 
 
 def padding_id(hf: nn.Module) -> int | None:
-    """The id that transformers skips at a row's end; None where the configuration has none, or one that is no token."""
+    """The id that transformers skips at a row's end; None where the configuration has none, or one
+    that is no token."""
     config: Any = hf.config.get_text_config()  # type: ignore[union-attr, operator]
     padding = getattr(config, "pad_token_id", None)
     return padding if isinstance(padding, int) and 0 <= padding < config.vocab_size else None
@@ -113,25 +121,30 @@ def _linear_children(hf: nn.Module) -> list[nn.Linear]:
 
 
 def head_of(hf: nn.Module) -> nn.Linear:
-    """The linear layer beside the backbone; raises InvalidValue where the family has another head."""
+    """The linear layer beside the backbone; raises InvalidValue where the family has another
+    head."""
     heads = _linear_children(hf)
     if len(heads) != 1 or heads[0].out_features != 1:
         name = type(hf).__name__
         raise InvalidValue(
-            f"{name} has no single linear head with one output", expected="one linear layer", actual=name
+            f"{name} has no single linear head with one output",
+            expected="one linear layer",
+            actual=name,
         )
     return heads[0]
 
 
 class AutoModelForValues:
-    """A critic of any family: transformers' token classification, where that is a linear layer on the backbone, else ours.
+    """A critic of any family: transformers' token classification, where that is a linear layer on
+    the backbone, else ours.
 
     Ours is the family's language model with `score`, of one output, in the output head's place.
     """
 
     @staticmethod
     def from_config(config: Any, **more: Any) -> nn.Module:
-        """The model of that configuration, as transformers' own classes make it; raises InvalidValue."""
+        """The model of that configuration, as transformers' own classes make it; raises
+        InvalidValue."""
         model: nn.Module = _value_class(config)._from_config(config, **more)
         return model
 
@@ -143,11 +156,17 @@ def _value_class(config: Any) -> Any:
         own = known[type(config)]
         with torch.device("meta"):
             model = own(config)
-        beside = [child for child in model.children() if child is not model.base_model and list(child.parameters())]
+        beside = [
+            child
+            for child in model.children()
+            if child is not model.base_model and list(child.parameters())
+        ]
         if len(beside) == 1 and isinstance(beside[0], nn.Linear):
             return own
     if type(config) not in causal:
-        raise InvalidValue(f"no critic can be made of a {config.model_type}: it is no causal language model")
+        raise InvalidValue(
+            f"no critic can be made of a {config.model_type}: it is no causal language model"
+        )
     return _with_value_head(causal[type(config)])
 
 
@@ -157,7 +176,10 @@ def _with_value_head(causal: Any) -> Any:
         head = causal.get_output_embeddings(self)
         names = [name for name, child in self.named_children() if child is head]
         if not names:
-            raise InvalidValue(f"no critic can be made of a {causal.__name__}: its output head is no part of its own")
+            raise InvalidValue(
+                f"no critic can be made of a {causal.__name__}: its output head is no part of its "
+                "own"
+            )
         delattr(self, names[0])
         self.score = nn.Linear(head.weight.shape[1], 1)
         self.post_init()
@@ -165,7 +187,8 @@ def _with_value_head(causal: Any) -> Any:
     name = causal.__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
     body = {
         "__init__": build,
-        "__module__": causal.__module__,  # else transformers takes it for custom code and converts no names
+        # else transformers takes it for custom code and converts no names
+        "__module__": causal.__module__,
         "_tied_weights_keys": None,
         "get_output_embeddings": lambda self: None,
     }

@@ -1,4 +1,5 @@
-"""What a group of each role holds: which transformers class, which root around it, and whether it learns."""
+"""What a group of each role holds: which transformers class, which root around it, and whether it
+learns."""
 
 from __future__ import annotations
 
@@ -24,11 +25,13 @@ _NO_LANGUAGE_MODEL = f"transformers {transformers.__version__} has no language m
 
 
 class AutoModelForText:
-    """A language model of any family; one that also reads images or sound, whole, since it answers to text alone as well."""
+    """A language model of any family; one that also reads images or sound, whole, since it answers
+    to text alone as well."""
 
     @staticmethod
     def from_config(config: Any, **more: Any) -> nn.Module:
-        """The model of that configuration, as transformers' own classes make it; raises InvalidValue."""
+        """The model of that configuration, as transformers' own classes make it; raises
+        InvalidValue."""
         family = _text_class(config)
         if family is None:
             raise InvalidValue(_NO_LANGUAGE_MODEL)
@@ -40,7 +43,8 @@ def _text_class(config: Any) -> Any:
     """None where transformers has no class."""
     causal: Any = AutoModelForCausalLM._model_mapping
     reading: Any = AutoModelForMultimodalLM._model_mapping
-    # Not the family's class for the language model inside: its export would lack what the folder's config.json names.
+    # Not the family's class for the language model inside: its export would lack what the folder's
+    # config.json names.
     inner = config.get_text_config() is not config
     for known in (reading, causal) if inner else (causal, reading):
         if type(config) in known:
@@ -58,7 +62,8 @@ def _needed_beside_text(family: Any) -> str:
 
 @dataclass(frozen=True)
 class Kind:
-    """`fresh_head`: a folder without the head's weights starts with zeros, so that a critic's first values are 0."""
+    """`fresh_head`: a folder without the head's weights starts with zeros, so that a critic's first
+    values are 0."""
 
     auto: Any
     root: type[Root]
@@ -82,17 +87,24 @@ class Kind:
         if config.is_encoder_decoder and self.root is not RewardModel:  # whose answers are measured
             return "it has an encoder and a decoder, and rows here are one text"
         if known is not None and type(config) not in known:
-            return f"transformers {transformers.__version__} has no {self.auto.__name__[9:]} class for it"
+            return (
+                f"transformers {transformers.__version__} has no {self.auto.__name__[9:]} class "
+                "for it"
+            )
         if self.auto is AutoModelForText:
             family = _text_class(config)
             if family is None:
                 return _NO_LANGUAGE_MODEL
             if needed := _needed_beside_text(family):
                 return f"it does not answer to text alone: it needs {needed}"
-        masked: Any = AutoModelForMaskedLM._model_mapping  # gpt_neox has the key, and is causal all the same
+        masked: Any = (
+            AutoModelForMaskedLM._model_mapping
+        )  # gpt_neox has the key, and is causal all the same
         encodes = any(getattr(config, name, None) is False for name in ("is_decoder", "causal"))
         if self.root is Scorer and encodes and type(config) in masked:
-            return "it reads a row in both directions, so what it says of a token would know the token"
+            return (
+                "it reads a row in both directions, so what it says of a token would know the token"
+            )
         return None
 
 

@@ -1,4 +1,5 @@
-"""Memory of this rank: the most that an operation took, what is free, and what an error says of it."""
+"""Memory of this rank: the most that an operation took, what is free, and what an error says of
+it."""
 
 from __future__ import annotations
 
@@ -17,16 +18,20 @@ from nexrl_contract.processes import memory_groups
 _LIBC = ctypes.CDLL(None)
 _MIB = 1024.0 * 1024.0
 _CANNOT_ALLOCATE = ("can't allocate memory", "not enough memory", "out of memory")
-NO_ROOM = "memory ran out under a single row: send shorter rows, or start the group with enable_gradient_checkpointing"
+NO_ROOM = (
+    "memory ran out under a single row: send shorter rows, or start the group with "
+    "enable_gradient_checkpointing"
+)
 _RESET_PEAK = "5"  # proc(5): resets the peak resident set size
 
 
 @dataclass
 class Peak:
-    """`mib` after the block: the peak, and `before`, what was held when it began. `since_start` marks a process's peak.
+    """`mib` after the block: the peak, and `before`, what was held when it began. `since_start`
+    marks a process's peak.
 
-    On CUDA allocated device memory; else resident memory, mapped files included, whose peak is that of the whole
-    process where the kernel allows no reset.
+    On CUDA allocated device memory; else resident memory, mapped files included, whose peak is that
+    of the whole process where the kernel allows no reset.
     """
 
     mib: float = 0.0
@@ -47,26 +52,37 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
     try:
         yield peak
     finally:
-        peak.mib = torch.cuda.max_memory_allocated(device) / _MIB if device.type == "cuda" else _resident("VmHWM")
+        peak.mib = (
+            torch.cuda.max_memory_allocated(device) / _MIB
+            if device.type == "cuda"
+            else _resident("VmHWM")
+        )
 
 
 def held_mib(device: torch.device) -> float:
-    """What this rank holds now: allocated device memory, else the process's resident memory that is in use."""
+    """What this rank holds now: allocated device memory, else the process's resident memory that is
+    in use."""
     if device.type != "cuda":
         give_back(device)  # what is free inside the process would be counted as taken
-    return torch.cuda.memory_allocated(device) / _MIB if device.type == "cuda" else _resident("VmRSS")
+    return (
+        torch.cuda.memory_allocated(device) / _MIB if device.type == "cuda" else _resident("VmRSS")
+    )
 
 
 def free_mib(device: torch.device, ranks: int) -> float:
-    """What this rank can still take: free device memory, else its share of the host's among `ranks`.
+    """What this rank can still take: free device memory, else its share of the host's among
+    `ranks`.
 
-    The host's is what the kernel calls available, within the limits of every control group around the process, and
-    no more than the process's own limit on its addresses leaves.
+    The host's is what the kernel calls available, within the limits of every control group around
+    the process, and no more than the process's own limit on its addresses leaves.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return (torch.cuda.mem_get_info(device)[0] + unused) / _MIB
-    known = [_numbers(Path("/proc/meminfo")).get("MemAvailable:", math.inf) / 1024.0, *_left_in_control_groups()]
+    known = [
+        _numbers(Path("/proc/meminfo")).get("MemAvailable:", math.inf) / 1024.0,
+        *_left_in_control_groups(),
+    ]
     most, _ = resource.getrlimit(resource.RLIMIT_AS)
     own = math.inf if most == resource.RLIM_INFINITY else most / _MIB - _resident("VmSize")
     return max(min(min(known) / ranks, own), 0.0)
@@ -76,11 +92,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a device or on the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _CANNOT_ALLOCATE)
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in _CANNOT_ALLOCATE
+    )
 
 
 def lone_row(failed: Sequence[int] | None, device: torch.device) -> int | None:
-    """The row that is alone in a micro-batch that `failed` on some rank, None where none is. Collective."""
+    """The row that is alone in a micro-batch that `failed` on some rank, None where none is.
+    Collective."""
     row = torch.tensor(failed[0] if failed is not None and len(failed) == 1 else -1, device=device)
     dist.all_reduce(row, op=dist.ReduceOp.MAX)
     return int(row) if row >= 0 else None
@@ -95,9 +114,14 @@ def give_back(device: torch.device) -> None:
 
 
 def _left_in_control_groups() -> Iterator[float]:
-    """MiB that every control group of this process still has, version 2 and 1; page cache counts as free."""
+    """MiB that every control group of this process still has, version 2 and 1; page cache counts as
+    free."""
     for version, folder in memory_groups():
-        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
+        names = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            if version == 1
+            else ("memory.max", "memory.current")
+        )
         limit, now = ("".join(_lines(folder / name)) for name in names)
         if limit.isdigit() and now.isdigit():
             cached = _numbers(folder / "memory.stat").get("inactive_file", 0.0)
@@ -126,7 +150,8 @@ def _reset() -> bool:
 
 
 def _resident(field: str) -> float:
-    """MiB of a line of /proc/self/status; where there is none, the process's peak as the C library knows it."""
+    """MiB of a line of /proc/self/status; where there is none, the process's peak as the C library
+    knows it."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

@@ -1,4 +1,5 @@
-"""Builds a sharded, loaded model from a Hugging Face folder: no rank ever holds more than its own slices."""
+"""Builds a sharded, loaded model from a Hugging Face folder: no rank ever holds more than its own
+slices."""
 
 from __future__ import annotations
 
@@ -43,22 +44,29 @@ class Precision:
 
     @classmethod
     def of(cls, fsdp_config: FsdpConfig, device: torch.device) -> Precision:
-        """Defaults: float32 everywhere on CPU, bfloat16 computation on CUDA; float64 means everything float64."""
+        """Defaults: float32 everywhere on CPU, bfloat16 computation on CUDA; float64 means
+        everything float64."""
         if fsdp_config.model_dtype == "float64":
             return cls(torch.float64, torch.float64, torch.float64)
         mixed = fsdp_config.mixed_precision
         usual = "bfloat16" if device.type == "cuda" else "float32"
-        return cls(torch.float32, _DTYPES[mixed.param_dtype or usual], _DTYPES[mixed.reduce_dtype or "float32"])
+        return cls(
+            torch.float32,
+            _DTYPES[mixed.param_dtype or usual],
+            _DTYPES[mixed.reduce_dtype or "float32"],
+        )
 
 
 def export_dtype(model: ModelConfig) -> torch.dtype | None:
-    """That of `actor.model`; None exports in the dtypes of the folder that the model was made of."""
+    """That of `actor.model`; None exports in the dtypes of the folder that the model was made
+    of."""
     return None if model.export_dtype is None else _DTYPES[model.export_dtype]
 
 
 @dataclass(frozen=True)
 class Options:
-    """How layers and head are computed: layers again in the backward, compiled, the head's product in another dtype."""
+    """How layers and head are computed: layers again in the backward, compiled, the head's product
+    in another dtype."""
 
     recompute: bool = False
     compiled: bool = False
@@ -71,8 +79,11 @@ class Options:
         return cls(model.enable_gradient_checkpointing, model.use_torch_compile, head)
 
 
-def load_root(actor: ActorConfig, path: str, device: torch.device, kind: Kind, trainable: bool) -> Root:
-    """The model of folder `path` over all ranks, computed as `actor` says; raises InvalidValue on a bad folder."""
+def load_root(
+    actor: ActorConfig, path: str, device: torch.device, kind: Kind, trainable: bool
+) -> Root:
+    """The model of folder `path` over all ranks, computed as `actor` says; raises InvalidValue on a
+    bad folder."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     precision = Precision.of(actor.fsdp_config, device)
     return build_root(path, kind, precision, mesh, device, Options.of(actor.model), trainable)
@@ -87,7 +98,8 @@ def build_root(
     options: Options,
     trainable: bool,
 ) -> Root:
-    """The model of folder `path`, sharded over `mesh` and loaded. Collective; raises InvalidValue on a bad folder.
+    """The model of folder `path`, sharded over `mesh` and loaded. Collective; raises InvalidValue
+    on a bad folder.
 
     `lm_head_dtype` concerns language models alone.
     """
@@ -99,14 +111,16 @@ def build_root(
 
 
 def check_build(path: str, kind: Kind) -> None:
-    """Build and shard the model of folder `path` without reading a weight, in a process group of one; raises what that does."""
+    """Build and shard the model of folder `path` without reading a weight, in a process group of
+    one; raises what that does."""
     mesh = init_device_mesh("cpu", (1,))
     whole = Precision(torch.float32, torch.float32, torch.float32)
     _assemble(path, kind, whole, mesh, torch.device("cpu"), Options(), kind.trains)
 
 
 def model_config(path: str) -> Any:
-    """transformers' configuration of folder `path`; raises InvalidValue where its model is none of transformers'."""
+    """transformers' configuration of folder `path`; raises InvalidValue where its model is none of
+    transformers'."""
     file = Path(path) / "config.json"
     if not file.is_file():
         raise InvalidValue(f"{path} is no Hugging Face model folder: it has no config.json")
@@ -117,7 +131,11 @@ def model_config(path: str) -> Any:
     family = said.get("model_type") if isinstance(said, dict) else None
     if not isinstance(family, str):
         raise InvalidValue(f"{file} names no model_type")
-    lacks = f"none of model_type {family!r}" if family not in CONFIG_MAPPING else _lacks_class(said.get("auto_map"))
+    lacks = (
+        f"none of model_type {family!r}"
+        if family not in CONFIG_MAPPING
+        else _lacks_class(said.get("auto_map"))
+    )
     if lacks is not None:
         raise InvalidValue(
             "models with code of their own are not run by this service, and transformers "
@@ -127,7 +145,8 @@ def model_config(path: str) -> Any:
 
 
 def _lacks_class(auto_map: Any) -> str | None:
-    """The class that a folder's own code defines where transformers has none of that name: its family is a pretext."""
+    """The class that a folder's own code defines where transformers has none of that name: its
+    family is a pretext."""
     known = {name.casefold() for name in transformers.__all__}  # type: ignore[attr-defined] # dir() takes 0.14 s
     for auto, place in auto_map.items() if isinstance(auto_map, dict) else ():
         name = str(place).rpartition(".")[2]
@@ -185,7 +204,8 @@ def _without_dropout(config: Any) -> None:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Parameters made inside take no memory; buffers (rotary frequencies and the like) are computed for real."""
+    """Parameters made inside take no memory; buffers (rotary frequencies and the like) are computed
+    for real."""
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -201,7 +221,8 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def _materialise(root: Root, device: torch.device) -> None:
-    """Give the sharded meta parameters memory on `device`; buffers keep the values they were made with."""
+    """Give the sharded meta parameters memory on `device`; buffers keep the values they were made
+    with."""
     buffers = {name: buffer.detach().clone() for name, buffer in root.named_buffers()}
     root.to_empty(device=device)
     for name, buffer in root.named_buffers():

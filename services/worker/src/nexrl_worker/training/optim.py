@@ -1,6 +1,7 @@
 """AdamW over a rank's own slices, and the learning-rate schedule.
 
-AdamW works element by element, so running it on the local parts gives what it would give on whole tensors.
+AdamW works element by element, so running it on the local parts gives what it would give on whole
+tensors.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ _NORMS_AND_BIASES = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_no
 class Schedule:
     """Learning rate by number of optimizer steps already taken.
 
-    A warm-up of n steps uses lr (t+1)/n at step t; then constant, or linear or cosine decay from lr to
-    min_lr_ratio * lr, which is reached at total_training_steps.
+    A warm-up of n steps uses lr (t+1)/n at step t; then constant, or linear or cosine decay from lr
+    to min_lr_ratio * lr, which is reached at total_training_steps.
     """
 
     def __init__(self, optim: OptimConfig) -> None:
@@ -57,9 +58,14 @@ class Optimizer:
         self._shards = {part.name: part for part in parameter_shards(hf)}
         self._local = {name: part.local_tensor for name, part in self._shards.items()}
         self._moments = {
-            name: {kind: torch.zeros_like(local) for kind in _MOMENTS} for name, local in self._local.items()
+            name: {kind: torch.zeros_like(local) for kind in _MOMENTS}
+            for name, local in self._local.items()
         }
-        groups = _by_decay(self._local, norms_and_biases(hf) if optim.no_decay else set(), float(optim.weight_decay))
+        groups = _by_decay(
+            self._local,
+            norms_and_biases(hf) if optim.no_decay else set(),
+            float(optim.weight_decay),
+        )
         self._adamw: torch.optim.AdamW | None = None
         if groups:
             self._adamw = torch.optim.AdamW(
@@ -130,27 +136,46 @@ class Optimizer:
             self._local[name].grad = None
 
     def shards(self) -> Iterator[Shard]:
-        """Both moments of every parameter, cut as the parameters are: `optim.exp_avg.<name>` and the square."""
+        """Both moments of every parameter, cut as the parameters are: `optim.exp_avg.<name>` and
+        the square."""
         for name, part in self._shards.items():
             for kind in _MOMENTS:
-                yield Shard(f"optim.{kind}.{name}", self._moments[name][kind], part.global_shape, part.offset_dim0)
+                yield Shard(
+                    f"optim.{kind}.{name}",
+                    self._moments[name][kind],
+                    part.global_shape,
+                    part.offset_dim0,
+                )
 
     def _grads(self) -> dict[str, Tensor]:
-        return {name: param.grad.to_local() for name, param in self._params.items() if isinstance(param.grad, DTensor)}
+        return {
+            name: param.grad.to_local()
+            for name, param in self._params.items()
+            if isinstance(param.grad, DTensor)
+        }
 
 
 def norms_and_biases(hf: nn.Module) -> set[str]:
     """Names of the parameters of LayerNorms, and of those whose own name says norm or bias."""
-    norms = tuple(f"{name}." for name, module in hf.named_modules() if isinstance(module, nn.LayerNorm))
+    norms = tuple(
+        f"{name}." for name, module in hf.named_modules() if isinstance(module, nn.LayerNorm)
+    )
     names = [name for name, _ in hf.named_parameters()]
-    return {name for name in names if name.startswith(norms) or _NORMS_AND_BIASES.search(name.lower())}
+    return {
+        name for name in names if name.startswith(norms) or _NORMS_AND_BIASES.search(name.lower())
+    }
 
 
-def _by_decay(local: dict[str, Tensor], spared: set[str], weight_decay: float) -> list[dict[str, Any]]:
+def _by_decay(
+    local: dict[str, Tensor], spared: set[str], weight_decay: float
+) -> list[dict[str, Any]]:
     """AdamW's parameter groups of this rank's slices, those that are empty left out."""
     filled = {name: part for name, part in local.items() if part.numel()}
     groups = [
-        {"params": [part for name, part in filled.items() if (name in spared) == free], "weight_decay": decay}
+        {
+            "params": [part for name, part in filled.items() if (name in spared) == free],
+            "weight_decay": decay,
+        }
         for free, decay in ((False, weight_decay), (True, 0.0))
     ]
     return [group for group in groups if group["params"]]
@@ -159,7 +184,8 @@ def _by_decay(local: dict[str, Tensor], spared: set[str], weight_decay: float) -
 def piece_norms(tensors: Sequence[Tensor]) -> Tensor:
     """L2 norms of pieces that make up the tensors, each small enough to be summed in its own dtype.
 
-    The CPU sums squares one after the other: in float32 the norm of 40 million of them would be 0.3 % off.
+    The CPU sums squares one after the other: in float32 the norm of 40 million of them would be 0.3
+    % off.
     """
     if tensors[0].device.type != "cpu":
         return torch.stack(torch._foreach_norm(list(tensors)))

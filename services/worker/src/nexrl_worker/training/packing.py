@@ -1,7 +1,9 @@
-"""Packing: the rows of a micro-batch as one stream without padding, whose rows never attend to one another.
+"""Packing: the rows of a micro-batch as one stream without padding, whose rows never attend to one
+another.
 
-The families' attention modules get the stream's :class:`Segments` as a keyword that transformers hands down to the
-attention function; a family that does not hand it down is found out by the probe and runs without packing.
+The families' attention modules get the stream's :class:`Segments` as a keyword that transformers
+hands down to the attention function; a family that does not hand it down is found out by the probe
+and runs without packing.
 """
 
 from __future__ import annotations
@@ -22,25 +24,34 @@ from nexrl_worker.training.errors import InvalidValue
 ATTENTION = "nexrl_segments"
 # What attention functions are told that changes their result and that is not done here.
 _NOT_OFFERED = ("s_aux", "position_bias", "head_mask")
-# One kernel for streams of every length: below 128 tokens torch would take that of decoding, which the probe would then
-# test in place of the one that trains, and compile everything twice.
+# One kernel for streams of every length: below 128 tokens torch would take that of decoding, which
+# the probe would then test in place of the one that trains, and compile everything twice.
 _FLEX_OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
 _WINDOWS = (
-    "sliding_window", "sliding_window_size", "window_size", "attention_window", "attention_window_size",
+    "sliding_window", "sliding_window_size", "window_size", "attention_window",
+    "attention_window_size",
     "attention_chunk_size",
 )  # fmt: skip
-_FLEX_FORMS = 64  # with and without gradients, short streams and long ones, a reference of another shape: more than 8
+# with and without gradients, short streams and long ones, a reference of another shape: more than 8
+_FLEX_FORMS = 64
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on the device; a GPU takes it from pinned memory, so that nobody waits until it has done its work."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """A CPU tensor on the device; a GPU takes it from pinned memory, so that nobody waits until it
+    has done its work."""
+    return (
+        tensor.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else tensor.to(device)
+    )
 
 
 class Segments:
-    """`lengths` of the rows in a stream of T tokens; `windows` collects the sliding window of every layer that ran.
+    """`lengths` of the rows in a stream of T tokens; `windows` collects the sliding window of every
+    layer that ran.
 
-    Not a dataclass: FSDP, where it casts what a layer is given, would hand every layer a copy of its own.
+    Not a dataclass: FSDP, where it casts what a layer is given, would hand every layer a copy of
+    its own.
     """
 
     def __init__(self, lengths: tuple[int, ...], device: torch.device) -> None:
@@ -54,14 +65,19 @@ class Segments:
         """Where rows begin and end: int32 [n+1] on the device."""
         return send(torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32), self.device)
 
-    @torch.no_grad()  # one compiled form of what makes the mask, whether gradients are asked for or not
+    # one compiled form of what makes the mask, whether gradients are asked for or not
+    @torch.no_grad()
     def block_mask(self, window: int | None) -> Any:
         """FlexAttention's mask: the same row, not later, and less than `window` tokens before."""
         if window not in self._masks:
             from torch.nn.attention.flex_attention import create_block_mask
 
-            # On the CPU: to learn how many tokens there are, the device would have to be waited for.
-            row = send(torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths)), self.device)
+            # On the CPU: to learn how many tokens there are, the device would have to be waited
+            # for.
+            row = send(
+                torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths)),
+                self.device,
+            )
             total = int(row.numel())
             # A tensor: a number, or none, would be compiled into kernels of its own.
             reach = torch.full((), total if window is None else window, device=self.device)
@@ -76,13 +92,15 @@ class Segments:
 
 
 def use_segments(hf: nn.Module) -> None:
-    """Switch the model's attention to `attend`; raises InvalidValue where its family cannot switch."""
+    """Switch the model's attention to `attend`; raises InvalidValue where its family cannot
+    switch."""
     AttentionInterface.register(ATTENTION, attend)
     use_attention(hf, ATTENTION)
 
 
 def use_attention(hf: nn.Module, name: str) -> None:
-    """Switch the model's attention to the implementation `name` of transformers, unless it is there already."""
+    """Switch the model's attention to the implementation `name` of transformers, unless it is there
+    already."""
     before = attention_of(hf)
     if before == name:
         return
@@ -93,7 +111,8 @@ def use_attention(hf: nn.Module, name: str) -> None:
 
 
 def attention_of(hf: nn.Module) -> str:
-    """Name of the attention implementation that the model's language model uses: other parts may know but one."""
+    """Name of the attention implementation that the model's language model uses: other parts may
+    know but one."""
     return str(hf.config.get_text_config()._attn_implementation)  # type: ignore[union-attr, operator]
 
 
@@ -112,14 +131,17 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Causal attention within each segment, as an attention function of transformers.
 
-    Shapes: query [1,A,T,D], key and value [1,K,T,D] with A a multiple of K; the result is [1,T,A,D]. Raises
-    InvalidValue where something is asked for that is not done here.
+    Shapes: query [1,A,T,D], key and value [1,K,T,D] with A a multiple of K; the result is
+    [1,T,A,D]. Raises InvalidValue where something is asked for that is not done here.
     """
     if segments is None or attention_mask is not None:
         raise InvalidValue("the family does not hand the rows of a packed stream to its attention")
     refused = [name for name in _NOT_OFFERED if others.get(name) is not None]
     if refused or not getattr(module, "is_causal", True) or others.get("is_causal") is False:
-        raise InvalidValue(f"the family's attention is not plain causal attention: {', '.join(refused) or 'two ways'}")
+        raise InvalidValue(
+            "the family's attention is not plain causal attention: "
+            f"{', '.join(refused) or 'two ways'}"
+        )
     segments.windows.append(sliding_window)
     if query.device.type == "cuda":
         return _on_cuda(module, query, key, value, scaling, sliding_window, softcap, segments), None
@@ -127,13 +149,23 @@ def attend(
     if groups > 1:
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     lengths = list(segments.lengths)
-    rows = zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    parts = [_row(one, keys, values, scaling, sliding_window, softcap).transpose(1, 2) for one, keys, values in rows]
+    rows = zip(
+        *(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True
+    )
+    parts = [
+        _row(one, keys, values, scaling, sliding_window, softcap).transpose(1, 2)
+        for one, keys, values in rows
+    ]
     return torch.cat(parts, dim=1), None
 
 
 def _row(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
 ) -> Tensor:
     """Causal attention of one row, [1,A,L,D] each; `softcap` c bounds scores: c tanh(score / c)."""
     length = query.shape[2]
@@ -161,22 +193,26 @@ def _on_cuda(
     softcap: float | None,
     segments: Segments,
 ) -> Tensor:
-    """FlashAttention's varlen kernel where it is installed and knows the dtype, else FlexAttention by blocks."""
+    """FlashAttention's varlen kernel where it is installed and knows the dtype, else FlexAttention
+    by blocks."""
     flash = _flash_attention() if query.dtype in (torch.float16, torch.bfloat16) else None
     if flash is not None:
         longest = max(segments.lengths)
         stream = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         attended: Tensor = flash(
-            *stream, segments.bounds, segments.bounds, longest, longest, softmax_scale=scaling, causal=True,
+            *stream, segments.bounds, segments.bounds, longest, longest, softmax_scale=scaling,
+            causal=True,
             window_size=(-1 if window is None else window - 1, 0), softcap=softcap or 0.0,
         )  # fmt: skip
         return attended[None]
     from transformers.integrations.flex_attention import flex_attention_forward
 
-    # Beyond torch's own limit it would go on uncompiled, and hold every score of the stream at once.
+    # Beyond torch's own limit it would go on uncompiled, and hold every score of the stream at
+    # once.
     with torch._dynamo.config.patch(recompile_limit=_FLEX_FORMS):
         result: Tensor = flex_attention_forward(
-            module, query, key, value, segments.block_mask(window), scaling=scaling, softcap=softcap,
+            module, query, key, value, segments.block_mask(window), scaling=scaling,
+            softcap=softcap,
             kernel_options=dict(_FLEX_OPTIONS),
         )[0]  # fmt: skip
     return result
@@ -191,7 +227,8 @@ def _flash_attention() -> Any:
 
 
 def unlike_configured(hf: nn.Module, segments: Segments) -> str | None:
-    """Why the attention that ran is not the configured one, by the windows that the layers told it."""
+    """Why the attention that ran is not the configured one, by the windows that the layers told
+    it."""
     if attention_of(hf) != ATTENTION or not segments.windows:
         return "the family's attention cannot be exchanged"
     config: Any = hf.config.get_text_config()  # type: ignore[union-attr, operator]
@@ -199,7 +236,11 @@ def unlike_configured(hf: nn.Module, segments: Segments) -> str | None:
         return "the family attends in chunks"
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
-    expected = len(segments.windows) if kinds is None else sum(kind == "sliding_attention" for kind in kinds)
+    expected = (
+        len(segments.windows)
+        if kinds is None
+        else sum(kind == "sliding_attention" for kind in kinds)
+    )
     told = sum(size is not None and size == window for size in segments.windows)
     if window is not None and told != expected:
         return f"{expected} layers have a sliding window and {told} tell their attention"
@@ -211,8 +252,13 @@ def unlike_configured(hf: nn.Module, segments: Segments) -> str | None:
 
 @contextmanager
 def narrowed_windows(hf: nn.Module, size: int) -> Iterator[None]:
-    """Windows of `size` tokens inside the block, wherever configurations and layers have larger ones."""
-    holders = [hf, *hf.modules(), *(part.config for part in hf.modules() if hasattr(part, "config"))]
+    """Windows of `size` tokens inside the block, wherever configurations and layers have larger
+    ones."""
+    holders = [
+        hf,
+        *hf.modules(),
+        *(part.config for part in hf.modules() if hasattr(part, "config")),
+    ]
     before: list[tuple[dict[str, Any], str, int]] = []
     try:
         for values in map(vars, holders):

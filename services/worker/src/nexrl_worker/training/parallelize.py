@@ -1,4 +1,5 @@
-"""Shards a model with FSDP2: a function applied to an untouched model, the same at every world size."""
+"""Shards a model with FSDP2: a function applied to an untouched model, the same at every world
+size."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ _log = logging.getLogger(__name__)
 
 
 def decoder_layers(hf: nn.Module) -> list[nn.Module]:
-    """The blocks that a forward passes one after the other: what the family calls unsplittable, else the first list."""
+    """The blocks that a forward passes one after the other: what the family calls unsplittable,
+    else the first list."""
     names = set(getattr(hf, "_no_split_modules", None) or ())
     lists = [module for module in hf.modules() if isinstance(module, nn.ModuleList)]
     layers = {module: None for found in lists for module in found if type(module).__name__ in names}
@@ -38,28 +40,41 @@ def decoder_layers(hf: nn.Module) -> list[nn.Module]:
 
 
 def sharded_layers(hf: nn.Module) -> list[nn.Module]:
-    """The decoder layers that FSDP gathers one by one: those that share no weight with another part (Zamba's blocks do)."""
+    """The decoder layers that FSDP gathers one by one: those that share no weight with another part
+    (Zamba's blocks do)."""
     layers = decoder_layers(hf)
     inner = {part for layer in layers for part in layer.modules()}
     holders = Counter(param for layer in layers for param in set(layer.parameters()))
-    holders.update(param for part in hf.modules() if part not in inner for param in part.parameters(recurse=False))
+    holders.update(
+        param
+        for part in hf.modules()
+        if part not in inner
+        for param in part.parameters(recurse=False)
+    )
     return [layer for layer in layers if all(holders[param] == 1 for param in layer.parameters())]
 
 
 def checkpoint_activations(hf: nn.Module) -> None:
-    """Recompute every decoder layer in the backward; replaces the layers' forward, so no parameter changes its name."""
+    """Recompute every decoder layer in the backward; replaces the layers' forward, so no parameter
+    changes its name."""
     for layer in decoder_layers(hf):
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        layer.forward = partial(
+            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+        )
 
 
 def compile_layers(hf: nn.Module, device: torch.device) -> None:
-    """Compile every decoder layer's forward; call before `checkpoint_activations` and `shard`, whose hooks stay outside.
+    """Compile every decoder layer's forward; call before `checkpoint_activations` and `shard`,
+    whose hooks stay outside.
 
-    Replaces the layers' forward, so no parameter changes its name. Raises InvalidValue where no compiler is found.
+    Replaces the layers' forward, so no parameter changes its name. Raises InvalidValue where no
+    compiler is found.
     """
     missing = missing_compiler(device)
     if missing is not None:
-        raise InvalidValue(f"actor.model.use_torch_compile needs {missing}", expected="false", actual="true")
+        raise InvalidValue(
+            f"actor.model.use_torch_compile needs {missing}", expected="false", actual="true"
+        )
     for layer in decoder_layers(hf):
         layer.forward = torch.compile(layer.forward, dynamic=True)
 
@@ -84,11 +99,13 @@ def missing_compiler(device: torch.device) -> str | None:
     return None
 
 
-def shard(root: Root, mesh: DeviceMesh, param_dtype: torch.dtype | None, reduce_dtype: torch.dtype | None) -> None:
+def shard(
+    root: Root, mesh: DeviceMesh, param_dtype: torch.dtype | None, reduce_dtype: torch.dtype | None
+) -> None:
     """Shard each decoder layer, then the rest with the root, where all that is tied stays together.
 
-    `None` computes or reduces in the parameters' own dtype. The root is gathered once per forward and kept until its
-    backward is over; after a forward without a backward, call `release`.
+    `None` computes or reduces in the parameters' own dtype. The root is gathered once per forward
+    and kept until its backward is over; after a forward without a backward, call `release`.
     """
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
     for layer in sharded_layers(root.hf):
@@ -102,38 +119,49 @@ def shard(root: Root, mesh: DeviceMesh, param_dtype: torch.dtype | None, reduce_
 
 
 def release(root: Root) -> None:
-    """Free gathered parameters; without it a later forward would see the weights as they were when gathered.
+    """Free gathered parameters; without it a later forward would see the weights as they were when
+    gathered.
 
-    Also forgets the order of forwards that FSDP keeps for a backward: where none comes it would grow for ever.
+    Also forgets the order of forwards that FSDP keeps for a backward: where none comes it would
+    grow for ever.
     """
     for module in _sharded(root):
         module.reshard()
         for group in _groups(module):
-            order = getattr(group.comm_ctx, "post_forward_order", None)  # not before a first forward
+            order = getattr(
+                group.comm_ctx, "post_forward_order", None
+            )  # not before a first forward
             if order is not None:
                 order.clear()
             group._post_forward_indices.clear()
 
 
 def synchronise(root: Root, on: bool) -> None:
-    """Whether the next backward adds its gradients up over ranks, with all that earlier ones kept back.
+    """Whether the next backward adds its gradients up over ranks, with all that earlier ones kept
+    back.
 
-    Call before each micro-batch's forward with `on` true at the last micro-batch of an accumulation, so that nothing
-    is kept back between operations. Kept-back gradients are whole on every rank, in the reduction's dtype: one
-    reduce-scatter per accumulation instead of one per micro-batch, for world-size times the gradients' memory.
+    Call before each micro-batch's forward with `on` true at the last micro-batch of an
+    accumulation, so that nothing is kept back between operations. Kept-back gradients are whole on
+    every rank, in the reduction's dtype: one reduce-scatter per accumulation instead of one per
+    micro-batch, for world-size times the gradients' memory.
     """
     root.set_requires_gradient_sync(on)  # type: ignore[operator]  # FSDP has made the root an FSDPModule
 
 
 def attempt(
-    roots: Sequence[Root], device: torch.device, act: Callable[[Sequence[int]], Answer], rows: Sequence[int]
+    roots: Sequence[Root],
+    device: torch.device,
+    act: Callable[[Sequence[int]], Answer],
+    rows: Sequence[int],
 ) -> tuple[Answer | None, bool]:
-    """`act` on the rows of a micro-batch, and False; True where memory ran out on this rank, and the answer is of no rows.
+    """`act` on the rows of a micro-batch, and False; True where memory ran out on this rank, and
+    the answer is of no rows.
 
-    `act` runs forwards, and a backward, of `roots`. The other ranks learn of a failure at the next vote alone: until
-    then this rank must go on with micro-batches of no rows, as its gathered weights and gradients are worthless. What
-    the failed one has not issued of its collectives it issues here, in `act` without rows (None: there are no others).
-    Raises what `act` raises besides, and what the torch before 2.13 cannot put right. After the vote, call `drop`.
+    `act` runs forwards, and a backward, of `roots`. The other ranks learn of a failure at the next
+    vote alone: until then this rank must go on with micro-batches of no rows, as its gathered
+    weights and gradients are worthless. What the failed one has not issued of its collectives it
+    issues here, in `act` without rows (None: there are no others). Raises what `act` raises
+    besides, and what the torch before 2.13 cannot put right. After the vote, call `drop`.
     """
     for collective in _collectives(roots):
         collective.begin()
@@ -141,9 +169,14 @@ def attempt(
         return act(rows), False
     except Exception as error:
         alone = dist.get_world_size() == 1
-        if not is_out_of_memory(error) or isinstance(error, dist.DistError) or not (alone or _can_reset(roots)):
+        if (
+            not is_out_of_memory(error)
+            or isinstance(error, dist.DistError)
+            or not (alone or _can_reset(roots))
+        ):
             raise
-        # Not the error itself: a record that is kept would keep the tensors of the failed micro-batch alive.
+        # Not the error itself: a record that is kept would keep the tensors of the failed
+        # micro-batch alive.
         _log.warning("memory.short rows=%d %s", len(rows), str(error))
     # Out of the block, for the same reason.
     for root in roots:
@@ -157,16 +190,19 @@ def attempt(
 
 
 def drop(roots: Sequence[Root]) -> None:
-    """Leave nothing of the micro-batches since the last step gathered or kept back; sharded gradients are the caller's."""
+    """Leave nothing of the micro-batches since the last step gathered or kept back; sharded
+    gradients are the caller's."""
     for root in roots:
         forget_kept_back(root)
         release(root)
 
 
 def forget_kept_back(root: Root) -> None:
-    """Drop gradients that `synchronise(root, False)` kept back, and what an error in a forward or backward left gathered.
+    """Drop gradients that `synchronise(root, False)` kept back, and what an error in a forward or
+    backward left gathered.
 
-    Call after such an error, and wherever sharded gradients are dropped too; those are the caller's own.
+    Call after such an error, and wherever sharded gradients are dropped too; those are the caller's
+    own.
     """
     _reset(root)
     for module in _sharded(root):
@@ -187,8 +223,11 @@ def _can_reset(roots: Sequence[Root]) -> bool:
 
 
 def _reset(root: Root) -> None:
-    """Put FSDP back to before a forward, after an error in one or in a backward; keeps gradients that were kept back."""
-    reset = getattr(root, "reset_iter_state", None)  # torch has it since 2.13; before, a left root stays gathered
+    """Put FSDP back to before a forward, after an error in one or in a backward; keeps gradients
+    that were kept back."""
+    reset = getattr(
+        root, "reset_iter_state", None
+    )  # torch has it since 2.13; before, a left root stays gathered
     if reset is not None:
         reset()
 
@@ -202,7 +241,8 @@ def _sharded(root: Root) -> Iterator[FSDPModule]:
 
 
 def _groups(module: FSDPModule) -> list[Any]:
-    """FSDP's own record of a module's parameters: torch 2.11 has one, later ones may have several."""
+    """FSDP's own record of a module's parameters: torch 2.11 has one, later ones may have
+    several."""
     state: Any = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
     return [group for group in groups if group is not None]

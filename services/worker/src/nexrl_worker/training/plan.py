@@ -1,4 +1,5 @@
-"""How a batch is cut: optimizer steps, rows per rank, micro-batches. Pure, made once, then broadcast."""
+"""How a batch is cut: optimizer steps, rows per rank, micro-batches. Pure, made once, then
+broadcast."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ Micro = tuple[int, ...]
 class MiniBatch:
     """The rows of one optimizer step: `ranks[r][m]` are the rows of rank r's m-th micro-batch.
 
-    Every rank has the same number of micro-batches; an empty one is a dummy that weighs nothing, so that
-    no rank ever runs one more collective than another.
+    Every rank has the same number of micro-batches; an empty one is a dummy that weighs nothing, so
+    that no rank ever runs one more collective than another.
     """
 
     ranks: tuple[tuple[Micro, ...], ...]
@@ -42,7 +43,8 @@ class MiniBatch:
 
 @dataclass(frozen=True)
 class Plan:
-    """The cut of one operation over `world_size` ranks; `mini_batches` lists every epoch's, in order."""
+    """The cut of one operation over `world_size` ranks; `mini_batches` lists every epoch's, in
+    order."""
 
     size: int
     world_size: int
@@ -50,42 +52,54 @@ class Plan:
 
     def rows_of(self, rank: int) -> list[int]:
         """The distinct rows that `rank` reads, ascending."""
-        return sorted({row for mini in self.mini_batches for micro in mini.ranks[rank] for row in micro})
+        return sorted(
+            {row for mini in self.mini_batches for micro in mini.ranks[rank] for row in micro}
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, for the broadcast."""
         return {
             "size": self.size,
             "world_size": self.world_size,
-            "mini_batches": [[[list(micro) for micro in rank] for rank in mini.ranks] for mini in self.mini_batches],
+            "mini_batches": [
+                [[list(micro) for micro in rank] for rank in mini.ranks]
+                for mini in self.mini_batches
+            ],
         }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Plan:
-        """The plan that `to_dict` wrote; raises InvalidValue where ranks would run different collectives."""
+        """The plan that `to_dict` wrote; raises InvalidValue where ranks would run different
+        collectives."""
         minis = tuple(
-            MiniBatch(tuple(tuple(tuple(micro) for micro in rank) for rank in mini)) for mini in data["mini_batches"]
+            MiniBatch(tuple(tuple(tuple(micro) for micro in rank) for rank in mini))
+            for mini in data["mini_batches"]
         )
         plan = cls(data["size"], data["world_size"], minis)
         plan.verify()
         return plan
 
     def verify(self) -> None:
-        """Raise InvalidValue unless every rank has as many micro-batches as every other and rows are in range."""
+        """Raise InvalidValue unless every rank has as many micro-batches as every other and rows
+        are in range."""
         for mini in self.mini_batches:
             if len(mini.ranks) != self.world_size or len({len(rank) for rank in mini.ranks}) != 1:
                 raise InvalidValue("the plan gives ranks different numbers of micro-batches")
             rows = mini.rows()
             if len(set(rows)) != len(rows) or not all(0 <= row < self.size for row in rows):
-                raise InvalidValue("the plan names a row twice in one optimizer step, or one outside the batch")
+                raise InvalidValue(
+                    "the plan names a row twice in one optimizer step, or one outside the batch"
+                )
 
 
 @dataclass(frozen=True)
 class Cut:
-    """The settings of a cut. `None` means: whole batch (mini), all rows of the rank (micro), no budget (tokens).
+    """The settings of a cut. `None` means: whole batch (mini), all rows of the rank (micro), no
+    budget (tokens).
 
-    A token budget goes before `micro_rows`. `packed`: a micro-batch costs its tokens; else as many as its longest row has, times its rows.
-    `fits`: whether there is memory for one micro-batch of rows of these lengths; one that does not fit is cut smaller.
+    A token budget goes before `micro_rows`. `packed`: a micro-batch costs its tokens; else as many
+    as its longest row has, times its rows. `fits`: whether there is memory for one micro-batch of
+    rows of these lengths; one that does not fit is cut smaller.
     """
 
     mini_rows: int | None = None
@@ -98,31 +112,44 @@ class Cut:
 
 
 def make_plan(size: int, world_size: int, cut: Cut, lengths: Sequence[int] | None = None) -> Plan:
-    """Cut `size` rows. With a token budget, `lengths` (tokens per row) balances ranks and fills micro-batches."""
+    """Cut `size` rows. With a token budget, `lengths` (tokens per row) balances ranks and fills
+    micro-batches."""
     if size < 1:
         raise InvalidValue("the batch has no rows", expected="at least 1 row", actual="0 rows")
     if cut.token_budget is not None and (lengths is None or len(lengths) != size):
-        raise InvalidValue("token-budget micro-batches (use_dynamic_bsz) need the length of every row")
+        raise InvalidValue(
+            "token-budget micro-batches (use_dynamic_bsz) need the length of every row"
+        )
     minis: list[MiniBatch] = []
     for epoch in range(cut.epochs):
         order = list(range(size))
         if cut.shuffle_seed is not None:
             random.Random(f"{cut.shuffle_seed}:{epoch}").shuffle(order)
         step = cut.mini_rows or size
-        minis += [_mini_batch(order[at : at + step], world_size, cut, lengths) for at in range(0, size, step)]
+        minis += [
+            _mini_batch(order[at : at + step], world_size, cut, lengths)
+            for at in range(0, size, step)
+        ]
     return Plan(size, world_size, tuple(minis))
 
 
-def _mini_batch(rows: list[int], world_size: int, cut: Cut, lengths: Sequence[int] | None) -> MiniBatch:
+def _mini_batch(
+    rows: list[int], world_size: int, cut: Cut, lengths: Sequence[int] | None
+) -> MiniBatch:
     if cut.token_budget is not None and lengths is not None:
         shares = _balanced(rows, world_size, lengths)
         ranks = [_by_tokens(share, cut.token_budget, lengths, cut) for share in shares]
     else:
         count = len(rows)
         bounds = [count * rank // world_size for rank in range(world_size + 1)]
-        ranks = [_by_rows(rows[bounds[r] : bounds[r + 1]], cut.micro_rows) for r in range(world_size)]
+        ranks = [
+            _by_rows(rows[bounds[r] : bounds[r + 1]], cut.micro_rows) for r in range(world_size)
+        ]
     if cut.fits is not None and lengths is not None:
-        ranks = [[part for micro in rank for part in _fitting(micro, lengths, cut.fits)] for rank in ranks]
+        ranks = [
+            [part for micro in rank for part in _fitting(micro, lengths, cut.fits)]
+            for rank in ranks
+        ]
     return MiniBatch.of(ranks)
 
 
@@ -149,13 +176,18 @@ def _balanced(rows: list[int], world_size: int, lengths: Sequence[int]) -> list[
 
 
 def _by_tokens(rows: list[int], budget: int, lengths: Sequence[int], cut: Cut) -> list[Micro]:
-    """Consecutive rows (longest first) whose computed size stays within the budget; a longer row stands alone."""
+    """Consecutive rows (longest first) whose computed size stays within the budget; a longer row
+    stands alone."""
     micros: list[Micro] = []
     some: list[int] = []
     total = 0
     for row in rows:
         length = max(lengths[row], 1)
-        size = total + length if cut.packed else (len(some) + 1) * max(lengths[some[0]] if some else 0, length)
+        size = (
+            total + length
+            if cut.packed
+            else (len(some) + 1) * max(lengths[some[0]] if some else 0, length)
+        )
         if some and size > budget:
             micros.append(tuple(sorted(some)))
             some, total = [], 0
@@ -164,8 +196,11 @@ def _by_tokens(rows: list[int], budget: int, lengths: Sequence[int], cut: Cut) -
     return [*micros, tuple(sorted(some))] if some else micros
 
 
-def _fitting(micro: Micro, lengths: Sequence[int], fits: Callable[[Sequence[int]], bool]) -> list[Micro]:
-    """The rows in their order, as many together as there is memory for; a row that does not fit stands alone."""
+def _fitting(
+    micro: Micro, lengths: Sequence[int], fits: Callable[[Sequence[int]], bool]
+) -> list[Micro]:
+    """The rows in their order, as many together as there is memory for; a row that does not fit
+    stands alone."""
     parts: list[Micro] = []
     rest = micro
     while rest:

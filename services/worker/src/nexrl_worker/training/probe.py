@@ -26,11 +26,12 @@ from nexrl_worker.training.tiny import TinyRows
 
 @dataclass(frozen=True)
 class Probe:
-    """Outcome: `difference` of chunked log-probabilities from the model's own, `packed_difference` of packed ones.
+    """Outcome: `difference` of chunked log-probabilities from the model's own, `packed_difference`
+    of packed ones.
 
-    `reason` None: log-probabilities are chunked, rewards are by the linear head; else by the model's own forward.
-    `packs`: rows are packed; `packing_reason` says why not where it was asked for. `refusal`: why no way is right.
-    A difference is NaN where it was not measured.
+    `reason` None: log-probabilities are chunked, rewards are by the linear head; else by the
+    model's own forward. `packs`: rows are packed; `packing_reason` says why not where it was asked
+    for. `refusal`: why no way is right. A difference is NaN where it was not measured.
     """
 
     difference: float
@@ -50,14 +51,18 @@ _ELSEWHERE = "another rank found a difference"
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 # Of packed from padded rows: some families compute softmax or norms in float32 whatever the dtype.
 _PACKED_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
-# In bfloat16 30 layers differ by 0.8 % of the peak from rounding alone, rows that see each other by more than 10 %.
+# In bfloat16 30 layers differ by 0.8 % of the peak from rounding alone, rows that see each other by
+# more than 10 %.
 _PACKED_TOLERANCE_HALF = 4e-2
-# In half precision a token may go to other experts when it stands beside others; a layer left out is all of an answer.
+# In half precision a token may go to other experts when it stands beside others; a layer left out
+# is all of an answer.
 _EXPERTS_TOLERANCE_HALF = 2e-1
 _PEAK = 50.0
 _SPECIAL = ("_token_id", "_token_index")
 _LENGTHS = (9, 4, 7)
-_WINDOW = 3  # the tiny rows are shorter than any window: packed and padded ones are compared at this one
+_WINDOW = (
+    3  # the tiny rows are shorter than any window: packed and padded ones are compared at this one
+)
 
 
 def probed(root: Root, device: torch.device, dtype: torch.dtype, packing: bool = False) -> Probe:
@@ -76,7 +81,11 @@ def probed(root: Root, device: torch.device, dtype: torch.dtype, packing: bool =
         raise
     except Exception as error:
         name = type(root.hf).__name__
-        return Probe(float("nan"), None, refusal=f"{name} cannot {failing}: {type(error).__name__}: {error}"[:300])
+        return Probe(
+            float("nan"),
+            None,
+            refusal=f"{name} cannot {failing}: {type(error).__name__}: {error}"[:300],
+        )
 
 
 def _go_backward(root: Root, outcome: Probe, device: torch.device) -> None:
@@ -100,10 +109,11 @@ def _go_backward(root: Root, outcome: Probe, device: torch.device) -> None:
 
 @torch.no_grad()
 def probe(root: Root, device: torch.device, dtype: torch.dtype, packing: bool = False) -> Probe:
-    """Compare each way with the model's own on a tiny input. Collective; leaves no gathered weights behind.
+    """Compare each way with the model's own on a tiny input. Collective; leaves no gathered weights
+    behind.
 
-    A language model's hidden states are scaled up until the logits reach 50: a fresh model's small ones would hide a
-    soft cap. Sets nothing: the caller stores `reason` as the scorer's `fallback`.
+    A language model's hidden states are scaled up until the logits reach 50: a fresh model's small
+    ones would hide a soft cap. Sets nothing: the caller stores `reason` as the scorer's `fallback`.
     """
     try:
         use_attention(root.hf, root.own_attention)
@@ -129,7 +139,9 @@ def _probe_scorer(scorer: Scorer, device: torch.device, dtype: torch.dtype, pack
     micro = _tiny(scorer.vocabulary, device, packed=False)
     known, scorer.fallback = scorer.fallback, "probe"
     captured: list[Tensor] = []
-    watch = scorer.hf.register_forward_hook(lambda module, args, output: captured.append(output.logits))
+    watch = scorer.hf.register_forward_hook(
+        lambda module, args, output: captured.append(output.logits)
+    )
     _scores(scorer, micro)
     watch.remove()
     try:
@@ -142,9 +154,13 @@ def _probe_scorer(scorer: Scorer, device: torch.device, dtype: torch.dtype, pack
                 found = _caught(scorer, lambda: scorer.hidden(micro, micro.index), failures)
                 if failures or found.shape[1:] != scorer.head_inputs:
                     why = failures[0] if failures else "they are not what its head takes"
-                    outcome = Probe(float("nan"), f"the family does not give its hidden states: {why}"[:300])
+                    outcome = Probe(
+                        float("nan"), f"the family does not give its hidden states: {why}"[:300]
+                    )
                 else:
-                    outcome = _compare_chunked(float((own - _scores(scorer, micro)).abs().max()), dtype)
+                    outcome = _compare_chunked(
+                        float((own - _scores(scorer, micro)).abs().max()), dtype
+                    )
             scorer.fallback = outcome.reason
             return _with_packing(outcome, scorer, device, dtype, packing, _PEAK)
     finally:
@@ -154,7 +170,8 @@ def _probe_scorer(scorer: Scorer, device: torch.device, dtype: torch.dtype, pack
 def _misread(scorer: Scorer, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why log-probabilities would be wrong: our rows beside one another against each alone.
 
-    The last token is only asked for, so a model whose earlier answers change with it has read ahead.
+    The last token is only asked for, so a model whose earlier answers change with it has read
+    ahead.
     """
     hf: Any = scorer.hf
     micro = _plain(hf, device)
@@ -169,17 +186,25 @@ def _misread(scorer: Scorer, device: torch.device, dtype: torch.dtype) -> str | 
         return answers.flatten(0, 1)[micro.index]
 
     alone = [_caught(scorer, partial(logits, row), failures) for row in _alone(micro)]
-    other = [_caught(scorer, partial(logits, _ending_otherwise(row)), failures) for row in _alone(micro)]
+    other = [
+        _caught(scorer, partial(logits, _ending_otherwise(row)), failures) for row in _alone(micro)
+    ]
     found = _caught(scorer, beside, failures)
     name = type(hf).__name__
     if failures:
         return f"{name} cannot answer a row of text: {failures[0]}"
     truth, tolerance = torch.cat([row[:-1] for row in alone]), _tolerance(hf, dtype)
     if _relative(torch.cat([row[:-1] for row in other]), truth) > tolerance:
-        return f"{name} reads a row in both directions, so what it says of a token would know the token"
+        return (
+            f"{name} reads a row in both directions, so what it says of a token would know the "
+            "token"
+        )
     difference = _relative(found, truth)
     if difference > tolerance:
-        return f"{name} answers rows beside others otherwise than each alone: by {difference:.2g} of their size"
+        return (
+            f"{name} answers rows beside others otherwise than each alone: by {difference:.2g} of "
+            "their size"
+        )
     return None
 
 
@@ -192,22 +217,30 @@ def _ending_otherwise(row: Tensor) -> Tensor:
 
 
 def _probe_rewards(root: RewardModel, device: torch.device, dtype: torch.dtype) -> Probe:
-    """Rows beside one another against each alone and as it comes: what a user of transformers sees."""
+    """Rows beside one another against each alone and as it comes: what a user of transformers
+    sees."""
     micro = _plain(root.hf, device)
     failures: list[str] = []
     with _terms(root.hf) as terms:
         alone = [_caught(root, partial(root.own, row, None), failures) for row in _alone(micro)]
     name, known = type(root.hf).__name__, root.fallback
     if failures:
-        return Probe(float("nan"), known, refusal=f"{name} cannot answer a row: {failures[0]}"[:300])
+        return Probe(
+            float("nan"), known, refusal=f"{name} cannot answer a row: {failures[0]}"[:300]
+        )
     truth = torch.cat(alone)
     try:
         difference = float("nan")
         if known is None:
-            difference = _relative(_caught(root, lambda: root.answers(micro), failures), truth, max(terms))
+            difference = _relative(
+                _caught(root, lambda: root.answers(micro), failures), truth, max(terms)
+            )
             if not failures and difference <= _tolerance(root.hf, dtype):
                 return Probe(difference, None)
-        reason = known or f"the model's own answers differ from its linear head by {difference:.2g} (a layer between)"
+        reason = known or (
+            f"the model's own answers differ from its linear head by {difference:.2g} (a "
+            "layer between)"
+        )
         root.fallback, failures = reason, []
         own = _relative(_caught(root, lambda: root.answers(micro), failures), truth, max(terms))
     finally:
@@ -216,12 +249,15 @@ def _probe_rewards(root: RewardModel, device: torch.device, dtype: torch.dtype) 
         return Probe(difference, reason)
     why = failures[0] if failures else f"by {own:.2g} of their size"
     return Probe(
-        difference, reason, refusal=f"{name} answers rows beside others otherwise than each alone: {why}"[:300]
+        difference,
+        reason,
+        refusal=f"{name} answers rows beside others otherwise than each alone: {why}"[:300],
     )
 
 
 def _probe_values(root: ValueModel, device: torch.device, dtype: torch.dtype) -> Probe:
-    """Hidden states of rows beside one another, at our positions, against each alone and as it comes."""
+    """Hidden states of rows beside one another, at our positions, against each alone and as it
+    comes."""
     micro = _plain(root.hf, device)
     failures: list[str] = []
 
@@ -234,11 +270,16 @@ def _probe_values(root: ValueModel, device: torch.device, dtype: torch.dtype) ->
     found = _caught(root, lambda: root.hidden(micro, micro.index), failures)
     name = type(root.hf).__name__
     if failures:
-        return Probe(float("nan"), None, refusal=f"no critic can be made of {name}: {failures[0]}"[:300])
+        return Probe(
+            float("nan"), None, refusal=f"no critic can be made of {name}: {failures[0]}"[:300]
+        )
     difference = _relative(found, torch.cat(alone))
     if difference <= _tolerance(root.hf, dtype):
         return Probe(difference, None)
-    refusal = f"no critic can be made of {name}: rows beside others differ from each alone by {difference:.2g}"
+    refusal = (
+        f"no critic can be made of {name}: rows beside others differ from each alone by "
+        f"{difference:.2g}"
+    )
     return Probe(difference, None, refusal=refusal)
 
 
@@ -246,7 +287,9 @@ def _plain(hf: nn.Module, device: torch.device) -> MicroBatch:
     """Rows of ordinary tokens, one of which ends in the padding id where there is one."""
     config: Any = hf.config.get_text_config()  # type: ignore[union-attr, operator]
     said = {**hf.config.to_dict(), **config.to_dict()}  # type: ignore[union-attr, operator]
-    special = {value for key, value in said.items() if key.endswith(_SPECIAL) and isinstance(value, int)}
+    special = {
+        value for key, value in said.items() if key.endswith(_SPECIAL) and isinstance(value, int)
+    }
     return TinyRows(config.vocab_size, _LENGTHS, special, padding_id(hf)).micro_batch(device)
 
 
@@ -259,7 +302,8 @@ def _alone(micro: MicroBatch) -> list[Tensor]:
 
 @contextmanager
 def _terms(hf: nn.Module) -> Iterator[list[float]]:
-    """The length of the products that heads of one output sum up inside the block: rounding goes by it.
+    """The length of the products that heads of one output sum up inside the block: rounding goes by
+    it.
 
     A sum may be near 0 where they cancel, and then says nothing of what a difference means.
     """
@@ -268,7 +312,9 @@ def _terms(hf: nn.Module) -> Iterator[list[float]]:
     def note(head: Any, args: tuple[Tensor, ...]) -> None:
         found.append(float((args[0] * head.weight).float().norm(dim=-1).max()))
 
-    heads = [part for part in hf.modules() if isinstance(part, nn.Linear) and part.out_features == 1]
+    heads = [
+        part for part in hf.modules() if isinstance(part, nn.Linear) and part.out_features == 1
+    ]
     hooks = [head.register_forward_pre_hook(note) for head in heads]
     try:
         yield found
@@ -286,7 +332,9 @@ def _relative(found: Tensor, wanted: Tensor, scale: float = 0.0) -> float:
 def _tolerance(hf: nn.Module, dtype: torch.dtype) -> float:
     config: Any = hf.config.get_text_config()  # type: ignore[union-attr, operator]
     routed = any("expert" in key and value for key, value in config.to_dict().items())
-    return _PACKED_TOLERANCE.get(dtype, _EXPERTS_TOLERANCE_HALF if routed else _PACKED_TOLERANCE_HALF)
+    return _PACKED_TOLERANCE.get(
+        dtype, _EXPERTS_TOLERANCE_HALF if routed else _PACKED_TOLERANCE_HALF
+    )
 
 
 def _caught(root: Root, read: Callable[[], Tensor], failures: list[str]) -> Tensor:
@@ -298,7 +346,9 @@ def _caught(root: Root, read: Callable[[], Tensor], failures: list[str]) -> Tens
     def attempt() -> Tensor:
         try:
             return read()
-        except Exception as error:  # what a family makes of an argument that it does not know is its own affair
+        except (
+            Exception
+        ) as error:  # what a family makes of an argument that it does not know is its own affair
             failures.append(str(error) or type(error).__name__)
             return torch.zeros(())
 
@@ -309,14 +359,23 @@ def _caught(root: Root, read: Callable[[], Tensor], failures: list[str]) -> Tens
 def _compare_chunked(difference: float, dtype: torch.dtype) -> Probe:
     if difference <= _TOLERANCE.get(dtype, 1e-2) * _PEAK:
         return Probe(difference, None)
-    reason = f"the model's own logits differ from its linear head by {difference:.2g} (scaled or capped logits)"
+    reason = (
+        f"the model's own logits differ from its linear head by {difference:.2g} (scaled or "
+        "capped logits)"
+    )
     return Probe(difference, reason)
 
 
 def _with_packing(
-    outcome: Probe, root: Root, device: torch.device, dtype: torch.dtype, packing: bool, scale: float
+    outcome: Probe,
+    root: Root,
+    device: torch.device,
+    dtype: torch.dtype,
+    packing: bool,
+    scale: float,
 ) -> Probe:
-    """`outcome` with what packing does to log-probabilities (to hidden states, where the root has no vocabulary)."""
+    """`outcome` with what packing does to log-probabilities (to hidden states, where the root has
+    no vocabulary)."""
     if not packing:
         return outcome
     packed = _tiny(root.vocabulary, device, packed=True)
@@ -330,13 +389,17 @@ def _with_packing(
             reason: str | None = f"the model cannot run packed: {failures[0]}"[:300]
         else:
             reason = unlike_configured(root.hf, packed.segments)
-    if reason is None and not difference <= _PACKED_TOLERANCE.get(dtype, _PACKED_TOLERANCE_HALF) * scale:
+    if (
+        reason is None
+        and not difference <= _PACKED_TOLERANCE.get(dtype, _PACKED_TOLERANCE_HALF) * scale
+    ):
         reason = f"packed rows differ from padded ones by {difference:.2g}"
     return Probe(outcome.difference, outcome.reason, reason is None, difference, reason)
 
 
 def _attempt(root: Root, micro: MicroBatch, failures: list[str]) -> Tensor:
-    """Log-probabilities in the way that `fallback` says, or hidden states; what a family raises goes to `failures`."""
+    """Log-probabilities in the way that `fallback` says, or hidden states; what a family raises
+    goes to `failures`."""
 
     def read() -> Tensor:
         if not isinstance(root, Scorer):
@@ -376,7 +439,8 @@ def _tiny(vocabulary: int, device: torch.device, packed: bool) -> MicroBatch:
 
 
 def strictest(outcome: Probe, device: torch.device) -> Probe:
-    """`outcome` with what any rank found against chunks or packing: ranks must compute alike. Collective."""
+    """`outcome` with what any rank found against chunks or packing: ranks must compute alike.
+    Collective."""
     found = [outcome.reason is not None, not outcome.packs, outcome.refusal is not None]
     worst = torch.tensor(found, dtype=torch.int32, device=device)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)

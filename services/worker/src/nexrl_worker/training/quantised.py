@@ -1,4 +1,5 @@
-"""Quantised folders: what their weights were made of, by their scales; refused where that is not known here."""
+"""Quantised folders: what their weights were made of, by their scales; refused where that is not
+known here."""
 
 from __future__ import annotations
 
@@ -17,28 +18,49 @@ from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.weights import FLOAT_DTYPES, FolderReader, what_is_wrong
 
 NO_WEIGHTS = r"(^|\.)(input|activation|output|prob_output|[kvq]|kv)_scale(_ub|_inv)?$"
-"""Scales of activations and of caches: an engine that computes in 8 bits needs them, the weights do not."""
+"""Scales of activations and of caches: an engine that computes in 8 bits needs them, the weights do
+not."""
 _METHODS = ("fp8", "mxfp8", "mxfp4", "fbgemm_fp8", "compressed-tensors", "modelopt", "bitsandbytes")
-# Of compressed-tensors, those that pack no two numbers into one; where a folder mixes them, each of its groups has one.
-_FORMATS = ("dense", "naive-quantized", "int-quantized", "float-quantized", "mxfp8-quantized", "mixed-precision")
+# Of compressed-tensors, those that pack no two numbers into one; where a folder mixes them, each of
+# its groups has one.
+_FORMATS = (
+    "dense",
+    "naive-quantized",
+    "int-quantized",
+    "float-quantized",
+    "mxfp8-quantized",
+    "mixed-precision",
+)
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
 _INT8_LIMIT = 127.0
 _PAIR = ("_blocks", "_scales")  # of mxfp4: two numbers in each byte, and exponents
 
 
 def quantisation(folder: Path) -> dict[str, Any] | None:
-    """What `config.json`, or a part of it, says of a quantisation; None where it says nothing. Raises InvalidValue."""
+    """What `config.json`, or a part of it, says of a quantisation; None where it says nothing.
+    Raises InvalidValue."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_bytes())
         parts = [
             config,
-            *(part for name, part in config.items() if name.endswith("_config") and isinstance(part, dict)),
+            *(
+                part
+                for name, part in config.items()
+                if name.endswith("_config") and isinstance(part, dict)
+            ),
         ]
         keys = ("quantization_config", "compression_config")
-        said = [part[key] for part in parts for key in keys if part.get(key) is not None and part[key] != {}]
+        said = [
+            part[key]
+            for part in parts
+            for key in keys
+            if part.get(key) is not None and part[key] != {}
+        ]
         if not all(isinstance(one, dict) for one in said):
-            raise InvalidValue(f"{path}: quantization_config is no mapping", tensor="quantization_config")
+            raise InvalidValue(
+                f"{path}: quantization_config is no mapping", tensor="quantization_config"
+            )
         return dict(said[0]) if said else None
     except InvalidValue:
         raise
@@ -48,7 +70,9 @@ def quantisation(folder: Path) -> dict[str, Any] | None:
 
 def method_of(said: Mapping[str, Any]) -> str:
     """The method's name; raises InvalidValue where its weights cannot be made whole here."""
-    method = str(said.get("quant_method") or ("bitsandbytes" if said.get("load_in_8bit") else "unknown"))
+    method = str(
+        said.get("quant_method") or ("bitsandbytes" if said.get("load_in_8bit") else "unknown")
+    )
     if said.get("load_in_4bit"):
         method = "bitsandbytes 4-bit"
     if said.get("transform_config"):
@@ -57,21 +81,32 @@ def method_of(said: Mapping[str, Any]) -> str:
     if packed:
         method += f" {packed[0]}"
     if method not in _METHODS:
-        message = f"quantization_config says {method}: such weights are not de-quantised here; save them as bfloat16"
-        raise InvalidValue(message, tensor="quantization_config", expected=", ".join(_METHODS), actual=method)
+        message = (
+            f"quantization_config says {method}: such weights are not de-quantised here; save "
+            "them as bfloat16"
+        )
+        raise InvalidValue(
+            message, tensor="quantization_config", expected=", ".join(_METHODS), actual=method
+        )
     return method
 
 
 def _formats(said: Mapping[str, Any]) -> list[str]:
-    """Those of compressed-tensors that a configuration names, of weights and of zeros that are left out."""
+    """Those of compressed-tensors that a configuration names, of weights and of zeros that are left
+    out."""
     groups = said.get("config_groups")
-    parts = [said, *(groups.values() if isinstance(groups, dict) else ()), said.get("sparsity_config")]
+    parts = [
+        said,
+        *(groups.values() if isinstance(groups, dict) else ()),
+        said.get("sparsity_config"),
+    ]
     return [str(part["format"]) for part in parts if isinstance(part, dict) and part.get("format")]
 
 
 @dataclass(frozen=True)
 class _Scale:
-    """`block`: the rows and columns that share one scale; the scale's numbers are divided by `over`.
+    """`block`: the rows and columns that share one scale; the scale's numbers are divided by
+    `over`.
 
     `zero`: the tensor, of the scale's shape, of what is subtracted before.
     """
@@ -83,9 +118,11 @@ class _Scale:
 
 
 class Dequantised:
-    """A folder's tensors with the quantised ones made whole, in float32: each number times its block's scale.
+    """A folder's tensors with the quantised ones made whole, in float32: each number times its
+    block's scale.
 
-    `said`: what its configuration says of the quantisation. Raises InvalidValue naming the tensor or the method.
+    `said`: what its configuration says of the quantisation. Raises InvalidValue naming the tensor
+    or the method.
     """
 
     def __init__(self, folder: FolderReader, said: Mapping[str, Any] | None) -> None:
@@ -102,14 +139,19 @@ class Dequantised:
         dropped |= self._row_orders() if self.method == "bitsandbytes" else set()
         self._pairs = self._packed_pairs() if self.method == "mxfp4" else {}
         dropped |= {name + end for name in self._pairs for end in _PAIR}
-        self.shapes = {name: shape for name, shape in folder.shapes.items() if name not in dropped} | self._pairs
+        self.shapes = {
+            name: shape for name, shape in folder.shapes.items() if name not in dropped
+        } | self._pairs
         made = self._scales.keys() | self._pairs.keys()
         self.dtypes = {name: "F32" if name in made else folder.dtypes[name] for name in self.shapes}
 
     @property
     def stored(self) -> dict[str, str]:
         """`dtypes` as the files have them, without the scales."""
-        return {name: self._folder.dtypes[name + _PAIR[0] * (name in self._pairs)] for name in self.shapes}
+        return {
+            name: self._folder.dtypes[name + _PAIR[0] * (name in self._pairs)]
+            for name in self.shapes
+        }
 
     def has(self, name: str) -> bool:
         """Whether the folder holds the tensor."""
@@ -137,39 +179,66 @@ class Dequantised:
         self._folder.close()
 
     def _scale_of(self, name: str, code: str) -> _Scale | None:
-        """None where the tensor is not quantised, or by nothing that is known: then no parameter takes its dtype."""
+        """None where the tensor is not quantised, or by nothing that is known: then no parameter
+        takes its dtype."""
         if code in _FLOAT8:
-            found = next((name + end for end in ("_scale_inv", "_scale") if self._folder.has(name + end)), None)
+            found = next(
+                (name + end for end in ("_scale_inv", "_scale") if self._folder.has(name + end)),
+                None,
+            )
             if found is None or self.method is None:
-                why = "there is no scale beside it" if found is None else "config.json has no quantization_config"
-                raise InvalidValue(f"{name} is {code}, quantised, but {why}", tensor=name, actual=code)
+                why = (
+                    "there is no scale beside it"
+                    if found is None
+                    else "config.json has no quantization_config"
+                )
+                raise InvalidValue(
+                    f"{name} is {code}, quantised, but {why}", tensor=name, actual=code
+                )
             return _Scale(found, self._block(name, found))
         if code == "I8" and self.method == "bitsandbytes":
             found = name.removesuffix("weight") + "SCB"
             if self._folder.has(found):
                 return _Scale(found, self._block(name, found), over=_INT8_LIMIT)
-        if code == "I8" and self.method == "compressed-tensors" and self._folder.has(name + "_scale"):
-            return _Scale(name + "_scale", self._block(name, name + "_scale"), zero=self._zero(name))
+        if (
+            code == "I8"
+            and self.method == "compressed-tensors"
+            and self._folder.has(name + "_scale")
+        ):
+            return _Scale(
+                name + "_scale", self._block(name, name + "_scale"), zero=self._zero(name)
+            )
         return None
 
     def _zero(self, name: str) -> str | None:
         zero, scale = name + "_zero_point", name + "_scale"
         if not self._folder.has(zero):
             return None
-        if self._folder.shapes[zero] != self._folder.shapes[scale] or self._folder.dtypes[zero] != "I8":
-            raise InvalidValue(f"{zero} is not one 8-bit integer for each number of {scale}", tensor=zero)
+        if (
+            self._folder.shapes[zero] != self._folder.shapes[scale]
+            or self._folder.dtypes[zero] != "I8"
+        ):
+            raise InvalidValue(
+                f"{zero} is not one 8-bit integer for each number of {scale}", tensor=zero
+            )
         return zero
 
     def _packed_pairs(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the experts [E,H,O] that are stored as [E,O,H/32,16] bytes of two numbers and [E,O,H/32] exponents."""
+        """Shapes of the experts [E,H,O] that are stored as [E,O,H/32,16] bytes of two numbers and
+        [E,O,H/32] exponents."""
         shapes, dtypes = self._folder.shapes, self._folder.dtypes
         found: dict[str, tuple[int, ...]] = {}
         for blocks in (name for name in shapes if name.endswith(_PAIR[0])):
             name = blocks.removesuffix(_PAIR[0])
             scales, shape = name + _PAIR[1], shapes[blocks]
-            if len(shape) != 4 or shapes.get(scales) != shape[:-1] or {dtypes[blocks], dtypes[scales]} != {"U8"}:
+            if (
+                len(shape) != 4
+                or shapes.get(scales) != shape[:-1]
+                or {dtypes[blocks], dtypes[scales]} != {"U8"}
+            ):
                 raise InvalidValue(
-                    f"{blocks} and {scales} are no experts in mxfp4 as they are known here", tensor=blocks
+                    f"{blocks} and {scales} are no experts in mxfp4 as they are known here",
+                    tensor=blocks,
                 )
             found[name] = (shape[0], 2 * shape[2] * shape[3], shape[1])
         return found
@@ -177,7 +246,10 @@ class Dequantised:
     def _block(self, name: str, scale: str) -> tuple[int, int]:
         shape, grid = self._folder.shapes[name], self._folder.shapes[scale]
         if self._folder.dtypes[scale] not in (*FLOAT_DTYPES, "F8_E8M0", "U8"):
-            raise InvalidValue(f"{scale} is {self._folder.dtypes[scale]}, no scale that is known here", tensor=scale)
+            raise InvalidValue(
+                f"{scale} is {self._folder.dtypes[scale]}, no scale that is known here",
+                tensor=scale,
+            )
         if len(shape) >= 2:
             rows, columns = shape[-2:]
             if math.prod(grid) == 1:
@@ -187,27 +259,44 @@ class Dequantised:
             if len(grid) == len(shape) and grid[:-2] == shape[:-2]:
                 even = (rows // max(grid[-2], 1), columns // max(grid[-1], 1))
                 for block in (self._declared, even):
-                    if block and min(block) and (-(-rows // block[0]), -(-columns // block[1])) == grid[-2:]:
+                    if (
+                        block
+                        and min(block)
+                        and (-(-rows // block[0]), -(-columns // block[1])) == grid[-2:]
+                    ):
                         return block
         message = f"{scale} of shape {list(grid)} does not go with {name} of shape {list(shape)}"
         raise InvalidValue(message, tensor=scale)
 
     def _row_orders(self) -> set[str]:
         """How bitsandbytes laid out its rows: names that say so, all of them row after row."""
-        names = {name.removesuffix("SCB") + "weight_format" for name in self._folder.shapes if name.endswith("SCB")}
+        names = {
+            name.removesuffix("SCB") + "weight_format"
+            for name in self._folder.shapes
+            if name.endswith("SCB")
+        }
         there = {name for name in names if self._folder.has(name)}
         for name in sorted(there):
             if int(self._folder.read(name, 0, 1)):
-                raise InvalidValue(f"{name} is not 0: rows in another order than their own", tensor=name)
+                raise InvalidValue(
+                    f"{name} is not 0: rows in another order than their own", tensor=name
+                )
         return there
 
     def _spread(
-        self, grid_name: str, block: tuple[int, int], shape: tuple[int, ...], offset: int, length: int
+        self,
+        grid_name: str,
+        block: tuple[int, int],
+        shape: tuple[int, ...],
+        offset: int,
+        length: int,
     ) -> Tensor:
         """A number of that grid for each of those rows' numbers, or what spreads to it."""
         grid = self._folder.shapes[grid_name]
         stored = self._folder.read(grid_name, 0, grid[0] if grid else 1)
-        found = (stored.float() - _INT8_LIMIT).exp2() if stored.dtype == torch.uint8 else stored.float()
+        found = (
+            (stored.float() - _INT8_LIMIT).exp2() if stored.dtype == torch.uint8 else stored.float()
+        )
         if found.numel() == 1:
             return found.reshape(())
         if len(shape) == 2:
@@ -227,7 +316,11 @@ def _declared_block(said: Mapping[str, Any]) -> tuple[int, int] | None:
         weights = [group.get("weights") for group in groups.values() if isinstance(group, dict)]
         given += [one.get("block_structure") for one in weights if isinstance(one, dict)]
     for block in given:
-        if isinstance(block, list) and len(block) == 2 and all(isinstance(side, int) and side > 0 for side in block):
+        if (
+            isinstance(block, list)
+            and len(block) == 2
+            and all(isinstance(side, int) and side > 0 for side in block)
+        ):
             return block[0], block[1]
     return None
 

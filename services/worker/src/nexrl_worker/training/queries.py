@@ -28,7 +28,11 @@ def _log_probs(root: Root, micro: MicroBatch, k: int | None) -> dict[str, Tensor
     if k is None:
         return {"old_log_probs": scorer.score(micro, entropy=False, all_labels=True)[0].float()}
     labels, ids, values = top_k(scorer, micro, k)
-    return {"old_log_probs": labels.float(), "teacher_topk_ids": ids, "teacher_topk_log_probs": values.float()}
+    return {
+        "old_log_probs": labels.float(),
+        "teacher_topk_ids": ids,
+        "teacher_topk_log_probs": values.float(),
+    }
 
 
 def _reference(root: Root, micro: MicroBatch, k: int | None) -> dict[str, Tensor]:
@@ -53,16 +57,23 @@ QUERIES: dict[str, Query] = {
 
 
 @torch.no_grad()
-def answered(operation: str, root: Root, reader: BatchReader, micros: Sequence[Micro], k: int | None) -> Result:
-    """The operation's answers for the rows of this rank's micro-batches, as many as any rank has. Collective.
+def answered(
+    operation: str, root: Root, reader: BatchReader, micros: Sequence[Micro], k: int | None
+) -> Result:
+    """The operation's answers for the rows of this rank's micro-batches, as many as any rank has.
+    Collective.
 
-    Where memory runs out on a rank, it takes its rows from there on once more, half as many at a time, and the others
-    go with it; `memory/retries` says how often. Raises DoesNotFit on all ranks where it runs out under a single row.
+    Where memory runs out on a rank, it takes its rows from there on once more, half as many at a
+    time, and the others go with it; `memory/retries` says how often. Raises DoesNotFit on all ranks
+    where it runs out under a single row.
     """
     answers: dict[str, Parts] = {}
 
     def act(rows: Sequence[int]) -> dict[str, Tensor]:
-        return {name: values.cpu() for name, values in QUERIES[operation](root, reader.read(rows), k).items()}
+        return {
+            name: values.cpu()
+            for name, values in QUERIES[operation](root, reader.read(rows), k).items()
+        }
 
     retries = 0
     while micros:
@@ -76,7 +87,9 @@ def answered(operation: str, root: Root, reader: BatchReader, micros: Sequence[M
             if found is None:
                 break
             for name, values in found.items():
-                parts = answers.setdefault(name, [])  # for a dummy too: all ranks answer with the same names
+                parts = answers.setdefault(
+                    name, []
+                )  # for a dummy too: all ranks answer with the same names
                 parts += [(list(rows), values)] if rows and not short else []
         most = torch.tensor([len(left), failed is not None], device=reader.device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)

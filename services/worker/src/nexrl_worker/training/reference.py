@@ -16,10 +16,12 @@ from nexrl_worker.training.scorer import Scorer
 
 
 class FrozenReference:
-    """The model of `ref.model.path`, else of `model.path`: loaded (local), examined (collective), then used.
+    """The model of `ref.model.path`, else of `model.path`: loaded (local), examined (collective),
+    then used.
 
-    It is of the family of the group's `own` root, but its configuration is its own (scaled logits, windows), and so
-    is what a probe finds out about it. `packs`: the group's rows are packed, so the reference must bear it too.
+    It is of the family of the group's `own` root, but its configuration is its own (scaled logits,
+    windows), and so is what a probe finds out about it. `packs`: the group's rows are packed, so
+    the reference must bear it too.
     """
 
     def __init__(self, actor: ActorConfig, own: Root, packs: bool, device: torch.device) -> None:
@@ -38,20 +40,29 @@ class FrozenReference:
         return self._examined
 
     def load(self) -> None:
-        """Read the folder unless it is read; raises InvalidValue where the model does not fit the group's. Local."""
+        """Read the folder unless it is read; raises InvalidValue where the model does not fit the
+        group's. Local."""
         if self.root is not None or self._examined:
             return
-        root = cast(Scorer, load_root(self._actor, self.path, self._device, KINDS["ref"], trainable=False))
+        root = cast(
+            Scorer, load_root(self._actor, self.path, self._device, KINDS["ref"], trainable=False)
+        )
         family, own = root.hf.config.model_type, self._own.hf.config.model_type  # type: ignore[union-attr]
         if family != own:  # the same ids mean other tokens
-            raise InvalidValue(f"the reference model in {self.path} is a {family}, the group's model a {own}")
+            raise InvalidValue(
+                f"the reference model in {self.path} is a {family}, the group's model a {own}"
+            )
         known, needed = root.vocabulary, self._own.vocabulary
         if known < needed:
-            raise InvalidValue(f"the reference model in {self.path} knows {known} tokens, the group's model {needed}")
+            raise InvalidValue(
+                f"the reference model in {self.path} knows {known} tokens, the group's model "
+                f"{needed}"
+            )
         self.root = root
 
     def examine(self) -> None:
-        """Find out how the loaded model may be computed, the same on all ranks. Collective; `check` tells what is wrong."""
+        """Find out how the loaded model may be computed, the same on all ranks. Collective; `check`
+        tells what is wrong."""
         assert self.root is not None
         dtype = Precision.of(self._actor.fsdp_config, self._device).param
         outcome = strictest(probed(self.root, self._device, dtype, self._packs), self._device)
@@ -61,8 +72,10 @@ class FrozenReference:
             self.root = None
         elif self._packs and not outcome.packs:
             self._refusal = (
-                f"the reference model in {self.path} cannot be computed on packed rows ({outcome.packing_reason}), and "
-                "the group packs: start it with model.use_remove_padding false, or send ref_log_prob"
+                f"the reference model in {self.path} cannot be computed on packed rows "
+                f"({outcome.packing_reason}), and "
+                "the group packs: start it with model.use_remove_padding false, or send "
+                "ref_log_prob"
             )
             self.root = None
         self._examined = True

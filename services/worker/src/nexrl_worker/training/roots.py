@@ -1,4 +1,5 @@
-"""The root module of every group: a Hugging Face model whose head runs in here, so that both are sharded together."""
+"""The root module of every group: a Hugging Face model whose head runs in here, so that both are
+sharded together."""
 
 from __future__ import annotations
 
@@ -16,10 +17,12 @@ from nexrl_worker.training.packing import Segments, attention_of, use_attention,
 
 
 class Root(nn.Module):
-    """Wraps the model `hf`. Whatever needs gathered weights runs in `forward`, where FSDP's hooks are."""
+    """Wraps the model `hf`. Whatever needs gathered weights runs in `forward`, where FSDP's hooks
+    are."""
 
     own_head = False
-    """Whether the folder has a head of its own though its configuration ties it to the embedding."""
+    """Whether the folder has a head of its own though its configuration ties it to the
+    embedding."""
 
     def __init__(self, hf: nn.Module) -> None:
         super().__init__()
@@ -48,14 +51,17 @@ class Root(nn.Module):
         return position_limit(self.hf)
 
     def forward(self, read: Callable[[], Any]) -> Any:
-        """Run `read` with the weights gathered; returns new tensors, no views, as FSDP hooks its backward onto them."""
+        """Run `read` with the weights gathered; returns new tensors, no views, as FSDP hooks its
+        backward onto them."""
         self.rows.are(None, None)
         return read()
 
     def outputs(self, micro: MicroBatch, whole: bool) -> Any:
-        """What the model (`whole`: with its own head) answers to a micro-batch [n,C]; only inside `forward`.
+        """What the model (`whole`: with its own head) answers to a micro-batch [n,C]; only inside
+        `forward`.
 
-        A packed one is answered as [1,C]. No cache: with one, packed rows would attend to one another.
+        A packed one is answered as [1,C]. No cache: with one, packed rows would attend to one
+        another.
         """
         model = self.hf if whole else self.hf.base_model
         more: dict[str, Any] = {}
@@ -77,10 +83,12 @@ class Root(nn.Module):
 
 
 class Rotations:
-    """Rotations whose frequencies go by the longest position (`dynamic`, `longrope`), for each row by its own.
+    """Rotations whose frequencies go by the longest position (`dynamic`, `longrope`), for each row
+    by its own.
 
-    transformers takes the longest of all rows, and `dynamic` remembers those before: a row's numbers would depend on
-    its neighbours and on the cut. Here each row gets what the model gives to that row alone when it is new.
+    transformers takes the longest of all rows, and `dynamic` remembers those before: a row's
+    numbers would depend on its neighbours and on the cut. Here each row gets what the model gives
+    to that row alone when it is new.
     """
 
     def __init__(self, hf: nn.Module) -> None:
@@ -88,28 +96,44 @@ class Rotations:
         self._segments: Segments | None = None
         for part in list(hf.modules()):
             kinds = getattr(part, "rope_type", None)
-            if any(_by_length(kind) for kind in (kinds.values() if isinstance(kinds, dict) else [kinds])):
+            if any(
+                _by_length(kind)
+                for kind in (kinds.values() if isinstance(kinds, dict) else [kinds])
+            ):
                 part.forward = partial(self._rotate, part, part.forward)
 
     def are(self, attention: Tensor | None, segments: Segments | None) -> None:
-        """What the next forward's rows are: [n,C] attended, or segments of one stream; else all of the positions."""
+        """What the next forward's rows are: [n,C] attended, or segments of one stream; else all of
+        the positions."""
         self._attention, self._segments = attention, segments
 
     @torch.no_grad()
     def _rotate(
-        self, part: Any, own: Callable[..., Any], x: Tensor, position_ids: Tensor, layer_type: str | None = None
+        self,
+        part: Any,
+        own: Callable[..., Any],
+        x: Tensor,
+        position_ids: Tensor,
+        layer_type: str | None = None,
     ) -> Any:
-        """cos and sin [n,C,D] (or what the family makes of them) for positions [n,C] or [1,C], by `own`."""
+        """cos and sin [n,C,D] (or what the family makes of them) for positions [n,C] or [1,C], by
+        `own`."""
         kind = part.rope_type if layer_type is None else part.rope_type[layer_type]
         more = {} if layer_type is None else {"layer_type": layer_type}
         if not _by_length(kind):
             return own(x, position_ids, **more)
         positions = position_ids
         if self._attention is not None:
-            positions = torch.where(self._attention.bool(), positions, 0)  # padding makes no row longer
+            positions = torch.where(
+                self._attention.bool(), positions, 0
+            )  # padding makes no row longer
         turns = self._lengths(positions)
         if kind == "longrope":
-            known = part.config.rope_parameters if layer_type is None else part.config.rope_parameters[layer_type]
+            known = (
+                part.config.rope_parameters
+                if layer_type is None
+                else part.config.rope_parameters[layer_type]
+            )
             turns = (turns > known["original_max_position_embeddings"]).long()
         else:
             turns = turns.clamp(min=part.config.max_position_embeddings)
@@ -147,7 +171,8 @@ def _by_length(kind: Any) -> bool:
 
 
 def _forget(part: Any, kind: str, layer_type: str | None) -> None:
-    """Put a `dynamic` rotation back to what it was before it met a longer row; `longrope` chooses anew every time."""
+    """Put a `dynamic` rotation back to what it was before it met a longer row; `longrope` chooses
+    anew every time."""
     if kind != "longrope":
         prefix = "" if layer_type is None else f"{layer_type}_"
         setattr(part, f"{prefix}inv_freq", getattr(part, f"{prefix}original_inv_freq"))
@@ -157,18 +182,21 @@ def _forget(part: Any, kind: str, layer_type: str | None) -> None:
 def longest_row(hf: nn.Module) -> int | None:
     """How many positions a row has at the most, as the model was made; None where nothing says so.
 
-    Rotations that are stretched reach as far as their original length times the factor, and never less far than the
-    configuration says. A bias by distance (ALiBi) knows no end.
+    Rotations that are stretched reach as far as their original length times the factor, and never
+    less far than the configuration says. A bias by distance (ALiBi) knows no end.
     """
     config: Any = hf.config.get_text_config()  # type: ignore[union-attr, operator]
     most = getattr(config, "max_position_embeddings", None)
     if most is None or most < 1 or getattr(config, "alibi", False):  # XLNet says -1
         return None
-    return max(int(most), min((_reach(one, int(most)) for one in _rotations(hf)), default=int(most)))
+    return max(
+        int(most), min((_reach(one, int(most)) for one in _rotations(hf)), default=int(most))
+    )
 
 
 def position_limit(hf: nn.Module) -> int | None:
-    """How many positions a row may have: `longest_row`, but plain rotations have no table that could end."""
+    """How many positions a row may have: `longest_row`, but plain rotations have no table that
+    could end."""
     kinds = _rotations(hf)
     tables = (name for name, part in hf.named_modules() if isinstance(part, nn.Embedding))
     plain = kinds and all(one.get("rope_type", "default") == "default" for one in kinds)
@@ -176,14 +204,19 @@ def position_limit(hf: nn.Module) -> int | None:
 
 
 def _rotations(hf: nn.Module) -> list[dict[str, Any]]:
-    """What the configuration says of rotations, of layers that see all of a row where some see only a window."""
+    """What the configuration says of rotations, of layers that see all of a row where some see only
+    a window."""
     config: Any = hf.config.get_text_config()  # type: ignore[union-attr, operator]
     known = getattr(config, "rope_parameters", None)
     if not known or not any(hasattr(part, "rope_type") for part in hf.modules()):
         return []
     if isinstance(known.get("full_attention"), dict):
         return [known["full_attention"]]
-    return [known] if "rope_type" in known else [one for one in known.values() if isinstance(one, dict)]
+    return (
+        [known]
+        if "rope_type" in known
+        else [one for one in known.values() if isinstance(one, dict)]
+    )
 
 
 def _reach(rope: dict[str, Any], most: int) -> int:
@@ -192,7 +225,8 @@ def _reach(rope: dict[str, Any], most: int) -> int:
 
 
 def taken(model: Any, **arguments: Any) -> dict[str, Any]:
-    """Those of `arguments` that the model's forward takes: encoders know no cache, some families no positions."""
+    """Those of `arguments` that the model's forward takes: encoders know no cache, some families no
+    positions."""
     known = inspect.signature(model.forward).parameters
     if any(part.kind is inspect.Parameter.VAR_KEYWORD for part in known.values()):
         return arguments

@@ -1,6 +1,8 @@
-"""Where the weights of a model folder come from, and the account of them: nothing is left over on either side.
+"""Where the weights of a model folder come from, and the account of them: nothing is left over on
+either side.
 
-Each tensor in the files is a parameter's or buffer's, or one that transformers leaves out too; each parameter has one.
+Each tensor in the files is a parameter's or buffer's, or one that transformers leaves out too; each
+parameter has one.
 """
 
 from __future__ import annotations
@@ -22,29 +24,43 @@ from nexrl_worker.training.quantised import NO_WEIGHTS, Dequantised, quantisatio
 from nexrl_worker.training.scorer import Scorer
 from nexrl_worker.training.weights import FLOAT_DTYPES, FolderReader, persistent_buffers
 
-_OTHER_PARTS = r"(^|\.)(visual|vision\w*|audio\w*|multi_modal_projector|embed_vision|embed_audio|mm_\w+)\."
+_OTHER_PARTS = (
+    r"(^|\.)(visual|vision\w*|audio\w*|multi_modal_projector|embed_vision|embed_audio|mm_\w+)\."
+)
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer)\.(\d+)\.")
 _ROWS = 8192
 
 
 def folder_tensors(path: str | Path) -> Dequantised:
-    """The folder's tensors, de-quantised; raises InvalidValue where that is not known or files are damaged."""
+    """The folder's tensors, de-quantised; raises InvalidValue where that is not known or files are
+    damaged."""
     return Dequantised(FolderReader(Path(path)), quantisation(Path(path)))
 
 
 def has_own_head(hf: Any, folder: FolderTensors) -> bool:
-    """Whether the folder's output head is another than the embedding that its configuration ties it to.
+    """Whether the folder's output head is another than the embedding that its configuration ties it
+    to.
 
-    Transformers does not tie them then. Raises InvalidValue where only some of several tied tensors differ.
+    Transformers does not tie them then. Raises InvalidValue where only some of several tied tensors
+    differ.
     """
     reader = _converted(hf, folder)
-    tied = [pair for pair in hf.get_expanded_tied_weights_keys(all_submodels=True).items() if pair[0] != pair[1]]
+    tied = [
+        pair
+        for pair in hf.get_expanded_tied_weights_keys(all_submodels=True).items()
+        if pair[0] != pair[1]
+    ]
     apart = [
-        (one, other) for one, other in tied if reader.has(one) and reader.has(other) and _differ(reader, one, other)
+        (one, other)
+        for one, other in tied
+        if reader.has(one) and reader.has(other) and _differ(reader, one, other)
     ]
     if apart and len(apart) < len(tied):
         one, other = apart[0]
-        raise InvalidValue(f"{one} and {other} are one tensor by the configuration, but the files have two", tensor=one)
+        raise InvalidValue(
+            f"{one} and {other} are one tensor by the configuration, but the files have two",
+            tensor=one,
+        )
     return bool(apart)
 
 
@@ -58,14 +74,17 @@ def untie(config: Any) -> None:
 class Account:
     """What a folder has for the model `hf`: a reader of the model's tensors by its names.
 
-    Raises InvalidValue naming the first tensor that no parameter takes, the first parameter without one, the first of
-    another shape or of a dtype that is no weight's. What `kind` makes anew is zero where the folder lacks it.
+    Raises InvalidValue naming the first tensor that no parameter takes, the first parameter without
+    one, the first of another shape or of a dtype that is no weight's. What `kind` makes anew is
+    zero where the folder lacks it.
     """
 
     def __init__(self, hf: Any, folder: FolderTensors, kind: Kind, fresh: bool) -> None:
         self._reader = _converted(hf, folder)
         buffers = dict(persistent_buffers(hf))
-        needed = {name: tuple(tensor.shape) for name, tensor in (*hf.named_parameters(), *buffers.items())}
+        needed = {
+            name: tuple(tensor.shape) for name, tensor in (*hf.named_parameters(), *buffers.items())
+        }
         self._same = {
             name: other
             for one, other in _both_ways(hf.get_expanded_tied_weights_keys(all_submodels=True))
@@ -84,12 +103,22 @@ class Account:
             if found != shape:
                 have, expected = str(list(found)), str(list(shape))
                 raise InvalidValue(
-                    f"{name} has shape {have}, the model needs {expected}", tensor=name, expected=expected, actual=have
+                    f"{name} has shape {have}, the model needs {expected}",
+                    tensor=name,
+                    expected=expected,
+                    actual=have,
                 )
         self._check_sources(
-            folder, {name for name, tensor in hf.state_dict(keep_vars=True).items() if tensor.is_floating_point()}
+            folder,
+            {
+                name
+                for name, tensor in hf.state_dict(keep_vars=True).items()
+                if tensor.is_floating_point()
+            },
         )
-        self.shapes = {name: shape for name, shape in needed.items() if name not in head or name not in absent}
+        self.shapes = {
+            name: shape for name, shape in needed.items() if name not in head or name not in absent
+        }
 
     def has(self, name: str) -> bool:
         """Whether the folder has the model's tensor."""
@@ -118,12 +147,16 @@ class Account:
                 code = folder.dtypes[name]
                 if first in weights and code not in FLOAT_DTYPES:
                     message = (
-                        f"{name} holds numbers of dtype {code} without a scale that is known here: no weights to train"
+                        f"{name} holds numbers of dtype {code} without a scale that is known "
+                        "here: no weights to train"
                     )
-                    raise InvalidValue(message, tensor=name, expected=", ".join(FLOAT_DTYPES), actual=code)
+                    raise InvalidValue(
+                        message, tensor=name, expected=", ".join(FLOAT_DTYPES), actual=code
+                    )
             if len(names) > 1 and not converted:
                 raise InvalidValue(
-                    f"the files have both {names[0]} and {names[1]} for one tensor, {first}", tensor=names[1]
+                    f"the files have both {names[0]} and {names[1]} for one tensor, {first}",
+                    tensor=names[1],
                 )
 
 
@@ -135,7 +168,11 @@ def weights_of(path: str, hf: nn.Module, kind: Kind) -> Account:
 def _converted(hf: Any, folder: FolderTensors) -> ConvertingReader:
     try:
         return ConvertingReader(hf, folder)
-    except (RuntimeError, KeyError, IndexError) as error:  # shapes or tensors that do not go together
+    except (
+        RuntimeError,
+        KeyError,
+        IndexError,
+    ) as error:  # shapes or tensors that do not go together
         raise InvalidValue(f"the weights are not those of the configuration: {error}") from error
 
 
@@ -150,7 +187,8 @@ def _differ(reader: ConvertingReader, one: str, other: str) -> bool:
     rows = shape[0] if shape else 1
     return any(
         not torch.equal(
-            reader.read(one, start, min(_ROWS, rows - start)), reader.read(other, start, min(_ROWS, rows - start))
+            reader.read(one, start, min(_ROWS, rows - start)),
+            reader.read(other, start, min(_ROWS, rows - start)),
         )
         for start in range(0, rows, _ROWS)
     )
@@ -169,7 +207,9 @@ def _matching(patterns: Iterable[str] | None, names: Iterable[str]) -> set[str]:
 
 def _check_left(hf: Any, folder: FolderTensors, unused: Mapping[str, str], kind: Kind) -> None:
     """Raise InvalidValue where tensors are left that transformers has no reason to leave."""
-    reasons = _left_out(hf, kind, quantised=isinstance(folder, Dequantised) and folder.method is not None)
+    reasons = _left_out(
+        hf, kind, quantised=isinstance(folder, Dequantised) and folder.method is not None
+    )
     left = [
         name
         for name, target in unused.items()
@@ -181,24 +221,41 @@ def _check_left(hf: Any, folder: FolderTensors, unused: Mapping[str, str], kind:
     count = getattr(hf.config.get_text_config(), "num_hidden_layers", None)
     if isinstance(count, int) and layers and layers[0] >= count:
         message = (
-            f"the files have layers up to {layers[-1]}, but num_hidden_layers is {count}: {left[0]} would not be used"
+            f"the files have layers up to {layers[-1]}, but num_hidden_layers is {count}: "
+            f"{left[0]} would not be used"
         )
     else:
         more = f" and {len(left) - 1} more tensors" if len(left) > 1 else ""
-        message = f"{left[0]}{more} would not be used: the model, a {type(hf).__name__}, has nothing of that name"
+        message = (
+            f"{left[0]}{more} would not be used: the model, a {type(hf).__name__}, has nothing of "
+            "that name"
+        )
     raise InvalidValue(message, tensor=left[0])
 
 
 def _left_out(hf: Any, kind: Kind, quantised: bool) -> set[str]:
-    """Patterns of what is rightly left: by transformers' own lists, and what has no part in the model's answer."""
+    """Patterns of what is rightly left: by transformers' own lists, and what has no part in the
+    model's answer."""
     config = hf.config
     patterns = set(hf._keys_to_ignore_on_load_unexpected or ())
-    patterns |= {r"(^|\.)inv_freq$", r"(^|\.)position_ids$", r"(^|\.)masked_bias$", r"^(\w+\.)*mtp\w*\."}
+    patterns |= {
+        r"(^|\.)inv_freq$",
+        r"(^|\.)position_ids$",
+        r"(^|\.)masked_bias$",
+        r"^(\w+\.)*mtp\w*\.",
+    }
     saved = hf.state_dict(keep_vars=True).keys()
-    patterns |= {rf"(^|\.){re.escape(name)}$" for name, _ in hf.named_buffers() if name not in saved}
+    patterns |= {
+        rf"(^|\.){re.escape(name)}$" for name, _ in hf.named_buffers() if name not in saved
+    }
     text = config.get_text_config()
-    count, more = getattr(text, "num_hidden_layers", 0), getattr(text, "num_nextn_predict_layers", None) or 0
-    patterns |= {rf"(^|\.)layers\.{count + number}\." for number in range(more)}  # they predict further tokens
+    count, more = (
+        getattr(text, "num_hidden_layers", 0),
+        getattr(text, "num_nextn_predict_layers", None) or 0,
+    )
+    patterns |= {
+        rf"(^|\.)layers\.{count + number}\." for number in range(more)
+    }  # they predict further tokens
     if not any(name.endswith("_config") and name != "text_config" for name in config.sub_configs):
         patterns.add(_OTHER_PARTS)  # of a folder whose text part is trained
     if not issubclass(kind.root, Scorer):  # made of a language model: its output head
@@ -214,10 +271,14 @@ def _left_out(hf: Any, kind: Kind, quantised: bool) -> set[str]:
 
 def _is_mask(name: str, shape: tuple[int, ...]) -> bool:
     """A causal mask, which older families saved: [1, 1, n, n]."""
-    return name.endswith((".attn.bias", ".attention.bias")) and len(shape) == 4 and shape[:2] == (1, 1)
+    return (
+        name.endswith((".attn.bias", ".attention.bias")) and len(shape) == 4 and shape[:2] == (1, 1)
+    )
 
 
 def _check_missing(absent: list[str], needed: Mapping[str, tuple[int, ...]]) -> None:
     if absent:
         more = f" and {len(absent) - 1} more of {len(needed)} tensors" if len(absent) > 1 else ""
-        raise InvalidValue(f"the files lack {absent[0]}{more}, which the model needs", tensor=absent[0])
+        raise InvalidValue(
+            f"the files lack {absent[0]}{more}, which the model needs", tensor=absent[0]
+        )

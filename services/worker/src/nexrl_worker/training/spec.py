@@ -1,4 +1,5 @@
-"""What one operation computes, prepared once: its settings from configuration, arguments and batch together."""
+"""What one operation computes, prepared once: its settings from configuration, arguments and batch
+together."""
 
 from __future__ import annotations
 
@@ -25,9 +26,10 @@ CURRENT = "current"  # of distillation_student: what else it may be is the name 
 class LossSpec:
     """Settings of one policy update.
 
-    `distillation` is the coefficient of a teacher's term, None without a teacher; `top_k` its direction (forward_kl,
-    reverse_kl) where the teacher gave candidates, None where it gave the sampled tokens' log-probabilities, from which
-    those of `student` are then subtracted. `kl_times_ratio`: the KL term is weighed by exp(lp - old).
+    `distillation` is the coefficient of a teacher's term, None without a teacher; `top_k` its
+    direction (forward_kl, reverse_kl) where the teacher gave candidates, None where it gave the
+    sampled tokens' log-probabilities, from which those of `student` are then subtracted.
+    `kl_times_ratio`: the KL term is weighed by exp(lp - old).
     """
 
     loss: Loss
@@ -48,7 +50,8 @@ class LossSpec:
 
     @property
     def reads_old(self) -> bool:
-        """Whether `old_log_probs` would matter: for a ratio, or for what a rollout correction weighs by."""
+        """Whether `old_log_probs` would matter: for a ratio, or for what a rollout correction
+        weighs by."""
         if self.uses_kl and self.kl_times_ratio:
             return True
         return self.top_k is None and (self.loss.ratio or self.correction is not None)
@@ -64,9 +67,11 @@ class ValueSpec:
 
 @dataclass(frozen=True)
 class Prepared:
-    """One operation on a batch, with all that is known before its rows are cut; made once, then planned, checked and run.
+    """One operation on a batch, with all that is known before its rows are cut; made once, then
+    planned, checked and run.
 
-    `loss` is None where nothing is trained. `temperature` counts where the batch has no tensor `temperature` [B].
+    `loss` is None where nothing is trained. `temperature` counts where the batch has no tensor
+    `temperature` [B].
     """
 
     operation: Operation
@@ -101,30 +106,45 @@ def prepare(actor: ActorConfig, operation: str, rows: Rows, params: Mapping[str,
     checked = check_batch(rows.header, row, params, actor)
     loss: LossSpec | ValueSpec | None = None
     if operation == "update_critic":
-        loss = ValueSpec(actor.cliprange_value, _aggregation(actor.loss_agg_mode, actor.loss_scale_factor))
+        loss = ValueSpec(
+            actor.cliprange_value, _aggregation(actor.loss_agg_mode, actor.loss_scale_factor)
+        )
     elif row.trains:
         loss = loss_spec(actor, operation, rows, params)
     return Prepared(row, params, rows, checked, _temperature(actor, rows), loss)
 
 
-def loss_spec(actor: ActorConfig, operation: str, rows: Rows, params: Mapping[str, Any]) -> LossSpec:
-    """The settings of this operation; `params` (`loss`, of distillation its settings) win over `actor`."""
+def loss_spec(
+    actor: ActorConfig, operation: str, rows: Rows, params: Mapping[str, Any]
+) -> LossSpec:
+    """The settings of this operation; `params` (`loss`, of distillation its settings) win over
+    `actor`."""
     distils = operation == DISTILLATION
     settings: Mapping[str, Any] = rows.metadata if distils else {}
     kind = (params.get("distillation_loss") or actor.distillation_loss) if distils else None
-    name = _distillation_loss(actor, rows, kind) if distils else params.get("loss") or actor.policy_loss
+    name = (
+        _distillation_loss(actor, rows, kind)
+        if distils
+        else params.get("loss") or actor.policy_loss
+    )
     loss = LOSSES[name]
     mode = loss.aggregation or settings.get("loss_agg_mode") or actor.loss_agg_mode
     if loss.aggregation is None and mode not in MODES:
-        raise InvalidValue(f"unknown loss_agg_mode {mode!r}", expected=", ".join(MODES), actual=str(mode))
+        raise InvalidValue(
+            f"unknown loss_agg_mode {mode!r}", expected=", ".join(MODES), actual=str(mode)
+        )
     entropy_coeff = settings.get("entropy_coeff")
-    correction = actor.rollout_correction if loss.advantages and kind in (None, "policy_gradient") else None
+    correction = (
+        actor.rollout_correction if loss.advantages and kind in (None, "policy_gradient") else None
+    )
     return LossSpec(
         loss=loss,
         aggregation=_aggregation(mode, actor.loss_scale_factor),
         clip=_distillation_clip(actor) if distils else _clip(actor, loss),
         correction=None if correction is None else _correction(correction),
-        entropy_coeff=_number("entropy_coeff", actor.entropy_coeff if entropy_coeff is None else entropy_coeff),
+        entropy_coeff=_number(
+            "entropy_coeff", actor.entropy_coeff if entropy_coeff is None else entropy_coeff
+        ),
         kl_coeff=_number("kl_loss_coef", actor.kl_loss_coef) if actor.use_kl_loss else 0.0,
         kl_type=actor.kl_loss_type,
         kl_times_ratio=actor.use_bias_correction_kl,
@@ -159,20 +179,31 @@ def _clip(actor: ActorConfig, loss: Loss) -> Clip:
     given_low, given_high = actor.clip_ratio_low, actor.clip_ratio_high
     low = own_low if loss.lower_bound else None
     return Clip(
-        low if given_low is None else given_low, own_high if given_high is None else given_high, actor.clip_ratio_c
+        low if given_low is None else given_low,
+        own_high if given_high is None else given_high,
+        actor.clip_ratio_c,
     )
 
 
 def _distillation_clip(actor: ActorConfig) -> Clip:
-    low, high, both = actor.distillation_cliprange_low, actor.distillation_cliprange_high, actor.distillation_cliprange
+    low, high, both = (
+        actor.distillation_cliprange_low,
+        actor.distillation_cliprange_high,
+        actor.distillation_cliprange,
+    )
     return Clip(both if low is None else low, both if high is None else high)
 
 
 def _distillation_loss(actor: ActorConfig, rows: Rows, kind: str | None) -> str:
-    """Clipped where asked for; without old_log_probs the ratio is 1 and the gradient that of REINFORCE."""
+    """Clipped where asked for; without old_log_probs the ratio is 1 and the gradient that of
+    REINFORCE."""
     if kind == "policy_gradient" and actor.use_distillation_clipping:
         return "ppo"
-    return "importance_sampling" if kind == "policy_gradient" and rows.has("old_log_probs") else "reinforce"
+    return (
+        "importance_sampling"
+        if kind == "policy_gradient" and rows.has("old_log_probs")
+        else "reinforce"
+    )
 
 
 def _coefficient(rows: Rows, params: Mapping[str, Any]) -> float:
@@ -184,12 +215,18 @@ def _coefficient(rows: Rows, params: Mapping[str, Any]) -> float:
 
 def _number(name: str, value: Any, positive: bool = False) -> float:
     try:
-        number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+        number = (
+            float(value)
+            if isinstance(value, int | float) and not isinstance(value, bool)
+            else math.nan
+        )
     except OverflowError:  # an integer of hundreds of digits
         number = math.inf
     if not math.isfinite(number) or (positive and number <= 0.0):
         expected = "a positive finite number" if positive else "a finite number"
         raise InvalidValue(
-            f"{name} must be {expected}, not {str(value)[:50]!r}", expected=expected, actual=str(value)[:50]
+            f"{name} must be {expected}, not {str(value)[:50]!r}",
+            expected=expected,
+            actual=str(value)[:50],
         )
     return number

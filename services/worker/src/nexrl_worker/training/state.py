@@ -36,7 +36,8 @@ from nexrl_worker.training.weights import (
 class TrainingState:
     """A sharded model and its trainer (None where the role does not learn).
 
-    `source`: the dtypes, by name, of the folder that the model was made of; `export_dtype` None exports in those.
+    `source`: the dtypes, by name, of the folder that the model was made of; `export_dtype` None
+    exports in those.
     """
 
     def __init__(
@@ -70,7 +71,8 @@ class TrainingState:
 
     @property
     def optimizer_steps(self) -> int:
-        """Optimizer steps applied so far: the schedule's position; 0 where the role does not learn."""
+        """Optimizer steps applied so far: the schedule's position; 0 where the role does not
+        learn."""
         return 0 if self._trainer is None else self._trainer.steps
 
     @property
@@ -83,7 +85,8 @@ class TrainingState:
         return type(self._root.hf).__name__
 
     def shards(self, optimizer: bool = True) -> Iterator[Shard]:
-        """This rank's part of the state: parameters, saved buffers (rank 0), and the moments if there are any."""
+        """This rank's part of the state: parameters, saved buffers (rank 0), and the moments if
+        there are any."""
         yield from parameter_shards(self._root.hf)
         if dist.get_rank() == 0:
             for name, buffer in persistent_buffers(self._root.hf):
@@ -92,18 +95,22 @@ class TrainingState:
             yield from self._trainer.optimizer.shards()
 
     def check_finite(self, reader: Reader, optimizer: bool) -> None:
-        """Raise InvalidValue naming the first tensor in which this rank's rows of `reader` hold NaN. Local.
+        """Raise InvalidValue naming the first tensor in which this rank's rows of `reader` hold
+        NaN. Local.
 
         Infinity is refused in a weight, too; a second moment may have reached it.
         """
         check_finite(self._root.hf, reader)
         if optimizer and self._trainer is not None:
             for part in self._trainer.optimizer.shards():
-                if bool(reader.read(part.name, part.offset_dim0, len(part.local_tensor)).isnan().any()):
+                if bool(
+                    reader.read(part.name, part.offset_dim0, len(part.local_tensor)).isnan().any()
+                ):
                     raise InvalidValue(f"{part.name} holds NaN", tensor=part.name)
 
     def load_shards(self, reader: Reader, optimizer: bool = True) -> None:
-        """Overwrite weights, and moments unless `optimizer` is False, with this rank's rows from `reader`."""
+        """Overwrite weights, and moments unless `optimizer` is False, with this rank's rows from
+        `reader`."""
         self._loaded = True
         load_parameters(self._root.hf, reader)
         if optimizer and self._trainer is not None:
@@ -112,7 +119,8 @@ class TrainingState:
         self.weight_version += 1
 
     def scalars(self) -> dict[str, int]:
-        """What is not a tensor: steps taken (the schedule's position), AdamW's own count, weight version."""
+        """What is not a tensor: steps taken (the schedule's position), AdamW's own count, weight
+        version."""
         taken = 0 if self._trainer is None else self._trainer.optimizer.steps
         return {
             "optimizer_steps": self.optimizer_steps,
@@ -136,7 +144,8 @@ class TrainingState:
         set_rng_state(state)
 
     def full_weights(self) -> Iterator[tuple[str, Tensor | None]]:
-        """Names and tensors of the model, one at a time: whole on rank 0's device, None elsewhere. Collective.
+        """Names and tensors of the model, one at a time: whole on rank 0's device, None elsewhere.
+        Collective.
 
         `layout` makes of them what a folder holds.
         """
@@ -151,13 +160,18 @@ class TrainingState:
 
     @property
     def source(self) -> dict[str, str]:
-        """What a sharded checkpoint keeps for `layout_of`: dtypes by name of the folder that the model was made of."""
+        """What a sharded checkpoint keeps for `layout_of`: dtypes by name of the folder that the
+        model was made of."""
         return self._source
 
-    def layout_of(self, folder: Path, shapes: Mapping[str, tuple[int, ...]], saved: Mapping[str, Any]) -> ExportLayout:
-        """How a checkpoint's tensors of these `shapes` are written: `folder` has its configuration, `saved` is its state.
+    def layout_of(
+        self, folder: Path, shapes: Mapping[str, tuple[int, ...]], saved: Mapping[str, Any]
+    ) -> ExportLayout:
+        """How a checkpoint's tensors of these `shapes` are written: `folder` has its configuration,
+        `saved` is its state.
 
-        Of a model that is not this group's an empty one is made. Raises InvalidValue where there is no such class. Local.
+        Of a model that is not this group's an empty one is made. Raises InvalidValue where there is
+        no such class. Local.
         """
         hf = self._root.hf
         if any(shapes.get(part.name) != part.global_shape for part in parameter_shards(hf)):
@@ -169,19 +183,25 @@ class TrainingState:
         return ExportLayout(hf, saved.get("source", {}), dtype)
 
     def account(self, folder: FolderTensors) -> Account:
-        """A reader of the model's tensors from a folder that others made; raises InvalidValue. Local.
+        """A reader of the model's tensors from a folder that others made; raises InvalidValue.
+        Local.
 
-        Every tensor there is accounted for, and what is named, cut or stored otherwise than in the model is converted.
+        Every tensor there is accounted for, and what is named, cut or stored otherwise than in the
+        model is converted.
         """
         hf: Any = self._root.hf
         if has_own_head(hf, folder):
-            raise InvalidValue("the output head is not the embedding, as in the group's model, which has one for both")
+            raise InvalidValue(
+                "the output head is not the embedding, as in the group's model, which has one for "
+                "both"
+            )
         found = Account(hf, folder, self._kind, fresh=False)
         check_finite(hf, found)
         return found
 
     def config_changes(self) -> dict[str, Any]:
-        """What an exported config.json must say otherwise than the folder that the group was made of: its head."""
+        """What an exported config.json must say otherwise than the folder that the group was made
+        of: its head."""
         untied = {"tie_word_embeddings": False} if self._root.own_head else {}
         if not self._kind.fresh_head:
             return untied
@@ -194,12 +214,15 @@ class TrainingState:
         }
 
     def fingerprint(self) -> int:
-        """64-bit number of the current weights, the same at any world size; see fingerprint.py. Collective."""
+        """64-bit number of the current weights, the same at any world size; see fingerprint.py.
+        Collective."""
         table = weight_table(self._device)
         total = torch.zeros((), dtype=torch.int64, device=self._device)
         for part in self.shards(optimizer=False):
             row = math.prod(part.global_shape[1:])
-            total += partial_fingerprint(part.name, part.local_tensor, part.offset_dim0 * row, table)
+            total += partial_fingerprint(
+                part.name, part.local_tensor, part.offset_dim0 * row, table
+            )
         dist.all_reduce(total)
         return int(total) % (1 << 64)
 

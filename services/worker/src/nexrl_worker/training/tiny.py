@@ -16,17 +16,25 @@ class TinyRows(RowsInMemory):
     """
 
     def __init__(
-        self, vocabulary: int, lengths: Sequence[int], avoid: Collection[int] = (), end: int | None = None
+        self,
+        vocabulary: int,
+        lengths: Sequence[int],
+        avoid: Collection[int] = (),
+        end: int | None = None,
     ) -> None:
         columns = torch.arange(max(lengths))
         random = torch.Generator().manual_seed(0)
         allowed = torch.tensor([token for token in range(vocabulary) if token not in avoid] or [0])
-        ids = allowed[torch.randint(0, len(allowed), (len(lengths), len(columns)), generator=random)]
+        ids = allowed[
+            torch.randint(0, len(allowed), (len(lengths), len(columns)), generator=random)
+        ]
         if end is not None:
             ids[1, lengths[1] - 1] = end
         attended = (columns < torch.tensor(list(lengths))[:, None]).long()
         super().__init__({"input_ids": ids, "attention_mask": attended})
 
-    def micro_batch(self, device: torch.device, packed: bool = False, dtype: torch.dtype = torch.float32) -> MicroBatch:
+    def micro_batch(
+        self, device: torch.device, packed: bool = False, dtype: torch.dtype = torch.float32
+    ) -> MicroBatch:
         """All rows, side by side or packed into one stream."""
         return BatchReader(self, Layout.of(self), (), device, dtype, packed).read(range(self.size))

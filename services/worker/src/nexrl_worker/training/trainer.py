@@ -30,7 +30,8 @@ Parts = list[tuple[list[int], Tensor]]
 
 @dataclass
 class Result:
-    """Numbers of one optimizer step (or of one accumulation), and by name this rank's (rows, [n,R] on the CPU)."""
+    """Numbers of one optimizer step (or of one accumulation), and by name this rank's (rows, [n,R]
+    on the CPU)."""
 
     metrics: dict[str, Any]
     answers: dict[str, Parts] = field(default_factory=dict)
@@ -49,7 +50,8 @@ class Trainer:
         self._schedule = Schedule(actor.optim)
         self.optimizer = Optimizer(root.hf, actor.optim)
         self.steps = 0
-        # Aggregation of the pending gradients and what it has counted so far (0: nothing was scored).
+        # Aggregation of the pending gradients and what it has counted so far (0: nothing was
+        # scored).
         self._pending: tuple[Aggregation, float] | None = None
 
     @property
@@ -60,13 +62,19 @@ class Trainer:
     def check(self, aggregation: Aggregation, accumulates: bool) -> None:
         """Raise InvalidValue if this operation cannot follow the last one. Local."""
         if self._pending is not None and not accumulates:
-            raise InvalidValue("gradients are pending: call optim_step, or optim_step(discard=True), first")
+            raise InvalidValue(
+                "gradients are pending: call optim_step, or optim_step(discard=True), first"
+            )
         if self._pending is not None and self._pending[0] != aggregation:
-            message = f"pending gradients were accumulated with {self._pending[0].mode}, not {aggregation.mode}"
+            message = (
+                f"pending gradients were accumulated with {self._pending[0].mode}, not "
+                f"{aggregation.mode}"
+            )
             raise InvalidValue(message, expected=self._pending[0].mode, actual=aggregation.mode)
 
     def accumulate(self, plan: Plan, reader: BatchReader, objective: Objective) -> Result:
-        """Add the batch's unnormalised loss gradients to those pending; metrics over all ranks. Collective."""
+        """Add the batch's unnormalised loss gradients to those pending; metrics over all ranks.
+        Collective."""
         with self._measured() as costs:
             result, count = self._backward(plan.mini_batches[0], reader, objective, 1.0)
         before = 0.0 if self._pending is None else self._pending[1]
@@ -74,9 +82,14 @@ class Trainer:
         return Result(result.metrics | costs, result.answers)
 
     def step(
-        self, prefix: str, lr: float | None = None, grad_clip: float | None = None, discard: bool = False
+        self,
+        prefix: str,
+        lr: float | None = None,
+        grad_clip: float | None = None,
+        discard: bool = False,
     ) -> dict[str, Any]:
-        """Divide the pending gradients by their denominator, clip, step; `skipped` says why not. Collective."""
+        """Divide the pending gradients by their denominator, clip, step; `skipped` says why not.
+        Collective."""
         aggregation, count = self._pending or (Aggregation("sum"), 0.0)
         self._pending = None
         if discard:
@@ -89,15 +102,23 @@ class Trainer:
     def update(self, plan: Plan, reader: BatchReader, objective: Objective) -> list[Result]:
         """One optimizer step per mini-batch, and what each gave. Collective."""
         results: list[Result] = []
-        for mini, count in zip(plan.mini_batches, self._counts(plan, reader, objective.aggregation), strict=True):
+        for mini, count in zip(
+            plan.mini_batches, self._counts(plan, reader, objective.aggregation), strict=True
+        ):
             with self._measured() as costs:
                 try:
-                    result, _ = self._backward(mini, reader, objective, objective.aggregation.divisor(count))
+                    result, _ = self._backward(
+                        mini, reader, objective, objective.aggregation.divisor(count)
+                    )
                 except DoesNotFit as error:
-                    if any(step.metrics["step_applied"] for step in results):  # neither all of the batch nor nothing
+                    if any(
+                        step.metrics["step_applied"] for step in results
+                    ):  # neither all of the batch nor nothing
                         raise MemoryError(str(error)) from None
                     raise
-                applied = self._apply(objective.prefix, count, 1.0)  # the gradients are divided already
+                applied = self._apply(
+                    objective.prefix, count, 1.0
+                )  # the gradients are divided already
             results.append(Result(result.metrics | applied | costs, result.answers))
         if any("memory/retries" in result.metrics for result in results):
             for result in results:
@@ -105,7 +126,12 @@ class Trainer:
         return results
 
     def _apply(
-        self, prefix: str, count: float, divisor: float, lr: float | None = None, grad_clip: float | None = None
+        self,
+        prefix: str,
+        count: float,
+        divisor: float,
+        lr: float | None = None,
+        grad_clip: float | None = None,
     ) -> dict[str, Any]:
         """Step on the gradients over `divisor`, unless `count` says that nothing was scored."""
         rate = self._schedule.lr(self.steps) if lr is None else lr
@@ -124,7 +150,8 @@ class Trainer:
 
     @contextmanager
     def _measured(self) -> Iterator[dict[str, float]]:
-        """Seconds and MiB of the block, of the slowest and the largest rank; filled in when it ends well. Collective."""
+        """Seconds and MiB of the block, of the slowest and the largest rank; filled in when it ends
+        well. Collective."""
         costs: dict[str, float] = {}
         self._clock.start()
         with peak_memory(self._device) as peak:
@@ -136,10 +163,11 @@ class Trainer:
         costs |= dict(zip(mine, most.tolist(), strict=True))
 
     def _counts(self, plan: Plan, reader: BatchReader, aggregation: Aggregation) -> list[float]:
-        """What every mini-batch's denominator counts, known from the masks before any forward. Collective.
+        """What every mini-batch's denominator counts, known from the masks before any forward.
+        Collective.
 
-        Dividing before the backward, not at the step, gives the bits of a plain loop even where a family's norms
-        compute in float32 whatever the dtype, and so round gradients by their scale.
+        Dividing before the backward, not at the step, gives the bits of a plain loop even where a
+        family's norms compute in float32 whatever the dtype, and so round gradients by their scale.
         """
         counts = torch.zeros(len(plan.mini_batches), dtype=torch.float64, device=self._device)
         for number, mini in enumerate(plan.mini_batches):
@@ -153,10 +181,12 @@ class Trainer:
     def _backward(
         self, mini: MiniBatch, reader: BatchReader, objective: Objective, divisor: float
     ) -> tuple[Result, float]:
-        """Run every micro-batch backward on its loss sum over `divisor`; the result and the count reached.
+        """Run every micro-batch backward on its loss sum over `divisor`; the result and the count
+        reached.
 
-        An error on the way drops all gradients: half a batch must never reach a later step. But where memory runs out
-        on any rank, all begin again with half the rows at a time, and pending gradients are kept.
+        An error on the way drops all gradients: half a batch must never reach a later step. But
+        where memory runs out on any rank, all begin again with half the rows at a time, and pending
+        gradients are kept.
         """
         kept = self.optimizer.set_aside() if self.pending else {}
         finer, retries = mini, 0
@@ -185,8 +215,11 @@ class Trainer:
         self.optimizer.discard()
         drop(objective.roots)
 
-    def _run(self, mini: MiniBatch, reader: BatchReader, objective: Objective, divisor: float) -> tuple[Result, float]:
-        """Metrics and answers, and the count reached; raises DoesNotFit on all ranks where memory ran out on any."""
+    def _run(
+        self, mini: MiniBatch, reader: BatchReader, objective: Objective, divisor: float
+    ) -> tuple[Result, float]:
+        """Metrics and answers, and the count reached; raises DoesNotFit on all ranks where memory
+        ran out on any."""
         tally = Tally(self._device)
         answers: dict[str, Parts] = {}
         micros = mini.ranks[dist.get_rank()]
@@ -213,7 +246,9 @@ class Trainer:
         metrics = {**common_metrics(objective, totals), **objective.metrics(totals)}
         return Result(metrics, answers), totals.sums["denominator"]
 
-    def _run_micro(self, micro: MicroBatch, objective: Objective, divisor: float, tally: Tally) -> dict[str, Tensor]:
+    def _run_micro(
+        self, micro: MicroBatch, objective: Objective, divisor: float, tally: Tally
+    ) -> dict[str, Tensor]:
         """Forward and backward; what the objective answers, on the CPU."""
         with self._clock.measure("forward"):
             evaluated = objective.evaluate(micro, tally)

@@ -20,7 +20,8 @@ _CHECKED_TOKENS = 1 << 17
 
 @dataclass(frozen=True)
 class Limits:
-    """What the model can take: ids below `vocabulary`, positions below `positions` (None: no limit).
+    """What the model can take: ids below `vocabulary`, positions below `positions` (None: no
+    limit).
 
     `counts`: it counts positions itself, from 0, and takes no others.
     """
@@ -30,7 +31,9 @@ class Limits:
     counts: bool = False
 
 
-def check_rows(rows: Rows, layout: Layout, limits: Limits, names: Sequence[str], indices: Sequence[int]) -> None:
+def check_rows(
+    rows: Rows, layout: Layout, limits: Limits, names: Sequence[str], indices: Sequence[int]
+) -> None:
     """Raise InvalidValue naming tensor and row for the first bad value among the rows `indices`.
 
     Some rows at a time, so that checking takes little memory beside the batch.
@@ -48,7 +51,9 @@ def longest(rows: Rows, layout: Layout, indices: Sequence[int]) -> tuple[int, in
     return indices[int(counts.argmax())], int(counts.max())
 
 
-def _check_some(rows: Rows, layout: Layout, limits: Limits, names: Sequence[str], indices: list[int]) -> None:
+def _check_some(
+    rows: Rows, layout: Layout, limits: Limits, names: Sequence[str], indices: list[int]
+) -> None:
     for name in _MASKS:
         if rows.has(name):
             mask = rows.tensor(name, indices)
@@ -68,15 +73,28 @@ def _check_some(rows: Rows, layout: Layout, limits: Limits, names: Sequence[str]
         if name == "teacher_topk_ids":
             _check_candidates(values, scored, limits, indices)
         else:
-            _refuse(name, values, ~torch.isfinite(values) & scored, "a finite number under the mask", indices)
+            _refuse(
+                name,
+                values,
+                ~torch.isfinite(values) & scored,
+                "a finite number under the mask",
+                indices,
+            )
         if name == "teacher_topk_log_probs":
             _check_mass(name, values, masks.scored, indices)
 
 
-def _check_ids(rows: Rows, layout: Layout, limits: Limits, masks: Masks, indices: list[int]) -> None:
+def _check_ids(
+    rows: Rows, layout: Layout, limits: Limits, masks: Masks, indices: list[int]
+) -> None:
     ids = rows.tensor("input_ids", indices)
     if ids.dtype.is_floating_point:
-        raise InvalidValue("input_ids must be integers", tensor="input_ids", expected="int64", actual=str(ids.dtype))
+        raise InvalidValue(
+            "input_ids must be integers",
+            tensor="input_ids",
+            expected="int64",
+            actual=str(ids.dtype),
+        )
     needed = masks.attention.clone()
     needed[:, layout.sequence - layout.response :] |= masks.scored
     outside = ((ids < 0) | (ids >= limits.vocabulary)) & needed
@@ -84,15 +102,21 @@ def _check_ids(rows: Rows, layout: Layout, limits: Limits, masks: Masks, indices
 
 
 def _check_responses(rows: Rows, layout: Layout, masks: Masks, indices: list[int]) -> None:
-    """They say nothing that input_ids do not: where they differ, one of the two is not what was meant."""
-    given, meant = rows.tensor("responses", indices), layout.align(rows.tensor("input_ids", indices))
+    """They say nothing that input_ids do not: where they differ, one of the two is not what was
+    meant."""
+    given, meant = (
+        rows.tensor("responses", indices),
+        layout.align(rows.tensor("input_ids", indices)),
+    )
     differs = (given != meant) & (layout.align(masks.attention) | masks.scored)
     if bool(differs.any()):
         place, column = (int(number) for number in differs.nonzero()[0])
         row, actual, expected = indices[place], int(given[place, column]), int(meant[place, column])
         raise InvalidValue(
-            f"responses holds {actual} in row {row}, column {column}, expected {expected}, which stands there in "
-            f"input_ids (column {layout.sequence - layout.response + column}): responses are its last columns",
+            f"responses holds {actual} in row {row}, column {column}, expected {expected}, which "
+            "stands there in "
+            f"input_ids (column {layout.sequence - layout.response + column}): responses are its "
+            "last columns",
             tensor="responses",
             row=row,
             column=column,
@@ -104,7 +128,13 @@ def _check_responses(rows: Rows, layout: Layout, masks: Masks, indices: list[int
 def _check_candidates(ids: Tensor, scored: Tensor, limits: Limits, indices: list[int]) -> None:
     name = "teacher_topk_ids"
     outside = ((ids < 0) | (ids >= limits.vocabulary)) & scored
-    _refuse(name, ids, outside, f"token ids from 0 to {limits.vocabulary - 1}, the student's vocabulary", indices)
+    _refuse(
+        name,
+        ids,
+        outside,
+        f"token ids from 0 to {limits.vocabulary - 1}, the student's vocabulary",
+        indices,
+    )
     ordered = ids.sort(dim=-1).values
     twice = (ordered[..., 1:] == ordered[..., :-1]) & scored
     _refuse(name, ordered[..., 1:], twice, "no id twice at one position", indices)
@@ -113,7 +143,13 @@ def _check_candidates(ids: Tensor, scored: Tensor, limits: Limits, indices: list
 def _check_mass(name: str, log_probs: Tensor, scored: Tensor, indices: list[int]) -> None:
     """Probabilities add up to 1 at the most; bfloat16 and temperature leave some rounding."""
     mass = log_probs.double().exp().sum(dim=-1)
-    _refuse(name, mass, (mass > 1.01) & scored, "log-probabilities whose probabilities add up to at most 1", indices)
+    _refuse(
+        name,
+        mass,
+        (mass > 1.01) & scored,
+        "log-probabilities whose probabilities add up to at most 1",
+        indices,
+    )
 
 
 def _check_positions(rows: Rows, limits: Limits, masks: Masks, indices: list[int]) -> None:

@@ -1,4 +1,5 @@
-"""A rank's part of the weights: shards out and in, whole tensors gathered one by one. Shards are cut along dim 0."""
+"""A rank's part of the weights: shards out and in, whole tensors gathered one by one. Shards are
+cut along dim 0."""
 
 from __future__ import annotations
 
@@ -19,7 +20,12 @@ from nexrl_worker.training.errors import InvalidValue
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 _LONGEST_HEADER = 100_000_000  # safetensors' own limit
-FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+FLOAT_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
 """What weights are trained and exported in, by safetensors' names."""
 
 
@@ -30,7 +36,8 @@ def dtype_name(code: str) -> str:
 
 @dataclass(frozen=True)
 class Shard:
-    """This rank's rows of a global tensor: `local_tensor` (a view, maybe empty) from row `offset_dim0` on."""
+    """This rank's rows of a global tensor: `local_tensor` (a view, maybe empty) from row
+    `offset_dim0` on."""
 
     name: str
     local_tensor: Tensor
@@ -49,8 +56,9 @@ class Reader(Protocol):
 class FolderReader:
     """Reads slices of a Hugging Face folder's safetensors files without touching the rest.
 
-    `shapes` are those of the whole tensors, `dtypes` safetensors' names of theirs ("BF16"). Files stay mapped until `close`.
-    Raises InvalidValue where files are missing or are no whole safetensors files.
+    `shapes` are those of the whole tensors, `dtypes` safetensors' names of theirs ("BF16"). Files
+    stay mapped until `close`. Raises InvalidValue where files are missing or are no whole
+    safetensors files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -72,7 +80,8 @@ class FolderReader:
         """Every file is open."""
 
     def read(self, name: str, offset: int, length: int) -> Tensor:
-        """Rows `offset:offset + length` along dim 0 (all of a 0-dim tensor), in the file's dtype."""
+        """Rows `offset:offset + length` along dim 0 (all of a 0-dim tensor), in the file's
+        dtype."""
         file = self._file_of[name]
         part = file.get_slice(name)
         rows: Tensor = part[offset : offset + length] if part.get_shape() else file.get_tensor(name)
@@ -84,16 +93,20 @@ class FolderReader:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of a Hugging Face folder's weight files, those that transformers would read; raises InvalidValue."""
+    """Names of a Hugging Face folder's weight files, those that transformers would read; raises
+    InvalidValue."""
     index = folder / WEIGHTS_INDEX
     if (folder / WEIGHTS).is_file():
         return [WEIGHTS]
     if index.is_file():
         try:
-            names = sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
+            names = sorted(
+                {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise InvalidValue(
-                f"{index} is not what it should be: {what_is_wrong(index) or 'it has no weight_map'}"
+                f"{index} is not what it should be: "
+                f"{what_is_wrong(index) or 'it has no weight_map'}"
             ) from None
         for name in names:
             if "/" in name or not (folder / name).is_file():
@@ -102,11 +115,14 @@ def weight_files(folder: Path) -> list[str]:
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     if len(others) > 1:
         message = (
-            f"{folder} has {len(others)} safetensors files ({others[0]} ...) but no {WEIGHTS_INDEX}: fetch that too"
+            f"{folder} has {len(others)} safetensors files ({others[0]} ...) but no "
+            f"{WEIGHTS_INDEX}: fetch that too"
         )
         raise InvalidValue(message, expected=WEIGHTS_INDEX)
     if others:
-        raise InvalidValue(f"{folder} has {others[0]}, but neither {WEIGHTS} nor {WEIGHTS_INDEX}", expected=WEIGHTS)
+        raise InvalidValue(
+            f"{folder} has {others[0]}, but neither {WEIGHTS} nor {WEIGHTS_INDEX}", expected=WEIGHTS
+        )
     raise InvalidValue(f"{folder} has no safetensors weights; other formats are not read")
 
 
@@ -119,13 +135,16 @@ def open_weights(path: Path) -> Any:
 
 
 def what_is_wrong(path: Path) -> str | None:
-    """What a model's file is instead of itself, as far as it shows: a pointer, nothing, a page, a part."""
+    """What a model's file is instead of itself, as far as it shows: a pointer, nothing, a page, a
+    part."""
     try:
         with path.open("rb") as file:
             start = file.read(64)
             size = path.stat().st_size
             if start.startswith(b"version https://git-lfs"):
-                return "it is a Git LFS pointer, not the file itself; run git lfs pull in its folder"
+                return (
+                    "it is a Git LFS pointer, not the file itself; run git lfs pull in its folder"
+                )
             if not start:
                 return "it is empty"
             if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
@@ -140,7 +159,13 @@ def what_is_wrong(path: Path) -> str | None:
             file.seek(8)
             entries = json.loads(file.read(header))
             needed = (
-                8 + header + max(entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__")
+                8
+                + header
+                + max(
+                    entry["data_offsets"][1]
+                    for name, entry in entries.items()
+                    if name != "__metadata__"
+                )
             )
             return f"it is cut short: {size} of {needed} bytes are there" if size < needed else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -182,7 +207,8 @@ def parameter_shards(hf: nn.Module) -> Iterator[Shard]:
 
 @torch.no_grad()
 def fill(shard: Shard, reader: Reader) -> None:
-    """Overwrite the shard's memory with its rows from the reader; raises InvalidValue on another shape."""
+    """Overwrite the shard's memory with its rows from the reader; raises InvalidValue on another
+    shape."""
     shard.local_tensor.copy_(_rows(shard, reader))
 
 
@@ -190,7 +216,10 @@ def _rows(shard: Shard, reader: Reader) -> Tensor:
     rows = reader.read(shard.name, shard.offset_dim0, shard.local_tensor.shape[0])
     if rows.shape != shard.local_tensor.shape:
         expected, actual = str(list(shard.local_tensor.shape)), str(list(rows.shape))
-        raise InvalidValue(f"rows of {shard.name} have shape {actual}, the model needs {expected}", tensor=shard.name)
+        raise InvalidValue(
+            f"rows of {shard.name} have shape {actual}, the model needs {expected}",
+            tensor=shard.name,
+        )
     return rows
 
 
@@ -205,16 +234,23 @@ def load_parameters(hf: nn.Module, reader: Reader) -> None:
 
 @torch.no_grad()
 def check_finite(hf: nn.Module, reader: Reader | None = None) -> None:
-    """Raise InvalidValue naming the first tensor in which this rank's rows hold NaN or infinity. Local.
+    """Raise InvalidValue naming the first tensor in which this rank's rows hold NaN or infinity.
+    Local.
 
-    Of `reader`, before they are loaded; else of the model. Numbers are judged as the model holds them: float64 beyond
-    float32 is infinity there. A saved buffer may hold infinity: some are masks.
+    Of `reader`, before they are loaded; else of the model. Numbers are judged as the model holds
+    them: float64 beyond float32 is infinity there. A saved buffer may hold infinity: some are
+    masks.
     """
     for part in parameter_shards(hf):
-        rows = part.local_tensor if reader is None else _rows(part, reader).to(part.local_tensor.dtype)
+        rows = (
+            part.local_tensor if reader is None else _rows(part, reader).to(part.local_tensor.dtype)
+        )
         if rows.numel() and not all(bool(end.isfinite()) for end in torch.aminmax(rows)):
             bad = int((~rows.isfinite()).reshape(len(rows), -1).any(dim=1).nonzero()[0])
-            raise InvalidValue(f"{part.name} holds NaN or infinity (row {part.offset_dim0 + bad})", tensor=part.name)
+            raise InvalidValue(
+                f"{part.name} holds NaN or infinity (row {part.offset_dim0 + bad})",
+                tensor=part.name,
+            )
     for name, buffer in persistent_buffers(hf):
         if bool((buffer if reader is None else _buffer_rows(name, buffer, reader)).isnan().any()):
             raise InvalidValue(f"{name} holds NaN", tensor=name)

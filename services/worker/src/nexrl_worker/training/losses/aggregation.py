@@ -1,4 +1,5 @@
-"""From values per token to one number: numerators that add up over micro-batches and ranks, and one denominator."""
+"""From values per token to one number: numerators that add up over micro-batches and ranks, and one
+denominator."""
 
 from __future__ import annotations
 
@@ -25,7 +26,11 @@ class Aggregation:
 
     def __post_init__(self) -> None:
         if self.mode not in (*MODES, "sum"):
-            raise InvalidValue(f"unknown loss_agg_mode {self.mode!r}", expected=", ".join(MODES), actual=str(self.mode))
+            raise InvalidValue(
+                f"unknown loss_agg_mode {self.mode!r}",
+                expected=", ".join(MODES),
+                actual=str(self.mode),
+            )
 
     def numerator(self, values: Tensor, mask: Tensor) -> Tensor:
         """The part of these rows: values [n,R], bool mask [n,R]; what is masked never matters."""
@@ -37,7 +42,8 @@ class Aggregation:
         return rows.sum()
 
     def count(self, mask: Tensor) -> Tensor:
-        """What is counted for the denominator: rows that have a scored token, or scored tokens (0-dim, integer)."""
+        """What is counted for the denominator: rows that have a scored token, or scored tokens
+        (0-dim, integer)."""
         return mask.any(dim=-1).sum() if self.mode.startswith("seq-") else mask.sum()
 
     def divisor(self, count: float) -> float:

@@ -14,12 +14,13 @@ MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 @dataclass(frozen=True)
 class Correction:
-    """w = exp(old - rollout) of a token, or for `sequence_*` its product over the row's scored tokens.
+    """w = exp(old - rollout) of a token, or for `sequence_*` its product over the row's scored
+    tokens.
 
-    `*_truncate` clips w to [lower, upper], `*_mask` makes it 0 outside them. Multiplies the policy term alone; the
-    denominators stay, unless `drop_rejected` takes what a mask rejects out of the scored tokens. Yao et al., "Your
-    Efficient RL Framework Secretly Brings You Off-Policy RL Training", 2025 (truncation); Liu et al., "When Speed
-    Kills Stability", 2025 (masking).
+    `*_truncate` clips w to [lower, upper], `*_mask` makes it 0 outside them. Multiplies the policy
+    term alone; the denominators stay, unless `drop_rejected` takes what a mask rejects out of the
+    scored tokens. Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL
+    Training", 2025 (truncation); Liu et al., "When Speed Kills Stability", 2025 (masking).
     """
 
     mode: str
@@ -43,7 +44,8 @@ class Correction:
         return self.rejects and self.drop_rejected
 
     def weights(self, old: Tensor, rollout: Tensor, mask: Tensor) -> Tensor:
-        """w [n,R], without gradient; what stands where the bool mask [n,R] is False has no meaning."""
+        """w [n,R], without gradient; what stands where the bool mask [n,R] is False has no
+        meaning."""
         weight = self._ratio(old, rollout, mask)
         if self.rejects:
             return torch.where(self._inside(weight), weight, 0.0)

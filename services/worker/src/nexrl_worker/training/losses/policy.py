@@ -1,7 +1,8 @@
 """Policy losses: one pure function each, from values per scored token to a loss per token.
 
-Notation: lp log-probability under the current weights, old the sampler's, r = exp(lp - old), A the advantage,
-sg[.] stop-gradient. Everything that comes in has been selected under the mask, so nothing masked can leak.
+Notation: lp log-probability under the current weights, old the sampler's, r = exp(lp - old), A the
+advantage, sg[.] stop-gradient. Everything that comes in has been selected under the mask, so
+nothing masked can leak.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ _FAR = 60.0  # e^60 lies beyond every clip bound; its product with an advantage 
 
 @dataclass(frozen=True)
 class Clip:
-    """Bounds of the ratio: [1 - low, 1 + high] (None: no such bound), and the dual clip c for A < 0 (None: off)."""
+    """Bounds of the ratio: [1 - low, 1 + high] (None: no such bound), and the dual clip c for A < 0
+    (None: off)."""
 
     low: float | None = 0.2
     high: float = 0.2
@@ -26,7 +28,8 @@ class Clip:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Values per token [n,R], zero where the bool `mask` [n,R] is False; `old` is sg[lp] where the batch had none.
+    """Values per token [n,R], zero where the bool `mask` [n,R] is False; `old` is sg[lp] where the
+    batch had none.
 
     `weights` are the client's own, of the `linear` loss.
     """
@@ -44,7 +47,8 @@ class Tokens:
 
 @dataclass(frozen=True)
 class PerToken:
-    """A loss [n,R], and for the metrics the ratio it used and where it lay beyond a bound that bites (bool [n,R])."""
+    """A loss [n,R], and for the metrics the ratio it used and where it lay beyond a bound that
+    bites (bool [n,R])."""
 
     loss: Tensor
     ratio: Tensor | None = None
@@ -54,7 +58,11 @@ class PerToken:
 
 
 def select_tokens(
-    log_probs: Tensor, mask: Tensor, old: Tensor | None, advantages: Tensor | None, weights: Tensor | None = None
+    log_probs: Tensor,
+    mask: Tensor,
+    old: Tensor | None,
+    advantages: Tensor | None,
+    weights: Tensor | None = None,
 ) -> Tokens:
     """Tokens with everything masked replaced by 0 before any exp; `mask` is bool [n,R]."""
     kept = torch.where(mask, log_probs, 0.0)
@@ -69,16 +77,19 @@ def select_tokens(
 def ppo(tokens: Tokens, clip: Clip) -> PerToken:
     """max(-A r, -A clip(r, 1-low, 1+high)); with a dual clip c, min(that, -A c) where A < 0.
 
-    Schulman et al., "Proximal Policy Optimization Algorithms", 2017; separate bounds: Yu et al., "DAPO", 2025;
-    dual clip: Ye et al., "Mastering Complex Control in MOBA Games with Deep Reinforcement Learning", 2020.
+    Schulman et al., "Proximal Policy Optimization Algorithms", 2017; separate bounds: Yu et al.,
+    "DAPO", 2025; dual clip: Ye et al., "Mastering Complex Control in MOBA Games with Deep
+    Reinforcement Learning", 2020.
     """
     return _clipped(tokens, tokens.log_ratio, clip)
 
 
 def gspo(tokens: Tokens, clip: Clip) -> PerToken:
-    """PPO-clip with the ratio sg[s] exp(lp - sg[lp]), s = exp(mean over the row's scored tokens of lp - old).
+    """PPO-clip with the ratio sg[s] exp(lp - sg[lp]), s = exp(mean over the row's scored tokens of
+    lp - old).
 
-    Zheng et al., "Group Sequence Policy Optimization", 2025, the token form (GSPO-token); by row means.
+    Zheng et al., "Group Sequence Policy Optimization", 2025, the token form (GSPO-token); by row
+    means.
     """
     lengths = tokens.mask.sum(dim=-1, keepdim=True).clamp(min=1)
     whole = tokens.log_ratio.sum(dim=-1, keepdim=True).detach() / lengths
@@ -100,7 +111,8 @@ def _clipped(tokens: Tokens, log_ratio: Tensor, clip: Clip) -> PerToken:
 
 
 def _finite_ratio(log_ratio: Tensor, unread: Tensor) -> Tensor:
-    """exp(log_ratio), and no more than e^60 where a ratio beyond that does not count (bool `unread`).
+    """exp(log_ratio), and no more than e^60 where a ratio beyond that does not count (bool
+    `unread`).
 
     There the loss and its gradient are finite by the formula, but inf x 0 would make them NaN.
     """
@@ -108,7 +120,8 @@ def _finite_ratio(log_ratio: Tensor, unread: Tensor) -> Tensor:
 
 
 def cispo(tokens: Tokens, clip: Clip) -> PerToken:
-    """-sg[min(r, 1+high)] A lp; also at least 1-low where a lower bound is set. No token loses its gradient.
+    """-sg[min(r, 1+high)] A lp; also at least 1-low where a lower bound is set. No token loses its
+    gradient.
 
     MiniMax, "MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention", 2025.
     """
@@ -116,11 +129,14 @@ def cispo(tokens: Tokens, clip: Clip) -> PerToken:
     high = 1.0 + clip.high
     low = None if clip.low is None else 1.0 - clip.low
     below = torch.zeros_like(tokens.mask) if low is None else ratio < low
-    return PerToken(-ratio.clamp(low, high) * tokens.advantages * tokens.log_probs, ratio, below, ratio > high)
+    return PerToken(
+        -ratio.clamp(low, high) * tokens.advantages * tokens.log_probs, ratio, below, ratio > high
+    )
 
 
 def importance_sampling(tokens: Tokens, clip: Clip) -> PerToken:
-    """-r A: the off-policy policy gradient (Degris et al., "Off-Policy Actor-Critic", 2012). No clipping."""
+    """-r A: the off-policy policy gradient (Degris et al., "Off-Policy Actor-Critic", 2012). No
+    clipping."""
     ratio = _finite_ratio(tokens.log_ratio, tokens.advantages == 0)
     return PerToken(-ratio * tokens.advantages, tokens.log_ratio.detach().exp())
 
@@ -136,7 +152,8 @@ def cross_entropy(tokens: Tokens, clip: Clip) -> PerToken:
 
 
 def linear(tokens: Tokens, clip: Clip) -> PerToken:
-    """w lp with the client's own w. With w = dL/dlp its sum has the gradient of any loss L made outside."""
+    """w lp with the client's own w. With w = dL/dlp its sum has the gradient of any loss L made
+    outside."""
     return PerToken(tokens.weights * tokens.log_probs)
 
 

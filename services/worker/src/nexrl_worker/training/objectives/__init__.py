@@ -1,4 +1,5 @@
-"""What an update minimises: a model's scores of a micro-batch, a loss of losses/, and the metrics of both."""
+"""What an update minimises: a model's scores of a micro-batch, a loss of losses/, and the metrics
+of both."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from nexrl_worker.training.spec import Prepared, ValueSpec
 
 
 def objective_of(prepared: Prepared, root: Root, reference: Callable[[], Scorer]) -> Objective:
-    """What this operation minimises; the reference model is asked for only where its loss needs it."""
+    """What this operation minimises; the reference model is asked for only where its loss needs
+    it."""
     loss = prepared.loss
     assert loss is not None
     if isinstance(loss, ValueSpec):

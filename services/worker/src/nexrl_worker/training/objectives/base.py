@@ -16,14 +16,16 @@ from nexrl_worker.training.roots import Root
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The unnormalised loss of a micro-batch (0-dim, to run backward on), and what goes back to the client [n,R]."""
+    """The unnormalised loss of a micro-batch (0-dim, to run backward on), and what goes back to the
+    client [n,R]."""
 
     loss: Tensor
     answers: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Objective(Protocol):
-    """A loss whose numerators add up over micro-batches and ranks; `prefix` names its metrics (actor, critic).
+    """A loss whose numerators add up over micro-batches and ranks; `prefix` names its metrics
+    (actor, critic).
 
     `roots`: the models whose forwards `evaluate` runs, the trained one first.
     """
@@ -33,11 +35,13 @@ class Objective(Protocol):
     roots: Sequence[Root]
 
     def evaluate(self, micro: MicroBatch, tally: Tally) -> Evaluated:
-        """The loss of one micro-batch; adds its parts to `tally`. Collective: all ranks evaluate equally often."""
+        """The loss of one micro-batch; adds its parts to `tally`. Collective: all ranks evaluate
+        equally often."""
         ...
 
     def metrics(self, totals: Totals) -> dict[str, Any]:
-        """The numbers of one optimizer step, without those that every objective has (see `common_metrics`)."""
+        """The numbers of one optimizer step, without those that every objective has (see
+        `common_metrics`)."""
         ...
 
     def close(self) -> None:
@@ -55,7 +59,8 @@ def count_batch(micro: MicroBatch, aggregation: Aggregation, tally: Tally) -> No
 
 
 def common_metrics(objective: Objective, totals: Totals) -> dict[str, Any]:
-    """Loss over its denominator, scored tokens and their rows, and the share of computed columns that was padding."""
+    """Loss over its denominator, scored tokens and their rows, and the share of computed columns
+    that was padding."""
     prefix, sums = objective.prefix, totals.sums
     return {
         f"{prefix}/loss": sums["loss"] / objective.aggregation.divisor(sums["denominator"]),

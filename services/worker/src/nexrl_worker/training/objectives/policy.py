@@ -1,4 +1,5 @@
-"""Policy gradients, supervised learning, and distillation as a policy gradient: a loss of losses/policy.py."""
+"""Policy gradients, supervised learning, and distillation as a policy gradient: a loss of
+losses/policy.py."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ class PolicyObjective:
 
     prefix = "actor"
 
-    def __init__(self, scorer: Scorer, spec: LossSpec, names: tuple[str, ...], frozen: Callable[[], Scorer]) -> None:
+    def __init__(
+        self, scorer: Scorer, spec: LossSpec, names: tuple[str, ...], frozen: Callable[[], Scorer]
+    ) -> None:
         self._scorer = scorer
         self._spec = spec
         self._names = names
@@ -56,12 +59,17 @@ class PolicyObjective:
         if "ratio" in sums:
             found["actor/ratio_mean"] = totals.share("ratio", "tokens")
             found["actor/ratio_outside"] = totals.share("far", "tokens")
-            found |= {f"actor/ratio_{name}": totals.quantile("ratio", level) for name, level in _QUANTILES.items()}
+            found |= {
+                f"actor/ratio_{name}": totals.quantile("ratio", level)
+                for name, level in _QUANTILES.items()
+            }
             found["actor/ppo_kl"] = totals.share("approximate_kl", "tokens")
         if "clipped_low" in sums:
             found["actor/pg_clipfrac_low"] = totals.share("clipped_low", "tokens")
             found["actor/pg_clipfrac_high"] = totals.share("clipped_high", "tokens")
-            found["actor/pg_clipfrac"] = found["actor/pg_clipfrac_low"] + found["actor/pg_clipfrac_high"]
+            found["actor/pg_clipfrac"] = (
+                found["actor/pg_clipfrac_low"] + found["actor/pg_clipfrac_high"]
+            )
         if "clipped_dual" in sums:
             found["actor/pg_clipfrac_dual"] = totals.share("clipped_dual", "tokens")
         if "mismatch" in sums:
@@ -86,11 +94,14 @@ class PolicyObjective:
             student = current if self._spec.student == CURRENT else values[self._spec.student]
             scaled = self._spec.distillation * torch.where(mask, teacher - student, 0.0)
             advantages = scaled if advantages is None else scaled + advantages
-        return select_tokens(log_probs, mask, values.get("old_log_probs"), advantages, values.get("loss_weights"))
+        return select_tokens(
+            log_probs, mask, values.get("old_log_probs"), advantages, values.get("loss_weights")
+        )
 
     @torch.no_grad()
     def _weights(self, tokens: Tokens, micro: MicroBatch, tally: Tally) -> Tensor | float:
-        """The rollout correction, 1 without one; counts how far the sampler was from `old`, at dropped tokens too."""
+        """The rollout correction, 1 without one; counts how far the sampler was from `old`, at
+        dropped tokens too."""
         if "rollout_log_probs" not in self._names:
             return 1.0
         sampled, old = micro.mask, tokens.old
@@ -114,7 +125,8 @@ class PolicyObjective:
 
 @torch.no_grad()
 def _count_ratios(tokens: Tokens, per_token: PerToken, chosen: Tensor, tally: Tally) -> None:
-    """`chosen`: the flat places of the scored tokens; to find them in the mask, the device would be waited for."""
+    """`chosen`: the flat places of the scored tokens; to find them in the mask, the device would be
+    waited for."""
     mask, ratio = tokens.mask, per_token.ratio
     if ratio is not None:
         kept = ratio.flatten()[chosen]

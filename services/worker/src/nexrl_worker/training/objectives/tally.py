@@ -12,7 +12,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums by name, and pooled values by name (sorted, on the CPU), of all micro-batches and ranks."""
+    """Sums by name, and pooled values by name (sorted, on the CPU), of all micro-batches and
+    ranks."""
 
     sums: dict[str, float]
     pools: dict[str, Tensor]
@@ -22,13 +23,15 @@ class Totals:
         return self.sums[name] / max(self.sums[of], 1.0)
 
     def quantile(self, name: str, level: float) -> float:
-        """The pooled value below which a share `level` of them lies (the nearest one there is); NaN of none."""
+        """The pooled value below which a share `level` of them lies (the nearest one there is); NaN
+        of none."""
         values = self.pools[name]
         return float(values[round(level * (values.numel() - 1))]) if values.numel() else math.nan
 
 
 class Tally:
-    """Named float64 sums, and named pools of values. Every rank adds the same names, dummies included."""
+    """Named float64 sums, and named pools of values. Every rank adds the same names, dummies
+    included."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -36,7 +39,8 @@ class Tally:
         self._pools: dict[str, list[Tensor]] = {}
 
     def add(self, name: str, value: Tensor | float) -> None:
-        """Add a 0-dim value; a number is filled in on the device, as copying it there would wait for the device."""
+        """Add a 0-dim value; a number is filled in on the device, as copying it there would wait
+        for the device."""
         if isinstance(value, Tensor):
             number = value.detach().double()
         else:
@@ -52,7 +56,10 @@ class Tally:
         names = sorted(self._sums)
         stacked = torch.stack([self._sums[name] for name in names])
         dist.all_reduce(stacked)
-        pools = {name: _gathered(torch.cat(self._pools[name])).sort().values.cpu() for name in sorted(self._pools)}
+        pools = {
+            name: _gathered(torch.cat(self._pools[name])).sort().values.cpu()
+            for name in sorted(self._pools)
+        }
         return Totals(dict(zip(names, stacked.tolist(), strict=True)), pools)
 
 

@@ -1,4 +1,5 @@
-"""The entropy and KL terms that stand beside every policy loss, in its mode and over its denominator."""
+"""The entropy and KL terms that stand beside every policy loss, in its mode and over its
+denominator."""
 
 from __future__ import annotations
 
@@ -21,10 +22,13 @@ from nexrl_worker.training.spec import LossSpec
 class Terms:
     """loss = main - entropy_coeff x entropy + kl_coeff x KL, numerators all.
 
-    `frozen` gives the reference model, asked for only when the KL term is on and a batch has no `ref_log_prob`.
+    `frozen` gives the reference model, asked for only when the KL term is on and a batch has no
+    `ref_log_prob`.
     """
 
-    def __init__(self, spec: LossSpec, names: tuple[str, ...], frozen: Callable[[], Scorer]) -> None:
+    def __init__(
+        self, spec: LossSpec, names: tuple[str, ...], frozen: Callable[[], Scorer]
+    ) -> None:
         self._spec = spec
         self._reference = frozen() if spec.uses_kl and "ref_log_prob" not in names else None
 
@@ -37,7 +41,9 @@ class Terms:
     def _aggregation(self) -> Aggregation:
         return self._spec.aggregation
 
-    def add(self, main: Tensor, tokens: Tokens, entropies: Tensor, micro: MicroBatch, tally: Tally) -> Tensor:
+    def add(
+        self, main: Tensor, tokens: Tokens, entropies: Tensor, micro: MicroBatch, tally: Tally
+    ) -> Tensor:
         """The whole loss (0-dim) from `main` (0-dim), the tokens and entropies [n,R]."""
         mask, spec = micro.mask, self._spec
         entropy = self._aggregation.numerator(entropies, mask)

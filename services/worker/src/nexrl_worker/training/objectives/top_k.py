@@ -20,11 +20,14 @@ from nexrl_worker.training.spec import LossSpec
 
 
 class TopKObjective:
-    """coefficient x KL over the teacher's K tokens and one bucket for the rest; `forward` is KL(teacher||student)."""
+    """coefficient x KL over the teacher's K tokens and one bucket for the rest; `forward` is
+    KL(teacher||student)."""
 
     prefix = "actor"
 
-    def __init__(self, scorer: Scorer, spec: LossSpec, names: tuple[str, ...], frozen: Callable[[], Scorer]) -> None:
+    def __init__(
+        self, scorer: Scorer, spec: LossSpec, names: tuple[str, ...], frozen: Callable[[], Scorer]
+    ) -> None:
         self._scorer = scorer
         self._spec = spec
         self._terms = Terms(spec, names, frozen)
@@ -38,7 +41,9 @@ class TopKObjective:
         teacher = torch.where(mask[..., None], micro.values["teacher_topk_log_probs"], 0.0)
         scores = score_candidates(self._scorer, micro, ids)
         forward = self._spec.top_k == "forward_kl"
-        divergence = torch.where(mask, top_k_kl(scores.candidates, scores.rest, teacher, forward), 0.0)
+        divergence = torch.where(
+            mask, top_k_kl(scores.candidates, scores.rest, teacher, forward), 0.0
+        )
         tally.add("teacher_kl", divergence.sum())
         assert self._spec.distillation is not None
         main = self._spec.distillation * self.aggregation.numerator(divergence, mask)
@@ -49,7 +54,10 @@ class TopKObjective:
 
     def metrics(self, totals: Totals) -> dict[str, Any]:
         """See Objective; `actor/teacher_kl` is the mean over scored tokens."""
-        return {**self._terms.metrics(totals), "actor/teacher_kl": totals.share("teacher_kl", "tokens")}
+        return {
+            **self._terms.metrics(totals),
+            "actor/teacher_kl": totals.share("teacher_kl", "tokens"),
+        }
 
     def close(self) -> None:
         """See Objective."""

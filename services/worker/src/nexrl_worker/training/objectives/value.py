@@ -50,7 +50,8 @@ class ValueObjective:
         return Evaluated(loss)
 
     def metrics(self, totals: Totals) -> dict[str, Any]:
-        """See Objective; explained variance is 1 - Var(ret - v) / Var(ret), 0 where the returns do not vary."""
+        """See Objective; explained variance is 1 - Var(ret - v) / Var(ret), 0 where the returns do
+        not vary."""
 
         def variance(of: str) -> float:
             return totals.share(f"{of}_squared", "tokens") - totals.share(of, "tokens") ** 2
@@ -58,7 +59,8 @@ class ValueObjective:
         spread = variance("returns")
         varies = spread > _ROUNDING * totals.share("returns_squared", "tokens")
         return {
-            "critic/vf_loss": totals.sums["loss"] / self.aggregation.divisor(totals.sums["denominator"]),
+            "critic/vf_loss": totals.sums["loss"]
+            / self.aggregation.divisor(totals.sums["denominator"]),
             "critic/vf_clipfrac": totals.share("clipped", "tokens"),
             "critic/values_mean": totals.share("values", "tokens"),
             "critic/returns_mean": totals.share("returns", "tokens"),
