@@ -1,8 +1,10 @@
 """Client of the NexRL training service.
 
-    client = create_train_service_client(backend="self-hosted", url="http://127.0.0.1:8000",
-    identifier="student") result = client.update_actor(batch)                #
-    result["metrics"]["actor/grad_norm"] job = client.submit("compute_log_prob", batch)     #
+    client = create_train_service_client(
+        backend="self-hosted", url="http://127.0.0.1:8000", identifier="student"
+    )
+    result = client.update_actor(batch)              # result["metrics"]["actor/grad_norm"]
+    job = client.submit("compute_log_prob", batch)
     job.result(timeout=60)["batch"]["old_log_probs"]
 
 Batch makes a batch of trajectories; advantages and layout hold the arithmetic around one.

@@ -36,10 +36,13 @@ def group_relative_advantages(
     under a mask [B, R].
 
     groups: B hashable names or integers; equal ones are one group, in any order. For a group of n:
-    grpo:    A = (s - mean) / (std + eps), std with n - 1 (DeepSeekMath, arXiv 2402.03300) rloo:
-    A = s - mean of the other n - 1 (Ahmadian et al., arXiv 2402.14740) dr_grpo: A = s - mean (Liu
-    et al., arXiv 2503.20783) A group of one has nothing to compare with: mean 0 and std 1. Raises
-    InvalidBatch for shapes, ClientError for the estimator.
+
+    grpo:    A = (s - mean) / (std + eps), std with n - 1 (DeepSeekMath, arXiv 2402.03300)
+    rloo:    A = s - mean of the other n - 1 (Ahmadian et al., arXiv 2402.14740)
+    dr_grpo: A = s - mean (Liu et al., arXiv 2503.20783)
+
+    A group of one has nothing to compare with: mean 0 and std 1. Raises InvalidBatch for shapes,
+    ClientError for the estimator.
     """
     if estimator not in _ESTIMATORS:
         raise ClientError(

@@ -1,5 +1,6 @@
-"""Every error of the client. The network's and the service's faults are
-requests.exceptions.RequestException too.
+"""Every error of the client.
+
+The network's and the service's faults are requests.exceptions.RequestException too.
 
 NexRLError
 ├── ClientError                 misuse, nothing was sent (also ValueError)
@@ -10,21 +11,23 @@ NexRLError
 │   ├── InvalidSetup            initialize_worker's configuration cannot be read, or names no group
 │   └── ClientClosed            the client was closed before the call
 └── ServiceFault                (also RequestException)
-    ├── Unreachable             no connection, or a lost one, until the time was spent (also
-    ConnectionError) ├── InvalidAnswer           an answer that the service does not give (a proxy's
-    page, a broken frame) ├── ServiceTimeout          no result in time; .job is the job, which goes
-    on (also Timeout) └── StatusError             the service, or a proxy before it, said no (also
-    HTTPError)
-        ├── Rejected            4xx: the request cannot succeed as it is, and changed nothing │
-        ├── Malformed, TooLarge, HeadersTooLarge, UnsupportedType, IdentifierRequired,
-        MethodNotAllowed │   ├── ForeignOrigin, HostRefused │   ├── GroupNotFound, JobNotFound,
-        PayloadNotFound, NotFound, Expired │   ├── GroupNotReady, GroupExists, RoleUnsupported,
-        IdempotencyMismatch │   ├── GradientsPending, GradientsLost │   ├── JobRunning, JobFinal,
-        JobCancelled, JobRolledBack │   ├── InvalidArgument, InvalidTensor, InvalidValue,
-        InvalidConfig │   └── PathRefused, CheckpointInvalid, NoSuchSlots, HDFSNotConfigured ├──
-        Failed              500: the operation (.rank says where) or the service failed │   └──
-        OperationFailed, PayloadDamaged, InternalError └── Unavailable         the same request may
-        succeed later
+    ├── Unreachable             no connection, or a lost one, in all the time (also ConnectionError)
+    ├── InvalidAnswer           not the service's (a proxy's page, a broken frame)
+    ├── ServiceTimeout          no result in time; .job is the job, which goes on (also Timeout)
+    └── StatusError             the service, or a proxy before it, said no (also HTTPError)
+        ├── Rejected            4xx: the request cannot succeed as it is, and changed nothing
+        │   ├── Malformed, TooLarge, HeadersTooLarge, UnsupportedType, IdentifierRequired
+        │   ├── MethodNotAllowed
+        │   ├── ForeignOrigin, HostRefused
+        │   ├── GroupNotFound, JobNotFound, PayloadNotFound, NotFound, Expired
+        │   ├── GroupNotReady, GroupExists, RoleUnsupported, IdempotencyMismatch
+        │   ├── GradientsPending, GradientsLost
+        │   ├── JobRunning, JobFinal, JobCancelled, JobRolledBack
+        │   ├── InvalidArgument, InvalidTensor, InvalidValue, InvalidConfig
+        │   └── PathRefused, CheckpointInvalid, NoSuchSlots, HDFSNotConfigured
+        ├── Failed              500: the operation (.rank says where) or the service failed
+        │   └── OperationFailed, PayloadDamaged, InternalError
+        └── Unavailable         the same request may succeed later
             ├── TooManyQueued, GroupDown, RedisUnavailable, StoreUnavailable
             ├── GatewayBusy, SlowRequest
             └── WaitLimit, NoSpace, ChecksumMismatch

@@ -1,22 +1,22 @@
-"""Torch and NumPy tensors to and from safetensors' layout, without copies. SPEC.md describes the
-bytes.
+"""Torch and NumPy tensors to and from safetensors' layout, without copies.
 
-    encoded = encode({"input_ids": ids}, {"step": "3"})   # header and views; stream it, write it,
-    join it with open_frame(path) as frame:                       # or wrap(buffer)
+SPEC.md describes the bytes.
+
+    encoded = encode({"input_ids": ids}, {"step": "3"})   # header and views, to stream or join
+    with open_frame(path) as frame:                       # or wrap(buffer)
         mine = frame.torch("input_ids", slice(0, 64))     # maps these rows only
 
 Importing this package imports neither torch nor NumPy. Errors:
 
 ValueError
 └── CodecError
-    ├── HeaderTruncated, HeaderTooLarge, InvalidHeaderJSON, DuplicateKey            the header as
-    such ├── InvalidMetadata, InvalidName, InvalidTensorEntry                            what it
-    says ├── UnsupportedDtype, NoNumpyDtype, UnsupportedTensor                           what cannot
-    be held ├── TooManyTensors, RankTooHigh                                                 limits
-    ├── ShapeMismatch, OffsetsOverlap, OffsetsHole, SizeMismatch                    sizes that do
-    not fit together ├── InvalidBase64
-    the JSON form └── UnknownTensor, InvalidRows, FrameClosed
-    reading
+    ├── HeaderTruncated, HeaderTooLarge, InvalidHeaderJSON, DuplicateKey  the header as such
+    ├── InvalidMetadata, InvalidName, InvalidTensorEntry                  what it says
+    ├── UnsupportedDtype, NoNumpyDtype, UnsupportedTensor                 what cannot be held
+    ├── TooManyTensors, RankTooHigh                                       limits
+    ├── ShapeMismatch, OffsetsOverlap, OffsetsHole, SizeMismatch          sizes that do not fit
+    ├── InvalidBase64                                                     the JSON form
+    └── UnknownTensor, InvalidRows, FrameClosed                           reading
 """
 
 from ._convert import AnyTensor
