@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from nexrl_contract.processes import die_with_parent
+from nexrl_host.processes import die_with_parent
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard

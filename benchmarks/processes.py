@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from nexrl_contract.processes import die_with_parent
+from nexrl_host.processes import die_with_parent
 
 START_S = 90.0
 

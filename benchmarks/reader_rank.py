@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from nexrl_contract.operations import OPERATIONS
-from nexrl_contract.processes import die_with_parent
+from nexrl_host.processes import die_with_parent
 from nexrl_payloads import PayloadStore, open_store
 from nexrl_worker.consumer import Consumer
 from nexrl_worker.outcome import Outcome, Request

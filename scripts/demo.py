@@ -9,7 +9,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from nexrl_contract.processes import die_with_parent
+from nexrl_host.processes import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data" / "demo"

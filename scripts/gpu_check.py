@@ -27,6 +27,7 @@ import safetensors
 import torch
 import torch.distributed as dist
 import transformers
+
 from gpu.actor import free, make_rows
 from gpu.contest import EngineSide, PlainSide, contest
 from gpu.page import page

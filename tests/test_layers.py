@@ -12,19 +12,29 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVICES = {"nexrl_gateway", "nexrl_worker", "nexrl_checkpointer", "nexrl_stack"}
-LIBRARIES = {"tensor_codec", "nexrl_contract", "nexrl_ledger", "nexrl_payloads", "nexrl_client"}
+LIBRARIES = {
+    "tensor_codec",
+    "nexrl_contract",
+    "nexrl_host",
+    "nexrl_storage",
+    "nexrl_ledger",
+    "nexrl_payloads",
+    "nexrl_client",
+}
 
 # What of our own each part may import; every third-party rule below it stands for itself.
 MAY_IMPORT = {
     "tensor_codec": set(),
     "nexrl_contract": set(),
+    "nexrl_host": set(),
+    "nexrl_storage": {"nexrl_contract"},
     "nexrl_ledger": {"nexrl_contract"},
-    "nexrl_payloads": {"nexrl_contract", "tensor_codec"},
+    "nexrl_payloads": {"nexrl_contract", "nexrl_storage", "tensor_codec"},
     "nexrl_client": {"nexrl_contract", "tensor_codec"},
-    "nexrl_gateway": {"nexrl_contract", "nexrl_ledger", "nexrl_payloads", "tensor_codec"},
-    "nexrl_worker": {"nexrl_contract", "nexrl_ledger", "nexrl_payloads", "tensor_codec"},
-    "nexrl_checkpointer": {"nexrl_contract", "nexrl_ledger"},
-    "nexrl_stack": {"nexrl_contract", "nexrl_ledger"},
+    "nexrl_gateway": LIBRARIES - {"nexrl_client"},
+    "nexrl_worker": LIBRARIES - {"nexrl_client"},
+    "nexrl_checkpointer": {"nexrl_contract", "nexrl_host", "nexrl_ledger", "nexrl_storage"},
+    "nexrl_stack": {"nexrl_contract", "nexrl_host", "nexrl_ledger", "nexrl_storage"},
 }
 NEVER = {
     "nexrl_contract": {"torch", "redis", "rq", "fastapi", "numpy"},

@@ -5,5 +5,5 @@ import sys
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parents[2]
-for _part in ("services/worker", "libs/contract", "libs/tensor_codec"):
+for _part in ("services/worker", "libs/contract", "libs/host", "libs/storage", "libs/tensor_codec"):
     sys.path.insert(0, str(_ROOT / _part / "src"))

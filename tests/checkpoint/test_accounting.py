@@ -20,10 +20,7 @@ from nexrl_worker.team import Refused
 from nexrl_worker.training import InvalidValue
 from nexrl_worker.training.quantised import Dequantised
 from nexrl_worker.training.sources import folder_tensors
-from one_group import Group
 from safetensors.torch import load_file, save_file
-from single_rank import build, compute
-from support import MemoryRows, save_model
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -34,6 +31,10 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+
+from tests.helpers.engines import MemoryRows, save_model
+from tests.helpers.one_group import Group
+from tests.helpers.single_rank import build, compute
 
 Tensors = dict[str, Tensor]
 IDS = torch.tensor([[3, 17, 44, 8, 21, 60, 5, 33]])

@@ -11,12 +11,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from nexrl_contract.manifest import published
 from nexrl_contract.names import CHECKPOINT_QUEUE, CHECKPOINTS_KEY, job_key
-from nexrl_contract.processes import die_with_parent
 from nexrl_contract.records import JobRecord
+from nexrl_host.processes import die_with_parent
 from nexrl_ledger import Ledger, connect
-from toy_checkpoints import environment, eventually, hand_over, leftovers, loads, make_state
+from nexrl_storage.manifest import published
+
+from tests.helpers.toy_checkpoints import (
+    environment,
+    eventually,
+    hand_over,
+    leftovers,
+    loads,
+    make_state,
+)
 
 Start = Callable[..., "subprocess.Popen[bytes]"]
 OLD, NEW = make_state(1), make_state(2)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from nexrl_contract.manifest import (
+from nexrl_storage.manifest import (
     describe,
     fingerprint_text,
     read_export,
@@ -24,14 +24,15 @@ from nexrl_contract.manifest import (
 from nexrl_worker.checkpoint.model_files import MOST_BYTES
 from nexrl_worker.team import Refused
 from nexrl_worker.training import fingerprint_of
-from older_transformers import auto_class, run
-from one_group import Group
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from single_rank import compute
-from support import MemoryRows, save_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.helpers.engines import MemoryRows, save_model
+from tests.helpers.older_transformers import auto_class, run
+from tests.helpers.one_group import Group
+from tests.helpers.single_rank import compute
 
 SMALL: dict[str, Any] = dict(
     vocab_size=61, hidden_size=32, intermediate_size=28, num_hidden_layers=2, num_attention_heads=4,

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from nexrl_contract.manifest import describe, read_manifest, write_manifest
+from nexrl_storage.manifest import describe, read_manifest, write_manifest
 from nexrl_worker.team import Refused
-from one_group import Group
 from safetensors.torch import load_file, save_file
-from support import save_model
+
+from tests.helpers.engines import save_model
+from tests.helpers.one_group import Group
 
 MODELS = {"actor": "Qwen2ForCausalLM", "critic": "Qwen2ForTokenClassification"}
 

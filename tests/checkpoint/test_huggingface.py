@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.manifest import fingerprint_text, read_export, verify_files
+from nexrl_storage.manifest import fingerprint_text, read_export, verify_files
 from nexrl_worker.checkpoint.huggingface import FolderWriter, Stamp, export
 from nexrl_worker.checkpoint.load import inspect
 from nexrl_worker.training.fingerprint import fingerprint_of

@@ -13,7 +13,8 @@ from nexrl_checkpointer.publish import publish
 from nexrl_contract.errors import ServiceError
 from nexrl_worker.checkpoint.load import inspect
 from safetensors.torch import save_file
-from toy_checkpoints import make_request, make_state, stage
+
+from tests.helpers.toy_checkpoints import make_request, make_state, stage
 
 
 def published(tmp_path: Path) -> Path:

@@ -10,15 +10,16 @@ import pytest
 import torch.distributed as dist
 from nexrl_checkpointer.previous import replace_previous
 from nexrl_checkpointer.publish import publish
-from nexrl_contract import durable
-from nexrl_contract.manifest import Export, write_manifest
 from nexrl_contract.names import group_key
 from nexrl_contract.records import GroupRecord
 from nexrl_gateway.paths import LONGEST_NAME
 from nexrl_ledger import Ledger, connect
+from nexrl_storage import files as durable
+from nexrl_storage.manifest import Export, write_manifest
 from nexrl_worker.checkpoint.publish import PlainPath, VersionedPath
 from nexrl_worker.team import Refused, Team
-from toy_checkpoints import loads, make_request, make_state
+
+from tests.helpers.toy_checkpoints import loads, make_request, make_state
 
 IDENTIFIER = "i" * 63
 

@@ -22,13 +22,14 @@ import redis
 from nexrl_checkpointer.previous import replace_previous
 from nexrl_checkpointer.publish import publish
 from nexrl_checkpointer.request import PublishRequest
-from nexrl_contract import durable
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.manifest import describe, published, read_manifest
 from nexrl_contract.names import CHECKPOINTS_KEY, GROUPS_KEY, group_key
 from nexrl_contract.records import GroupRecord
 from nexrl_ledger import Ledger, connect
-from toy_checkpoints import leftovers, loads, make_request, make_state
+from nexrl_storage import files as durable
+from nexrl_storage.manifest import describe, published, read_manifest
+
+from tests.helpers.toy_checkpoints import leftovers, loads, make_request, make_state
 
 OLD, NEW = make_state(1), make_state(2)
 

@@ -6,9 +6,10 @@ import time
 from pathlib import Path
 
 from nexrl_checkpointer.publish import publish
-from nexrl_contract.manifest import Export, published, write_manifest
+from nexrl_storage.manifest import Export, published, write_manifest
 from nexrl_worker.checkpoint.publish import VersionedPath
-from toy_checkpoints import make_request, make_state, stage
+
+from tests.helpers.toy_checkpoints import make_request, make_state, stage
 
 
 def test_the_list_holds_what_is_published_once(tmp_path: Path) -> None:

@@ -9,12 +9,13 @@ import torch
 from nexrl_checkpointer.publish import publish
 from nexrl_checkpointer.request import PublishRequest
 from nexrl_contract.names import new_job_id
-from rank_processes import run_ranks
-from support import save_model
-from toy_checkpoints import publish_params
 from transformers import AutoModelForCausalLM
 
-RANKS = str(Path(__file__).with_name("engine_ranks.py"))
+from tests.helpers.engines import save_model
+from tests.helpers.rank_processes import run_ranks
+from tests.helpers.toy_checkpoints import publish_params
+
+RANKS = "checkpoint"
 
 
 @pytest.mark.slow
@@ -27,13 +28,13 @@ def test_two_ranks_save_and_one_goes_on_where_they_were(tmp_path: Path) -> None:
     (tmp_path / "staging").mkdir()
     for phase in ("save", "load"):
         (tmp_path / f"after-{phase}").mkdir()
-    run_ranks(2, "save", tmp_path, script=RANKS)
+    run_ranks(2, "save", tmp_path, program=RANKS)
     params = {
         **publish_params(tmp_path, job_id, tmp_path / "ckpt", world_size=2),
         "staging": str(tmp_path / "staging"),
     }
     publish(PublishRequest(job_id=job_id, attempt=1, **params), lambda: None)
-    run_ranks(1, "load", tmp_path, script=RANKS)
+    run_ranks(1, "load", tmp_path, program=RANKS)
     expected, found = (
         dict(AutoModelForCausalLM.from_pretrained(tmp_path / f"after-{phase}").named_parameters())
         for phase in ("save", "load")

@@ -9,12 +9,13 @@ import pytest
 import torch
 from nexrl_checkpointer.publish import publish
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.manifest import read_manifest
+from nexrl_storage.manifest import read_manifest
 from nexrl_worker.checkpoint.load import inspect
 from nexrl_worker.checkpoint.readers import ShardReader
 from nexrl_worker.checkpoint.shards import prepare_staging, write_shards
 from safetensors import safe_open
-from toy_checkpoints import cut, equal, make_request, make_state, read_all, stage
+
+from tests.helpers.toy_checkpoints import cut, equal, make_request, make_state, read_all, stage
 
 
 def saved(data: Path, **changes: bool) -> Path:

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 from nexrl_checkpointer.publish import publish
-from nexrl_contract import durable
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.manifest import Export, describe, read_manifest, write_manifest
+from nexrl_storage import files as durable
+from nexrl_storage.manifest import Export, describe, read_manifest, write_manifest
 from nexrl_worker.checkpoint.publish import PlainPath, VersionedPath
-from toy_checkpoints import make_request
+
+from tests.helpers.toy_checkpoints import make_request
 
 
 def put(target: VersionedPath | PlainPath, number: int, identifier: str = "student") -> None:

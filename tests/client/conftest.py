@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from nexrl_client import HTTPTrainServiceClient
 
-from .scripted_server import ScriptedServer
+from tests.helpers.scripted_server import ScriptedServer
 
 
 @pytest.fixture

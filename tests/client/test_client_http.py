@@ -18,7 +18,7 @@ import xxhash
 from nexrl_client import ClientClosed, HTTPTrainServiceClient, InvalidAnswer, TooLarge, Unreachable
 from nexrl_contract.names import CHECKSUM_HEADER, FRAME_TYPE, REQUEST_ID_HEADER
 
-from .scripted_server import Reply, ScriptedServer, error_reply, frame_reply
+from tests.helpers.scripted_server import Reply, ScriptedServer, error_reply, frame_reply
 
 JOB = "0123456789ab7aaaaaaaaaaaaaaaaaaa"
 QUEUED = Reply(

@@ -27,7 +27,7 @@ from nexrl_client import (
     Unreachable,
 )
 
-from .scripted_server import Reply, ScriptedServer, error_reply, frame_reply
+from tests.helpers.scripted_server import Reply, ScriptedServer, error_reply, frame_reply
 
 JOB = "0123456789ab7bbbbbbbbbbbbbbbbbbb"
 QUEUED = Reply(202, {"id": JOB, "operation": "barrier", "state": "queued"})

@@ -16,7 +16,7 @@ from nexrl_client import (
     load_service_config,
 )
 
-from .scripted_server import ScriptedServer
+from tests.helpers.scripted_server import ScriptedServer
 
 SERVICE = """
 service:

@@ -16,7 +16,7 @@ from nexrl_client import create_train_service_client
 from nexrl_client.errors import NexRLError
 from torch import Tensor
 
-from .engine import IMAGE_TAG, ComposeStack, docker, require_engine, until
+from tests.helpers.docker import IMAGE_TAG, ComposeStack, docker, require_engine, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.docker, pytest.mark.timeout(1200)]
 

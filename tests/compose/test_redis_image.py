@@ -13,9 +13,9 @@ import redis
 from nexrl_contract import names
 from nexrl_contract.records import GroupRecord
 from nexrl_ledger import Fenced, Ledger, ResidentWorker, connect
-from records import new_job
 
-from .engine import require_engine, until
+from tests.helpers.docker import require_engine, until
+from tests.helpers.records import new_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.docker]
 GROUP = "student"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from demo_runs import log_of, run_demo, same_weights
-from running_stack import Stack
+
+from tests.helpers.demo_runs import log_of, run_demo, same_weights
+from tests.helpers.stack import Stack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

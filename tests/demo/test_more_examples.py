@@ -4,9 +4,10 @@ not."""
 from __future__ import annotations
 
 import pytest
-from demo_runs import log_of, run_demo
 from nexrl_client import HTTPTrainServiceClient, load_service_config
-from running_stack import Stack
+
+from tests.helpers.demo_runs import log_of, run_demo
+from tests.helpers.stack import Stack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from models import smollm2_folder
 from nexrl_client import HTTPTrainServiceClient
-from running_stack import Stack
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.helpers.stack import Stack
 
 pytestmark = [
     pytest.mark.slow,

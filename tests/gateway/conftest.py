@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from conftest import RedisServer
-from gateway.kit import Gateway, PlayedGroup
 from nexrl_contract.records import AgentRecord
 from nexrl_ledger import Ledger, connect
+
+from tests.helpers.gateway import Gateway, PlayedGroup
+from tests.helpers.servers import RedisServer
 
 
 @pytest.fixture(scope="session")

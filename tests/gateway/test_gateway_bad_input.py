@@ -10,9 +10,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import wait_until
-from gateway.kit import FRAME, B, Gateway, PlayedGroup, R, S, frame, json_tensors, refusal, tensors
 from nexrl_contract.names import CHECKSUM_HEADER
+
+from tests.helpers.gateway import (
+    FRAME,
+    B,
+    Gateway,
+    PlayedGroup,
+    R,
+    S,
+    frame,
+    json_tensors,
+    refusal,
+    tensors,
+)
+from tests.helpers.servers import wait_until
 
 UPDATE = "/update_actor?identifier=student"
 

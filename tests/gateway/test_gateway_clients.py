@@ -13,9 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import free_port, wait_until
-from gateway.kit import Gateway, PlayedGroup, tensors
-from little_proxy import little_proxy
 from nexrl_client import (
     GroupDown,
     HTTPTrainServiceClient,
@@ -28,6 +25,10 @@ from nexrl_client import (
 from nexrl_contract import names
 from nexrl_contract.records import AgentRecord, JobRecord
 from nexrl_ledger import Ledger
+
+from tests.helpers.gateway import Gateway, PlayedGroup, tensors
+from tests.helpers.proxy import little_proxy
+from tests.helpers.servers import free_port, wait_until
 
 B, S, R = 4, 8, 3
 CALLS, CHILDREN, THREADS = 15, 4, 3

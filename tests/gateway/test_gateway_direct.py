@@ -21,11 +21,12 @@ import requests
 import uvicorn
 import xxhash
 from anyio.to_thread import run_sync
-from conftest import free_port, wait_until
-from gateway.kit import FRAME, Gateway, PlayedGroup, frame
 from nexrl_contract.names import CHECKSUM_HEADER
 from nexrl_gateway.direct import DirectProtocol, direct_body
 from starlette.requests import ClientDisconnect, Request
+
+from tests.helpers.gateway import FRAME, Gateway, PlayedGroup, frame
+from tests.helpers.servers import free_port, wait_until
 
 BIG = bytes(range(251)) * 16_000  # 4 MB, at an odd length
 

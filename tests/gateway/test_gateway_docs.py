@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import requests
 import xxhash
-from gateway.kit import ASYNC, FRAME, PAYLOAD, Gateway, PlayedGroup, frame, keys_of
 from nexrl_contract import names
 from nexrl_contract.errors import ERRORS
 from nexrl_contract.operations import OPERATIONS
 from nexrl_contract.records import AgentRecord
 from nexrl_ledger import Ledger
 from tensor_codec import from_json
+
+from tests.helpers.gateway import ASYNC, FRAME, PAYLOAD, Gateway, PlayedGroup, frame, keys_of
 
 Spec = dict[str, dict[str, dict[str, Any]]]
 OLD_JOB = "019a0c3f5d207c1f8e2a4b6d8f0a1c3e"

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gateway.kit import ASYNC, Gateway, refusal
 from nexrl_contract.records import AgentRecord
 from nexrl_ledger import Ledger
+
+from tests.helpers.gateway import ASYNC, Gateway, refusal
 
 
 @pytest.fixture

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import requests
-from conftest import wait_until
-from gateway.kit import ASYNC, Gateway, PlayedGroup, refusal
 from nexrl_contract import names
 from nexrl_contract.operations import OPERATIONS
 from nexrl_contract.records import AgentRecord
 from nexrl_ledger import Ledger
+
+from tests.helpers.gateway import ASYNC, Gateway, PlayedGroup, refusal
+from tests.helpers.servers import wait_until
 
 INITIALIZE = "/initialize?identifier=student"
 

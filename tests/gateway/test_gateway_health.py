@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gateway.kit import ASYNC, Gateway, PlayedGroup
 from nexrl_contract import names
 from nexrl_contract.records import AgentRecord, JobRecord
 from nexrl_gateway.watch import Watch
 from nexrl_ledger import Ledger
+
+from tests.helpers.gateway import ASYNC, Gateway, PlayedGroup
 
 
 def reasons(gateway: Gateway, status: int = 200) -> list[str]:

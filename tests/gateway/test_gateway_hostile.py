@@ -18,8 +18,12 @@ import numpy as np
 import pytest
 import requests
 import uvicorn
-from conftest import free_port, wait_until
-from gateway.kit import (
+from nexrl_gateway.app import create_app
+from nexrl_gateway.direct import DirectProtocol
+from nexrl_gateway.settings import Settings
+from tensor_codec import to_json
+
+from tests.helpers.gateway import (
     ASYNC,
     FRAME,
     Gateway,
@@ -31,10 +35,7 @@ from gateway.kit import (
     refusal,
     slowest_health,
 )
-from nexrl_gateway.app import create_app
-from nexrl_gateway.direct import DirectProtocol
-from nexrl_gateway.settings import Settings
-from tensor_codec import to_json
+from tests.helpers.servers import free_port, wait_until
 
 MIB = 1024**2
 JSON = {"Content-Type": "application/json", **ASYNC}

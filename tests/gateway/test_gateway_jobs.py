@@ -15,8 +15,11 @@ import numpy as np
 import pytest
 import requests
 import tensor_codec
-from conftest import wait_until
-from gateway.kit import (
+from nexrl_contract import names
+from nexrl_contract.errors import ServiceError
+from nexrl_ledger import Ledger
+
+from tests.helpers.gateway import (
     ASYNC,
     FRAME,
     PAYLOAD,
@@ -30,9 +33,7 @@ from gateway.kit import (
     refusal,
     tensors,
 )
-from nexrl_contract import names
-from nexrl_contract.errors import ServiceError
-from nexrl_ledger import Ledger
+from tests.helpers.servers import wait_until
 
 UPDATE = "/update_actor?identifier=student"
 

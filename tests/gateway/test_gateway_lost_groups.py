@@ -6,10 +6,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from conftest import wait_until
-from gateway.kit import ASYNC, Gateway, PlayedGroup, refusal
 from nexrl_gateway.janitor import LostGroups
 from nexrl_ledger import Ledger
+
+from tests.helpers.gateway import ASYNC, Gateway, PlayedGroup, refusal
+from tests.helpers.servers import wait_until
 
 LONG_AGO = time.time() - 3600
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gateway.kit import ASYNC, Gateway, PlayedGroup, refusal
+
+from tests.helpers.gateway import ASYNC, Gateway, PlayedGroup, refusal
 
 DESTROY = "POST /destroy?identifier=student"
 FOREIGN = {

@@ -12,8 +12,13 @@ import numpy as np
 import pytest
 import requests
 import xxhash
-from conftest import wait_until
-from gateway.kit import (
+from nexrl_contract import names
+from nexrl_contract.envelope import FRAME_METADATA_KEY
+from nexrl_contract.records import JobRecord
+from nexrl_ledger import Ledger
+from tensor_codec import encode
+
+from tests.helpers.gateway import (
     ASYNC,
     PAYLOAD,
     B,
@@ -24,11 +29,7 @@ from gateway.kit import (
     refusal,
     tensors,
 )
-from nexrl_contract import names
-from nexrl_contract.envelope import FRAME_METADATA_KEY
-from nexrl_contract.records import JobRecord
-from nexrl_ledger import Ledger
-from tensor_codec import encode
+from tests.helpers.servers import wait_until
 
 UPDATE = "/update_actor?identifier=student"
 

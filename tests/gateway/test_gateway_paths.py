@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gateway.kit import ASYNC, Gateway, PlayedGroup, refusal
+
+from tests.helpers.gateway import ASYNC, Gateway, PlayedGroup, refusal
 
 SHARDED: dict[str, Any] = {"saved_fully_shared_ckpt": True}
 EXPORT: dict[str, Any] = {"saved_fully_shared_ckpt": False}

@@ -15,8 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import RedisServer, wait_until
-from gateway.kit import (
+from nexrl_contract import names
+from nexrl_contract.names import AGENT_QUEUE, JANITOR_KEY
+from nexrl_contract.records import AgentRecord
+from nexrl_gateway.janitor import sweep
+from nexrl_gateway.services import Services
+from nexrl_gateway.settings import Settings
+from nexrl_ledger import Ledger, connect
+from nexrl_payloads import open_store
+
+from tests.helpers.gateway import (
     ASYNC,
     FRAME,
     B,
@@ -30,14 +38,7 @@ from gateway.kit import (
     refusal,
     slowest_health,
 )
-from nexrl_contract import names
-from nexrl_contract.names import AGENT_QUEUE, JANITOR_KEY
-from nexrl_contract.records import AgentRecord
-from nexrl_gateway.janitor import sweep
-from nexrl_gateway.services import Services
-from nexrl_gateway.settings import Settings
-from nexrl_ledger import Ledger, connect
-from nexrl_payloads import open_store
+from tests.helpers.servers import RedisServer, wait_until
 
 MIB = 1024**2
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from conftest import RedisServer
-from gateway.kit import Gateway, PlayedGroup, refusal
-from lossy import LosesReplies
 from nexrl_ledger import Ledger, connect
+
+from tests.helpers.gateway import Gateway, PlayedGroup, refusal
+from tests.helpers.lossy_redis import LosesReplies
+from tests.helpers.servers import RedisServer
 
 
 def test_a_destroy_that_redis_did_not_answer_is_done_when_it_is_asked_for_again(

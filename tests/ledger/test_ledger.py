@@ -10,12 +10,13 @@ from functools import partial
 
 import pytest
 import rq
-from conftest import wait_until
 from nexrl_contract import names
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.records import GroupRecord, JobRecord
 from nexrl_ledger import Fenced, Ledger, ResidentWorker, connect
-from records import new_job
+
+from tests.helpers.records import new_job
+from tests.helpers.servers import wait_until
 
 GROUP = "student"
 QUEUE = names.train_queue(GROUP)

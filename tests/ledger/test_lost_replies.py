@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import RedisServer, wait_until
-from lossy import LosesReplies
 from nexrl_contract import names
 from nexrl_contract.records import GroupRecord
 from nexrl_ledger import Ledger, ResidentWorker, connect, until_redis
-from records import new_job
+
+from tests.helpers.lossy_redis import LosesReplies
+from tests.helpers.records import new_job
+from tests.helpers.servers import RedisServer, wait_until
 
 GROUP = "student"
 QUEUE = names.train_queue(GROUP)

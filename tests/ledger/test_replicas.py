@@ -23,7 +23,7 @@ def replica(data: Path) -> tuple[subprocess.Popen[str], str]:
         [
             sys.executable,
             "-m",
-            "nexrl_ledger.replica",
+            "nexrl_host.instance_name",
             "NAME",
             "worker",
             sys.executable,

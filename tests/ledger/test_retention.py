@@ -12,7 +12,8 @@ from nexrl_contract import names
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.records import GroupRecord, JobRecord, PayloadRef
 from nexrl_ledger import Ledger, connect, retention
-from records import new_job
+
+from tests.helpers.records import new_job
 
 GROUP = "student"
 QUEUE = names.train_queue(GROUP)

@@ -16,7 +16,7 @@ from nexrl_payloads.common import BLOCK
 from nexrl_payloads.redis_client import CHUNK_BYTES
 from tensor_codec import encode, parse_header
 
-from .conftest import send_part
+from tests.helpers.payloads import send_part
 
 Flip = Callable[[str, int], None]
 ROWS, COLUMNS = 64, 1024

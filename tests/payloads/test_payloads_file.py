@@ -12,7 +12,7 @@ import pytest
 from nexrl_contract.errors import ServiceError
 from nexrl_payloads import PayloadStore, open_store
 
-from .conftest import frame, send_part, some_bytes, url_of
+from tests.helpers.payloads import frame, send_part, some_bytes, url_of
 
 
 def entries(folder: Path) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 from nexrl_contract.errors import ServiceError
 from nexrl_payloads import PayloadStore
 
-from .conftest import checksum, send_part, some_bytes
+from tests.helpers.payloads import checksum, send_part, some_bytes
 
 PARTS = [some_bytes(nbytes, seed) for seed, nbytes in enumerate([2_500_000, 700_001, 0, 3_000_000])]
 WHOLE = b"".join(PARTS)

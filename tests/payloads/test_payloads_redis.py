@@ -12,7 +12,7 @@ import redis
 from nexrl_contract.errors import ServiceError
 from nexrl_payloads import PayloadStore, open_store
 
-from .conftest import checksum, frame, send_part, some_bytes
+from tests.helpers.payloads import checksum, frame, send_part, some_bytes
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 from nexrl_contract.errors import ServiceError
 from nexrl_payloads import PayloadStore, open_store
 
-from .conftest import frame, some_batch, some_bytes, url_of
+from tests.helpers.payloads import frame, some_batch, some_bytes, url_of
 
 EVIL_IDS = [
     "",

@@ -14,7 +14,7 @@ import redis
 from nexrl_contract.errors import ServiceError
 from nexrl_payloads import PayloadStore
 
-from .conftest import send_part, some_bytes, url_of
+from tests.helpers.payloads import send_part, some_bytes, url_of
 
 UPLOADER = """
 import sys

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from nexrl_client import HTTPTrainServiceClient
-from running_stack import Stack
-from service_kit import VOCABULARY, StartGroup, leftovers
 from transformers import AutoModelForCausalLM, Qwen2Config
+
+from tests.helpers.service import VOCABULARY, StartGroup, leftovers
+from tests.helpers.stack import Stack
 
 
 @pytest.fixture(scope="session")

@@ -22,8 +22,9 @@ from nexrl_client import (
     StatusError,
     tensor_to_data,
 )
-from running_stack import Stack
-from service_kit import fingerprint, make_batch
+
+from tests.helpers.service import fingerprint, make_batch
+from tests.helpers.stack import Stack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

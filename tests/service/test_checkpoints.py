@@ -15,9 +15,10 @@ from nexrl_client import (
     HTTPTrainServiceClient,
     PathRefused,
 )
-from running_stack import Stack
-from service_kit import StartGroup, fingerprint, make_batch
 from transformers import AutoModelForCausalLM
+
+from tests.helpers.service import StartGroup, fingerprint, make_batch
+from tests.helpers.stack import Stack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

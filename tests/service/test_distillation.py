@@ -16,8 +16,9 @@ from nexrl_client import (
     InvalidValue,
     StatusError,
 )
-from service_kit import VOCABULARY, StartGroup, fingerprint, make_batch
 from transformers import AutoModelForCausalLM
+
+from tests.helpers.service import VOCABULARY, StartGroup, fingerprint, make_batch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

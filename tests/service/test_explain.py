@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 from nexrl_client import HTTPTrainServiceClient, InvalidTensor
-from service_kit import fingerprint, make_batch
+
+from tests.helpers.service import fingerprint, make_batch
 
 
 @pytest.mark.parametrize("operation", ["update_actor", "forward_backward", "compute_log_prob"])

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import wait_until
 from nexrl_client import GroupDown, HTTPTrainServiceClient, JobRolledBack, OperationFailed
-from running_stack import Stack
-from service_kit import fingerprint, make_batch
+
+from tests.helpers.servers import wait_until
+from tests.helpers.service import fingerprint, make_batch
+from tests.helpers.stack import Stack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 

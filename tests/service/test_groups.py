@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import requests
-from conftest import wait_until
 from nexrl_client import GroupDown, HTTPTrainServiceClient, OperationFailed
-from running_stack import Stack
-from service_kit import StartGroup, make_batch
+
+from tests.helpers.servers import wait_until
+from tests.helpers.service import StartGroup, make_batch
+from tests.helpers.stack import Stack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

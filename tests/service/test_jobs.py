@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import requests
 import torch
-from conftest import wait_until
 from nexrl_client import HTTPTrainServiceClient, RoleUnsupported, ServiceTimeout, tensor_to_data
-from running_stack import Stack
-from service_kit import StartGroup, fingerprint, make_batch
+
+from tests.helpers.servers import wait_until
+from tests.helpers.service import StartGroup, fingerprint, make_batch
+from tests.helpers.stack import Stack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from gateway.kit import keys_of
 from nexrl_client import HTTPTrainServiceClient
 from nexrl_contract.operations import OPERATIONS
-from running_stack import Stack
+
+from tests.helpers.gateway import keys_of
+from tests.helpers.stack import Stack
 
 _OPEN = ("metrics", "config")
 """Their keys depend on the configuration: an example shows some of them."""

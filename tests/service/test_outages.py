@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import redis
 import requests
-from conftest import wait_until
 from nexrl_client import HTTPTrainServiceClient
 from nexrl_ledger import connect
-from running_stack import Stack
-from service_kit import fingerprint, make_batch
+
+from tests.helpers.servers import wait_until
+from tests.helpers.service import fingerprint, make_batch
+from tests.helpers.stack import Stack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 Start = Callable[..., Stack]

@@ -23,15 +23,16 @@ from nexrl_client import (
     tensor_to_data,
 )
 from nexrl_contract.operations import OPERATIONS, ROLES
-from running_stack import Stack
 from safetensors.torch import load_file
-from service_kit import VOCABULARY, StartGroup, fingerprint, make_batch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     Qwen2Config,
 )
+
+from tests.helpers.service import VOCABULARY, StartGroup, fingerprint, make_batch
+from tests.helpers.stack import Stack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from nexrl_client import InvalidConfig, create_train_service_clients, load_service_config
-from running_stack import Stack
-from service_kit import make_batch
+
+from tests.helpers.service import make_batch
+from tests.helpers.stack import Stack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

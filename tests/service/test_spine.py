@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from nexrl_client import GroupExists, HTTPTrainServiceClient, create_train_service_client
-from running_stack import Stack
-from service_kit import StartGroup, fingerprint, make_batch
 from transformers import AutoModelForCausalLM
+
+from tests.helpers.service import StartGroup, fingerprint, make_batch
+from tests.helpers.stack import Stack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

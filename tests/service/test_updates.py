@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from nexrl_client import GradientsPending
-from service_kit import StartGroup, make_batch
 from tensordict import TensorDict
+
+from tests.helpers.service import StartGroup, make_batch
 
 
 @pytest.mark.slow

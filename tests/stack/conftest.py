@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from running_stack import Stack
+
+from tests.helpers.stack import Stack
 
 StartStack = Callable[..., Stack]
 

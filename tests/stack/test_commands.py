@@ -10,12 +10,13 @@ from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
-from conftest import free_port
-from little_proxy import little_proxy
-from nexrl_contract.manifest import Manifest, describe, write_manifest
-from nexrl_contract.processes import rotate_logs
+from nexrl_host.processes import rotate_logs
 from nexrl_stack import rank_logs
 from nexrl_stack.rank_logs import rank_lines
+from nexrl_storage.manifest import Manifest, describe, write_manifest
+
+from tests.helpers.proxy import little_proxy
+from tests.helpers.servers import free_port
 
 pytestmark = pytest.mark.timeout(180)
 Nexrl = Callable[..., CompletedProcess[str]]

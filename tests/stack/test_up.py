@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import redis
 import requests
-from conftest import RedisServer, wait_until
+
+from tests.helpers.servers import RedisServer, wait_until
 
 pytestmark = pytest.mark.timeout(180)
 StartStack = Callable[..., Any]

@@ -11,9 +11,10 @@ import pytest
 import torch
 from nexrl_worker.training import InvalidValue
 from safetensors.torch import load_file, save_file
-from single_rank import build, update
-from support import SMALL, batch, planned, save_model
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForSequenceClassification
+
+from tests.helpers.engines import SMALL, batch, planned, save_model
+from tests.helpers.single_rank import build, update
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

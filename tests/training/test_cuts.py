@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LOSSES, Case, drawn, make, plain
-from plain_loop import Trained
-from rank_processes import run_ranks
 from safetensors.torch import load_file
-from support import SMALL, relative_gap, save_model
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForTokenClassification
+
+from tests.helpers.engines import SMALL, relative_gap, save_model
+from tests.helpers.loss_cases import LOSSES, Case, drawn, make, plain
+from tests.helpers.plain_loop import Trained
+from tests.helpers.rank_processes import run_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 Ran = tuple[dict[str, Case], dict[str, Any]]
@@ -75,7 +76,7 @@ def ran(folder: Path, request: pytest.FixtureRequest) -> Ran:
     cases = {name: case for dtype in DRAWN for name, case in cases_of(folder, world, dtype).items()}
     file = folder / f"orders-{world}.json"
     file.write_text(json.dumps({key: case.order for key, case in cases.items()}))
-    return cases, run_ranks(world, "cases", folder, str(file), script="cut_ranks.py")
+    return cases, run_ranks(world, "cases", folder, str(file), program="cuts")
 
 
 def distance(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:

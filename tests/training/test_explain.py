@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rank_processes import run_ranks
-from support import save_model
 from transformers import Gemma2Config, Gemma2ForCausalLM
+
+from tests.helpers.engines import save_model
+from tests.helpers.rank_processes import run_ranks
 
 CUTS: dict[str, dict[str, Any]] = {
     "one micro-batch": {},
@@ -41,11 +42,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def explain(world_size: int, folder: Path, path: str, settings: dict[str, Any]) -> Any:
-    """What the ranks of explain_ranks.py answer."""
+    """What the ranks of explain.py answer."""
     arguments = (path, json.dumps(settings))
-    return run_ranks(
-        world_size, "explain", folder, *arguments, script="explain_ranks.py", variables=STEADY
-    )
+    return run_ranks(world_size, "explain", folder, *arguments, program="explain", variables=STEADY)
 
 
 @pytest.mark.slow

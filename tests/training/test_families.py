@@ -17,8 +17,6 @@ from nexrl_worker.checkpoint.huggingface import FolderWriter, Stamp, export
 from nexrl_worker.model_folder import check_models
 from nexrl_worker.training import Engine, InvalidValue
 from safetensors.torch import save_file
-from single_rank import build, compute, update
-from support import MemoryRows, batch, planned, save_model
 from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
@@ -45,6 +43,9 @@ from transformers import (
     XLNetConfig,
     Zamba2Config,
 )
+
+from tests.helpers.engines import MemoryRows, batch, planned, save_model
+from tests.helpers.single_rank import build, compute, update
 
 COMMON = dict(
     vocab_size=61, hidden_size=24, intermediate_size=28, num_hidden_layers=2, num_attention_heads=4,

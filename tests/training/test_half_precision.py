@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from nexrl_worker.training import Engine
-from single_rank import CPU, compute, update
-from support import SMALL, batch, config, save_model
 from transformers import Qwen2Config, Qwen2ForSequenceClassification, Qwen2ForTokenClassification
+
+from tests.helpers.engines import SMALL, batch, config, save_model
+from tests.helpers.single_rank import CPU, compute, update
 
 pytestmark = [pytest.mark.usefixtures("one_rank"), pytest.mark.slow]
 HEADS = {"critic": Qwen2ForTokenClassification, "reward": Qwen2ForSequenceClassification}

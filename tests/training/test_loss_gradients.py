@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from formulas import Loss, aggregate, correction, policy, weighted_divergence
 from nexrl_contract.losses import LOSSES
 from nexrl_worker.training.losses.aggregation import MODES, Aggregation
 from nexrl_worker.training.losses.correction import MODES as CORRECTIONS
@@ -18,6 +17,8 @@ from nexrl_worker.training.losses.divergence import KINDS, kl_terms
 from nexrl_worker.training.losses.policy import FUNCTIONS, Clip, select_tokens
 from nexrl_worker.training.losses.value import ValueLoss
 from torch import Tensor
+
+from tests.helpers.formulas import Loss, aggregate, correction, policy, weighted_divergence
 
 STEP = 1e-6
 SCALE = 6.5

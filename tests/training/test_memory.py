@@ -21,10 +21,11 @@ from nexrl_worker.training import Engine
 from nexrl_worker.training.errors import DoesNotFit, InvalidValue
 from nexrl_worker.training.memory import free_mib
 from nexrl_worker.training.plan import Cut, make_plan
-from rank_processes import run_ranks
-from single_rank import CPU, build, compute, update
-from support import batch, planned, save_model
 from torch import Tensor
+
+from tests.helpers.engines import batch, planned, save_model
+from tests.helpers.rank_processes import run_ranks
+from tests.helpers.single_rank import CPU, build, compute, update
 
 TOO_MUCH = (
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -196,7 +197,7 @@ def test_memory_that_runs_out_is_asked_for_less(
 def test_one_rank_of_two_may_run_out_at_every_place(name: str, path: str, tmp_path: Path) -> None:
     """Forward, backward and recomputation, the head, FSDP's own work, with and without gradients
     kept back."""
-    answer = run_ranks(2, "positions", tmp_path, path, "40", name, script="short_ranks.py")[name]
+    answer = run_ranks(2, "positions", tmp_path, path, "40", name, program="short_of_memory")[name]
     assert answer["calls"] > 1000 and answer["worst"] < 1e-9
 
 
@@ -207,7 +208,7 @@ def test_one_rank_of_two_may_run_out(path: str, tmp_path: Path) -> None:
 
     A row that fits nowhere is named on all ranks, and leaves them as they were.
     """
-    answer = run_ranks(2, "operations", tmp_path, path, script="short_ranks.py")
+    answer = run_ranks(2, "operations", tmp_path, path, program="short_of_memory")
     assert answer["everything"]["calls"] > 1000 and answer["everything"]["worst"] < 1e-9
     for operation in ("update_actor", "update_critic"):
         assert answer[operation]["worst"] < 1e-9

@@ -18,8 +18,6 @@ from nexrl_worker.training.model import Options, Precision, build_root
 from nexrl_worker.training.packing import Segments, attend, use_segments
 from nexrl_worker.training.probe import Probe, probe
 from nexrl_worker.training.scorer import Scorer
-from single_rank import build, compute
-from support import MemoryRows, batch, config, save_model
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -38,6 +36,9 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from tests.helpers.engines import MemoryRows, batch, config, save_model
+from tests.helpers.single_rank import build, compute
 
 CPU = torch.device("cpu")
 TEMPERATURE = 0.7

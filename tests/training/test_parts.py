@@ -16,8 +16,9 @@ from nexrl_worker.training.chunked import active_chunks, head_log_probs
 from nexrl_worker.training.fingerprint import partial_fingerprint, weight_table
 from nexrl_worker.training.optim import Schedule
 from nexrl_worker.training.plan import Cut, make_plan
-from support import MemoryRows, batch
 from torch import Tensor
+
+from tests.helpers.engines import MemoryRows, batch
 
 CPU = torch.device("cpu")
 

@@ -18,11 +18,12 @@ from nexrl_worker.training.losses.correction import Correction
 from nexrl_worker.training.losses.divergence import kl_terms
 from nexrl_worker.training.losses.policy import FUNCTIONS, Clip, select_tokens
 from nexrl_worker.training.optim import Schedule, norms_and_biases
-from plain_loop import get_decayed
-from single_rank import build, compute, update
-from support import SMALL, MemoryRows, batch, save_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, get_scheduler
+
+from tests.helpers.engines import SMALL, MemoryRows, batch, save_model
+from tests.helpers.plain_loop import get_decayed
+from tests.helpers.single_rank import build, compute, update
 
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
 ROWS = {cells[1].strip(): line for line in PAGE.splitlines() if len(cells := line.split("|")) == 7}

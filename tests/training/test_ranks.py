@@ -10,10 +10,18 @@ from typing import Any
 import pytest
 import torch
 from nexrl_worker.training import fingerprint_of
-from rank_processes import run_ranks
 from safetensors.torch import load_file
-from support import batch, config, plain_scores, plain_training, relative_gap, save_model
 from transformers import AutoModelForCausalLM
+
+from tests.helpers.engines import (
+    batch,
+    config,
+    plain_scores,
+    plain_training,
+    relative_gap,
+    save_model,
+)
+from tests.helpers.rank_processes import run_ranks
 
 BASE: dict[str, Any] = {
     "entropy_coeff": 0.05, "use_kl_loss": True, "kl_loss_coef": 0.1, "ppo_mini_batch_size": 4,

@@ -11,12 +11,13 @@ import pytest
 import torch
 from nexrl_worker.training import Engine, InvalidValue
 from nexrl_worker.training.weights import MemoryReader
-from rank_processes import run_ranks
-from reference_ranks import ready
-from single_rank import build, compute, update
-from support import SMALL, MemoryRows, batch, plain_scores, planned, save_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
+
+from tests.helpers.engines import SMALL, MemoryRows, batch, plain_scores, planned, save_model
+from tests.helpers.rank_processes import run_ranks
+from tests.helpers.ranks.reference import ready
+from tests.helpers.single_rank import build, compute, update
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -97,7 +98,7 @@ def test_two_ranks(tmp_path: Path) -> None:
     own, other = granite(tmp_path / "own", 1.0, 1), granite(tmp_path / "other", 8.0, 2)
     rows = batch()
 
-    found = torch.tensor(run_ranks(2, "frozen", tmp_path, own, other, script="reference_ranks.py"))
+    found = torch.tensor(run_ranks(2, "frozen", tmp_path, own, other, program="reference"))
 
     torch.testing.assert_close(
         attended(found, rows), attended(plain(other, rows), rows), atol=1e-5, rtol=0

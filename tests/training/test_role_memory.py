@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from rank_processes import run_ranks
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
+
+from tests.helpers.rank_processes import run_ranks
 
 BIG: dict[str, Any] = dict(
     vocab_size=8000, hidden_size=768, intermediate_size=2048, num_hidden_layers=4,
@@ -26,7 +27,7 @@ def test_memory(tmp_path: Path, role: str) -> None:
     torch.manual_seed(0)
     kind = Qwen2ForSequenceClassification if role == "reward" else Qwen2ForCausalLM
     kind(Qwen2Config(**BIG)).save_pretrained(tmp_path / "model")
-    found = run_ranks(1, "memory", tmp_path, str(tmp_path / "model"), role, script="cut_ranks.py")
+    found = run_ranks(1, "memory", tmp_path, str(tmp_path / "model"), role, program="cuts")
     share = found["grown"] / found["parameters"]
     assert found["parameters"] > 1e8
     if role == "actor":

@@ -12,9 +12,6 @@ import torch
 from nexrl_contract.errors import ServiceError
 from nexrl_worker.checkpoint.huggingface import FolderWriter, Stamp, export
 from nexrl_worker.training import Engine, InvalidValue
-from plain_loop import Loss, outputs_at, policy_step, scored_columns, train
-from single_rank import build, compute, update
-from support import SMALL, MemoryRows, batch, plain_scores, planned, relative_gap, save_model
 from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
@@ -25,6 +22,18 @@ from transformers import (
     Qwen2ForSequenceClassification,
     Qwen2ForTokenClassification,
 )
+
+from tests.helpers.engines import (
+    SMALL,
+    MemoryRows,
+    batch,
+    plain_scores,
+    planned,
+    relative_gap,
+    save_model,
+)
+from tests.helpers.plain_loop import Loss, outputs_at, policy_step, scored_columns, train
+from tests.helpers.single_rank import build, compute, update
 
 PAD = 0
 

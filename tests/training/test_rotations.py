@@ -13,8 +13,6 @@ from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.probe import probe
 from nexrl_worker.training.roots import position_limit
 from nexrl_worker.training.scorer import Scorer
-from single_rank import CPU, build, compute, update
-from support import MemoryRows
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -31,6 +29,9 @@ from transformers import (
     PretrainedConfig,
     XLNetConfig,
 )
+
+from tests.helpers.engines import MemoryRows
+from tests.helpers.single_rank import CPU, build, compute, update
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

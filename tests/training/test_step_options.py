@@ -24,16 +24,17 @@ from nexrl_worker.training.parallelize import (
     synchronise,
 )
 from nexrl_worker.training.scorer import Scorer
-from rank_processes import run_ranks
 from safetensors.torch import load_file
-from support import batch, config, save_model
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
+from tests.helpers.engines import batch, config, save_model
+from tests.helpers.rank_processes import run_ranks
+
 CPU = torch.device("cpu")
-RANKS = "packing_ranks.py"
+RANKS = "packing"
 
 
 def gap(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
@@ -67,7 +68,7 @@ def test_gradients_kept_back_are_the_same(tmp_path: Path, world_size: int) -> No
     """Synchronised at the last of three micro-batches, in two accumulations, packed or not: a plain
     loop's gradients."""
     path = save_model(tmp_path / "model")
-    answer = run_ranks(world_size, "synchronisation", tmp_path, path, script=RANKS)
+    answer = run_ranks(world_size, "synchronisation", tmp_path, path, program=RANKS)
     wanted = plain_gradients(path)
     for name in ("each", "last", "packed", "after-error"):
         assert gap(load_file(str(tmp_path / f"{name}-{world_size}.safetensors")), wanted) <= 1e-9, (
@@ -83,7 +84,7 @@ def test_the_clock_shows_who_waits(tmp_path: Path) -> None:
 
     Or some of it: on a busy machine it is late itself.
     """
-    answer = run_ranks(2, "waiting", tmp_path, save_model(tmp_path / "model"), script=RANKS)
+    answer = run_ranks(2, "waiting", tmp_path, save_model(tmp_path / "model"), program=RANKS)
     assert 1.0 < answer["communication"] <= answer["forward"] + answer["backward"]
     assert answer["forward"] > 1.0 and answer["backward"] > 0.0 and answer["step"] == 0.0
 

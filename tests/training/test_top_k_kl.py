@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from formulas import over_candidates
 from nexrl_worker.training.losses.divergence import top_k_kl
 from torch import Tensor
+
+from tests.helpers.formulas import over_candidates
 
 V, T = 9, 5
 

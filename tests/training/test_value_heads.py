@@ -13,10 +13,7 @@ import torch.nn.functional as F
 from nexrl_worker.checkpoint.huggingface import FolderWriter, Stamp, export
 from nexrl_worker.training import Engine, InvalidValue
 from nexrl_worker.training.tiny import TinyRows
-from plain_loop import Loss, scored_columns, train, value_step
 from safetensors.torch import load_file
-from single_rank import build, compute, update
-from support import MemoryRows, batch, relative_gap
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
@@ -25,6 +22,10 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+
+from tests.helpers.engines import MemoryRows, batch, relative_gap
+from tests.helpers.plain_loop import Loss, scored_columns, train, value_step
+from tests.helpers.single_rank import build, compute, update
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 SMALL: dict[str, Any] = dict(

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import wait_until
-from running_agent import Agents, save_model
+
+from tests.helpers.agent import Agents, save_model
+from tests.helpers.servers import wait_until
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import RedisServer, wait_until
-from lossy import LosesReplies
 from nexrl_contract import names
 from nexrl_ledger import Fenced
 from nexrl_worker import watch
-from records import new_job
-from running_agent import START_S, Agents
+
+from tests.helpers.agent import START_S, Agents
+from tests.helpers.lossy_redis import LosesReplies
+from tests.helpers.records import new_job
+from tests.helpers.servers import RedisServer, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 

@@ -12,15 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RedisServer, wait_until
 from nexrl_contract import names
-from nexrl_contract.manifest import Manifest, describe, write_manifest
 from nexrl_contract.records import JobRecord
+from nexrl_storage.manifest import Manifest, describe, write_manifest
 from nexrl_worker.checkpoint.shards import staging_folder
-from records import new_job
-from running_agent import Agents, save_model
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig
+
+from tests.helpers.agent import Agents, save_model
+from tests.helpers.records import new_job
+from tests.helpers.servers import RedisServer, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 

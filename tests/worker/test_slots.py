@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from nexrl_contract.machine import CPU_SLOTS
+from nexrl_host.machine import CPU_SLOTS
 from nexrl_stack.services import default_slots
 from nexrl_worker.settings import AgentSettings
 from nexrl_worker.slots import Slots

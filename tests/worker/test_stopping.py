@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import wait_until
 from nexrl_contract import names
 from nexrl_contract.records import JobRecord
 from nexrl_worker.suspended import suspended
-from running_agent import START_S, Agents
+
+from tests.helpers.agent import START_S, Agents
+from tests.helpers.servers import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 

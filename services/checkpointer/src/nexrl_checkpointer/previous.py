@@ -7,11 +7,11 @@ import logging
 import os
 from pathlib import Path
 
-from nexrl_contract.durable import remove_listed, sync_folder
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.manifest import MANIFEST, Manifest, read_manifest
 from nexrl_contract.records import LatestCheckpoint
 from nexrl_ledger import Ledger
+from nexrl_storage.files import remove_listed, sync_folder
+from nexrl_storage.manifest import MANIFEST, Manifest, read_manifest
 from pydantic import ValidationError
 
 from nexrl_checkpointer.publish import file_names, foreign_entries

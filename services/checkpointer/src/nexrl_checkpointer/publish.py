@@ -16,7 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from nexrl_contract.durable import (
+from nexrl_contract.errors import ServiceError
+from nexrl_storage.files import (
     first_few,
     remove_folder,
     remove_listed,
@@ -24,8 +25,7 @@ from nexrl_contract.durable import (
     sync_folder,
     unlisted,
 )
-from nexrl_contract.errors import ServiceError
-from nexrl_contract.manifest import (
+from nexrl_storage.manifest import (
     MANIFEST,
     FileEntry,
     Manifest,

@@ -11,10 +11,10 @@ from typing import TypeVar
 
 import redis
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.manifest import Manifest
 from nexrl_contract.names import CHECKPOINT_QUEUE
 from nexrl_contract.records import JobRecord
 from nexrl_ledger import Fenced, Ledger, ResidentWorker, connect, until_redis
+from nexrl_storage.manifest import Manifest
 
 from nexrl_checkpointer.previous import replace_previous
 from nexrl_checkpointer.publish import discard, publish

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.manifest import EXPORT
+from nexrl_storage.manifest import EXPORT
 
 from nexrl_gateway.settings import Settings
 

@@ -11,8 +11,8 @@ from typing import Any
 import redis
 from nexrl_contract import names
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.machine import lack_of_room
 from nexrl_contract.records import AgentRecord, GroupRecord
+from nexrl_host.machine import lack_of_room
 from prometheus_client import Metric, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 

@@ -18,8 +18,8 @@ import redis
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from nexrl_contract import names
-from nexrl_contract.durable import write_file
 from nexrl_ledger import Ledger
+from nexrl_storage.files import write_file
 
 PERIOD_S = 5.0
 QUIET_S = 20.0

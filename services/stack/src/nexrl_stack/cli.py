@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from nexrl_contract.manifest import published
 from nexrl_contract.names import valid_identifier
+from nexrl_storage.manifest import published
 from rich.console import Console, RenderableType
 
 from nexrl_stack import gateway_api, views

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nexrl_contract.processes import older_logs
+from nexrl_host.processes import older_logs
 
 _POLL_S = 0.25
 _FILE = re.compile(r"rank(\d+)\.log")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from nexrl_contract.machine import CPU_SLOTS, visible_gpus
+from nexrl_host.machine import CPU_SLOTS, visible_gpus
 
 STOP_LIMIT_S = 30 * 60
 """How long a stop waits for running operations to end and for groups to keep their state."""

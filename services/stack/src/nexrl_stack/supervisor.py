@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from nexrl_contract.processes import die_with_parent, log_limit, rotate_logs
+from nexrl_host.processes import die_with_parent, log_limit, rotate_logs
 
 from nexrl_stack.services import Service
 

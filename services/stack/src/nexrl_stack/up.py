@@ -9,7 +9,7 @@ from functools import partial
 
 import redis
 import requests
-from nexrl_contract.machine import lack_of_room
+from nexrl_host.machine import lack_of_room
 from nexrl_ledger import Ledger, connect, redis_fault
 
 from nexrl_stack import embedded_redis

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
-from nexrl_contract.manifest import Manifest, Published
+from nexrl_storage.manifest import Manifest, Published
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table

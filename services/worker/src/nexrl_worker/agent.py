@@ -18,8 +18,8 @@ import redis
 from nexrl_contract import names
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.operations import DESTROY
-from nexrl_contract.processes import rotate_logs
 from nexrl_contract.records import AgentRecord, GroupRecord, JobRecord
+from nexrl_host.processes import rotate_logs
 from nexrl_ledger import Fenced, Ledger, ResidentWorker, connect, until_redis
 from nexrl_payloads import open_store
 

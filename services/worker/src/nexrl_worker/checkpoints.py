@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from nexrl_contract.durable import replace_folder, write_file
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.manifest import (
+from nexrl_storage.files import replace_folder, write_file
+from nexrl_storage.manifest import (
     FileEntry,
     Manifest,
     describe,

@@ -18,9 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nexrl_contract.durable import remove_folder
-from nexrl_contract.processes import die_with_parent, memory_groups
 from nexrl_contract.records import GroupRecord
+from nexrl_host.processes import die_with_parent, memory_groups
+from nexrl_storage.files import remove_folder
 
 from nexrl_worker.settings import AgentSettings, GroupFolders
 

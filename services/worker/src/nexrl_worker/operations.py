@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from nexrl_contract.manifest import fingerprint_text
 from nexrl_contract.operations import OPERATIONS
 from nexrl_contract.sections import ActorConfig
 from nexrl_payloads import PayloadStore
+from nexrl_storage.manifest import fingerprint_text
 
 from nexrl_worker.checkpoints import Checkpoints
 from nexrl_worker.model_folder import check_model_folder, config_errors

@@ -12,7 +12,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from nexrl_contract.processes import die_with_parent
+from nexrl_host.processes import die_with_parent
 from nexrl_ledger import Fenced
 
 from nexrl_worker.settings import GroupFolders, RankSettings

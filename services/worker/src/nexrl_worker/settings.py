@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from nexrl_contract.machine import CPU_SLOTS, visible_gpus
-from nexrl_contract.processes import log_limit
+from nexrl_host.machine import CPU_SLOTS, visible_gpus
+from nexrl_host.processes import log_limit
 
 _DEFAULT_STOP_LIMIT_S = 50  # within the stop_grace_period of docker-compose.yml
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from nexrl_contract.durable import sync_folder, write_file
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.manifest import (
+from nexrl_storage.files import sync_folder, write_file
+from nexrl_storage.manifest import (
     Export,
     FileEntry,
     describe,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.manifest import (
+from nexrl_storage.manifest import (
     Export,
     Manifest,
     check_size,

@@ -9,8 +9,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from nexrl_contract.durable import write_file
-from nexrl_contract.manifest import EXPORT, MANIFEST
+from nexrl_storage.files import write_file
+from nexrl_storage.manifest import EXPORT, MANIFEST
 
 CONFIG = "config.json"
 MOST_BYTES = 128 * 1024 * 1024  # a tokenizer of a large vocabulary has some 40 MB

@@ -14,9 +14,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from nexrl_contract.durable import first_few, remove_folder, remove_listed, replace_folder, unlisted
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.manifest import EXPORT, MANIFEST, Export, read_export
+from nexrl_storage.files import first_few, remove_folder, remove_listed, replace_folder, unlisted
+from nexrl_storage.manifest import EXPORT, MANIFEST, Export, read_export
 
 from nexrl_worker.checkpoint.tensor_file import no_space
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol, Self
 
 import torch
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.manifest import Manifest
+from nexrl_storage.manifest import Manifest
 from safetensors import SafetensorError
 from torch import Tensor
 

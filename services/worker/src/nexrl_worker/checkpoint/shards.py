@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from nexrl_contract.durable import remove_folder, write_file
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.manifest import FileEntry, describe, index_name
+from nexrl_storage.files import remove_folder, write_file
+from nexrl_storage.manifest import FileEntry, describe, index_name
 from torch import Tensor
 
 from nexrl_worker.checkpoint.model_files import copy_model_files

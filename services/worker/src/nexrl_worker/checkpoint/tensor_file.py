@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.manifest import FileEntry
+from nexrl_storage.manifest import FileEntry
 from torch import Tensor
 
 _CODES = {

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from nexrl_contract.processes import memory_groups
+from nexrl_host.processes import memory_groups
 
 _LIBC = ctypes.CDLL(None)
 _MIB = 1024.0 * 1024.0
