@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from nexrl_checkpointer.previous import replace_previous
 from nexrl_checkpointer.publish import publish
+from nexrl_checkpointer.retention import replace_previous
 from nexrl_contract.names import group_key
 from nexrl_contract.records import GroupRecord
 from nexrl_gateway.paths import LONGEST_NAME

@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 import redis
-from nexrl_checkpointer.previous import replace_previous
 from nexrl_checkpointer.publish import publish
 from nexrl_checkpointer.request import PublishRequest
+from nexrl_checkpointer.retention import replace_previous
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.names import CHECKPOINTS_KEY, GROUPS_KEY, group_key
 from nexrl_contract.records import GroupRecord

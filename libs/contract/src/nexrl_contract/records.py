@@ -129,14 +129,13 @@ class GroupRecord(Record):
 class LatestCheckpoint(BaseModel):
     """The newest published checkpoint of one group and kind.
 
-    ``life`` is the time at which the group was made: a later group of that name has another one.
-    ``order`` is the save's.
+    ``group_created_at`` tells the group from a later one of that name. ``order`` is the save's.
     """
 
     path: Path
     step: int
     job_id: str
-    life: float
+    group_created_at: float
     order: int = 0
 
 

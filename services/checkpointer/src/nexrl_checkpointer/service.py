@@ -16,10 +16,10 @@ from nexrl_contract.records import JobRecord
 from nexrl_ledger import Fenced, Ledger, ResidentWorker, connect, until_redis
 from nexrl_storage.manifest import Manifest
 
-from nexrl_checkpointer.previous import replace_previous
+from nexrl_checkpointer.heartbeat import LEASE_S, Heartbeat
 from nexrl_checkpointer.publish import discard, publish
-from nexrl_checkpointer.pulse import LEASE_S, Pulse
 from nexrl_checkpointer.request import PublishRequest
+from nexrl_checkpointer.retention import replace_previous
 from nexrl_checkpointer.settings import Settings
 
 _NO_SUCH_PLACE = (errno.ENAMETOOLONG, errno.ENOTDIR)
@@ -33,7 +33,7 @@ class Checkpointer:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._ledger = Ledger(connect(settings.redis_url))
-        self._pulse = Pulse(Ledger(connect(settings.redis_url)), settings.name)
+        self._heartbeat = Heartbeat(Ledger(connect(settings.redis_url)), settings.name)
         self._stopping = False
         self._worker: ResidentWorker | None = None
 
@@ -42,13 +42,13 @@ class Checkpointer:
         _log.info(
             "checkpointer.started name=%s staging=%s", self._settings.name, self._settings.staging
         )
-        self._pulse.start()
+        self._heartbeat.start()
         try:
             self._worker = self._until_redis(self._make_worker)
             if not self._stopping:
                 self._worker.run()
         finally:
-            self._pulse.stop()
+            self._heartbeat.stop()
             with contextlib.suppress(redis.exceptions.RedisError):
                 self._ledger.sign_off(self._settings.name, checkpointer=True)
 
@@ -95,7 +95,7 @@ class Checkpointer:
         """False when another checkpointer took the job over."""
         started = time.monotonic()
         try:
-            with self._pulse.holding(job):
+            with self._heartbeat.holding(job):
                 self._work(job)
         except Fenced as fenced:
             _log.warning("job.fenced job_id=%s reason=%s", job.id, fenced)
@@ -107,7 +107,7 @@ class Checkpointer:
         request: PublishRequest | None = None
 
         def check_claim() -> None:
-            self._until_redis(lambda: self._pulse.check_claim(job))
+            self._until_redis(lambda: self._heartbeat.check_claim(job))
 
         try:
             request = PublishRequest.of(job, self._settings.staging)

@@ -19,7 +19,7 @@ from nexrl_contract.sections import ActorConfig
 from nexrl_payloads import PayloadStore
 from nexrl_storage.manifest import fingerprint_text
 
-from nexrl_worker.checkpoints import Checkpoints
+from nexrl_worker.checkpoint.manager import CheckpointManager
 from nexrl_worker.model_folder import check_model_folder, config_errors
 from nexrl_worker.outcome import Outcome, Request
 from nexrl_worker.rows import PayloadRows
@@ -72,7 +72,7 @@ class Operations:
         """The jobs of the pending gradients."""
         self._lost: tuple[str, ...] = ()
         """The jobs of gradients that went with a restart, until an optim_step has said so."""
-        self._checkpoints = Checkpoints(settings, config, team)
+        self._checkpoints = CheckpointManager(settings, config, team)
 
     def run(self, request: Request) -> Outcome:
         """Run one operation; raises Refused on every rank alike when nothing changed."""

@@ -39,17 +39,21 @@ def replace_previous(ledger: Ledger, request: PublishRequest, submitted: float) 
     previous = ledger.latest_checkpoint(request.identifier, _kind(request))
     if (
         previous is not None
-        and previous.life == group.created_at
+        and previous.group_created_at == group.created_at
         and previous.order > request.order
     ):
         return
-    if request.remove_previous and previous is not None and previous.life == group.created_at:
+    if (
+        request.remove_previous
+        and previous is not None
+        and previous.group_created_at == group.created_at
+    ):
         _remove(previous, request)
     new = LatestCheckpoint(
         path=request.path,
         step=request.step,
         job_id=request.job_id,
-        life=group.created_at,
+        group_created_at=group.created_at,
         order=request.order,
     )
     ledger.record_checkpoint(request.identifier, _kind(request), new)

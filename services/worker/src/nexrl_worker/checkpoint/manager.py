@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from nexrl_contract.sections import ActorConfig
 
 
-class Checkpoints:
+class CheckpointManager:
     """Saves and loads one group's state. Every method is collective; a refused one has changed
     nothing."""
 

@@ -18,7 +18,7 @@ LEASE_S = 30.0
 _log = logging.getLogger(__name__)
 
 
-class Pulse:
+class Heartbeat:
     """Beats every five seconds, and renews the lease of the job in :meth:`holding` with each
     beat."""
 
@@ -27,7 +27,7 @@ class Pulse:
         self._name = name
         self._job: JobRecord | None = None
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def start(self) -> None:
         """Begin; the first beat is sent at once."""
@@ -59,7 +59,7 @@ class Pulse:
             try:
                 self._beat(job)
             except (redis.exceptions.RedisError, Fenced) as error:
-                _log.warning("pulse.missed reason=%s", error)
+                _log.warning("heartbeat.missed reason=%s", error)
             if self._done.wait(BEAT_S):
                 return
 
