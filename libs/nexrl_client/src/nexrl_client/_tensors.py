@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import tensor_codec
-import tensor_codec._numpy  # now, and not by the first call, which a fork may interrupt
+import tensor_codec._convert  # now, and not by the first call, which a fork may interrupt
 from numpy.typing import NDArray
 from tensor_codec import Frame, JSONTensor
 
@@ -62,10 +62,10 @@ def is_torch(value: Any) -> bool:
 
 
 def has_torch() -> bool:
-    """Whether results are torch tensors; imports torch, and what of the codec needs it."""
+    """Whether results are torch tensors; imports torch."""
     try:
         with _importing:
-            import tensor_codec._torch  # noqa: F401
+            import torch  # noqa: F401
     except ImportError:
         return False
     return True

@@ -19,35 +19,8 @@ ValueError
     └── UnknownTensor, InvalidRows, FrameClosed                           reading
 """
 
-from ._convert import AnyTensor
-from ._encode import Encoded, encode
-from ._errors import (
-    CodecError,
-    DuplicateKey,
-    FrameClosed,
-    HeaderTooLarge,
-    HeaderTruncated,
-    InvalidBase64,
-    InvalidHeaderJSON,
-    InvalidMetadata,
-    InvalidName,
-    InvalidRows,
-    InvalidTensorEntry,
-    NoNumpyDtype,
-    OffsetsHole,
-    OffsetsOverlap,
-    RankTooHigh,
-    ShapeMismatch,
-    SizeMismatch,
-    TooManyTensors,
-    UnknownTensor,
-    UnsupportedDtype,
-    UnsupportedTensor,
-)
-from ._frame import Frame, Rows, map_file, open_frame, wrap
-from ._header import Header, TensorInfo, header_length, parse_header
-from ._json import JSONTensor, from_json, to_json
-from ._limits import (
+from . import _errors
+from ._checks import (
     ALIGNMENT,
     MAX_HEADER_BYTES,
     MAX_LISTS,
@@ -57,52 +30,15 @@ from ._limits import (
     MAX_TENSORS,
     PREFIX_BYTES,
 )
-from ._raw import RawTensor
+from ._errors import *  # noqa: F403 - every error, by its __all__
+from ._frame import Encoded, Frame, Rows, encode, map_file, open_frame, wrap
+from ._header import Header, TensorInfo, header_length, parse_header
+from ._raw import AnyTensor, JSONTensor, RawTensor, from_json, to_json
 
 __all__ = [
-    "ALIGNMENT",
-    "MAX_HEADER_BYTES",
-    "MAX_LISTS",
-    "MAX_NAME_LENGTH",
-    "MAX_RANK",
-    "MAX_SIZE",
-    "MAX_TENSORS",
-    "PREFIX_BYTES",
-    "AnyTensor",
-    "CodecError",
-    "DuplicateKey",
-    "Encoded",
-    "Frame",
-    "FrameClosed",
-    "Header",
-    "HeaderTooLarge",
-    "HeaderTruncated",
-    "InvalidBase64",
-    "InvalidHeaderJSON",
-    "InvalidMetadata",
-    "InvalidName",
-    "InvalidRows",
-    "InvalidTensorEntry",
-    "JSONTensor",
-    "NoNumpyDtype",
-    "OffsetsHole",
-    "OffsetsOverlap",
-    "RankTooHigh",
-    "RawTensor",
-    "Rows",
-    "ShapeMismatch",
-    "SizeMismatch",
-    "TensorInfo",
-    "TooManyTensors",
-    "UnknownTensor",
-    "UnsupportedDtype",
-    "UnsupportedTensor",
-    "encode",
-    "from_json",
-    "header_length",
-    "map_file",
-    "open_frame",
-    "parse_header",
-    "to_json",
-    "wrap",
-]
+    "ALIGNMENT", "MAX_HEADER_BYTES", "MAX_LISTS", "MAX_NAME_LENGTH", "MAX_RANK", "MAX_SIZE",
+    "MAX_TENSORS", "PREFIX_BYTES", "AnyTensor", "Encoded", "Frame", "Header", "JSONTensor",
+    "RawTensor", "Rows", "TensorInfo", "encode", "from_json", "header_length", "map_file",
+    "open_frame", "parse_header", "to_json", "wrap",
+]  # fmt: skip
+__all__ += _errors.__all__

@@ -1,5 +1,8 @@
-"""The dtype table and the checks that writing and reading share. Sizes are Python ints: nothing
-overflows."""
+"""The limits, the dtype table and the checks that writing and reading share.
+
+Sizes are Python ints: nothing overflows. What is above a limit is refused when written and when
+read.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,32 @@ from ._errors import (
     ShapeMismatch,
     UnsupportedDtype,
 )
-from ._limits import MAX_NAME_LENGTH, MAX_RANK, MAX_SIZE
+
+PREFIX_BYTES = 8
+"""Length of the little-endian header length that starts a frame."""
+
+ALIGNMENT = 64
+"""Written headers (prefix included) are padded to a multiple of this, so that the data starts on a
+cache line."""
+
+MAX_HEADER_BYTES = 1024 * 1024
+"""Length of the JSON header, padding included."""
+
+MAX_TENSORS = 512
+"""Tensors in one frame."""
+
+MAX_LISTS = 16_384
+"""Brackets and braces in the JSON header, those in the texts of its metadata among them: time to
+read, not only bytes."""
+
+MAX_RANK = 8
+"""Dimensions of one tensor."""
+
+MAX_NAME_LENGTH = 256
+"""Characters of a tensor's name."""
+
+MAX_SIZE = 2**53 - 1
+"""Any dimension, number of elements or offset: the integers that every JSON reader keeps exact."""
 
 METADATA_KEY = "__metadata__"
 
@@ -108,9 +136,8 @@ def check_shape(shape: Sequence[object], what: str) -> tuple[int, ...]:
                 f"{what} has dimension {show(dim)}; each must be an integer from 0 to {MAX_SIZE}"
             )
         dims.append(dim)
-    if (
-        math.prod(dim for dim in dims if dim) > MAX_SIZE
-    ):  # zeros left out: an empty tensor's strides count too
+    # Zeros are left out: an empty tensor's strides count too.
+    if math.prod(dim for dim in dims if dim) > MAX_SIZE:
         raise InvalidTensorEntry(f"{what} has shape {dims}, beyond {MAX_SIZE} elements")
     return tuple(dims)
 

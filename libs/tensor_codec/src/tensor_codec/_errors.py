@@ -1,30 +1,14 @@
-"""What can be wrong with a frame, a tensor or a request for rows: one class each.
-
-ValueError
-└── CodecError
-    ├── HeaderTruncated         fewer bytes than the prefix or the header needs
-    ├── HeaderTooLarge          JSON header above MAX_HEADER_BYTES
-    ├── InvalidHeaderJSON       not UTF-8, not JSON, or not an object
-    ├── DuplicateKey            one JSON object has a key twice
-    ├── InvalidMetadata         metadata is not a mapping of text to text
-    ├── InvalidName             a tensor's name is empty, too long, reserved or not UTF-8
-    ├── InvalidTensorEntry      an entry's fields are missing, unknown or of the wrong type
-    ├── UnsupportedDtype        a dtype outside the table
-    ├── NoNumpyDtype            BF16 asked for as a NumPy array
-    ├── UnsupportedTensor       a value that is no dense tensor with data (sparse, meta, a list)
-    ├── TooManyTensors          more than MAX_TENSORS
-    ├── RankTooHigh             more than MAX_RANK dimensions
-    ├── ShapeMismatch           shape times dtype is not the number of bytes
-    ├── OffsetsOverlap          two tensors share bytes
-    ├── OffsetsHole             bytes that belong to no tensor
-    ├── SizeMismatch            the tensors do not end where the data ends
-    ├── InvalidBase64           data that is not strict base64
-    ├── UnknownTensor           a name that the frame does not have
-    ├── InvalidRows             rows that the tensor does not have
-    └── FrameClosed             a closed frame was read
-"""
+"""What can be wrong with a frame, a tensor or a request for rows: one class each."""
 
 from __future__ import annotations
+
+__all__ = [
+    "CodecError", "DuplicateKey", "FrameClosed", "HeaderTooLarge", "HeaderTruncated",
+    "InvalidBase64", "InvalidHeaderJSON", "InvalidMetadata", "InvalidName", "InvalidRows",
+    "InvalidTensorEntry", "NoNumpyDtype", "OffsetsHole", "OffsetsOverlap", "RankTooHigh",
+    "ShapeMismatch", "SizeMismatch", "TooManyTensors", "UnknownTensor", "UnsupportedDtype",
+    "UnsupportedTensor",
+]  # fmt: skip
 
 
 class CodecError(ValueError):

@@ -1,25 +1,93 @@
-"""Frame: reads tensors, or rows of them, from a mapped file or a buffer."""
+"""encode makes a frame of tensors; Frame reads tensors, or rows of them, from a file or buffer."""
 
 from __future__ import annotations
 
 import mmap
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeAlias
 
-from ._checks import show
-from ._errors import FrameClosed, HeaderTruncated, InvalidRows, UnknownTensor
-from ._header import Header, parse_header
-from ._limits import PREFIX_BYTES
+from ._checks import (
+    ITEMSIZE,
+    MAX_TENSORS,
+    PREFIX_BYTES,
+    check_metadata,
+    check_name,
+    show,
+)
+from ._errors import FrameClosed, HeaderTruncated, InvalidRows, TooManyTensors, UnknownTensor
+from ._header import Header, parse_header, write_header
+from ._raw import AnyTensor, to_raw
 
 if TYPE_CHECKING:
     import torch
 
-    from ._numpy import Array, Bytes
+    from ._convert import Array, Bytes
 
 Rows: TypeAlias = slice | Sequence[int] | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """An encoded frame. Iterating gives header and buffers, len() the bytes: HTTP clients stream it
+    with a length.
+
+    The buffers are views: they keep the tensors' memory alive, and what is written to the tensors
+    shows in them. Tensors without elements have no buffer. header is prefix, JSON and padding;
+    nbytes is the whole frame. Loop over it rather than list() or unpack it: these take len() as a
+    hint and reserve a pointer for every byte.
+    """
+
+    header: bytes
+    buffers: list[memoryview]
+    nbytes: int
+
+    def __iter__(self) -> Iterator[bytes | memoryview]:
+        yield self.header
+        yield from self.buffers
+
+    def __len__(self) -> int:
+        return self.nbytes
+
+    def tobytes(self) -> bytes:
+        """The whole frame in one new bytes object: the one copy this package makes of a contiguous
+        tensor."""
+        return b"".join([self.header, *self.buffers])
+
+
+def encode(tensors: Mapping[str, AnyTensor], metadata: Mapping[str, str] | None = None) -> Encoded:
+    """Encode tensors without copying those that are contiguous on the CPU; the same input gives the
+    same bytes.
+
+    Others are copied, their own elements only. Data is ordered by element size (largest first),
+    then name, so each tensor is aligned. Raises CodecError's subclasses for what no reader would
+    accept.
+    """
+    if len(tensors) > MAX_TENSORS:
+        raise TooManyTensors(f"{len(tensors)} tensors were given; the limit is {MAX_TENSORS}")
+    raws = {
+        check_name(name): to_raw(value, f"tensor {show(name)}") for name, value in tensors.items()
+    }
+    order = sorted(raws.items(), key=lambda item: (-ITEMSIZE[item[1].dtype], item[0]))
+    views = [
+        memoryview(raw.data).cast("B") if memoryview(raw.data).nbytes else memoryview(b"")
+        for _, raw in order
+    ]
+    header = write_header(
+        [
+            (name, raw.dtype, raw.shape, view.nbytes)
+            for (name, raw), view in zip(order, views, strict=True)
+        ],
+        check_metadata(metadata or {}),
+    )
+    return Encoded(
+        header,
+        [view for view in views if view.nbytes],
+        len(header) + sum(view.nbytes for view in views),
+    )
 
 
 class Frame:
@@ -44,7 +112,7 @@ class Frame:
         1. Only the rows asked for are read. BF16 raises NoNumpyDtype, or becomes float32 with
         widen=True.
         """
-        from ._numpy import to_numpy
+        from ._convert import to_numpy
 
         table, dtype, shape = self._select(name, rows)
         return to_numpy(table, dtype, shape, f"tensor {show(name)}", widen=widen)
@@ -55,7 +123,7 @@ class Frame:
         A view over mapped files and writable buffers. Over read-only buffers (bytes) just what is
         asked for is copied.
         """
-        from ._torch import to_torch
+        from ._convert import to_torch
 
         return to_torch(*self._select(name, rows))
 
@@ -77,7 +145,7 @@ class Frame:
     def _select(self, name: str, rows: Rows) -> tuple[Bytes, str, tuple[int, ...]]:
         """The chosen rows of a tensor as [rows, bytes of a row] uint8, with dtype and resulting
         shape."""
-        from ._numpy import byte_rows
+        from ._convert import byte_rows
 
         if self._view is None:
             raise FrameClosed(

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from ._checks import (
+    ALIGNMENT,
+    MAX_HEADER_BYTES,
+    MAX_LISTS,
+    MAX_SIZE,
+    MAX_TENSORS,
     METADATA_KEY,
+    PREFIX_BYTES,
     check_dtype,
     check_metadata,
     check_name,
@@ -27,7 +33,6 @@ from ._errors import (
     SizeMismatch,
     TooManyTensors,
 )
-from ._limits import ALIGNMENT, MAX_HEADER_BYTES, MAX_LISTS, MAX_SIZE, MAX_TENSORS, PREFIX_BYTES
 
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
@@ -142,10 +147,8 @@ def _load_json(raw: bytes) -> dict[str, Any]:
         )
     except (DuplicateKey, InvalidHeaderJSON):
         raise
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # not UTF-8, not JSON, an endless number, endless nesting
+    except (ValueError, RecursionError) as error:
+        # Not UTF-8, not JSON, an endless number, endless nesting.
         raise InvalidHeaderJSON(f"the header is not UTF-8 JSON: {show(str(error))}") from None
     assert isinstance(loaded, dict)  # it starts with a brace
     return loaded
