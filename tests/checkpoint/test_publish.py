@@ -24,7 +24,7 @@ from nexrl_checkpointer.request import PublishRequest
 from nexrl_checkpointer.retention import replace_previous
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.names import CHECKPOINTS_KEY, GROUPS_KEY, group_key
-from nexrl_contract.records import GroupRecord
+from nexrl_contract.records import GroupRecord, Share
 from nexrl_ledger import Ledger, connect
 from nexrl_storage import files as durable
 from nexrl_storage.manifest import describe, published, read_manifest
@@ -360,7 +360,7 @@ def test_a_later_group_of_the_same_name_removes_nothing_of_the_earlier_one(saves
 def test_a_restart_of_the_groups_processes_is_the_same_group(saves: Saves) -> None:
     """A new epoch does not make the previous checkpoint another's."""
     saves("step_1")
-    Ledger(saves.client).start_epoch("student", "agent", ["here"])
+    Ledger(saves.client).start_epoch("student", [Share(agent="agent", slots=1, host="here")])
     saves("step_2")
     assert saves.left() == {"step_2"}
 

@@ -249,7 +249,7 @@ def test_a_time_out_says_what_the_job_waits_for(
         second.result(0.1)
     with pytest.raises(ServiceTimeout, match="it waits for the consumer of train:student"):
         first.result(0.1)
-    ledger.update_group("student", agent="gone")
+    ledger.update_group("student", placement=[{"agent": "gone", "slots": 1}])
     with pytest.raises(ServiceTimeout, match="it waits for agent gone, which is not heard"):
         first.result(0.1)
 

@@ -16,7 +16,7 @@ import xxhash
 from nexrl_contract import names
 from nexrl_contract.errors import ERRORS
 from nexrl_contract.operations import OPERATIONS
-from nexrl_contract.records import AgentRecord
+from nexrl_contract.records import AgentRecord, Share
 from nexrl_ledger import Ledger
 from tensor_codec import from_json
 
@@ -148,7 +148,9 @@ def test_a_new_groups_answer_is_as_shown(
     job_id = gateway.post(path, json=sent, headers=ASYNC).json()["id"]
     job = ledger.claim(names.AGENT_QUEUE)
     assert job is not None
-    ledger.update_group("new", ledger.start_epoch("new", "agent", ["here"]), state="up")
+    ledger.update_group(
+        "new", ledger.start_epoch("new", [Share(agent="agent", slots=1, host="here")]), state="up"
+    )
     ledger.finish(job, result={})
     shown = keys_of(example(paths, "/initialize"))
     assert keys_of(gateway.get(f"/jobs/{job_id}/result").json()) == shown

@@ -11,7 +11,7 @@ import pytest
 import requests
 from nexrl_contract import names
 from nexrl_contract.operations import OPERATIONS
-from nexrl_contract.records import AgentRecord
+from nexrl_contract.records import AgentRecord, Share
 from nexrl_ledger import Ledger
 
 from tests.helpers.gateway import ASYNC, Gateway, PlayedGroup, refusal
@@ -40,7 +40,7 @@ def body(model: Path, **changes: Any) -> dict[str, Any]:
 def place(ledger: Ledger, identifier: str = "student") -> None:
     """What an agent does when the ranks are up."""
     job = wait_until(lambda: ledger.claim(names.AGENT_QUEUE), 5, "the placement job")
-    epoch = ledger.start_epoch(identifier, "agent", ["here"])
+    epoch = ledger.start_epoch(identifier, [Share(agent="agent", slots=1, host="here")])
     ledger.update_group(identifier, epoch, state="up")
     ledger.finish(job, result={})
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from nexrl_contract import names
-from nexrl_contract.records import AgentRecord, JobRecord
+from nexrl_contract.records import AgentRecord, JobRecord, Share
 from nexrl_gateway.watch import Watch
 from nexrl_ledger import Ledger
 
@@ -99,7 +99,7 @@ def test_a_redis_that_was_emptied_while_no_gateway_ran(ledger: Ledger, tmp_path:
 
 def test_missing_agents_and_checkpointers_are_named(gateway: Gateway, ledger: Ledger) -> None:
     """An agent always, a checkpointer while saves wait for one."""
-    PlayedGroup(ledger, gateway.payloads, agent="local")
+    PlayedGroup(ledger, gateway.payloads, placement=[Share(agent="local", slots=1)])
     (reason,) = reasons(gateway)
     assert "its agent local is not heard" in reason
     ledger.beat(AgentRecord(name="local"))

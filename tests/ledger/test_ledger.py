@@ -12,7 +12,7 @@ import pytest
 import rq
 from nexrl_contract import names
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.records import GroupRecord, JobRecord
+from nexrl_contract.records import GroupRecord, JobRecord, Share
 from nexrl_ledger import Fenced, Ledger, ResidentWorker, connect
 
 from tests.helpers.records import new_job
@@ -33,7 +33,7 @@ def ledger(redis_url: str) -> Iterator[Ledger]:
     claimed = ledger.claim(names.AGENT_QUEUE, job_id=placement.id)
     assert claimed is not None
     ledger.finish(claimed, result={})
-    ledger.start_epoch(GROUP, "agent", ["host"])
+    ledger.start_epoch(GROUP, [Share(agent="agent", slots=1, host="host")])
     yield ledger
     ledger.client.close()
 
@@ -109,7 +109,7 @@ def test_a_replaced_incarnation_can_neither_claim_nor_finish(ledger: Ledger) -> 
     claimed = claim(ledger)
     assert claimed is not None
 
-    ledger.start_epoch(GROUP, "agent", ["host"])
+    ledger.start_epoch(GROUP, [Share(agent="agent", slots=1, host="host")])
 
     with pytest.raises(Fenced):
         ledger.finish(claimed, epoch=1, result={})
@@ -247,7 +247,7 @@ def test_epochs_go_on_when_a_name_is_used_again(ledger: Ledger) -> None:
         group=GroupRecord(identifier=GROUP, created_at=time.time()),
     )
 
-    assert ledger.start_epoch(GROUP, "agent", ["host"]) > 1
+    assert ledger.start_epoch(GROUP, [Share(agent="agent", slots=1, host="host")]) > 1
     for late in (ledger.group_destroyed, ledger.update_group):
         with pytest.raises(Fenced):
             late(GROUP, 1)

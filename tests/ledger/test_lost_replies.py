@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from nexrl_contract import names
-from nexrl_contract.records import GroupRecord
+from nexrl_contract.records import GroupRecord, Share
 from nexrl_ledger import Ledger, ResidentWorker, connect, until_redis
 
 from tests.helpers.lossy_redis import LosesReplies
@@ -58,7 +58,7 @@ def test_a_save_is_handed_over_once_though_the_reply_is_lost_and_the_checkpointe
         names.RUN_JOB,
         group=GroupRecord(identifier=GROUP, created_at=time.time()),
     )
-    ledger.start_epoch(GROUP, "agent", ["host"])
+    ledger.start_epoch(GROUP, [Share(agent="agent", slots=1, host="host")])
     saved = ledger.claim(QUEUE, identifier=GROUP, epoch=1)
     assert saved is not None
 
@@ -102,7 +102,7 @@ def test_what_a_redis_that_takes_no_writes_refuses_is_said_again_when_it_takes_t
     head of its queue for ever."""
     ledger = Ledger(connect(redis_url))
     ledger.submit(job(), names.RUN_JOB, group=GroupRecord(identifier=GROUP, created_at=time.time()))
-    ledger.start_epoch(GROUP, "agent", ["host"])
+    ledger.start_epoch(GROUP, [Share(agent="agent", slots=1, host="host")])
     running = ledger.claim(QUEUE, identifier=GROUP, epoch=1)
     assert running is not None
     refused = []

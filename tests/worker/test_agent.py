@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from nexrl_contract import names
+from nexrl_contract.records import Share
 from nexrl_ledger import Fenced
 from nexrl_worker import watch
 
@@ -82,7 +83,7 @@ def test_a_claim_whose_reply_is_lost_still_runs_and_a_replaced_group_gives_its_s
     assert lossy.reply is None, "nothing was lost"
     assert (lost, ended.state, ended.attempt) == (1, "finished", 2)
 
-    agents.ledger.start_epoch("student", "another", ["host"])
+    agents.ledger.start_epoch("student", [Share(agent="another", slots=1, host="host")])
     wait_until(lambda: agents.free() == 2, 20, "the slots")
     wait_until(lambda: not agents.ranks(), 10, "the end of the ranks")
     agents.ready(model, "next", world_size=2)
@@ -163,7 +164,7 @@ def test_a_placement_left_behind_by_a_former_group_does_not_place_the_next_one(
     again."""
     former = agents.place(model)
     assert agents.ledger.claim(names.AGENT_QUEUE, job_id=former.id) is not None
-    epoch = agents.ledger.start_epoch("student", "lost", ["host"])
+    epoch = agents.ledger.start_epoch("student", [Share(agent="lost", slots=1, host="host")])
     agents.ledger.group_down("student", epoch, "its agent has not been heard")
     agents.ledger.group_destroyed("student", epoch)
     agents.ledger.client.hset(names.job_key(former.id), "lease_at", "0")

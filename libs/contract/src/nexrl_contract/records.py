@@ -4,6 +4,7 @@ to flat Redis hashes."""
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -95,9 +96,22 @@ class JobRecord(Record):
         return self.state in FINAL_STATES
 
 
+class Share(BaseModel):
+    """The ranks of a group that one agent holds, on its host."""
+
+    model_config = ConfigDict(frozen=True)
+
+    agent: str
+    slots: int
+    host: str = ""
+
+
 class GroupRecord(Record):
     """One worker group. ``epoch`` counts its incarnations; ``seq`` the mutating operations its
-    weights contain."""
+    weights contain.
+
+    ``placement`` has one share for each agent that holds ranks of it; the first one's agent leads.
+    """
 
     identifier: str
     state: GroupState = "placing"
@@ -106,8 +120,7 @@ class GroupRecord(Record):
     config: dict[str, Any] = {}
     ignored: list[str] = []
     placement_job: str | None = None
-    agent: str | None = None
-    nodes: list[str] = []
+    placement: tuple[Share, ...] = ()
     epoch: int = 0
     seq: int = 0
     initialised: bool = False
@@ -116,6 +129,15 @@ class GroupRecord(Record):
     cause: str | None = None
     info: dict[str, Any] = {}
     created_at: float = 0.0
+
+    @property
+    def leader(self) -> str | None:
+        """The agent that leads the present incarnation; None before the first."""
+        return self.placement[0].agent if self.placement else None
+
+    def unheard(self, heard: Collection[str]) -> list[str]:
+        """The agents of its placement that are not among those ``heard``."""
+        return [share.agent for share in self.placement if share.agent not in heard]
 
     @property
     def actor(self) -> ActorConfig | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from nexrl_contract import names
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.records import GroupRecord, encode_fields
+from nexrl_contract.records import GroupRecord, Share, encode_fields
 
 from nexrl_ledger.base import Fenced, LedgerPart, optional
 
@@ -44,12 +45,13 @@ class GroupRecords(LedgerPart):
         ):
             raise Fenced(f"epoch {epoch} of {identifier!r} has been replaced")
 
-    def start_epoch(self, identifier: str, agent: str, nodes: list[str]) -> int:
-        """Begin a new incarnation of a group on ``agent``; raises :class:`Fenced` when the group is
-        gone."""
+    def start_epoch(self, identifier: str, placement: Sequence[Share]) -> int:
+        """Begin a new incarnation of a group where ``placement`` says; raises :class:`Fenced` when
+        the group is gone."""
+        shares = json.dumps([share.model_dump() for share in placement])
         epoch = int(
             self._script["start_epoch"](
-                keys=[names.group_key(identifier)], args=[agent, json.dumps(nodes), time.time()]
+                keys=[names.group_key(identifier)], args=[shares, time.time()]
             )
         )
         if epoch < 0:

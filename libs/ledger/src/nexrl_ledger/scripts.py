@@ -125,11 +125,11 @@ return 'OK'
 """
 
 START_EPOCH = """
--- KEYS: group. ARGV: agent, nodes, now. Every incarnation of a group has a higher epoch; the old one is fenced off.
+-- KEYS: group. ARGV: placement, now. Every incarnation of a group has a higher epoch; the old one is fenced off.
 local state = redis.call('HGET', KEYS[1], 'state')
 if not state or state == 'destroyed' then return -1 end
 local epoch = redis.call('HINCRBY', KEYS[1], 'epoch', 1)
-redis.call('HSET', KEYS[1], 'state', 'starting', 'agent', ARGV[1], 'nodes', ARGV[2], 'heartbeat', ARGV[3])
+redis.call('HSET', KEYS[1], 'state', 'starting', 'placement', ARGV[1], 'heartbeat', ARGV[2])
 redis.call('HDEL', KEYS[1], 'cause', 'running_job')
 return epoch
 """

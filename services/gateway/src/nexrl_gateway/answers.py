@@ -143,12 +143,10 @@ def _waits_for(ledger: Ledger, job: JobRecord) -> str | None:
     if job.state != "queued" or job.waits_for:
         return job.waits_for
     group = ledger.group(job.identifier)
-    if (
-        group is not None
-        and group.agent
-        and group.agent not in {agent.name for agent in ledger.agents()}
-    ):
-        return f"agent {group.agent}, which is not heard; the group goes down where it stays away"
+    if group is not None and group.placement:
+        silent = ", ".join(group.unheard({agent.name for agent in ledger.agents()}))
+        if silent:
+            return f"agent {silent}, which is not heard; the group goes down where it stays away"
     ahead = ledger.ahead_of(job)
     if not ahead:
         return f"the consumer of {job.queue}"

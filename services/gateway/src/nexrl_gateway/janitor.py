@@ -86,7 +86,7 @@ class LostGroups:
         silent = [group for group in self._ledger.groups() if self._is_silent(group, heard)]
         keys = {(group.identifier, group.epoch) for group in silent}
         self._silent_since = {key: self._silent_since.get(key, now) for key in keys}
-        return [group.identifier for group in silent if self._end(group, now)]
+        return [group.identifier for group in silent if self._end(group, heard, now)]
 
     def forget(self) -> None:
         """Begin anew: while Redis was away nobody could be heard."""
@@ -94,13 +94,14 @@ class LostGroups:
 
     def _is_silent(self, group: GroupRecord, heard: set[str]) -> bool:
         quiet_s = time.time() - (group.heartbeat or group.created_at)
-        return group.state in _LIVING and group.agent not in heard and quiet_s > self._patience_s
+        return group.state in _LIVING and bool(group.unheard(heard)) and quiet_s > self._patience_s
 
-    def _end(self, group: GroupRecord, now: float) -> bool:
+    def _end(self, group: GroupRecord, heard: set[str], now: float) -> bool:
         if now - self._silent_since[group.identifier, group.epoch] < self._patience_s:
             return False
+        silent = ", ".join(group.unheard(heard))
         cause = (
-            f"agent {group.agent} has not been heard for {self._patience_s:g} s; its ranks and "
+            f"agent {silent} has not been heard for {self._patience_s:g} s; its ranks and "
             "their weights are taken for lost"
         )
         try:
@@ -108,6 +109,6 @@ class LostGroups:
         except Fenced:
             return False
         _log.error(
-            "group.lost identifier=%s epoch=%d agent=%s", group.identifier, group.epoch, group.agent
+            "group.lost identifier=%s epoch=%d agent=%s", group.identifier, group.epoch, silent
         )
         return True

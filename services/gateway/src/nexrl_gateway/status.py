@@ -88,7 +88,7 @@ def worker_info(group: GroupRecord) -> dict[str, Any]:
         "identifier": group.identifier,
         **_brief(group),
         "seq": group.seq,
-        "nodes": group.nodes,
+        "nodes": [share.host for share in group.placement],
         "running_job": group.running_job,
         "ignored": group.ignored,
         "config": group.config,
@@ -167,12 +167,11 @@ def _troubles(groups: list[GroupRecord], heard: set[str]) -> list[str]:
             found.append(f"group {group.identifier} is down: {group.cause or 'unknown cause'}")
         elif _stale(group):
             found.append(f"group {group.identifier} has not been heard for more than {STALE_S:g} s")
-        elif (
-            group.agent is not None
-            and group.state in ("starting", "up", "ready")
-            and group.agent not in heard
-        ):
-            found.append(f"group {group.identifier}: its agent {group.agent} is not heard")
+        elif group.state in ("starting", "up", "ready"):
+            found += [
+                f"group {group.identifier}: its agent {agent} is not heard"
+                for agent in group.unheard(heard)
+            ]
     return found
 
 
@@ -191,7 +190,7 @@ def _brief(group: GroupRecord) -> dict[str, Any]:
         "epoch": group.epoch,
         "last_heartbeat": group.heartbeat,
         "cause": group.cause,
-        "agent": group.agent,
+        "agent": group.leader,
     }
 
 

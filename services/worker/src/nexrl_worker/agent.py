@@ -18,7 +18,7 @@ import redis
 from nexrl_contract import names
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.operations import DESTROY
-from nexrl_contract.records import AgentRecord, GroupRecord, JobRecord
+from nexrl_contract.records import AgentRecord, GroupRecord, JobRecord, Share
 from nexrl_host.processes import rotate_logs
 from nexrl_ledger import Fenced, Ledger, ResidentWorker, connect, until_redis
 from nexrl_payloads import open_store
@@ -127,7 +127,7 @@ class Agent:
         """A group that this machine cannot start is down, with the cause; raises Fenced where it is
         gone."""
         identifier = group.identifier
-        epoch = self._ledger.start_epoch(identifier, self._settings.name, [socket.gethostname()])
+        epoch = self._start_epoch(group)
         gpus = self._slots.take(group.world_size)
         try:
             process = GroupProcess(self._settings, group, epoch, gpus)
@@ -151,6 +151,11 @@ class Agent:
         self._watchers = [each for each in self._watchers if each.is_alive()] + [watcher]
         watcher.start()
         self._show_slots()
+
+    def _start_epoch(self, group: GroupRecord) -> int:
+        """A new incarnation, all of whose ranks are this agent's."""
+        share = Share(agent=self._settings.name, slots=group.world_size, host=socket.gethostname())
+        return self._ledger.start_epoch(group.identifier, [share])
 
     def _refuse(self, placement: JobRecord, code: str, reason: str) -> None:
         error = ServiceError(code, reason, identifier=placement.identifier).body()
@@ -179,7 +184,7 @@ class Agent:
         mine = [
             group
             for group in self._ledger.groups()
-            if group.agent == self._settings.name
+            if group.leader == self._settings.name
             and group.state in ("starting", "up", "ready")
             and group.identifier not in self._running
         ]
@@ -223,7 +228,7 @@ class Agent:
         self._start(group, placement)
 
     def _give_up(self, group: GroupRecord, kept: int) -> None:
-        epoch = self._ledger.start_epoch(group.identifier, self._settings.name, [])
+        epoch = self._start_epoch(group)
         cause = f"its processes were killed: {lost_operations(group.seq - kept)}"
         self._ledger.group_down(group.identifier, epoch, cause, kept=kept)
 
