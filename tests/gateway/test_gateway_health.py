@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from nexrl_contract import names
 from nexrl_contract.records import AgentRecord, JobRecord, Share
-from nexrl_gateway.watch import Watch
+from nexrl_gateway.upkeep import Watch
 from nexrl_ledger import Ledger
 
 from tests.helpers.gateway import ASYNC, Gateway, PlayedGroup
@@ -123,7 +123,7 @@ def test_work_that_an_idle_consumer_does_not_take(
 ) -> None:
     """Named with its job once it has waited long; what waits for a reason, or behind something,
     does not count."""
-    monkeypatch.setattr("nexrl_gateway.watch.QUIET_S", 0.3)
+    monkeypatch.setattr("nexrl_gateway.upkeep.QUIET_S", 0.3)
     ledger.beat(AgentRecord(name="local-1"), checkpointer=True)
     watch = Watch(ledger, tmp_path)
     first = gateway.post("/barrier", headers=ASYNC).json()["id"]

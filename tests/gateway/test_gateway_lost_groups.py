@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from nexrl_contract.records import Share
-from nexrl_gateway.janitor import LostGroups
+from nexrl_gateway.upkeep import LostGroups
 from nexrl_ledger import Ledger
 
 from tests.helpers.gateway import ASYNC, Gateway, PlayedGroup, refusal

@@ -18,9 +18,9 @@ import pytest
 from nexrl_contract import names
 from nexrl_contract.names import AGENT_QUEUE, JANITOR_KEY
 from nexrl_contract.records import AgentRecord
-from nexrl_gateway.janitor import sweep
 from nexrl_gateway.services import Services
 from nexrl_gateway.settings import Settings
+from nexrl_gateway.upkeep import sweep
 from nexrl_ledger import Ledger, connect
 from nexrl_payloads import open_store
 
@@ -266,7 +266,10 @@ def test_the_janitor_spares_what_is_in_use(swept_gateway: Gateway, redis_url: st
             Settings(data=gateway.data, payloads=f"file://{gateway.payloads}", redis_url=url)
         )
         try:
-            return [await asyncio.to_thread(sweep, services) for _ in range(2)]
+            return [
+                await asyncio.to_thread(sweep, services.settings, services.ledger, services.store)
+                for _ in range(2)
+            ]
         finally:
             await services.close()
 

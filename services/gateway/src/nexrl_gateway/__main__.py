@@ -39,7 +39,7 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if hasattr(self._app.state, "services"):
-            self._app.state.services.endings.stop()
+            self._app.state.services.completions.stop()
         self.force_exit = self.should_exit and sig == signal.SIGINT
         self.should_exit = True
 

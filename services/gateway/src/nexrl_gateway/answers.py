@@ -22,9 +22,9 @@ from tensor_codec import RawTensor, to_json
 
 from nexrl_gateway.admission import without_agent
 from nexrl_gateway.intake import StoredFrame, header_bytes, read_frame
-from nexrl_gateway.preferences import Preferences
-from nexrl_gateway.replies import finite, json_response
+from nexrl_gateway.responses import Preferences, json_response
 from nexrl_gateway.services import Services
+from nexrl_gateway.strict_json import finite
 
 
 async def answer(
@@ -42,7 +42,7 @@ async def answer(
     limit = services.settings.wait_limit_s
     wait_s = min(preferences.wait_s, limit) if preferences.respond_async else limit
     if wait_s > 0 and not job.final:
-        job = await services.endings.final(services.ledger, job.id, wait_s)
+        job = await services.completions.final(job.id, wait_s)
     if job.final:
         return await result_response(services, job, preferences, extra)
     if preferences.respond_async:

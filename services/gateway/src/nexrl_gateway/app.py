@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator
+from importlib.metadata import version
 from typing import Any
 
+import redis
+from anyio.to_thread import run_sync
 from fastapi import FastAPI
+from nexrl_contract.errors import ServiceError
 from starlette.types import Receive, Scope, Send
 
+from nexrl_gateway import upkeep
 from nexrl_gateway.docs import with_nulls
-from nexrl_gateway.errors import add_error_handlers
-from nexrl_gateway.janitor import keep_clean
 from nexrl_gateway.origins import OwnOrigin
-from nexrl_gateway.replies import marked
+from nexrl_gateway.responses import add_error_handlers, marked
 from nexrl_gateway.routes import groups, health, jobs, operations, payloads
 from nexrl_gateway.services import Services
 from nexrl_gateway.settings import Settings
@@ -26,6 +30,7 @@ Every operation answers when it is done; `Prefer: respond-async` answers 202 wit
 An `Idempotency-Key` makes a repeated request the same job. Errors have one shape: `{"error":
 {"code", "message", ...}}`. Whatever is asked, pages of another origin get 403, another `Host` 421,
 and a request whose bytes stop coming 408."""
+_log = logging.getLogger(__name__)
 
 
 class _Application(FastAPI):
@@ -50,10 +55,7 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         services = Services.start(settings)
         app.state.services = services
-        tasks = [
-            asyncio.create_task(keep_clean(services)),
-            asyncio.create_task(services.watch.run(services.room.looking)),
-        ]
+        tasks = [asyncio.create_task(_keep_clean(services)), asyncio.create_task(_look(services))]
         try:
             yield
         finally:
@@ -63,7 +65,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = _Application(
         title="NexRL Training Service",
-        version="0.1.0",
+        version=version("nexrl-gateway"),
         description=_DESCRIPTION,
         lifespan=lifespan,
         redirect_slashes=False,
@@ -73,3 +75,28 @@ def create_app(settings: Settings) -> FastAPI:
     for routes in (groups, operations, jobs, payloads, health):
         app.include_router(routes.router)
     return app
+
+
+async def _keep_clean(services: Services) -> None:
+    """Sweep once a period until cancelled; a store or Redis that is away is tried again the next
+    time."""
+    lost = upkeep.LostGroups(services.ledger)
+    while True:
+        try:
+            await run_sync(upkeep.sweep, services.settings, services.ledger, services.store)
+            await run_sync(lost.look)
+        except (redis.exceptions.RedisError, ServiceError) as error:
+            lost.forget()
+            _log.warning("janitor.failed error=%s", error)
+        await asyncio.sleep(upkeep.sweep_period_s(services.settings))
+
+
+async def _look(services: Services) -> None:
+    """Look for what is stuck once a period until cancelled."""
+    while True:
+        try:
+            await run_sync(services.watch.look, limiter=services.room.looking)
+        except redis.exceptions.RedisError as error:
+            services.watch.forget()
+            _log.warning("watch.failed error=%s", error)
+        await asyncio.sleep(upkeep.WATCH_PERIOD_S)

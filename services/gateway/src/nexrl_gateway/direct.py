@@ -42,7 +42,8 @@ from uvicorn.protocols.http.httptools_impl import (
     RequestResponseCycle,
 )
 
-from nexrl_gateway.replies import json_bytes, json_response
+from nexrl_gateway.responses import json_response
+from nexrl_gateway.strict_json import json_bytes
 
 HEAD_BYTES = 64 * 1024
 """Of a request before its body, or of a chunked body between its pieces."""

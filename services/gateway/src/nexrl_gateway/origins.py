@@ -15,7 +15,7 @@ from nexrl_contract.errors import ServiceError
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from nexrl_gateway.errors import error_response
+from nexrl_gateway.responses import error_response
 from nexrl_gateway.settings import Settings
 
 _AUTHORITY = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9_.-]+))(:[0-9]{0,5})?")

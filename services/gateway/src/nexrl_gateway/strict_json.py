@@ -149,3 +149,19 @@ def _integer(text: str) -> int:
 
 def _shown(text: str) -> str:
     return text if len(text) < 30 else f"{text[:20]}... ({len(text)} characters)"
+
+
+def json_bytes(content: Any) -> bytes:
+    """Compact JSON; NaN and the infinities become "NaN", "Infinity" and "-Infinity"."""
+    return json.dumps(finite(content), separators=(",", ":"), allow_nan=False).encode()
+
+
+def finite(value: Any) -> Any:
+    """``value`` with its non-finite floats as strings."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {str(name): finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return value

@@ -16,8 +16,7 @@ from nexrl_gateway.docs import accepted, errors
 from nexrl_gateway.docs import answer as shown
 from nexrl_gateway.examples import GROUP, MODELS, OPERATION_ANSWERS, WORKER_INFO
 from nexrl_gateway.groups import initialize, read_wanted
-from nexrl_gateway.preferences import Preferences, read_preferences
-from nexrl_gateway.replies import json_response
+from nexrl_gateway.responses import Preferences, json_response, read_preferences
 from nexrl_gateway.routes.operations import Identifier
 from nexrl_gateway.services import Services, services_of
 from nexrl_gateway.status import models, worker_info

@@ -11,7 +11,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from nexrl_gateway.docs import answer, errors, unavailable
 from nexrl_gateway.examples import HEALTH, METRICS, NOT_READY, READY, UNHEALTHY
-from nexrl_gateway.replies import json_response
+from nexrl_gateway.responses import json_response
 from nexrl_gateway.services import Services, services_of
 from nexrl_gateway.status import health, metrics, ready
 

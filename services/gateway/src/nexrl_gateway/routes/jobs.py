@@ -13,8 +13,7 @@ from nexrl_gateway.answers import job_view, result_response
 from nexrl_gateway.docs import answer, errors, operation_results
 from nexrl_gateway.examples import CANCELLED, JOB, JOBS
 from nexrl_gateway.groups import cancel
-from nexrl_gateway.preferences import Preferences, read_preferences
-from nexrl_gateway.replies import json_response
+from nexrl_gateway.responses import Preferences, json_response, read_preferences
 from nexrl_gateway.services import Services, services_of
 
 Wait = Annotated[float, Query(ge=0, le=30, description="Seconds to wait for the job to end.")]
@@ -69,4 +68,4 @@ async def cancel_job(services: Here, job_id: str) -> Response:
 
 
 async def _job(services: Services, job_id: str, wait_s: float) -> JobRecord:
-    return await services.endings.final(services.ledger, job_id, wait_s)
+    return await services.completions.final(job_id, wait_s)

@@ -14,7 +14,7 @@ from nexrl_gateway.answers import answer
 from nexrl_gateway.docs import errors, operation_answers
 from nexrl_gateway.examples import request_body
 from nexrl_gateway.groups import destroy_idle
-from nexrl_gateway.preferences import Preferences, read_preferences
+from nexrl_gateway.responses import Preferences, read_preferences
 from nexrl_gateway.services import services_of
 from nexrl_gateway.submit import submit_operation
 

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from nexrl_gateway.docs import answer, errors
 from nexrl_gateway.examples import PART, PAYLOAD
 from nexrl_gateway.parts import list_parts, store_part
-from nexrl_gateway.replies import json_response
+from nexrl_gateway.responses import json_response
 from nexrl_gateway.services import Services, services_of
 
 PayloadId = Annotated[
