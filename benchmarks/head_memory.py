@@ -6,8 +6,8 @@ from __future__ import annotations
 import sys
 
 import torch
-from nexrl_worker.training.chunked import active_chunks, chunk_length, head_log_probs
-from nexrl_worker.training.memory import peak_memory
+from nexrl_worker.training.model.lm_head import active_chunks, chunk_length, head_log_probs
+from nexrl_worker.training.observe.memory import peak_memory
 from torch import Tensor
 
 _CPU = torch.device("cpu")

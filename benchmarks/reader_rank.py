@@ -26,9 +26,9 @@ from nexrl_worker.rows import PayloadRows
 from nexrl_worker.serving import follow
 from nexrl_worker.settings import RankSettings
 from nexrl_worker.team import Team
-from nexrl_worker.training.batch import BatchReader, Layout
-from nexrl_worker.training.plan import Cut, make_plan
-from nexrl_worker.training.validate import Limits, check_rows
+from nexrl_worker.training.batch.micro_batch import BatchReader, Layout
+from nexrl_worker.training.batch.plan import PlanSettings, make_plan
+from nexrl_worker.training.batch.validate import Limits, check_rows
 
 from benchmarks import machine
 from benchmarks.batches import NAMES, digest
@@ -80,7 +80,7 @@ class Reader:
         return {"read_at": time.monotonic(), "digest": seen}
 
     def _update(self, rows: PayloadRows) -> dict[str, Any]:
-        plan = make_plan(rows.size, self._team.size, Cut(micro_rows=_MICRO_ROWS))
+        plan = make_plan(rows.size, self._team.size, PlanSettings(micro_rows=_MICRO_ROWS))
         layout, mine = Layout.of(rows), plan.rows_of(self._team.rank)
         names = ("advantages", "old_log_probs")
 

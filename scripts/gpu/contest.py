@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from nexrl_worker.training import Engine
-from nexrl_worker.training.memory import peak_memory
+from nexrl_worker.training.observe.memory import peak_memory
 from torch import nn
 
 from gpu.actor import Rows, actor, free
@@ -50,7 +50,7 @@ class EngineSide:
         self._engine = Engine.build(settings, "actor", device)
         if packing and not self._engine.info()["packing"]:
             raise RuntimeError(f"it does not pack: {self._engine.info()['packing_reason']}")
-        self.model: nn.Module = self._engine._root
+        self.model: nn.Module = self._engine._model
         self._prepared = self._engine.prepare("update_actor", rows, {})
         self._plan = self._engine.plan(self._prepared, rows.lengths)
         found = self._engine._probe
@@ -63,7 +63,7 @@ class EngineSide:
             self._prepared, self._plan, rows.lengths
         )["peak_memory_mib"]
         if whole_logits:
-            self._engine._root.fallback = "whole logits were asked for"  # type: ignore[assignment]
+            self._engine._model.fallback = "whole logits were asked for"  # type: ignore[assignment]
             self.told |= {
                 "chunked_log_probs": False,
                 "chunked_log_probs_reason": "whole logits were asked for",

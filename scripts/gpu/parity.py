@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from nexrl_worker.training import Engine, Plan
-from nexrl_worker.training.spec import Prepared
+from nexrl_worker.training.prepare import Prepared
 from torch import Tensor
 
 from gpu.actor import Rows, actor, free, make_rows
@@ -74,7 +74,9 @@ def _engine(
         log_probs[indices] = values.double()
     engine.accumulate(*_planned(engine, "forward_backward", rows))
     tokens = sum(rows.lengths) - rows.size  # a row's first token is not scored
-    grads: dict[str, Any] = {name: param.grad for name, param in engine._root.hf.named_parameters()}
+    grads: dict[str, Any] = {
+        name: param.grad for name, param in engine._model.hf.named_parameters()
+    }
     whole = {name: grad.full_tensor().double().cpu() / tokens for name, grad in grads.items()}
     engine.step(discard=True)
     [result] = engine.update(*_planned(engine, "update_actor", rows))

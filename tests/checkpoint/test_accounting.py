@@ -18,8 +18,8 @@ from nexrl_worker.model_folder import check_model_folder
 from nexrl_worker.suspended import Suspended
 from nexrl_worker.team import Refused
 from nexrl_worker.training import InvalidValue
-from nexrl_worker.training.quantised import Dequantised
-from nexrl_worker.training.sources import folder_tensors
+from nexrl_worker.training.model.quantised import Dequantised
+from nexrl_worker.training.model.weight_sources import folder_tensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (

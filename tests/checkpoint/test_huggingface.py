@@ -12,7 +12,7 @@ from nexrl_contract.errors import ServiceError
 from nexrl_storage.manifest import fingerprint_text, read_export, verify_files
 from nexrl_worker.checkpoint.huggingface import FolderWriter, Stamp, export
 from nexrl_worker.checkpoint.load import inspect
-from nexrl_worker.training.fingerprint import fingerprint_of
+from nexrl_worker.training.model.fingerprint import fingerprint_of
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM

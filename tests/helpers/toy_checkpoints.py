@@ -18,7 +18,7 @@ from nexrl_storage.manifest import read_manifest, verify_files
 from nexrl_worker.checkpoint.load import inspect
 from nexrl_worker.checkpoint.readers import TensorReader
 from nexrl_worker.checkpoint.shards import GroupState, staging_folder, write_shards
-from nexrl_worker.training.weights import Shard, rows_per_rank
+from nexrl_worker.training.model.weights import Shard, rows_per_rank
 from torch import Tensor
 
 State = dict[str, Tensor]

@@ -328,7 +328,7 @@ def test_a_family_that_cannot_go_backward_is_refused_where_it_would_train(tmp_pa
 def test_trying_the_backward_leaves_nothing_behind(tmp_path: Path) -> None:
     """No gradient, nothing gathered: weights and gradients of a new group are its shards."""
     for role in ("actor", "critic"):
-        root = build(save_model(tmp_path / role), role)._root
+        root = build(save_model(tmp_path / role), role)._model
         assert all(param.grad is None and isinstance(param, DTensor) for param in root.parameters())
 
 

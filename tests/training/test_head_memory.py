@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from nexrl_worker.training.memory import peak_memory
+from nexrl_worker.training.observe.memory import peak_memory
 
 TOKENS, VOCABULARY, WIDTH = 2048, 50_000, 64
 MIB = 1024 * 1024
@@ -17,10 +17,10 @@ FEWER = 512  # enough to show what the plain way takes
 ONE = TOKENS * VOCABULARY * 4 / MIB
 GRADIENTS = (TOKENS * WIDTH + VOCABULARY * WIDTH) * 4 / MIB
 CHUNKED = """
-length = chunked.chunk_length(V, hidden.device)
-active = chunked.active_chunks(torch.ones(T, dtype=torch.bool), length)
-log_probs, entropies = chunked.head_log_probs(
-    hidden, weight, None, labels, 0.9, chunked.chunk_length(V, hidden.device), active, True
+length = lm_head.chunk_length(V, hidden.device)
+active = lm_head.active_chunks(torch.ones(T, dtype=torch.bool), length)
+log_probs, entropies = lm_head.head_log_probs(
+    hidden, weight, None, labels, 0.9, lm_head.chunk_length(V, hidden.device), active, True
 )
 """
 PLAIN = """
@@ -29,7 +29,7 @@ log_probs, entropies = logs.gather(1, labels[:, None])[:, 0], -(logs.exp() * log
 """
 PROGRAM = """
 import sys, torch
-from nexrl_worker.training import chunked
+from nexrl_worker.training.model import lm_head
 T, V, H = {tokens}, {vocabulary}, {width}
 torch.set_num_threads(1)
 hidden, weight = torch.randn(T, H).requires_grad_(), (0.1 * torch.randn(V, H)).requires_grad_()

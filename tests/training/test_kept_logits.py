@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nexrl_worker.training import chunked
+from nexrl_worker.training.model import lm_head
 from torch import Tensor
 
 
@@ -19,7 +19,7 @@ def gradients(temperature: float, entropy: bool, repeats: int = 1) -> list[Tenso
     ]
     hidden, weight, bias = leaves
     labels = torch.randint(0, 7, (12,), generator=generator)
-    log_probs, entropies = chunked.head_log_probs(
+    log_probs, entropies = lm_head.head_log_probs(
         hidden, weight, bias, labels, temperature, 4, (True, False, True), True
     )
     loss = log_probs.square().sum() + (entropies.sum() if entropy else 0.0)
@@ -38,9 +38,9 @@ def test_kept_logits_change_no_bit(
 ) -> None:
     """No chunk kept, one, or all: the gradients are equal; and so they are in a second backward,
     which finds none."""
-    monkeypatch.setattr(chunked, "_KEPT", {})
+    monkeypatch.setattr(lm_head, "_KEPT", {})
     expected = gradients(temperature, entropy)
-    monkeypatch.setattr(chunked, "_KEPT", {"cpu": room})
+    monkeypatch.setattr(lm_head, "_KEPT", {"cpu": room})
     for repeats in (1, 2):
         found = gradients(temperature, entropy, repeats)
         assert len(found) == 3

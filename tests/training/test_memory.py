@@ -18,9 +18,9 @@ import pytest
 import torch
 from nexrl_worker.group_process import how_it_ended, oom_kills, wait_status
 from nexrl_worker.training import Engine
+from nexrl_worker.training.batch.plan import PlanSettings, make_plan
 from nexrl_worker.training.errors import DoesNotFit, InvalidValue
-from nexrl_worker.training.memory import free_mib
-from nexrl_worker.training.plan import Cut, make_plan
+from nexrl_worker.training.observe.memory import free_mib
 from torch import Tensor
 
 from tests.helpers.engines import batch, planned, save_model
@@ -81,7 +81,7 @@ def short_of_memory(
         elif hidden.requires_grad:
             hidden.register_hook(lambda grad: fail(len(grad)))
 
-    layer: Any = engine._root.hf.model.layers[0]  # type: ignore[union-attr]
+    layer: Any = engine._model.hf.model.layers[0]  # type: ignore[union-attr]
     hook = layer.register_forward_hook(forward)
     try:
         yield met
@@ -98,7 +98,7 @@ def test_rows_are_cut_in_their_order_by_what_fits() -> None:
             def fits(some: Sequence[int], room: int = room) -> bool:
                 return len(some) * max(some) <= room
 
-            plan = make_plan(11, 1, Cut(micro_rows=micro_rows, fits=fits), lengths)
+            plan = make_plan(11, 1, PlanSettings(micro_rows=micro_rows, fits=fits), lengths)
             micros = plan.mini_batches[0].ranks[0]
             assert [row for micro in micros for row in micro] == list(range(11))
             for micro, after in zip(micros, (*micros[1:], ()), strict=True):
@@ -330,7 +330,7 @@ def test_memory_that_a_process_may_not_take_is_named_as_such() -> None:
     is known."""
     limited = """
 import resource, torch
-from nexrl_worker.training.memory import free_mib, is_out_of_memory
+from nexrl_worker.training.observe.memory import free_mib, is_out_of_memory
 size = int(next(l for l in open('/proc/self/status') if l.startswith('VmSize')).split()[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (size + 300 * 2**20,) * 2)
 assert free_mib(torch.device('cpu'), 1) <= 300, free_mib(torch.device('cpu'), 1)

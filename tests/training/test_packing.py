@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from nexrl_worker.training import Engine
-from nexrl_worker.training.batch import BatchReader, Layout, MicroBatch
+from nexrl_worker.training.batch.micro_batch import BatchReader, Layout, MicroBatch
+from nexrl_worker.training.batch.packing import Segments, attend, use_segments
 from nexrl_worker.training.errors import InvalidValue
-from nexrl_worker.training.kinds import kind_of
-from nexrl_worker.training.model import Options, Precision, build_root
-from nexrl_worker.training.packing import Segments, attend, use_segments
-from nexrl_worker.training.probe import Probe, probe
-from nexrl_worker.training.scorer import Scorer
+from nexrl_worker.training.model.build import Options, Precision, build_model
+from nexrl_worker.training.model.policy import PolicyModel
+from nexrl_worker.training.model.probe import Probe, probe
+from nexrl_worker.training.model.roles import role_of
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -155,7 +155,7 @@ def test_every_row_as_if_alone(tmp_path: Path, packed: bool, cut: list[list[int]
     loss_of(*wanted, rows, list(range(7))).backward()
     expected = gradients(model)
     model.zero_grad()
-    scorer = Scorer(model)
+    scorer = PolicyModel(model)
     for indices in cut:
         micro = reader(rows, packed).read(indices)
         log_probs, entropies = scorer.score(micro, entropy=True, all_labels=True)
@@ -223,7 +223,7 @@ def test_families_pack_soundly(family: str) -> None:
     made = copy.deepcopy(FAMILIES[family])
     model: Any = AutoModelForCausalLM.from_config(made, dtype=torch.float32).eval()
     wanted = alone(model, rows)[0]
-    scorer = Scorer(model)
+    scorer = PolicyModel(model)
     outcome = probed(scorer)
     assert outcome.packs and outcome.packing_reason is None, outcome
     assert (outcome.reason is None) == (family not in ("gemma2", "cohere"))
@@ -234,13 +234,15 @@ def test_families_pack_soundly(family: str) -> None:
         assert torch.allclose(found, wanted, atol=2e-5), packed
 
 
-def probed(scorer: Scorer, packing: bool = True) -> Probe:
+def probed(scorer: PolicyModel, packing: bool = True) -> Probe:
     return probe(scorer, CPU, torch.float32, packing)
 
 
-def llama(**changes: Any) -> Scorer:
+def llama(**changes: Any) -> PolicyModel:
     torch.manual_seed(0)
-    return Scorer(AutoModelForCausalLM.from_config(LlamaConfig(**{**COMMON, **changes})).eval())
+    return PolicyModel(
+        AutoModelForCausalLM.from_config(LlamaConfig(**{**COMMON, **changes})).eval()
+    )
 
 
 def test_families_that_cannot_pack_say_why() -> None:
@@ -251,7 +253,9 @@ def test_families_that_cannot_pack_say_why() -> None:
         **{**COMMON, "num_local_experts": 2, "num_experts_per_tok": 1, "rope_scaling": None}
     )
     for made, words in ((bloom, "exchanged"), (sinks, "s_aux")):
-        outcome = probed(Scorer(AutoModelForCausalLM.from_config(made, dtype=torch.float32).eval()))
+        outcome = probed(
+            PolicyModel(AutoModelForCausalLM.from_config(made, dtype=torch.float32).eval())
+        )
         assert not outcome.packs and words in (outcome.packing_reason or ""), outcome
     windowed = llama()
     windowed.hf.config.sliding_window = 4
@@ -272,7 +276,7 @@ def test_a_language_model_is_packed_though_the_part_that_reads_images_keeps_its_
         text_config={**COMMON, "model_type": "qwen2"}, vision_config=eyes, image_token_index=60
     )
     torch.manual_seed(0)
-    scorer, rows = Scorer(AutoModelForMultimodalLM.from_config(made).eval()), hard_rows()
+    scorer, rows = PolicyModel(AutoModelForMultimodalLM.from_config(made).eval()), hard_rows()
     wanted = alone(scorer.hf, rows)[0]
     outcome = probed(scorer)
     assert (outcome.reason, outcome.packing_reason, outcome.packs) == (None, None, True)
@@ -284,7 +288,9 @@ def test_a_language_model_is_packed_though_the_part_that_reads_images_keeps_its_
 
     text = scorer.hf.config.get_text_config()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(InvalidValue, match="exchanged"):
-        patch.setattr("nexrl_worker.training.packing.attention_of", lambda hf: scorer.own_attention)
+        patch.setattr(
+            "nexrl_worker.training.batch.packing.attention_of", lambda hf: scorer.own_attention
+        )
         use_segments(scorer.hf)
     assert text._attn_implementation == scorer.own_attention
 
@@ -380,16 +386,16 @@ def test_the_probe_leaves_nothing_gathered(tmp_path: Path, family: str) -> None:
         FAMILIES[family] if family == "qwen2" else sinks
     ).save_pretrained(tmp_path)
     precision = Precision.of(config("", dtype="float32").fsdp_config, CPU)
-    root = build_root(
+    root = build_model(
         str(tmp_path),
-        kind_of("actor"),
+        role_of("actor"),
         precision,
         init_device_mesh("cpu", (1,)),
         CPU,
         Options(),
         True,
     )
-    assert isinstance(root, Scorer)
+    assert isinstance(root, PolicyModel)
     micro: MicroBatch = reader(hard_rows(), False).read([0, 1, 6])
     before = root.score(micro, entropy=False, all_labels=True)[0]
     before.sum().backward()

@@ -11,11 +11,11 @@ import pytest
 import torch
 from nexrl_contract.errors import ServiceError
 from nexrl_worker.training import InvalidValue, Plan, fingerprint_of
-from nexrl_worker.training.batch import BatchReader, Layout
-from nexrl_worker.training.chunked import active_chunks, head_log_probs
-from nexrl_worker.training.fingerprint import partial_fingerprint, weight_table
+from nexrl_worker.training.batch.micro_batch import BatchReader, Layout
+from nexrl_worker.training.batch.plan import PlanSettings, make_plan
+from nexrl_worker.training.model.fingerprint import partial_fingerprint, weight_table
+from nexrl_worker.training.model.lm_head import active_chunks, head_log_probs
 from nexrl_worker.training.optim import Schedule
-from nexrl_worker.training.plan import Cut, make_plan
 from torch import Tensor
 
 from tests.helpers.engines import MemoryRows, batch
@@ -31,12 +31,12 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     "cut",
     [
-        Cut(),
-        Cut(mini_rows=4, micro_rows=3, epochs=2),
-        Cut(mini_rows=5, token_budget=20, shuffle_seed="1"),
+        PlanSettings(),
+        PlanSettings(mini_rows=4, micro_rows=3, epochs=2),
+        PlanSettings(mini_rows=5, token_budget=20, shuffle_seed="1"),
     ],
 )
-def test_every_row_once_and_equal_collectives(world_size: int, cut: Cut) -> None:
+def test_every_row_once_and_equal_collectives(world_size: int, cut: PlanSettings) -> None:
     """Each epoch holds each row once; all ranks have as many micro-batches; JSON brings the same
     plan back."""
     lengths = [3, 9, 30, 1, 0, 7, 8, 12, 5, 2, 6]
@@ -57,26 +57,29 @@ def test_every_row_once_and_equal_collectives(world_size: int, cut: Cut) -> None
 def test_plan_balances_and_refuses() -> None:
     """Token-budget cuts balance ranks by length; a plan with unequal ranks or a missing length is
     refused."""
-    plan = make_plan(8, 2, Cut(token_budget=100), [50, 1, 1, 1, 1, 20, 20, 10])
+    plan = make_plan(8, 2, PlanSettings(token_budget=100), [50, 1, 1, 1, 1, 20, 20, 10])
     loads = [
         sum([50, 1, 1, 1, 1, 20, 20, 10][row] for m in rank for row in m)
         for rank in plan.mini_batches[0].ranks
     ]
     assert abs(loads[0] - loads[1]) <= 2
     assert plan == make_plan(
-        8, 2, Cut(token_budget=100, micro_rows=1), [50, 1, 1, 1, 1, 20, 20, 10]
+        8, 2, PlanSettings(token_budget=100, micro_rows=1), [50, 1, 1, 1, 1, 20, 20, 10]
     )
     broken = plan.to_dict()
     broken["mini_batches"][0][0].append([])
-    for call in (lambda: Plan.from_dict(broken), lambda: make_plan(8, 2, Cut(token_budget=9))):
+    for call in (
+        lambda: Plan.from_dict(broken),
+        lambda: make_plan(8, 2, PlanSettings(token_budget=9)),
+    ):
         with pytest.raises(InvalidValue):
             call()
 
 
 def test_shuffle_changes_with_epoch_and_seed() -> None:
     """A seeded shuffle is another order in each epoch and for another seed."""
-    one = make_plan(20, 1, Cut(epochs=2, shuffle_seed="0:0"))
-    two = make_plan(20, 1, Cut(epochs=2, shuffle_seed="0:1"))
+    one = make_plan(20, 1, PlanSettings(epochs=2, shuffle_seed="0:0"))
+    two = make_plan(20, 1, PlanSettings(epochs=2, shuffle_seed="0:1"))
     orders = [mini.rows() for plan in (one, two) for mini in plan.mini_batches]
     assert len({tuple(order) for order in orders}) == 4
 

@@ -187,7 +187,7 @@ def test_spared_parameters_stay_where_no_gradient_moves_them(tmp_path: Path) -> 
     }
     for engine in (first, second):
         assert update(engine, rows)[0].metrics["step_applied"]
-    spared = norms_and_biases(second._root.hf)
+    spared = norms_and_biases(second._model.hf)
     for (name, decayed), (_, kept) in zip(
         first.state.full_weights(), second.state.full_weights(), strict=True
     ):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from nexrl_worker.training import Engine, InvalidValue
-from nexrl_worker.training.weights import MemoryReader
+from nexrl_worker.training.model.weights import MemoryReader
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
 
@@ -138,7 +138,7 @@ def test_a_frozen_group_is_its_own_reference(tmp_path: Path, role: str) -> None:
     engine = engine_of(path, None, role)
     wanted = attended(plain(path, rows), rows)
     shared = scored(engine, "compute_ref_log_prob", rows)
-    assert engine._reference.root is None
+    assert engine._reference.model is None
     torch.testing.assert_close(attended(shared, rows), wanted, atol=1e-5, rtol=0)
 
     engine.state.load_shards(

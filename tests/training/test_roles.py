@@ -46,7 +46,7 @@ def gradients(engine: Engine, operation: str, rows: MemoryRows, **params: Any) -
     found: dict[str, Tensor] = {}
 
     def seen(*_: Any) -> None:
-        for name, param in engine._root.hf.named_parameters():
+        for name, param in engine._model.hf.named_parameters():
             found[name] = param.grad.full_tensor().clone()
         engine._trainer.optimizer.discard()
 
@@ -340,7 +340,7 @@ def test_without_clipping_the_norm_is_measured_all_the_same(tmp_path: Path) -> N
         ends.append(
             {
                 name: param.full_tensor().clone()
-                for name, param in engine._root.hf.named_parameters()
+                for name, param in engine._model.hf.named_parameters()
             }
         )
     assert norms[0] == norms[1] > 1.0

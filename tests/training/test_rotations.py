@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from nexrl_worker.training.errors import InvalidValue
-from nexrl_worker.training.probe import probe
-from nexrl_worker.training.roots import position_limit
-from nexrl_worker.training.scorer import Scorer
+from nexrl_worker.training.model.policy import PolicyModel
+from nexrl_worker.training.model.probe import probe
+from nexrl_worker.training.model.wrapper import position_limit
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -172,7 +172,7 @@ def test_a_reward_is_that_of_the_row_alone(head: str, tmp_path: Path) -> None:
     path, rows = saved(tmp_path, made, AutoModelForSequenceClassification), ragged()
     engine = build(path, "reward")
     if head == "own":
-        engine._root.fallback = "asked for by this test"  # type: ignore[attr-defined]
+        engine._model.fallback = "asked for by this test"  # type: ignore[attr-defined]
     found = compute(engine, "compute_rewards", rows)
     rewards = next(iter(found.values())).detach()
     for row in range(rows.size):
@@ -197,7 +197,7 @@ def test_the_probe_sees_windows_longer_than_its_rows() -> None:
     ):
         torch.manual_seed(0)
         model: Any = AutoModelForCausalLM.from_config(made, dtype=torch.float32).eval()
-        outcome = probe(Scorer(model), CPU, torch.float32, packing=True)
+        outcome = probe(PolicyModel(model), CPU, torch.float32, packing=True)
         assert outcome.packs is packs, outcome
         assert packs or "differ" in (outcome.packing_reason or "")
         assert model.config.sliding_window == 32

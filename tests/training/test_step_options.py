@@ -10,20 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from nexrl_worker.training import parallelize
-from nexrl_worker.training.batch import BatchReader, Layout
-from nexrl_worker.training.clock import Clock
+from nexrl_worker.training import fsdp2
+from nexrl_worker.training.batch.micro_batch import BatchReader, Layout
 from nexrl_worker.training.errors import InvalidValue
-from nexrl_worker.training.kinds import kind_of
-from nexrl_worker.training.model import Options, Precision, build_root
-from nexrl_worker.training.parallelize import (
+from nexrl_worker.training.fsdp2 import (
     compile_layers,
     decoder_layers,
     forget_kept_back,
     missing_compiler,
     synchronise,
 )
-from nexrl_worker.training.scorer import Scorer
+from nexrl_worker.training.model.build import Options, Precision, build_model
+from nexrl_worker.training.model.policy import PolicyModel
+from nexrl_worker.training.model.roles import role_of
+from nexrl_worker.training.observe.clock import Clock
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -112,19 +112,19 @@ def test_clock_adds_up_and_forgets() -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def build(path: str, **changes: Any) -> Scorer:
+def build(path: str, **changes: Any) -> PolicyModel:
     actor = config(path, **changes)
     if "param" in changes:
         actor.fsdp_config.mixed_precision = Space(param_dtype=changes["param"], reduce_dtype=None)
     precision = Precision.of(actor.fsdp_config, CPU)
     mesh = init_device_mesh("cpu", (1,))
-    root = build_root(path, kind_of("actor"), precision, mesh, CPU, Options.of(actor.model), True)
-    assert isinstance(root, Scorer)
+    root = build_model(path, role_of("actor"), precision, mesh, CPU, Options.of(actor.model), True)
+    assert isinstance(root, PolicyModel)
     return root
 
 
 def scored(
-    root: Scorer, indices: list[int], packed: bool = False
+    root: PolicyModel, indices: list[int], packed: bool = False
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Log-probabilities of the rows, and the gradients of their sum of squares."""
     rows = batch()
@@ -223,4 +223,4 @@ def test_no_compiler_is_a_clear_refusal(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
     with pytest.raises(InvalidValue, match=r"use_torch_compile needs a C\+\+ compiler"):
         compile_layers(torch.nn.Module(), CPU)
-    assert parallelize.missing_compiler(CPU) is not None
+    assert fsdp2.missing_compiler(CPU) is not None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from nexrl_worker.training import Engine, Plan
-from nexrl_worker.training.spec import Prepared
+from nexrl_worker.training.prepare import Prepared
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -38,7 +38,7 @@ def watch(engine: Engine, into: list[dict[str, Tensor]]) -> None:
     def seen(scale: float, lr: float) -> None:
         grads = {
             name: param.grad
-            for name, param in engine._root.hf.named_parameters()
+            for name, param in engine._model.hf.named_parameters()
             if param.grad is not None
         }
         into.append({name: grad.full_tensor().clone() for name, grad in grads.items()})

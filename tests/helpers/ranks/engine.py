@@ -146,7 +146,7 @@ def gradients(engine: Engine, rows: MemoryRows) -> dict[str, Tensor]:
     found = {
         name: param.grad.full_tensor().clone()
         # what a caller cannot see, but a test must
-        for name, param in engine._root.hf.named_parameters()
+        for name, param in engine._model.hf.named_parameters()
     }
     engine.step(discard=True)
     return found
@@ -270,7 +270,7 @@ def teacher(path: str, rows: MemoryRows) -> dict[str, Any]:
         run(engine, "update_actor", rows)
     except InvalidValue as error:
         message = error.message
-    grads = any(param.requires_grad for param in engine._root.hf.parameters())
+    grads = any(param.requires_grad for param in engine._model.hf.parameters())
     return {
         "scores": scores.tolist(),
         "update": message,

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from nexrl_worker.training.batch import BatchReader, Layout
-from nexrl_worker.training.clock import Clock
-from nexrl_worker.training.kinds import kind_of
-from nexrl_worker.training.model import Options, Precision, build_root
-from nexrl_worker.training.parallelize import forget_kept_back, synchronise
-from nexrl_worker.training.scorer import Scorer
+from nexrl_worker.training.batch.micro_batch import BatchReader, Layout
+from nexrl_worker.training.fsdp2 import forget_kept_back, synchronise
+from nexrl_worker.training.model.build import Options, Precision, build_model
+from nexrl_worker.training.model.policy import PolicyModel
+from nexrl_worker.training.model.roles import role_of
+from nexrl_worker.training.observe.clock import Clock
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,16 +24,16 @@ from tests.helpers.rank_processes import be_a_rank
 CPU = torch.device("cpu")
 
 
-def build(path: str, **changes: Any) -> Scorer:
+def build(path: str, **changes: Any) -> PolicyModel:
     actor = config(path, **changes)
     precision = Precision.of(actor.fsdp_config, CPU)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    root = build_root(path, kind_of("actor"), precision, mesh, CPU, Options.of(actor.model), True)
-    assert isinstance(root, Scorer)
+    root = build_model(path, role_of("actor"), precision, mesh, CPU, Options.of(actor.model), True)
+    assert isinstance(root, PolicyModel)
     return root
 
 
-def backward(root: Scorer, rows: MemoryRows, indices: list[int], packed: bool) -> None:
+def backward(root: PolicyModel, rows: MemoryRows, indices: list[int], packed: bool) -> None:
     """Sum of squared log-probabilities of these rows; FSDP averages over ranks."""
     micro = BatchReader(
         rows, Layout.of(rows), (), CPU, torch.float64, packed, temperature=0.7
@@ -43,7 +43,7 @@ def backward(root: Scorer, rows: MemoryRows, indices: list[int], packed: bool) -
     total.backward()  # type: ignore[no-untyped-call]
 
 
-def gradients(root: Scorer) -> dict[str, Tensor]:
+def gradients(root: PolicyModel) -> dict[str, Tensor]:
     found = {name: param.grad.full_tensor().clone() for name, param in root.hf.named_parameters()}
     for param in root.parameters():
         param.grad = None

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from nexrl_worker.training import Engine, parallelize, queries, trainer
-from nexrl_worker.training.clock import Collective
+from nexrl_worker.training import Engine, fsdp2, inference, trainer
 from nexrl_worker.training.errors import DoesNotFit
+from nexrl_worker.training.observe.clock import Collective
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -62,11 +62,11 @@ def micro_batches(during: Callable[[Any], AbstractContextManager[Any]]) -> Itera
             with during(some):
                 return act(some)
 
-        return parallelize.attempt(roots, device, inside, rows)
+        return fsdp2.attempt(roots, device, inside, rows)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "attempt", attempt)
-        patch.setattr(queries, "attempt", attempt)
+        patch.setattr(inference, "attempt", attempt)
         yield
 
 
@@ -94,7 +94,7 @@ def gradients(engine: Engine) -> dict[str, Tensor]:
     return {
         name: param.grad.full_tensor().clone()
         # what a caller cannot see, but a test must
-        for name, param in engine._root.hf.named_parameters()
+        for name, param in engine._model.hf.named_parameters()
         if param.grad is not None
     }
 

@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 
 from nexrl_worker.settings import GroupFolders
 from nexrl_worker.training.errors import InvalidValue
-from nexrl_worker.training.kinds import kind_of
-from nexrl_worker.training.model import check_build, model_config
-from nexrl_worker.training.quantised import method_of, quantisation
-from nexrl_worker.training.weights import open_weights, weight_files, what_is_wrong
+from nexrl_worker.training.model.build import check_build, model_config
+from nexrl_worker.training.model.quantised import method_of, quantisation
+from nexrl_worker.training.model.roles import role_of
+from nexrl_worker.training.model.weights import open_weights, weight_files, what_is_wrong
 
 _LONGEST_REASON = 600
 _log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def check_model_folder(path: str, role: str, key: str = "actor.model.path") -> N
     no weights."""
     with config_errors(path, key):
         _check(path)
-        kind_of(role).check(model_config(path))
+        role_of(role).check(model_config(path))
 
 
 def check_models(role: str, actor: dict[str, Any]) -> None:
@@ -46,7 +46,7 @@ def check_models(role: str, actor: dict[str, Any]) -> None:
         if path is not None:
             check_model_folder(path, holder, key)
             with config_errors(path, key):
-                check_build(path, kind_of(holder))
+                check_build(path, role_of(holder))
 
 
 @contextmanager

@@ -26,10 +26,10 @@ from nexrl_worker.rows import PayloadRows
 from nexrl_worker.settings import RankSettings
 from nexrl_worker.suspended import Suspended
 from nexrl_worker.team import Refused, Team
+from nexrl_worker.training.batch.plan import Plan
 from nexrl_worker.training.engine import Engine
 from nexrl_worker.training.errors import DoesNotFit
-from nexrl_worker.training.plan import Plan
-from nexrl_worker.training.spec import Prepared
+from nexrl_worker.training.prepare import Prepared
 from nexrl_worker.training.trainer import Parts
 
 _NO_SPACE_PAUSE_S = 1.0

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from nexrl_worker.checkpoint.model_files import CONFIG, copy_model_files, set_dtype
 from nexrl_worker.checkpoint.tensor_file import no_space, set_metadata, write_tensors
-from nexrl_worker.training.fingerprint import partial_fingerprint, weight_table
-from nexrl_worker.training.weights import WEIGHTS, WEIGHTS_INDEX
+from nexrl_worker.training.model.fingerprint import partial_fingerprint, weight_table
+from nexrl_worker.training.model.weights import WEIGHTS, WEIGHTS_INDEX
 
 SHARD_BYTES = 5_000_000_000
 
@@ -43,8 +43,8 @@ class Stamp:
 
 
 class Layout(Protocol):
-    """What :class:`nexrl_worker.training.conversion.ExportLayout` is: the folder's tensors from the
-    model's."""
+    """What :class:`nexrl_worker.training.model.conversion.ExportLayout` is: the folder's tensors
+    from the model's."""
 
     def take(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]: ...
     def check_complete(self) -> None: ...

@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from nexrl_worker.checkpoint.shards import OPTIMIZER_PREFIX, read_index
-from nexrl_worker.training import weights
 from nexrl_worker.training.errors import InvalidValue
-from nexrl_worker.training.quantised import Dequantised, quantisation
-from nexrl_worker.training.weights import FolderReader, dtype_name
+from nexrl_worker.training.model import weights
+from nexrl_worker.training.model.quantised import Dequantised, quantisation
+from nexrl_worker.training.model.weights import FolderReader, dtype_name
 
 
 class TensorReader(Protocol):

@@ -24,7 +24,7 @@ OPTIMIZER_PREFIX = "optim."
 
 
 class ShardLike(Protocol):
-    """What :class:`nexrl_worker.training.weights.Shard` is: rows of a global tensor from row
+    """What :class:`nexrl_worker.training.model.weights.Shard` is: rows of a global tensor from row
     ``offset_dim0`` on."""
 
     @property

@@ -11,27 +11,27 @@ import torch
 import torch.distributed as dist
 from nexrl_contract.sections import ActorConfig
 
-from nexrl_worker.training.batch import BatchReader, Rows
+from nexrl_worker.training.batch.micro_batch import BatchReader, Rows
+from nexrl_worker.training.batch.plan import Plan, PlanSettings, make_plan
+from nexrl_worker.training.batch.validate import Limits, check_rows, longest
 from nexrl_worker.training.errors import InvalidValue
-from nexrl_worker.training.explain import computed_lengths, explain_plan
-from nexrl_worker.training.footprint import Load, Room, make_room, peak_mib
-from nexrl_worker.training.heads import RewardModel
-from nexrl_worker.training.kinds import kind_of
-from nexrl_worker.training.model import Precision, export_dtype, load_root
+from nexrl_worker.training.fsdp2 import release
+from nexrl_worker.training.inference import answered
+from nexrl_worker.training.model.build import Precision, export_dtype, load_model
+from nexrl_worker.training.model.policy import PolicyModel
+from nexrl_worker.training.model.probe import Probe, probed, strictest
+from nexrl_worker.training.model.reference import FrozenReference
+from nexrl_worker.training.model.roles import role_of
+from nexrl_worker.training.model.value_head import RewardModel
+from nexrl_worker.training.model.weight_sources import folder_tensors
+from nexrl_worker.training.model.weights import parameter_shards
+from nexrl_worker.training.model.wrapper import ModelWrapper, longest_row
 from nexrl_worker.training.objectives import objective_of
-from nexrl_worker.training.parallelize import release
-from nexrl_worker.training.plan import Cut, Plan, make_plan
-from nexrl_worker.training.probe import Probe, probed, strictest
-from nexrl_worker.training.queries import answered
-from nexrl_worker.training.reference import FrozenReference
-from nexrl_worker.training.roots import Root, longest_row
-from nexrl_worker.training.scorer import Scorer
-from nexrl_worker.training.sources import folder_tensors
-from nexrl_worker.training.spec import LossSpec, Prepared, prepare
+from nexrl_worker.training.observe.explain import computed_lengths, explain_plan
+from nexrl_worker.training.observe.footprint import Load, Room, make_room, peak_mib
+from nexrl_worker.training.prepare import LossSettings, Prepared, prepare
 from nexrl_worker.training.state import TrainingState
 from nexrl_worker.training.trainer import Result, Trainer
-from nexrl_worker.training.validate import Limits, check_rows, longest
-from nexrl_worker.training.weights import parameter_shards
 
 Agree = Callable[[Callable[[], Any]], Any]
 OLD = "old_log_probs"
@@ -47,23 +47,22 @@ class Engine:
         self,
         actor: ActorConfig,
         role: str,
-        root: Root,
+        model: ModelWrapper,
         outcome: Probe,
         source: Mapping[str, str],
         room: Room,
     ) -> None:
-        self._kind, self._device = kind_of(role), room.device
+        self._role, self._device = role_of(role), room.device
         self._actor = actor
-        self._role = role
-        self._root = root
+        self._model = model
         self._probe = outcome
         self.room = room
         self._wide = _wide(Precision.of(actor.fsdp_config, self._device))
-        self._trainer = Trainer(root, actor, self._device) if self._kind.trains else None
+        self._trainer = Trainer(model, actor, self._device) if self._role.trains else None
         self.state = TrainingState(
-            self._kind, root, self._trainer, self._device, source, export_dtype(actor.model)
+            self._role, model, self._trainer, self._device, source, export_dtype(actor.model)
         )
-        self._reference = FrozenReference(actor, root, outcome.packs, self._device)
+        self._reference = FrozenReference(actor, model, outcome.packs, self._device)
 
     @classmethod
     def build(
@@ -74,18 +73,20 @@ class Engine:
 
         `agree` runs what is local, and may raise on all ranks what one of them raises.
         """
-        kind = kind_of(role)
+        held = role_of(role)
         precision = Precision.of(actor.fsdp_config, device)
-        root: Root = agree(lambda: load_root(actor, actor.model.path, device, kind, kind.trains))
+        model: ModelWrapper = agree(
+            lambda: load_model(actor, actor.model.path, device, held, held.trains)
+        )
         outcome = strictest(
-            probed(root, device, precision.param, actor.model.use_remove_padding), device
+            probed(model, device, precision.param, actor.model.use_remove_padding), device
         )
         agree(outcome.check)
-        if isinstance(root, Scorer | RewardModel):
-            root.fallback = outcome.reason
+        if isinstance(model, PolicyModel | RewardModel):
+            model.fallback = outcome.reason
         source = agree(lambda: folder_tensors(actor.model.path).stored)
-        room = make_room(root, actor, kind.trains, outcome.packs, device, _wide(precision))
-        engine: Engine = agree(lambda: cls(actor, role, root, outcome, source, room))
+        room = make_room(model, actor, held.trains, outcome.packs, device, _wide(precision))
+        engine: Engine = agree(lambda: cls(actor, role, model, outcome, source, room))
         return engine
 
     def info(self) -> dict[str, Any]:
@@ -93,13 +94,13 @@ class Engine:
         packed (or why not)."""
         precision = Precision.of(self._actor.fsdp_config, self._device)
         return {
-            "role": self._role,
-            "model_type": self._root.hf.config.model_type,  # type: ignore[union-attr]
+            "role": self._role.name,
+            "model_type": self._model.hf.config.model_type,  # type: ignore[union-attr]
             "parameters": sum(
-                math.prod(part.global_shape) for part in parameter_shards(self._root.hf)
+                math.prod(part.global_shape) for part in parameter_shards(self._model.hf)
             ),
-            "vocab_size": self._root.vocabulary,
-            "max_position_embeddings": longest_row(self._root.hf),
+            "vocab_size": self._model.vocabulary,
+            "max_position_embeddings": longest_row(self._model.hf),
             "dtype": str(precision.model).removeprefix("torch."),
             "compute_dtype": str(precision.param).removeprefix("torch."),
             "reduce_dtype": str(precision.reduce).removeprefix("torch."),
@@ -121,7 +122,7 @@ class Engine:
         """What `operation` will compute; raises InvalidValue or INVALID_TENSOR. Local, and reads no
         tensor."""
         prepared = prepare(self._actor, operation, rows, params)
-        k, vocabulary = params.get("top_k"), self._root.vocabulary
+        k, vocabulary = params.get("top_k"), self._model.vocabulary
         if k is not None and k > vocabulary:
             raise InvalidValue(f"top_k is {k}, the model's vocabulary has {vocabulary} tokens")
         if prepared.operation.trains:
@@ -137,7 +138,7 @@ class Engine:
         """
         actor, operation = self._actor, prepared.operation
         steps = operation.steps or not operation.trains
-        cut = Cut(
+        cut = PlanSettings(
             mini_rows=actor.ppo_mini_batch_size * actor.rollout.n
             if steps and actor.ppo_mini_batch_size
             else None,
@@ -148,7 +149,7 @@ class Engine:
             if steps and actor.shuffle
             else None,
             packed=self._probe.packs,
-            fits=lambda lengths: self.room.need_mib(lengths, self._kind.trains) <= self.room.mib,
+            fits=lambda lengths: self.room.need_mib(lengths, self._role.trains) <= self.room.mib,
         )
         return make_plan(prepared.rows.size, dist.get_world_size(), cut, lengths)
 
@@ -169,7 +170,7 @@ class Engine:
                 prepared.loss.aggregation, accumulates=not prepared.operation.steps
             )
         if (
-            isinstance(prepared.loss, LossSpec)
+            isinstance(prepared.loss, LossSettings)
             and prepared.loss.reads_old
             and steps > 1
             and not rows.has(OLD)
@@ -198,7 +199,7 @@ class Engine:
             compute_bytes=Precision.of(config.fsdp_config, self._device).param.itemsize,
         )
         peak = torch.tensor(
-            [peak_mib(self._root, self.room.activations, load, self._device)], dtype=torch.float64
+            [peak_mib(self._model, self.room.activations, load, self._device)], dtype=torch.float64
         )
         peak = peak.to(self._device)
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)
@@ -220,7 +221,7 @@ class Engine:
 
         Metrics are over all ranks, `actor/tokens` and `actor/rows` among them.
         """
-        objective = objective_of(prepared, self._root, self.reference)
+        objective = objective_of(prepared, self._model, self.reference)
         try:
             return self._training().accumulate(plan, self._reader(prepared), objective)
         finally:
@@ -241,7 +242,7 @@ class Engine:
 
     def update(self, prepared: Prepared, plan: Plan) -> list[Result]:
         """Accumulate and step once per mini-batch; one result for each. Collective."""
-        objective = objective_of(prepared, self._root, self.reference)
+        objective = objective_of(prepared, self._model, self.reference)
         try:
             results = self._training().update(plan, self._reader(prepared), objective)
         finally:
@@ -253,19 +254,19 @@ class Engine:
     # ----------------------------------------------------------------------------------------------
 
     def compute(self, prepared: Prepared, plan: Plan) -> Result:
-        """An operation of queries.py: by result name this rank's (row indices, values on the CPU).
+        """A read-only operation: by result name this rank's (row indices, values on the CPU).
         Collective.
 
         compute_ref_log_prob scores with the frozen weights of `ref.model.path` (else `model.path`),
         read at first use.
         """
-        root = self.reference() if prepared.reads_reference else self._root
+        model = self.reference() if prepared.reads_reference else self._model
         micros = [micro for mini in plan.mini_batches for micro in mini.ranks[dist.get_rank()]]
         name, k = prepared.operation.name, prepared.params.get("top_k")
         try:
-            return answered(name, root, self._reader(prepared), micros, k)
+            return answered(name, model, self._reader(prepared), micros, k)
         finally:
-            release(root)
+            release(model)
 
     # -- the frozen reference
     # ---------------------------------------------------------------------------------------
@@ -289,17 +290,17 @@ class Engine:
         refuse it. Collective."""
         self._reference.examine()
 
-    def reference(self) -> Scorer:
+    def reference(self) -> PolicyModel:
         """The frozen model: the group's own while it holds those weights, else one read at first
         use. Collective."""
-        return cast(Scorer, self._root) if self._is_reference else self._reference.scorer()
+        return cast(PolicyModel, self._model) if self._is_reference else self._reference.policy()
 
     # -- inside
     # ----------------------------------------------------------------------------------------------
 
     def _training(self) -> Trainer:
         if self._trainer is None:
-            raise InvalidValue(f"a group of role {self._role} does not train")
+            raise InvalidValue(f"a group of role {self._role.name} does not train")
         return self._trainer
 
     @property
@@ -307,7 +308,7 @@ class Engine:
         """Whether a group that does not learn still holds the weights that its reference would be
         read from."""
         return (
-            not self._kind.trains
+            not self._role.trains
             and self.state.unchanged
             and self._reference.path == self._actor.model.path
         )
@@ -325,16 +326,16 @@ class Engine:
         )
 
     def _limits(self, with_reference: bool = False) -> Limits:
-        roots = (
-            [self._root, self._reference.root]
-            if with_reference and self._reference.root
-            else [self._root]
+        models = (
+            [self._model, self._reference.model]
+            if with_reference and self._reference.model
+            else [self._model]
         )
-        known = [root.positions for root in roots]
+        known = [model.positions for model in models]
         limits = Limits(
-            self._root.vocabulary, min((most for most in known if most is not None), default=None)
+            self._model.vocabulary, min((most for most in known if most is not None), default=None)
         )
-        return self._root.own_limits(limits) if isinstance(self._root, RewardModel) else limits
+        return self._model.own_limits(limits) if isinstance(self._model, RewardModel) else limits
 
 
 def _wide(precision: Precision) -> torch.dtype:

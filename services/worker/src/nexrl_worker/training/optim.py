@@ -17,7 +17,7 @@ from nexrl_contract.sections import OptimConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nexrl_worker.training.weights import Shard, parameter_shards
+from nexrl_worker.training.model.weights import Shard, parameter_shards
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _PIECE = 1024

@@ -13,15 +13,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from nexrl_worker.training.conversion import ExportLayout, FolderTensors
 from nexrl_worker.training.errors import InvalidValue
-from nexrl_worker.training.fingerprint import partial_fingerprint, weight_table
-from nexrl_worker.training.kinds import KINDS, Kind
-from nexrl_worker.training.rng import rng_state, set_rng_state
-from nexrl_worker.training.roots import Root
-from nexrl_worker.training.sources import Account, has_own_head
-from nexrl_worker.training.trainer import Trainer
-from nexrl_worker.training.weights import (
+from nexrl_worker.training.model.conversion import ExportLayout, FolderTensors
+from nexrl_worker.training.model.fingerprint import partial_fingerprint, weight_table
+from nexrl_worker.training.model.roles import ROLES, Role
+from nexrl_worker.training.model.weight_sources import Account, has_own_head
+from nexrl_worker.training.model.weights import (
     Reader,
     Shard,
     check_finite,
@@ -31,6 +28,9 @@ from nexrl_worker.training.weights import (
     parameter_shards,
     persistent_buffers,
 )
+from nexrl_worker.training.model.wrapper import ModelWrapper
+from nexrl_worker.training.rng import rng_state, set_rng_state
+from nexrl_worker.training.trainer import Trainer
 
 
 class TrainingState:
@@ -42,17 +42,17 @@ class TrainingState:
 
     def __init__(
         self,
-        kind: Kind,
-        root: Root,
+        role: Role,
+        model: ModelWrapper,
         trainer: Trainer | None,
         device: torch.device,
         source: Mapping[str, str],
         export_dtype: torch.dtype | None,
     ) -> None:
-        self._kind = kind
+        self._role = role
         self._source = dict(source)
         self._export_dtype = export_dtype
-        self._root = root
+        self._model = model
         self._trainer = trainer
         self._device = device
         self.weight_version = 0
@@ -82,14 +82,14 @@ class TrainingState:
 
     def architecture(self) -> str:
         """The class of the model with its head: a checkpoint of another one is not loaded."""
-        return type(self._root.hf).__name__
+        return type(self._model.hf).__name__
 
     def shards(self, optimizer: bool = True) -> Iterator[Shard]:
         """This rank's part of the state: parameters, saved buffers (rank 0), and the moments if
         there are any."""
-        yield from parameter_shards(self._root.hf)
+        yield from parameter_shards(self._model.hf)
         if dist.get_rank() == 0:
-            for name, buffer in persistent_buffers(self._root.hf):
+            for name, buffer in persistent_buffers(self._model.hf):
                 yield Shard(name, buffer, tuple(buffer.shape), 0)
         if optimizer and self._trainer is not None:
             yield from self._trainer.optimizer.shards()
@@ -100,7 +100,7 @@ class TrainingState:
 
         Infinity is refused in a weight, too; a second moment may have reached it.
         """
-        check_finite(self._root.hf, reader)
+        check_finite(self._model.hf, reader)
         if optimizer and self._trainer is not None:
             for part in self._trainer.optimizer.shards():
                 if bool(
@@ -112,7 +112,7 @@ class TrainingState:
         """Overwrite weights, and moments unless `optimizer` is False, with this rank's rows from
         `reader`."""
         self._loaded = True
-        load_parameters(self._root.hf, reader)
+        load_parameters(self._model.hf, reader)
         if optimizer and self._trainer is not None:
             for part in self._trainer.optimizer.shards():
                 fill(part, reader)
@@ -149,14 +149,14 @@ class TrainingState:
 
         `layout` makes of them what a folder holds.
         """
-        for part in parameter_shards(self._root.hf):
+        for part in parameter_shards(self._model.hf):
             yield part.name, gather(part)
-        for name, buffer in persistent_buffers(self._root.hf):
+        for name, buffer in persistent_buffers(self._model.hf):
             yield name, buffer.detach() if dist.get_rank() == 0 else None
 
     def layout(self) -> ExportLayout:
         """How an export of this group is written; local, and once for each export."""
-        return ExportLayout(self._root.hf, self._source, self._export_dtype)
+        return ExportLayout(self._model.hf, self._source, self._export_dtype)
 
     @property
     def source(self) -> dict[str, str]:
@@ -173,7 +173,7 @@ class TrainingState:
         Of a model that is not this group's an empty one is made. Raises InvalidValue where there is
         no such class. Local.
         """
-        hf = self._root.hf
+        hf = self._model.hf
         if any(shapes.get(part.name) != part.global_shape for part in parameter_shards(hf)):
             hf = _empty_model(folder, saved.get("architecture"))
         dtype = self._export_dtype
@@ -189,23 +189,23 @@ class TrainingState:
         Every tensor there is accounted for, and what is named, cut or stored otherwise than in the
         model is converted.
         """
-        hf: Any = self._root.hf
+        hf: Any = self._model.hf
         if has_own_head(hf, folder):
             raise InvalidValue(
                 "the output head is not the embedding, as in the group's model, which has one for "
                 "both"
             )
-        found = Account(hf, folder, self._kind, fresh=False)
+        found = Account(hf, folder, self._role, fresh=False)
         check_finite(hf, found)
         return found
 
     def config_changes(self) -> dict[str, Any]:
         """What an exported config.json must say otherwise than the folder that the group was made
         of: its head."""
-        untied = {"tie_word_embeddings": False} if self._root.own_head else {}
-        if not self._kind.fresh_head:
+        untied = {"tie_word_embeddings": False} if self._model.own_head else {}
+        if not self._role.fresh_head:
             return untied
-        config: Any = self._root.hf.config
+        config: Any = self._model.hf.config
         return {
             **untied,
             "architectures": [self.architecture()],
@@ -229,10 +229,10 @@ class TrainingState:
 
 def _empty_model(folder: Path, architecture: str | None) -> nn.Module:
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    for kind in (KINDS[role] for role in ("actor", "critic", "reward")):
-        kind.prepare(config)
+    for role in (ROLES[name] for name in ("actor", "critic", "reward")):
+        role.prepare(config)
         with contextlib.suppress(ValueError), torch.device("meta"):  # a family may lack a class
-            model: nn.Module = kind.auto.from_config(config)
+            model: nn.Module = role.auto.from_config(config)
             if architecture in (None, type(model).__name__):
                 return model
     raise InvalidValue(f"the checkpoint holds a {architecture}, which nothing here makes")

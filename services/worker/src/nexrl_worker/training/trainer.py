@@ -13,17 +13,17 @@ import torch.distributed as dist
 from nexrl_contract.sections import ActorConfig
 from torch import Tensor
 
-from nexrl_worker.training.batch import BatchReader, MicroBatch
-from nexrl_worker.training.clock import Clock
+from nexrl_worker.training.batch.micro_batch import BatchReader, MicroBatch
+from nexrl_worker.training.batch.plan import MiniBatch, Plan
 from nexrl_worker.training.errors import DoesNotFit, InvalidValue
+from nexrl_worker.training.fsdp2 import attempt, drop, synchronise
 from nexrl_worker.training.losses.aggregation import Aggregation
-from nexrl_worker.training.memory import NO_ROOM, lone_row, peak_memory
+from nexrl_worker.training.model.wrapper import ModelWrapper
 from nexrl_worker.training.objectives.base import Objective, common_metrics
-from nexrl_worker.training.objectives.tally import Tally
+from nexrl_worker.training.objectives.metrics import MetricAccumulator
+from nexrl_worker.training.observe.clock import Clock
+from nexrl_worker.training.observe.memory import NO_ROOM, lone_row, peak_memory
 from nexrl_worker.training.optim import Optimizer, Schedule
-from nexrl_worker.training.parallelize import attempt, drop, synchronise
-from nexrl_worker.training.plan import MiniBatch, Plan
-from nexrl_worker.training.roots import Root
 
 Parts = list[tuple[list[int], Tensor]]
 
@@ -40,15 +40,15 @@ class Result:
 class Trainer:
     """The optimizer of a sharded model and the gradients that await a step."""
 
-    def __init__(self, root: Root, actor: ActorConfig, device: torch.device) -> None:
-        self._root = root
+    def __init__(self, model: ModelWrapper, actor: ActorConfig, device: torch.device) -> None:
+        self._model = model
         self._device = device
         self._clock = Clock(device)
-        self._clock.watch(root.collectives)
+        self._clock.watch(model.collectives)
         self._sync_always = actor.fsdp_config.gradient_sync == "micro_batch"
         self._grad_clip = actor.grad_clip
         self._schedule = Schedule(actor.optim)
-        self.optimizer = Optimizer(root.hf, actor.optim)
+        self.optimizer = Optimizer(model.hf, actor.optim)
         self.steps = 0
         # Aggregation of the pending gradients and what it has counted so far (0: nothing was
         # scored).
@@ -213,25 +213,25 @@ class Trainer:
 
     def _drop(self, objective: Objective) -> None:
         self.optimizer.discard()
-        drop(objective.roots)
+        drop(objective.models)
 
     def _run(
         self, mini: MiniBatch, reader: BatchReader, objective: Objective, divisor: float
     ) -> tuple[Result, float]:
         """Metrics and answers, and the count reached; raises DoesNotFit on all ranks where memory
         ran out on any."""
-        tally = Tally(self._device)
+        accumulator = MetricAccumulator(self._device)
         answers: dict[str, Parts] = {}
         micros = mini.ranks[dist.get_rank()]
         failed: Sequence[int] | None = None
 
         def act(rows: Sequence[int]) -> dict[str, Tensor]:
-            return self._run_micro(reader.read(rows), objective, divisor, tally)
+            return self._run_micro(reader.read(rows), objective, divisor, accumulator)
 
         for number, indices in enumerate(micros, 1):
-            synchronise(self._root, self._sync_always or number == len(micros))
+            synchronise(self._model, self._sync_always or number == len(micros))
             rows = indices if failed is None else ()
-            found, short = attempt(objective.roots, self._device, act, rows)
+            found, short = attempt(objective.models, self._device, act, rows)
             failed = rows if short and failed is None else failed
             if found is None:
                 break
@@ -239,19 +239,23 @@ class Trainer:
                 parts = answers.setdefault(name, [])
                 parts += [(list(rows), values)] if rows else []
         # With the rest: a vote of its own would be one more collective of every micro-batch.
-        tally.add("failed", failed is not None)
-        totals = tally.reduce()
+        accumulator.add("failed", failed is not None)
+        totals = accumulator.reduce()
         if totals.sums["failed"]:
             raise DoesNotFit(NO_ROOM, tensor="input_ids", row=lone_row(failed, self._device))
         metrics = {**common_metrics(objective, totals), **objective.metrics(totals)}
         return Result(metrics, answers), totals.sums["denominator"]
 
     def _run_micro(
-        self, micro: MicroBatch, objective: Objective, divisor: float, tally: Tally
+        self,
+        micro: MicroBatch,
+        objective: Objective,
+        divisor: float,
+        accumulator: MetricAccumulator,
     ) -> dict[str, Tensor]:
         """Forward and backward; what the objective answers, on the CPU."""
         with self._clock.measure("forward"):
-            evaluated = objective.evaluate(micro, tally)
+            evaluated = objective.evaluate(micro, accumulator)
         with self._clock.measure("backward"):
             # FSDP averages over ranks, and the numerators are a sum.
             (evaluated.loss * dist.get_world_size() / divisor).backward()  # type: ignore[no-untyped-call]

@@ -8,10 +8,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from nexrl_worker.training.batch import MicroBatch
+from nexrl_worker.training.batch.micro_batch import MicroBatch
 from nexrl_worker.training.losses.aggregation import Aggregation
-from nexrl_worker.training.objectives.tally import Tally, Totals
-from nexrl_worker.training.roots import Root
+from nexrl_worker.training.model.wrapper import ModelWrapper
+from nexrl_worker.training.objectives.metrics import MetricAccumulator, Totals
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,18 @@ class Objective(Protocol):
     """A loss whose numerators add up over micro-batches and ranks; `prefix` names its metrics
     (actor, critic).
 
-    `roots`: the models whose forwards `evaluate` runs, the trained one first.
+    `models`: the models whose forwards `evaluate` runs, the trained one first.
     """
 
     prefix: str
     aggregation: Aggregation
-    roots: Sequence[Root]
+    models: Sequence[ModelWrapper]
 
-    def evaluate(self, micro: MicroBatch, tally: Tally) -> Evaluated:
-        """The loss of one micro-batch; adds its parts to `tally`. Collective: all ranks evaluate
-        equally often."""
+    def evaluate(self, micro: MicroBatch, accumulator: MetricAccumulator) -> Evaluated:
+        """The loss of one micro-batch; adds its parts to `accumulator`.
+
+        Collective: all ranks evaluate equally often.
+        """
         ...
 
     def metrics(self, totals: Totals) -> dict[str, Any]:
@@ -49,13 +51,15 @@ class Objective(Protocol):
         ...
 
 
-def count_batch(micro: MicroBatch, aggregation: Aggregation, tally: Tally) -> None:
+def count_batch(
+    micro: MicroBatch, aggregation: Aggregation, accumulator: MetricAccumulator
+) -> None:
     """Add what `common_metrics` and the denominator need."""
-    tally.add("denominator", aggregation.count(micro.mask))
-    tally.add("tokens", micro.mask.sum())
-    tally.add("rows", micro.mask.any(dim=-1).sum())
-    tally.add("attended", micro.attended)
-    tally.add("padded", micro.padded)
+    accumulator.add("denominator", aggregation.count(micro.mask))
+    accumulator.add("tokens", micro.mask.sum())
+    accumulator.add("rows", micro.mask.any(dim=-1).sum())
+    accumulator.add("attended", micro.attended)
+    accumulator.add("padded", micro.padded)
 
 
 def common_metrics(objective: Objective, totals: Totals) -> dict[str, Any]:

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexrl_worker.training.batch import MicroBatch
+from nexrl_worker.training.batch.micro_batch import MicroBatch
 from nexrl_worker.training.losses.policy import FUNCTIONS, PerToken, Tokens, select_tokens
+from nexrl_worker.training.model.policy import PolicyModel
+from nexrl_worker.training.model.wrapper import ModelWrapper
 from nexrl_worker.training.objectives.base import Evaluated, count_batch
-from nexrl_worker.training.objectives.tally import Tally, Totals
+from nexrl_worker.training.objectives.metrics import MetricAccumulator, Totals
 from nexrl_worker.training.objectives.terms import Terms
-from nexrl_worker.training.roots import Root
-from nexrl_worker.training.scorer import Scorer
-from nexrl_worker.training.spec import CURRENT, LossSpec
+from nexrl_worker.training.prepare import CURRENT, LossSettings
 
 _QUANTILES = {"min": 0.0, "p01": 0.01, "p50": 0.5, "p99": 0.99, "max": 1.0}
 _NEAR = (0.9, 1.1)
@@ -28,26 +28,30 @@ class PolicyObjective:
     prefix = "actor"
 
     def __init__(
-        self, scorer: Scorer, spec: LossSpec, names: tuple[str, ...], frozen: Callable[[], Scorer]
+        self,
+        policy: PolicyModel,
+        spec: LossSettings,
+        names: tuple[str, ...],
+        frozen: Callable[[], PolicyModel],
     ) -> None:
-        self._scorer = scorer
+        self._policy = policy
         self._spec = spec
         self._names = names
         self._terms = Terms(spec, names, frozen)
-        self.roots: Sequence[Root] = [scorer, *self._terms.roots]
+        self.models: Sequence[ModelWrapper] = [policy, *self._terms.models]
         self.aggregation = spec.aggregation
 
-    def evaluate(self, micro: MicroBatch, tally: Tally) -> Evaluated:
+    def evaluate(self, micro: MicroBatch, accumulator: MetricAccumulator) -> Evaluated:
         """See Objective; answers with `log_probs` where the loss is the client's own (`linear`)."""
         answers = self._spec.loss.weights
-        log_probs, entropies = self._scorer.score(micro, entropy=True, all_labels=answers)
-        tokens = self._tokens(log_probs, micro, tally)
+        log_probs, entropies = self._policy.score(micro, entropy=True, all_labels=answers)
+        tokens = self._tokens(log_probs, micro, accumulator)
         per_token = FUNCTIONS[self._spec.loss.name](tokens, self._spec.clip)
-        weighted = per_token.loss * self._weights(tokens, micro, tally)
+        weighted = per_token.loss * self._weights(tokens, micro, accumulator)
         main = self.aggregation.numerator(weighted, micro.mask)
-        loss = self._terms.add(main, tokens, entropies, micro, tally)
-        count_batch(micro, self.aggregation, tally)
-        _count_ratios(tokens, per_token, micro.chosen, tally)
+        loss = self._terms.add(main, tokens, entropies, micro, accumulator)
+        count_batch(micro, self.aggregation, accumulator)
+        _count_ratios(tokens, per_token, micro.chosen, accumulator)
         return Evaluated(loss, {"log_probs": log_probs.detach()} if answers else {})
 
     def metrics(self, totals: Totals) -> dict[str, Any]:
@@ -85,12 +89,14 @@ class PolicyObjective:
         """See Objective."""
         self._terms.close()
 
-    def _tokens(self, log_probs: Tensor, micro: MicroBatch, tally: Tally) -> Tokens:
+    def _tokens(
+        self, log_probs: Tensor, micro: MicroBatch, accumulator: MetricAccumulator
+    ) -> Tokens:
         values, mask = micro.values, micro.mask
         advantages = values.get("advantages")
         if self._spec.distillation is not None:
             teacher, current = values["teacher_log_probs"], log_probs.detach()
-            tally.add("teacher_gap", torch.where(mask, current - teacher, 0.0).sum())
+            accumulator.add("teacher_gap", torch.where(mask, current - teacher, 0.0).sum())
             student = current if self._spec.student == CURRENT else values[self._spec.student]
             scaled = self._spec.distillation * torch.where(mask, teacher - student, 0.0)
             advantages = scaled if advantages is None else scaled + advantages
@@ -99,7 +105,9 @@ class PolicyObjective:
         )
 
     @torch.no_grad()
-    def _weights(self, tokens: Tokens, micro: MicroBatch, tally: Tally) -> Tensor | float:
+    def _weights(
+        self, tokens: Tokens, micro: MicroBatch, accumulator: MetricAccumulator
+    ) -> Tensor | float:
         """The rollout correction, 1 without one; counts how far the sampler was from `old`, at
         dropped tokens too."""
         if "rollout_log_probs" not in self._names:
@@ -110,32 +118,34 @@ class PolicyObjective:
             old = torch.where(sampled, micro.values["old_log_probs"], 0.0)
         rollout = torch.where(sampled, micro.values["rollout_log_probs"], 0.0)
         gap = rollout - old
-        tally.add("compared", sampled.sum())
-        tally.add("mismatch", gap.sum())
-        tally.add("mismatch_k3", (torch.expm1(-gap) + gap).sum())
+        accumulator.add("compared", sampled.sum())
+        accumulator.add("mismatch", gap.sum())
+        accumulator.add("mismatch_k3", (torch.expm1(-gap) + gap).sum())
         correction = self._spec.correction
         if correction is None:
             return 1.0
         if correction.rejects:
-            tally.add("rejected", (sampled & ~correction.kept(old, rollout, sampled)).sum())
+            accumulator.add("rejected", (sampled & ~correction.kept(old, rollout, sampled)).sum())
         weights = correction.weights(old, rollout, sampled)
-        tally.add("correction", torch.where(micro.mask, weights, 0.0).sum())
+        accumulator.add("correction", torch.where(micro.mask, weights, 0.0).sum())
         return weights
 
 
 @torch.no_grad()
-def _count_ratios(tokens: Tokens, per_token: PerToken, chosen: Tensor, tally: Tally) -> None:
+def _count_ratios(
+    tokens: Tokens, per_token: PerToken, chosen: Tensor, accumulator: MetricAccumulator
+) -> None:
     """`chosen`: the flat places of the scored tokens; to find them in the mask, the device would be
     waited for."""
     mask, ratio = tokens.mask, per_token.ratio
     if ratio is not None:
         kept = ratio.flatten()[chosen]
-        tally.pool("ratio", kept)
-        tally.add("ratio", kept.sum())
-        tally.add("far", ((kept < _NEAR[0]) | (kept > _NEAR[1])).sum())
-        tally.add("approximate_kl", (tokens.old - tokens.log_probs).sum())
+        accumulator.add_values("ratio", kept)
+        accumulator.add("ratio", kept.sum())
+        accumulator.add("far", ((kept < _NEAR[0]) | (kept > _NEAR[1])).sum())
+        accumulator.add("approximate_kl", (tokens.old - tokens.log_probs).sum())
     if per_token.clipped_low is not None and per_token.clipped_high is not None:
-        tally.add("clipped_low", (mask & per_token.clipped_low).sum())
-        tally.add("clipped_high", (mask & per_token.clipped_high).sum())
+        accumulator.add("clipped_low", (mask & per_token.clipped_low).sum())
+        accumulator.add("clipped_high", (mask & per_token.clipped_high).sum())
     if per_token.clipped_dual is not None:
-        tally.add("clipped_dual", (mask & per_token.clipped_dual).sum())
+        accumulator.add("clipped_dual", (mask & per_token.clipped_dual).sum())

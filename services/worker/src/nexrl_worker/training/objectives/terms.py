@@ -8,15 +8,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nexrl_worker.training.batch import MicroBatch
+from nexrl_worker.training.batch.micro_batch import MicroBatch
+from nexrl_worker.training.fsdp2 import release
 from nexrl_worker.training.losses.aggregation import Aggregation
 from nexrl_worker.training.losses.divergence import kl_terms
 from nexrl_worker.training.losses.policy import Tokens
-from nexrl_worker.training.objectives.tally import Tally, Totals
-from nexrl_worker.training.parallelize import release
-from nexrl_worker.training.roots import Root
-from nexrl_worker.training.scorer import Scorer
-from nexrl_worker.training.spec import LossSpec
+from nexrl_worker.training.model.policy import PolicyModel
+from nexrl_worker.training.model.wrapper import ModelWrapper
+from nexrl_worker.training.objectives.metrics import MetricAccumulator, Totals
+from nexrl_worker.training.prepare import LossSettings
 
 
 class Terms:
@@ -27,13 +27,13 @@ class Terms:
     """
 
     def __init__(
-        self, spec: LossSpec, names: tuple[str, ...], frozen: Callable[[], Scorer]
+        self, spec: LossSettings, names: tuple[str, ...], frozen: Callable[[], PolicyModel]
     ) -> None:
         self._spec = spec
         self._reference = frozen() if spec.uses_kl and "ref_log_prob" not in names else None
 
     @property
-    def roots(self) -> list[Root]:
+    def models(self) -> list[ModelWrapper]:
         """The models that a term runs."""
         return [] if self._reference is None else [self._reference]
 
@@ -42,22 +42,27 @@ class Terms:
         return self._spec.aggregation
 
     def add(
-        self, main: Tensor, tokens: Tokens, entropies: Tensor, micro: MicroBatch, tally: Tally
+        self,
+        main: Tensor,
+        tokens: Tokens,
+        entropies: Tensor,
+        micro: MicroBatch,
+        accumulator: MetricAccumulator,
     ) -> Tensor:
         """The whole loss (0-dim) from `main` (0-dim), the tokens and entropies [n,R]."""
         mask, spec = micro.mask, self._spec
         entropy = self._aggregation.numerator(entropies, mask)
         loss = main - spec.entropy_coeff * entropy if spec.entropy_coeff != 0.0 else main
-        tally.add("policy", main)
-        tally.add("entropy", entropy)
+        accumulator.add("policy", main)
+        accumulator.add("entropy", entropy)
         if spec.uses_kl:
             reference = torch.where(mask, self._reference_of(micro), 0.0)
             old = tokens.old if spec.kl_times_ratio else None
             terms = kl_terms(tokens.log_probs, reference, spec.kl_type, old)
             divergence = self._aggregation.numerator(terms, mask)
             loss = loss + spec.kl_coeff * divergence
-            tally.add("kl", divergence)
-        tally.add("loss", loss)
+            accumulator.add("kl", divergence)
+        accumulator.add("loss", loss)
         return loss
 
     @torch.no_grad()

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from nexrl_worker.training.batch import MicroBatch
-from nexrl_worker.training.heads import ValueModel
+from nexrl_worker.training.batch.micro_batch import MicroBatch
 from nexrl_worker.training.losses.aggregation import Aggregation
 from nexrl_worker.training.losses.value import ValueLoss
+from nexrl_worker.training.model.value_head import ValueModel
+from nexrl_worker.training.model.wrapper import ModelWrapper
 from nexrl_worker.training.objectives.base import Evaluated, count_batch
-from nexrl_worker.training.objectives.tally import Tally, Totals
-from nexrl_worker.training.roots import Root
+from nexrl_worker.training.objectives.metrics import MetricAccumulator, Totals
 
 # Of a difference of two float64 means: what is smaller is no variance.
 _ROUNDING = 1e-12
@@ -26,11 +26,11 @@ class ValueObjective:
 
     def __init__(self, model: ValueModel, loss: ValueLoss, aggregation: Aggregation) -> None:
         self._model = model
-        self.roots: Sequence[Root] = [model]
+        self.models: Sequence[ModelWrapper] = [model]
         self._loss = loss
         self.aggregation = aggregation
 
-    def evaluate(self, micro: MicroBatch, tally: Tally) -> Evaluated:
+    def evaluate(self, micro: MicroBatch, accumulator: MetricAccumulator) -> Evaluated:
         """See Objective."""
         mask = micro.mask
         values = torch.where(mask, self._model.values(micro), 0.0)
@@ -39,14 +39,14 @@ class ValueObjective:
         kept = None if old is None else torch.where(mask, old, 0.0)
         per_token, clipped = self._loss(values, returns, kept)
         loss = self.aggregation.numerator(per_token, mask)
-        tally.add("loss", loss)
-        tally.add("values", values.double().sum())
-        tally.add("returns", returns.double().sum())
-        tally.add("returns_squared", returns.double().square().sum())
-        tally.add("error", (returns - values).double().sum())
-        tally.add("error_squared", (returns - values).double().square().sum())
-        tally.add("clipped", (mask & clipped).sum())
-        count_batch(micro, self.aggregation, tally)
+        accumulator.add("loss", loss)
+        accumulator.add("values", values.double().sum())
+        accumulator.add("returns", returns.double().sum())
+        accumulator.add("returns_squared", returns.double().square().sum())
+        accumulator.add("error", (returns - values).double().sum())
+        accumulator.add("error_squared", (returns - values).double().square().sum())
+        accumulator.add("clipped", (mask & clipped).sum())
+        count_batch(micro, self.aggregation, accumulator)
         return Evaluated(loss)
 
     def metrics(self, totals: Totals) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 )
 
 from nexrl_worker.training.errors import InvalidValue
-from nexrl_worker.training.weights import FLOAT_DTYPES
+from nexrl_worker.training.model.weights import FLOAT_DTYPES
 
 
 class FolderTensors(Protocol):

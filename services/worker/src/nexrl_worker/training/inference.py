@@ -9,25 +9,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nexrl_worker.training.batch import BatchReader, MicroBatch
-from nexrl_worker.training.candidates import top_k
+from nexrl_worker.training.batch.micro_batch import BatchReader, MicroBatch
+from nexrl_worker.training.batch.plan import Micro, halves
 from nexrl_worker.training.errors import DoesNotFit
-from nexrl_worker.training.heads import RewardModel, ValueModel
-from nexrl_worker.training.memory import NO_ROOM, lone_row
-from nexrl_worker.training.parallelize import attempt, drop
-from nexrl_worker.training.plan import Micro, halves
-from nexrl_worker.training.roots import Root
-from nexrl_worker.training.scorer import Scorer
+from nexrl_worker.training.fsdp2 import attempt, drop
+from nexrl_worker.training.model.candidates import top_k
+from nexrl_worker.training.model.policy import PolicyModel
+from nexrl_worker.training.model.value_head import RewardModel, ValueModel
+from nexrl_worker.training.model.wrapper import ModelWrapper
+from nexrl_worker.training.observe.memory import NO_ROOM, lone_row
 from nexrl_worker.training.trainer import Parts, Result
 
-Query = Callable[[Root, MicroBatch, int | None], dict[str, Tensor]]
+Query = Callable[[ModelWrapper, MicroBatch, int | None], dict[str, Tensor]]
 
 
-def _log_probs(root: Root, micro: MicroBatch, k: int | None) -> dict[str, Tensor]:
-    scorer = cast(Scorer, root)
+def _log_probs(model: ModelWrapper, micro: MicroBatch, k: int | None) -> dict[str, Tensor]:
+    policy = cast(PolicyModel, model)
     if k is None:
-        return {"old_log_probs": scorer.score(micro, entropy=False, all_labels=True)[0].float()}
-    labels, ids, values = top_k(scorer, micro, k)
+        return {"old_log_probs": policy.score(micro, entropy=False, all_labels=True)[0].float()}
+    labels, ids, values = top_k(policy, micro, k)
     return {
         "old_log_probs": labels.float(),
         "teacher_topk_ids": ids,
@@ -35,16 +35,16 @@ def _log_probs(root: Root, micro: MicroBatch, k: int | None) -> dict[str, Tensor
     }
 
 
-def _reference(root: Root, micro: MicroBatch, k: int | None) -> dict[str, Tensor]:
-    return {"ref_log_prob": _log_probs(root, micro, None)["old_log_probs"]}
+def _reference(model: ModelWrapper, micro: MicroBatch, k: int | None) -> dict[str, Tensor]:
+    return {"ref_log_prob": _log_probs(model, micro, None)["old_log_probs"]}
 
 
-def _values(root: Root, micro: MicroBatch, k: int | None) -> dict[str, Tensor]:
-    return {"values": cast(ValueModel, root).values(micro).float()}
+def _values(model: ModelWrapper, micro: MicroBatch, k: int | None) -> dict[str, Tensor]:
+    return {"values": cast(ValueModel, model).values(micro).float()}
 
 
-def _rewards(root: Root, micro: MicroBatch, k: int | None) -> dict[str, Tensor]:
-    return {"rewards": cast(RewardModel, root).rewards(micro).float()}
+def _rewards(model: ModelWrapper, micro: MicroBatch, k: int | None) -> dict[str, Tensor]:
+    return {"rewards": cast(RewardModel, model).rewards(micro).float()}
 
 
 # Results are [n,R] ([n,R,K] of the top k, [n] of rewards); 0 where a token is not attended.
@@ -58,7 +58,7 @@ QUERIES: dict[str, Query] = {
 
 @torch.no_grad()
 def answered(
-    operation: str, root: Root, reader: BatchReader, micros: Sequence[Micro], k: int | None
+    operation: str, model: ModelWrapper, reader: BatchReader, micros: Sequence[Micro], k: int | None
 ) -> Result:
     """The operation's answers for the rows of this rank's micro-batches, as many as any rank has.
     Collective.
@@ -72,7 +72,7 @@ def answered(
     def act(rows: Sequence[int]) -> dict[str, Tensor]:
         return {
             name: values.cpu()
-            for name, values in QUERIES[operation](root, reader.read(rows), k).items()
+            for name, values in QUERIES[operation](model, reader.read(rows), k).items()
         }
 
     retries = 0
@@ -81,7 +81,7 @@ def answered(
         failed: Micro | None = None
         for number, indices in enumerate(micros):
             rows = indices if failed is None else ()
-            found, short = attempt([root], reader.device, act, rows)
+            found, short = attempt([model], reader.device, act, rows)
             if short and failed is None:
                 failed, left = rows, halves(micros[number:])
             if found is None:
@@ -96,7 +96,7 @@ def answered(
         length, again = most.tolist()
         if again:
             row = lone_row(failed, reader.device)
-            drop([root])
+            drop([model])
             if row is not None:
                 raise DoesNotFit(NO_ROOM, tensor="input_ids", row=row)
             retries += 1

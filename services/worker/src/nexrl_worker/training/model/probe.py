@@ -14,14 +14,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexrl_worker.training.batch import MicroBatch
+from nexrl_worker.training.batch.micro_batch import MicroBatch
+from nexrl_worker.training.batch.packing import narrowed_windows, unlike_configured, use_attention
+from nexrl_worker.training.batch.tiny import TinyRows
 from nexrl_worker.training.errors import InvalidValue
-from nexrl_worker.training.heads import RewardModel, ValueModel, padding_id
-from nexrl_worker.training.packing import narrowed_windows, unlike_configured, use_attention
-from nexrl_worker.training.parallelize import forget_kept_back, release
-from nexrl_worker.training.roots import Root, taken
-from nexrl_worker.training.scorer import Scorer
-from nexrl_worker.training.tiny import TinyRows
+from nexrl_worker.training.fsdp2 import forget_kept_back, release
+from nexrl_worker.training.model.policy import PolicyModel
+from nexrl_worker.training.model.value_head import RewardModel, ValueModel, padding_id
+from nexrl_worker.training.model.wrapper import ModelWrapper, taken
 
 
 @dataclass(frozen=True)
@@ -60,27 +60,28 @@ _EXPERTS_TOLERANCE_HALF = 2e-1
 _PEAK = 50.0
 _SPECIAL = ("_token_id", "_token_index")
 _LENGTHS = (9, 4, 7)
-_WINDOW = (
-    3  # the tiny rows are shorter than any window: packed and padded ones are compared at this one
-)
+# The tiny rows are shorter than any window: packed and padded ones are compared at this one.
+_WINDOW = 3
 
 
-def probed(root: Root, device: torch.device, dtype: torch.dtype, packing: bool = False) -> Probe:
-    """As `probe`, then a tiny backward where the root trains.
+def probed(
+    model: ModelWrapper, device: torch.device, dtype: torch.dtype, packing: bool = False
+) -> Probe:
+    """As `probe`, then a tiny backward where the model trains.
 
     Errors are the family's and a refusal like another: all ranks meet them in step.
     """
     failing = "be tried out"
     try:
-        outcome = probe(root, device, dtype, packing)
-        if outcome.refusal is None and any(param.requires_grad for param in root.parameters()):
+        outcome = probe(model, device, dtype, packing)
+        if outcome.refusal is None and any(param.requires_grad for param in model.parameters()):
             failing = "be trained"
-            _go_backward(root, outcome, device)
+            _go_backward(model, outcome, device)
         return outcome
     except (MemoryError, torch.OutOfMemoryError, dist.DistError):  # this rank's alone
         raise
     except Exception as error:
-        name = type(root.hf).__name__
+        name = type(model.hf).__name__
         return Probe(
             float("nan"),
             None,
@@ -88,92 +89,98 @@ def probed(root: Root, device: torch.device, dtype: torch.dtype, packing: bool =
         )
 
 
-def _go_backward(root: Root, outcome: Probe, device: torch.device) -> None:
+def _go_backward(model: ModelWrapper, outcome: Probe, device: torch.device) -> None:
     """One forward and backward as training runs them; no gradient stays. Collective."""
-    micro = _tiny(root.vocabulary, device, packed=outcome.packs)
+    micro = _tiny(model.vocabulary, device, packed=outcome.packs)
     try:
-        if isinstance(root, Scorer):
-            root.fallback, known = outcome.reason, root.fallback
+        if isinstance(model, PolicyModel):
+            model.fallback, known = outcome.reason, model.fallback
             try:
-                answers = torch.stack(root.score(micro, entropy=True, all_labels=True))
+                answers = torch.stack(model.score(micro, entropy=True, all_labels=True))
             finally:
-                root.fallback = known
+                model.fallback = known
         else:
-            answers = cast(ValueModel, root).values(micro)
+            answers = cast(ValueModel, model).values(micro)
         answers.sum().backward()  # type: ignore[no-untyped-call]
     finally:
-        root.zero_grad()
-        forget_kept_back(root)
-        release(root)
+        model.zero_grad()
+        forget_kept_back(model)
+        release(model)
 
 
 @torch.no_grad()
-def probe(root: Root, device: torch.device, dtype: torch.dtype, packing: bool = False) -> Probe:
+def probe(
+    model: ModelWrapper, device: torch.device, dtype: torch.dtype, packing: bool = False
+) -> Probe:
     """Compare each way with the model's own on a tiny input. Collective; leaves no gathered weights
     behind.
 
     A language model's hidden states are scaled up until the logits reach 50: a fresh model's small
-    ones would hide a soft cap. Sets nothing: the caller stores `reason` as the scorer's `fallback`.
+    ones would hide a soft cap. Sets nothing: the caller stores `reason` as the policy's `fallback`.
     """
     try:
-        use_attention(root.hf, root.own_attention)
-        if isinstance(root, Scorer):
-            return _probe_scorer(root, device, dtype, packing)
+        use_attention(model.hf, model.own_attention)
+        if isinstance(model, PolicyModel):
+            return _probe_scorer(model, device, dtype, packing)
         outcome = Probe(float("nan"), None)
-        if isinstance(root, RewardModel):
-            outcome = _probe_rewards(root, device, dtype)
-        elif isinstance(root, ValueModel):
-            outcome = _probe_values(root, device, dtype)
+        if isinstance(model, RewardModel):
+            outcome = _probe_rewards(model, device, dtype)
+        elif isinstance(model, ValueModel):
+            outcome = _probe_values(model, device, dtype)
         if outcome.reason is not None and packing:
             return replace(outcome, packing_reason=outcome.reason)
-        scale = float(_attempt(root, _tiny(root.vocabulary, device, packed=False), []).abs().max())
-        return _with_packing(outcome, root, device, dtype, packing, max(scale, 1e-6))
+        scale = float(
+            _attempt(model, _tiny(model.vocabulary, device, packed=False), []).abs().max()
+        )
+        return _with_packing(outcome, model, device, dtype, packing, max(scale, 1e-6))
     finally:
-        release(root)
+        release(model)
 
 
-def _probe_scorer(scorer: Scorer, device: torch.device, dtype: torch.dtype, packing: bool) -> Probe:
-    refusal = _misread(scorer, device, dtype)
+def _probe_scorer(
+    policy: PolicyModel, device: torch.device, dtype: torch.dtype, packing: bool
+) -> Probe:
+    refusal = _misread(policy, device, dtype)
     if refusal is not None:
-        return Probe(float("nan"), scorer.fallback, refusal=refusal[:300])
-    micro = _tiny(scorer.vocabulary, device, packed=False)
-    known, scorer.fallback = scorer.fallback, "probe"
+        return Probe(float("nan"), policy.fallback, refusal=refusal[:300])
+    micro = _tiny(policy.vocabulary, device, packed=False)
+    known, policy.fallback = policy.fallback, "probe"
     captured: list[Tensor] = []
-    watch = scorer.hf.register_forward_hook(
+    watch = policy.hf.register_forward_hook(
         lambda module, args, output: captured.append(output.logits)
     )
-    _scores(scorer, micro)
+    _scores(policy, micro)
     watch.remove()
     try:
-        with _enlarged(scorer, _PEAK / max(float(captured[0].abs().max()), 1e-6)):
-            own = _scores(scorer, micro)  # the family's own logits: fallback is still set
-            scorer.fallback = known
+        with _enlarged(policy, _PEAK / max(float(captured[0].abs().max()), 1e-6)):
+            own = _scores(policy, micro)  # the family's own logits: fallback is still set
+            policy.fallback = known
             outcome = Probe(float("nan"), known)
             if known is None:
                 failures: list[str] = []
-                found = _caught(scorer, lambda: scorer.hidden(micro, micro.index), failures)
-                if failures or found.shape[1:] != scorer.head_inputs:
+                found = _caught(policy, lambda: policy.hidden(micro, micro.index), failures)
+                if failures or found.shape[1:] != policy.head_inputs:
                     why = failures[0] if failures else "they are not what its head takes"
                     outcome = Probe(
                         float("nan"), f"the family does not give its hidden states: {why}"[:300]
                     )
                 else:
                     outcome = _compare_chunked(
-                        float((own - _scores(scorer, micro)).abs().max()), dtype
+                        float((own - _scores(policy, micro)).abs().max()), dtype
                     )
-            scorer.fallback = outcome.reason
-            return _with_packing(outcome, scorer, device, dtype, packing, _PEAK)
+            policy.fallback = outcome.reason
+            return _with_packing(outcome, policy, device, dtype, packing, _PEAK)
     finally:
-        scorer.fallback = known
+        policy.fallback = known
 
 
-def _misread(scorer: Scorer, device: torch.device, dtype: torch.dtype) -> str | None:
+def _misread(policy: PolicyModel, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why log-probabilities would be wrong: our rows beside one another against each alone.
 
     The last token is only asked for, so a model whose earlier answers change with it has read
     ahead.
     """
-    hf: Any = scorer.hf
+    hf: Any = policy.hf
     micro = _plain(hf, device)
     failures: list[str] = []
 
@@ -182,14 +189,14 @@ def _misread(scorer: Scorer, device: torch.device, dtype: torch.dtype) -> str | 
         return answer[0] + 0.0  # a new tensor, as FSDP needs
 
     def beside() -> Tensor:
-        answers: Tensor = scorer.outputs(micro, whole=True).logits
+        answers: Tensor = policy.outputs(micro, whole=True).logits
         return answers.flatten(0, 1)[micro.index]
 
-    alone = [_caught(scorer, partial(logits, row), failures) for row in _alone(micro)]
+    alone = [_caught(policy, partial(logits, row), failures) for row in _alone(micro)]
     other = [
-        _caught(scorer, partial(logits, _ending_otherwise(row)), failures) for row in _alone(micro)
+        _caught(policy, partial(logits, _ending_otherwise(row)), failures) for row in _alone(micro)
     ]
-    found = _caught(scorer, beside, failures)
+    found = _caught(policy, beside, failures)
     name = type(hf).__name__
     if failures:
         return f"{name} cannot answer a row of text: {failures[0]}"
@@ -216,14 +223,14 @@ def _ending_otherwise(row: Tensor) -> Tensor:
     return changed
 
 
-def _probe_rewards(root: RewardModel, device: torch.device, dtype: torch.dtype) -> Probe:
+def _probe_rewards(model: RewardModel, device: torch.device, dtype: torch.dtype) -> Probe:
     """Rows beside one another against each alone and as it comes: what a user of transformers
     sees."""
-    micro = _plain(root.hf, device)
+    micro = _plain(model.hf, device)
     failures: list[str] = []
-    with _terms(root.hf) as terms:
-        alone = [_caught(root, partial(root.own, row, None), failures) for row in _alone(micro)]
-    name, known = type(root.hf).__name__, root.fallback
+    with _terms(model.hf) as terms:
+        alone = [_caught(model, partial(model.own, row, None), failures) for row in _alone(micro)]
+    name, known = type(model.hf).__name__, model.fallback
     if failures:
         return Probe(
             float("nan"), known, refusal=f"{name} cannot answer a row: {failures[0]}"[:300]
@@ -233,19 +240,19 @@ def _probe_rewards(root: RewardModel, device: torch.device, dtype: torch.dtype) 
         difference = float("nan")
         if known is None:
             difference = _relative(
-                _caught(root, lambda: root.answers(micro), failures), truth, max(terms)
+                _caught(model, lambda: model.answers(micro), failures), truth, max(terms)
             )
-            if not failures and difference <= _tolerance(root.hf, dtype):
+            if not failures and difference <= _tolerance(model.hf, dtype):
                 return Probe(difference, None)
         reason = known or (
             f"the model's own answers differ from its linear head by {difference:.2g} (a "
             "layer between)"
         )
-        root.fallback, failures = reason, []
-        own = _relative(_caught(root, lambda: root.answers(micro), failures), truth, max(terms))
+        model.fallback, failures = reason, []
+        own = _relative(_caught(model, lambda: model.answers(micro), failures), truth, max(terms))
     finally:
-        root.fallback = known
-    if not failures and own <= _tolerance(root.hf, dtype):
+        model.fallback = known
+    if not failures and own <= _tolerance(model.hf, dtype):
         return Probe(difference, reason)
     why = failures[0] if failures else f"by {own:.2g} of their size"
     return Probe(
@@ -255,26 +262,26 @@ def _probe_rewards(root: RewardModel, device: torch.device, dtype: torch.dtype) 
     )
 
 
-def _probe_values(root: ValueModel, device: torch.device, dtype: torch.dtype) -> Probe:
+def _probe_values(model: ValueModel, device: torch.device, dtype: torch.dtype) -> Probe:
     """Hidden states of rows beside one another, at our positions, against each alone and as it
     comes."""
-    micro = _plain(root.hf, device)
+    micro = _plain(model.hf, device)
     failures: list[str] = []
 
     def hidden(row: Tensor) -> Tensor:
-        base: Any = root.hf.base_model
+        base: Any = model.hf.base_model
         states: Tensor = base(input_ids=row, **taken(base, use_cache=False)).last_hidden_state
         return states[0, :-1] + 0.0  # a new tensor, as FSDP needs
 
-    alone = [_caught(root, partial(hidden, row), failures) for row in _alone(micro)]
-    found = _caught(root, lambda: root.hidden(micro, micro.index), failures)
-    name = type(root.hf).__name__
+    alone = [_caught(model, partial(hidden, row), failures) for row in _alone(micro)]
+    found = _caught(model, lambda: model.hidden(micro, micro.index), failures)
+    name = type(model.hf).__name__
     if failures:
         return Probe(
             float("nan"), None, refusal=f"no critic can be made of {name}: {failures[0]}"[:300]
         )
     difference = _relative(found, torch.cat(alone))
-    if difference <= _tolerance(root.hf, dtype):
+    if difference <= _tolerance(model.hf, dtype):
         return Probe(difference, None)
     refusal = (
         f"no critic can be made of {name}: rows beside others differ from each alone by "
@@ -337,22 +344,21 @@ def _tolerance(hf: nn.Module, dtype: torch.dtype) -> float:
     )
 
 
-def _caught(root: Root, read: Callable[[], Tensor], failures: list[str]) -> Tensor:
-    """What `read` gives inside the root's forward; what a family raises there goes to `failures`.
+def _caught(model: ModelWrapper, read: Callable[[], Tensor], failures: list[str]) -> Tensor:
+    """What `read` gives inside the model's forward; what a family raises there goes to `failures`.
 
-    FSDP does not put a root back that was left by an exception.
+    FSDP does not put a model back that was left by an exception.
     """
 
     def attempt() -> Tensor:
         try:
             return read()
-        except (
-            Exception
-        ) as error:  # what a family makes of an argument that it does not know is its own affair
+        # What a family makes of an argument that it does not know is its own affair.
+        except Exception as error:
             failures.append(str(error) or type(error).__name__)
             return torch.zeros(())
 
-    answer: Tensor = root(attempt)
+    answer: Tensor = model(attempt)
     return answer
 
 
@@ -368,27 +374,27 @@ def _compare_chunked(difference: float, dtype: torch.dtype) -> Probe:
 
 def _with_packing(
     outcome: Probe,
-    root: Root,
+    model: ModelWrapper,
     device: torch.device,
     dtype: torch.dtype,
     packing: bool,
     scale: float,
 ) -> Probe:
-    """`outcome` with what packing does to log-probabilities (to hidden states, where the root has
+    """`outcome` with what packing does to log-probabilities (to hidden states, where the model has
     no vocabulary)."""
     if not packing:
         return outcome
-    packed = _tiny(root.vocabulary, device, packed=True)
+    packed = _tiny(model.vocabulary, device, packed=True)
     assert packed.segments is not None
     failures: list[str] = []
-    micros = (_tiny(root.vocabulary, device, packed=False), packed)
-    with narrowed_windows(root.hf, _WINDOW):
-        own, found = (_attempt(root, micro, failures) for micro in micros)
+    micros = (_tiny(model.vocabulary, device, packed=False), packed)
+    with narrowed_windows(model.hf, _WINDOW):
+        own, found = (_attempt(model, micro, failures) for micro in micros)
         difference = float("nan") if failures else float((own - found).abs().max())
         if failures:
             reason: str | None = f"the model cannot run packed: {failures[0]}"[:300]
         else:
-            reason = unlike_configured(root.hf, packed.segments)
+            reason = unlike_configured(model.hf, packed.segments)
     if (
         reason is None
         and not difference <= _PACKED_TOLERANCE.get(dtype, _PACKED_TOLERANCE_HALF) * scale
@@ -397,37 +403,37 @@ def _with_packing(
     return Probe(outcome.difference, outcome.reason, reason is None, difference, reason)
 
 
-def _attempt(root: Root, micro: MicroBatch, failures: list[str]) -> Tensor:
+def _attempt(model: ModelWrapper, micro: MicroBatch, failures: list[str]) -> Tensor:
     """Log-probabilities in the way that `fallback` says, or hidden states; what a family raises
     goes to `failures`."""
 
     def read() -> Tensor:
-        if not isinstance(root, Scorer):
-            return root.hidden(micro, micro.index)
-        if root.fallback is None:
-            weight, bias = root.head()
-            logits = F.linear(root.hidden(micro, micro.index).to(weight.dtype), weight, bias)
+        if not isinstance(model, PolicyModel):
+            return model.hidden(micro, micro.index)
+        if model.fallback is None:
+            weight, bias = model.head()
+            logits = F.linear(model.hidden(micro, micro.index).to(weight.dtype), weight, bias)
         else:
-            logits = root.outputs(micro, whole=True).logits.flatten(0, 1)[micro.index]
+            logits = model.outputs(micro, whole=True).logits.flatten(0, 1)[micro.index]
         return torch.log_softmax(logits, dim=-1).gather(1, micro.labels[:, None]).sum(dim=1)
 
-    return _caught(root, read, failures)
+    return _caught(model, read, failures)
 
 
-def _scores(scorer: Scorer, micro: MicroBatch) -> Tensor:
-    return scorer.score(micro, entropy=False, all_labels=True)[0]
+def _scores(policy: PolicyModel, micro: MicroBatch) -> Tensor:
+    return policy.score(micro, entropy=False, all_labels=True)[0]
 
 
 @contextmanager
-def _enlarged(scorer: Scorer, scale: float) -> Iterator[None]:
+def _enlarged(policy: PolicyModel, scale: float) -> Iterator[None]:
     def enlarge(module: nn.Module, args: object, output: object) -> object:
         output.last_hidden_state = output.last_hidden_state * scale  # type: ignore[attr-defined]
         return output
 
-    if not scorer.has_body:
+    if not policy.has_body:
         yield
         return
-    hook = scorer.hf.base_model.register_forward_hook(enlarge)  # type: ignore[union-attr]
+    hook = policy.hf.base_model.register_forward_hook(enlarge)  # type: ignore[union-attr]
     try:
         yield
     finally:

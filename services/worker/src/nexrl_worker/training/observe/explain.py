@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from nexrl_worker.training.plan import Micro, MiniBatch, Plan
+from nexrl_worker.training.batch.plan import Micro, MiniBatch, Plan
 
 
 def computed_lengths(micro: Micro, lengths: Sequence[int], packed: bool) -> list[int]:

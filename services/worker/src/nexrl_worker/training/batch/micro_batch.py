@@ -17,8 +17,8 @@ from nexrl_contract.tensors import Described, sizes_of
 from tensor_codec import encode, parse_header
 from torch import Tensor
 
+from nexrl_worker.training.batch.packing import Segments, send
 from nexrl_worker.training.losses.correction import Correction
-from nexrl_worker.training.packing import Segments, send
 
 
 class Rows:

@@ -1,4 +1,4 @@
-"""What a group of each role holds: which transformers class, which root around it, and whether it
+"""What a group of each role holds: which transformers class, which model around it, and whether it
 learns."""
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from nexrl_worker.training.errors import InvalidValue
-from nexrl_worker.training.heads import AutoModelForValues, RewardModel, ValueModel
-from nexrl_worker.training.roots import Root
-from nexrl_worker.training.scorer import Scorer
+from nexrl_worker.training.model.policy import PolicyModel
+from nexrl_worker.training.model.value_head import AutoModelForValues, RewardModel, ValueModel
+from nexrl_worker.training.model.wrapper import ModelWrapper
 
 _NO_LANGUAGE_MODEL = f"transformers {transformers.__version__} has no language model of that family"
 
@@ -61,12 +61,13 @@ def _needed_beside_text(family: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Kind:
-    """`fresh_head`: a folder without the head's weights starts with zeros, so that a critic's first
-    values are 0."""
+class Role:
+    """One row of `ROLES`. `fresh_head`: a folder without the head's weights starts with zeros, so
+    that a critic's first values are 0."""
 
+    name: str
     auto: Any
-    root: type[Root]
+    wrapper: type[ModelWrapper]
     trains: bool
     fresh_head: bool = False
     instead: str = "give the folder of a causal language model"
@@ -84,7 +85,9 @@ class Kind:
 
     def _unfit(self, config: Any) -> str | None:
         known = getattr(self.auto, "_model_mapping", None)
-        if config.is_encoder_decoder and self.root is not RewardModel:  # whose answers are measured
+        if (
+            config.is_encoder_decoder and self.wrapper is not RewardModel
+        ):  # whose answers are measured
             return "it has an encoder and a decoder, and rows here are one text"
         if known is not None and type(config) not in known:
             return (
@@ -101,25 +104,33 @@ class Kind:
             AutoModelForMaskedLM._model_mapping
         )  # gpt_neox has the key, and is causal all the same
         encodes = any(getattr(config, name, None) is False for name in ("is_decoder", "causal"))
-        if self.root is Scorer and encodes and type(config) in masked:
+        if self.wrapper is PolicyModel and encodes and type(config) in masked:
             return (
                 "it reads a row in both directions, so what it says of a token would know the token"
             )
         return None
 
 
-_REWARD = "give the folder of a sequence classification model with one label"
-KINDS = {
-    "actor": Kind(AutoModelForText, Scorer, trains=True),
-    "ref": Kind(AutoModelForText, Scorer, trains=False),
-    "teacher": Kind(AutoModelForText, Scorer, trains=False),
-    "critic": Kind(AutoModelForValues, ValueModel, trains=True, fresh_head=True),
-    "reward": Kind(AutoModelForSequenceClassification, RewardModel, trains=False, instead=_REWARD),
+ROLES = {
+    role.name: role
+    for role in (
+        Role("actor", AutoModelForText, PolicyModel, trains=True),
+        Role("ref", AutoModelForText, PolicyModel, trains=False),
+        Role("teacher", AutoModelForText, PolicyModel, trains=False),
+        Role("critic", AutoModelForValues, ValueModel, trains=True, fresh_head=True),
+        Role(
+            "reward",
+            AutoModelForSequenceClassification,
+            RewardModel,
+            trains=False,
+            instead="give the folder of a sequence classification model with one label",
+        ),
+    )
 }
 
 
-def kind_of(role: str) -> Kind:
-    """The role's kind; raises InvalidValue with the known roles."""
-    if role not in KINDS:
-        raise InvalidValue(f"unknown role {role!r}", expected=", ".join(KINDS), actual=role)
-    return KINDS[role]
+def role_of(name: str) -> Role:
+    """The role of that name; raises InvalidValue with the known ones."""
+    if name not in ROLES:
+        raise InvalidValue(f"unknown role {name!r}", expected=", ".join(ROLES), actual=name)
+    return ROLES[name]

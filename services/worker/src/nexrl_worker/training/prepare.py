@@ -13,7 +13,7 @@ from nexrl_contract.losses import LOSSES, Loss
 from nexrl_contract.operations import DISTILLATION, OPERATIONS, Operation
 from nexrl_contract.sections import ActorConfig, RolloutCorrectionConfig
 
-from nexrl_worker.training.batch import Layout, Rows
+from nexrl_worker.training.batch.micro_batch import Layout, Rows
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.losses.aggregation import MODES, Aggregation
 from nexrl_worker.training.losses.correction import Correction
@@ -23,7 +23,7 @@ CURRENT = "current"  # of distillation_student: what else it may be is the name 
 
 
 @dataclass(frozen=True)
-class LossSpec:
+class LossSettings:
     """Settings of one policy update.
 
     `distillation` is the coefficient of a teacher's term, None without a teacher; `top_k` its
@@ -58,7 +58,7 @@ class LossSpec:
 
 
 @dataclass(frozen=True)
-class ValueSpec:
+class ValueSettings:
     """Settings of a critic's update: new values are clipped to `clip` around the batch's."""
 
     clip: float
@@ -79,7 +79,7 @@ class Prepared:
     rows: Rows
     checked: CheckedBatch
     temperature: float
-    loss: LossSpec | ValueSpec | None
+    loss: LossSettings | ValueSettings | None
 
     @property
     def layout(self) -> Layout:
@@ -89,14 +89,14 @@ class Prepared:
     @property
     def reads_reference(self) -> bool:
         """Whether a second model, the frozen reference, would take part."""
-        if isinstance(self.loss, LossSpec):
+        if isinstance(self.loss, LossSettings):
             return self.loss.uses_kl and "ref_log_prob" not in self.checked.names
         return self.operation.name == "compute_ref_log_prob"
 
     @property
     def dropping(self) -> Correction | None:
         """The rollout correction whose rejected tokens are not scored."""
-        correction = self.loss.correction if isinstance(self.loss, LossSpec) else None
+        correction = self.loss.correction if isinstance(self.loss, LossSettings) else None
         return correction if correction is not None and correction.drops else None
 
 
@@ -104,9 +104,9 @@ def prepare(actor: ActorConfig, operation: str, rows: Rows, params: Mapping[str,
     """Raises InvalidValue, and INVALID_TENSOR as `check_batch` does. Local, and reads no tensor."""
     row = OPERATIONS[operation]
     checked = check_batch(rows.header, row, params, actor)
-    loss: LossSpec | ValueSpec | None = None
+    loss: LossSettings | ValueSettings | None = None
     if operation == "update_critic":
-        loss = ValueSpec(
+        loss = ValueSettings(
             actor.cliprange_value, _aggregation(actor.loss_agg_mode, actor.loss_scale_factor)
         )
     elif row.trains:
@@ -116,7 +116,7 @@ def prepare(actor: ActorConfig, operation: str, rows: Rows, params: Mapping[str,
 
 def loss_spec(
     actor: ActorConfig, operation: str, rows: Rows, params: Mapping[str, Any]
-) -> LossSpec:
+) -> LossSettings:
     """The settings of this operation; `params` (`loss`, of distillation its settings) win over
     `actor`."""
     distils = operation == DISTILLATION
@@ -137,7 +137,7 @@ def loss_spec(
     correction = (
         actor.rollout_correction if loss.advantages and kind in (None, "policy_gradient") else None
     )
-    return LossSpec(
+    return LossSettings(
         loss=loss,
         aggregation=_aggregation(mode, actor.loss_scale_factor),
         clip=_distillation_clip(actor) if distils else _clip(actor, loss),

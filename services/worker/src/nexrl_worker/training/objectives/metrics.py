@@ -29,7 +29,7 @@ class Totals:
         return float(values[round(level * (values.numel() - 1))]) if values.numel() else math.nan
 
 
-class Tally:
+class MetricAccumulator:
     """Named float64 sums, and named pools of values. Every rank adds the same names, dummies
     included."""
 
@@ -47,7 +47,7 @@ class Tally:
             number = torch.full((), value, dtype=torch.float64, device=self._device)
         self._sums[name] = self._sums[name] + number if name in self._sums else number
 
-    def pool(self, name: str, values: Tensor) -> None:
+    def add_values(self, name: str, values: Tensor) -> None:
         """Keep values [any] for their quantiles."""
         self._pools.setdefault(name, []).append(values.detach())
 

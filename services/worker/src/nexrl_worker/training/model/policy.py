@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexrl_worker.training.batch import MicroBatch
-from nexrl_worker.training.chunked import active_chunks, chunk_length, divided, head_log_probs
+from nexrl_worker.training.batch.micro_batch import MicroBatch
 from nexrl_worker.training.errors import InvalidValue
-from nexrl_worker.training.roots import Root
+from nexrl_worker.training.model.lm_head import active_chunks, chunk_length, divided, head_log_probs
+from nexrl_worker.training.model.wrapper import ModelWrapper
 
 
-class Scorer(Root):
+class PolicyModel(ModelWrapper):
     """Wraps a Hugging Face causal LM. `fallback` says why its own logits are used instead of chunks
     of its head."""
 
@@ -94,7 +94,7 @@ def _wide_linear(head: nn.Linear, dtype: torch.dtype, hidden: Tensor) -> Tensor:
 
 def _plain(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     log_probs = torch.log_softmax(logits, dim=-1)
-    # Sums, not views: FSDP hooks its backward onto what the root returns.
+    # Sums, not views: FSDP hooks its backward onto what the model returns.
     return log_probs.gather(1, labels[:, None]).sum(dim=1), -(log_probs.exp() * log_probs).sum(
         dim=-1
     )

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nexrl_worker.training.memory import is_out_of_memory
+from nexrl_worker.training.observe.memory import is_out_of_memory
 
 PARTS = ("forward", "backward", "step")
 COMMUNICATION = "communication"

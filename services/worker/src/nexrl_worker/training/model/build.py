@@ -19,12 +19,17 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from nexrl_worker.training.errors import InvalidValue
-from nexrl_worker.training.kinds import Kind
-from nexrl_worker.training.parallelize import checkpoint_activations, compile_layers, shard
-from nexrl_worker.training.roots import Root
-from nexrl_worker.training.scorer import Scorer
-from nexrl_worker.training.sources import folder_tensors, has_own_head, untie, weights_of
-from nexrl_worker.training.weights import check_finite, load_parameters
+from nexrl_worker.training.fsdp2 import checkpoint_activations, compile_layers, shard
+from nexrl_worker.training.model.policy import PolicyModel
+from nexrl_worker.training.model.roles import Role
+from nexrl_worker.training.model.weight_sources import (
+    folder_tensors,
+    has_own_head,
+    untie,
+    weights_of,
+)
+from nexrl_worker.training.model.weights import check_finite, load_parameters
+from nexrl_worker.training.model.wrapper import ModelWrapper
 
 _DTYPES = {
     "float32": torch.float32,
@@ -79,43 +84,43 @@ class Options:
         return cls(model.enable_gradient_checkpointing, model.use_torch_compile, head)
 
 
-def load_root(
-    actor: ActorConfig, path: str, device: torch.device, kind: Kind, trainable: bool
-) -> Root:
+def load_model(
+    actor: ActorConfig, path: str, device: torch.device, role: Role, trainable: bool
+) -> ModelWrapper:
     """The model of folder `path` over all ranks, computed as `actor` says; raises InvalidValue on a
     bad folder."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     precision = Precision.of(actor.fsdp_config, device)
-    return build_root(path, kind, precision, mesh, device, Options.of(actor.model), trainable)
+    return build_model(path, role, precision, mesh, device, Options.of(actor.model), trainable)
 
 
-def build_root(
+def build_model(
     path: str,
-    kind: Kind,
+    role: Role,
     precision: Precision,
     mesh: DeviceMesh,
     device: torch.device,
     options: Options,
     trainable: bool,
-) -> Root:
+) -> ModelWrapper:
     """The model of folder `path`, sharded over `mesh` and loaded. Collective; raises InvalidValue
     on a bad folder.
 
     `lm_head_dtype` concerns language models alone.
     """
-    root = _assemble(path, kind, precision, mesh, device, options, trainable)
-    _materialise(root, device)
-    load_parameters(root.hf, weights_of(path, root.hf, kind))
-    check_finite(root.hf)
-    return root
+    model = _assemble(path, role, precision, mesh, device, options, trainable)
+    _materialise(model, device)
+    load_parameters(model.hf, weights_of(path, model.hf, role))
+    check_finite(model.hf)
+    return model
 
 
-def check_build(path: str, kind: Kind) -> None:
+def check_build(path: str, role: Role) -> None:
     """Build and shard the model of folder `path` without reading a weight, in a process group of
     one; raises what that does."""
     mesh = init_device_mesh("cpu", (1,))
     whole = Precision(torch.float32, torch.float32, torch.float32)
-    _assemble(path, kind, whole, mesh, torch.device("cpu"), Options(), kind.trains)
+    _assemble(path, role, whole, mesh, torch.device("cpu"), Options(), role.trains)
 
 
 def model_config(path: str) -> Any:
@@ -157,41 +162,41 @@ def _lacks_class(auto_map: Any) -> str | None:
 
 def _assemble(
     path: str,
-    kind: Kind,
+    role: Role,
     precision: Precision,
     mesh: DeviceMesh,
     device: torch.device,
     options: Options,
     trainable: bool,
-) -> Root:
-    """The sharded root, its parameters on the meta device."""
+) -> ModelWrapper:
+    """The sharded model, its parameters on the meta device."""
     config = model_config(path)
-    kind.check(config)
-    kind.prepare(config)
+    role.check(config)
+    role.prepare(config)
     _without_dropout(config)
-    hf = _on_meta(kind, config, precision)
+    hf = _on_meta(role, config, precision)
     own_head = has_own_head(hf, folder_tensors(path))
     if own_head:
         untie(config)
-        hf = _on_meta(kind, config, precision)
+        hf = _on_meta(role, config, precision)
     hf.requires_grad_(trainable)
     hf.eval()
     if options.compiled:
         compile_layers(hf, device)
     if options.recompute:
         checkpoint_activations(hf)
-    root = kind.root(hf)
-    if options.head_dtype is not None and isinstance(root, Scorer):
-        root.widen_head(options.head_dtype)
+    model = role.wrapper(hf)
+    if options.head_dtype is not None and isinstance(model, PolicyModel):
+        model.widen_head(options.head_dtype)
     compute = None if precision.param == precision.model else precision.param
-    shard(root, mesh, compute, None if precision.reduce == precision.model else precision.reduce)
-    root.own_head = own_head
-    return root
+    shard(model, mesh, compute, None if precision.reduce == precision.model else precision.reduce)
+    model.own_head = own_head
+    return model
 
 
-def _on_meta(kind: Kind, config: Any, precision: Precision) -> nn.Module:
+def _on_meta(role: Role, config: Any, precision: Precision) -> nn.Module:
     with _parameters_on_meta():
-        hf: nn.Module = kind.auto.from_config(config, dtype=precision.model)
+        hf: nn.Module = role.auto.from_config(config, dtype=precision.model)
     hf.tie_weights()  # type: ignore[operator]
     return hf
 
@@ -220,10 +225,10 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _materialise(root: Root, device: torch.device) -> None:
+def _materialise(model: ModelWrapper, device: torch.device) -> None:
     """Give the sharded meta parameters memory on `device`; buffers keep the values they were made
     with."""
-    buffers = {name: buffer.detach().clone() for name, buffer in root.named_buffers()}
-    root.to_empty(device=device)
-    for name, buffer in root.named_buffers():
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    model.to_empty(device=device)
+    for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])

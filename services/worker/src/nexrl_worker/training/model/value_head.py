@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
-from nexrl_worker.training.batch import MicroBatch
+from nexrl_worker.training.batch.micro_batch import MicroBatch
+from nexrl_worker.training.batch.validate import Limits
 from nexrl_worker.training.errors import InvalidValue
-from nexrl_worker.training.roots import Root, taken
-from nexrl_worker.training.validate import Limits
+from nexrl_worker.training.model.wrapper import ModelWrapper, taken
 
 
-class ValueModel(Root):
+class ValueModel(ModelWrapper):
     """The critic: a linear layer on the last hidden states, whatever else its family's own class
     does."""
 
@@ -31,7 +31,7 @@ class ValueModel(Root):
         return micro.scatter(values)
 
 
-class RewardModel(Root):
+class RewardModel(ModelWrapper):
     """The reward model. `fallback` says why its family's own forward is used instead of its linear
     head."""
 
@@ -104,10 +104,10 @@ def padding_id(hf: nn.Module) -> int | None:
     return padding if isinstance(padding, int) and 0 <= padding < config.vocab_size else None
 
 
-def _scalars(root: Root, micro: MicroBatch, index: Tensor) -> Tensor:
+def _scalars(model: ModelWrapper, micro: MicroBatch, index: Tensor) -> Tensor:
     """[T]: the linear head at the flat positions `index`; only inside `forward`."""
-    head = head_of(root.hf)
-    hidden = root.hidden(micro, index).to(head.weight.dtype)
+    head = head_of(model.hf)
+    hidden = model.hidden(micro, index).to(head.weight.dtype)
     # A sum of one: a new tensor, as FSDP needs, not a view.
     return _wide(head(hidden).sum(dim=-1))
 

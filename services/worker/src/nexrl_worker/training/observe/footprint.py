@@ -14,16 +14,16 @@ from nexrl_contract.sections import ActorConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nexrl_worker.training.batch import MicroBatch
-from nexrl_worker.training.chunked import head_bytes
+from nexrl_worker.training.batch.micro_batch import MicroBatch
+from nexrl_worker.training.batch.tiny import TinyRows
 from nexrl_worker.training.errors import InvalidValue
-from nexrl_worker.training.memory import free_mib, held_mib
-from nexrl_worker.training.model import Precision
-from nexrl_worker.training.parallelize import decoder_layers, release, sharded_layers
-from nexrl_worker.training.roots import Root
-from nexrl_worker.training.scorer import Scorer
-from nexrl_worker.training.tiny import TinyRows
-from nexrl_worker.training.weights import parameter_shards
+from nexrl_worker.training.fsdp2 import decoder_layers, release, sharded_layers
+from nexrl_worker.training.model.build import Precision
+from nexrl_worker.training.model.lm_head import head_bytes
+from nexrl_worker.training.model.policy import PolicyModel
+from nexrl_worker.training.model.weights import parameter_shards
+from nexrl_worker.training.model.wrapper import ModelWrapper
+from nexrl_worker.training.observe.memory import free_mib, held_mib
 
 _MIB = 1024.0 * 1024.0
 _LENGTHS = (16, 32, 64)
@@ -61,7 +61,7 @@ class Room:
     """
 
     mib: float
-    root: Root
+    model: ModelWrapper
     activations: Activations
     device: torch.device
     packed: bool
@@ -71,7 +71,7 @@ class Room:
         longest = max(lengths)
         computed = [max(length if self.packed else longest, 1) for length in lengths]
         nbytes = self.activations.of(computed, trains) + _head(
-            self.root, sum(computed), self.device, trains
+            self.model, sum(computed), self.device, trains
         )
         return nbytes / _MIB
 
@@ -91,7 +91,7 @@ class Room:
 
 
 def make_room(
-    root: Root,
+    model: ModelWrapper,
     actor: ActorConfig,
     trains: bool,
     packed: bool,
@@ -105,9 +105,9 @@ def make_room(
     of what is free.
     """
     activations = measure_activations(
-        root, device, wide, packed, actor.model.enable_gradient_checkpointing
+        model, device, wide, packed, actor.model.enable_gradient_checkpointing
     )
-    sizes = Sizes.of(root)
+    sizes = Sizes.of(model)
     compute = Precision.of(actor.fsdp_config, device).param.itemsize
     later = (
         (5 if trains else 1) * sizes.own
@@ -131,7 +131,7 @@ def make_room(
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     least, linear, square, passing = most.tolist()
     return Room(
-        -least, root, Activations(linear, square, passing, activations.layers), device, packed
+        -least, model, Activations(linear, square, passing, activations.layers), device, packed
     )
 
 
@@ -144,36 +144,36 @@ class Sizes:
     gathered: int
 
     @classmethod
-    def of(cls, root: Root) -> Sizes:
+    def of(cls, model: ModelWrapper) -> Sizes:
         """What this rank holds of them, what there is, and what a forward gathers: two layers and
         the rest."""
-        size = next(root.hf.parameters()).element_size()
+        size = next(model.hf.parameters()).element_size()
         layers = [
-            sum(param.numel() for param in layer.parameters()) for layer in sharded_layers(root.hf)
+            sum(param.numel() for param in layer.parameters()) for layer in sharded_layers(model.hf)
         ]
-        whole = sum(param.numel() for param in root.hf.parameters())
-        own = sum(part.local_tensor.numel() for part in parameter_shards(root.hf)) * size
+        whole = sum(param.numel() for param in model.hf.parameters())
+        own = sum(part.local_tensor.numel() for part in parameter_shards(model.hf)) * size
         return cls(own, whole * size, whole - sum(layers) + 2 * max(layers, default=0))
 
 
 def measure_activations(
-    root: Root, device: torch.device, dtype: torch.dtype, packed: bool, recomputes: bool
+    model: ModelWrapper, device: torch.device, dtype: torch.dtype, packed: bool, recomputes: bool
 ) -> Activations:
     """Run three tiny rows forward and fit what autograd saves; nothing of it stays. Collective."""
-    layers = decoder_layers(root.hf) or [root.hf]
+    layers = decoder_layers(model.hf) or [model.hf]
     saved: list[float] = []
     passing = 0.0
-    most = root.positions or max(_LENGTHS)
+    most = model.positions or max(_LENGTHS)
     lengths = (
         [min(length, most) for length in _LENGTHS]
         if most >= max(_LENGTHS)
         else [most // 4, most // 2, most]
     )
     for length in lengths:
-        micro = TinyRows(root.vocabulary, (length,)).micro_batch(device, packed, dtype)
-        with _outputs(layers[-1]) as outputs, _saved(root) as kept, torch.enable_grad():
-            root(lambda micro=micro: _body(root, micro))
-        release(root)
+        micro = TinyRows(model.vocabulary, (length,)).micro_batch(device, packed, dtype)
+        with _outputs(layers[-1]) as outputs, _saved(model) as kept, torch.enable_grad():
+            model(lambda micro=micro: _body(model, micro))
+        release(model)
         saved.append(float(sum(kept.values())))
         passing = sum(outputs) / length
     powers = torch.tensor([[1.0, length, length**2] for length in lengths], dtype=torch.float64)
@@ -182,16 +182,16 @@ def measure_activations(
     ).tolist()
     if recomputes:  # every layer's input is kept, and one layer at a time is computed again
         linear += (
-            len(layers) * root.text_config.hidden_size * next(root.hf.parameters()).element_size()
+            len(layers) * model.text_config.hidden_size * next(model.hf.parameters()).element_size()
         )
         passing *= 2
     return Activations(max(linear, 0.0), max(square, 0.0), passing, len(layers))
 
 
-def _body(root: Root, micro: MicroBatch) -> Tensor:
-    if root.has_body:
-        return root.hidden(micro, micro.index)
-    logits: Tensor = root.outputs(micro, whole=True).logits.flatten(0, 1)[micro.index]
+def _body(model: ModelWrapper, micro: MicroBatch) -> Tensor:
+    if model.has_body:
+        return model.hidden(micro, micro.index)
+    logits: Tensor = model.outputs(micro, whole=True).logits.flatten(0, 1)[micro.index]
     return logits
 
 
@@ -212,17 +212,19 @@ class Load:
     compute_bytes: int
 
 
-def peak_mib(root: Root, activations: Activations, load: Load, device: torch.device) -> float:
+def peak_mib(
+    model: ModelWrapper, activations: Activations, load: Load, device: torch.device
+) -> float:
     """The most MiB that this rank will hold (CUDA: allocated).
 
     What it holds now, the gathered weights, and the larger of two moments: when activations are
     whole (beside the gradients of earlier micro-batches), or when the optimizer steps.
     """
-    sizes = Sizes.of(root)
+    sizes = Sizes.of(model)
     own, gathered = sizes.own, sizes.gathered * load.compute_bytes
     tokens = max((sum(micro) for micro in load.micros), default=0)
     passing = max((activations.of(micro, load.trains) for micro in load.micros), default=0.0)
-    passing += _head(root, tokens, device, load.trains)
+    passing += _head(model, tokens, device, load.trains)
     stepping = 0
     if load.trains:
         reduced = (
@@ -237,19 +239,19 @@ def peak_mib(root: Root, activations: Activations, load: Load, device: torch.dev
     return held_mib(device) + (gathered + max(passing, stepping)) / _MIB
 
 
-def _head(root: Root, tokens: int, device: torch.device, trains: bool) -> float:
+def _head(model: ModelWrapper, tokens: int, device: torch.device, trains: bool) -> float:
     """Bytes of logits: chunks of them, all of them several times over where the family computes its
     own, or none."""
-    if not isinstance(root, Scorer):
+    if not isinstance(model, PolicyModel):
         return 0.0
-    if root.fallback is not None:
-        size = max(next(root.hf.parameters()).element_size(), 4)
-        return float(size * tokens * root.vocabulary * (5 if trains else 3))
-    return float(head_bytes(tokens, root.vocabulary, device, trains))
+    if model.fallback is not None:
+        size = max(next(model.hf.parameters()).element_size(), 4)
+        return float(size * tokens * model.vocabulary * (5 if trains else 3))
+    return float(head_bytes(tokens, model.vocabulary, device, trains))
 
 
 @contextmanager
-def _saved(root: Root) -> Iterator[dict[int, int]]:
+def _saved(model: ModelWrapper) -> Iterator[dict[int, int]]:
     """Bytes of every storage that autograd saves inside the block, by address; gathered weights are
     not counted."""
     found: dict[int, int] = {}
@@ -257,7 +259,7 @@ def _saved(root: Root) -> Iterator[dict[int, int]]:
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        gathered = (param for param in root.parameters() if not isinstance(param, DTensor))
+        gathered = (param for param in model.parameters() if not isinstance(param, DTensor))
         if all(param.untyped_storage().data_ptr() != storage.data_ptr() for param in gathered):
             found[storage.data_ptr()] = storage.nbytes()
             alive.append(tensor.detach())

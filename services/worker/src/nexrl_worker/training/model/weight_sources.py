@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from nexrl_worker.training.conversion import ConvertingReader, FolderTensors
 from nexrl_worker.training.errors import InvalidValue
-from nexrl_worker.training.heads import head_of
-from nexrl_worker.training.kinds import Kind
-from nexrl_worker.training.quantised import NO_WEIGHTS, Dequantised, quantisation
-from nexrl_worker.training.scorer import Scorer
-from nexrl_worker.training.weights import FLOAT_DTYPES, FolderReader, persistent_buffers
+from nexrl_worker.training.model.conversion import ConvertingReader, FolderTensors
+from nexrl_worker.training.model.policy import PolicyModel
+from nexrl_worker.training.model.quantised import NO_WEIGHTS, Dequantised, quantisation
+from nexrl_worker.training.model.roles import Role
+from nexrl_worker.training.model.value_head import head_of
+from nexrl_worker.training.model.weights import FLOAT_DTYPES, FolderReader, persistent_buffers
 
 _OTHER_PARTS = (
     r"(^|\.)(visual|vision\w*|audio\w*|multi_modal_projector|embed_vision|embed_audio|mm_\w+)\."
@@ -75,11 +75,11 @@ class Account:
     """What a folder has for the model `hf`: a reader of the model's tensors by its names.
 
     Raises InvalidValue naming the first tensor that no parameter takes, the first parameter without
-    one, the first of another shape or of a dtype that is no weight's. What `kind` makes anew is
+    one, the first of another shape or of a dtype that is no weight's. What `role` makes anew is
     zero where the folder lacks it.
     """
 
-    def __init__(self, hf: Any, folder: FolderTensors, kind: Kind, fresh: bool) -> None:
+    def __init__(self, hf: Any, folder: FolderTensors, role: Role, fresh: bool) -> None:
         self._reader = _converted(hf, folder)
         buffers = dict(persistent_buffers(hf))
         needed = {
@@ -96,7 +96,7 @@ class Account:
         kept = _matching(hf._keys_to_ignore_on_load_missing, absent & buffers.keys())
         self._zeros = {name: needed[name] for name in absent & head}
         self._kept = {name: buffers[name] for name in kept}
-        _check_left(hf, folder, self._reader.unused, kind)
+        _check_left(hf, folder, self._reader.unused, role)
         _check_missing(sorted(absent - head - kept), needed)
         for name, shape in needed.items():
             found = self._reader.shapes.get(self._same.get(name, name), shape)
@@ -160,9 +160,9 @@ class Account:
                 )
 
 
-def weights_of(path: str, hf: nn.Module, kind: Kind) -> Account:
+def weights_of(path: str, hf: nn.Module, role: Role) -> Account:
     """Slices of the folder for the model `hf`, each accounted for."""
-    return Account(hf, folder_tensors(path), kind, fresh=kind.fresh_head)
+    return Account(hf, folder_tensors(path), role, fresh=role.fresh_head)
 
 
 def _converted(hf: Any, folder: FolderTensors) -> ConvertingReader:
@@ -205,10 +205,10 @@ def _matching(patterns: Iterable[str] | None, names: Iterable[str]) -> set[str]:
     return {name for name in names if any(pattern.search(name) for pattern in known)}
 
 
-def _check_left(hf: Any, folder: FolderTensors, unused: Mapping[str, str], kind: Kind) -> None:
+def _check_left(hf: Any, folder: FolderTensors, unused: Mapping[str, str], role: Role) -> None:
     """Raise InvalidValue where tensors are left that transformers has no reason to leave."""
     reasons = _left_out(
-        hf, kind, quantised=isinstance(folder, Dequantised) and folder.method is not None
+        hf, role, quantised=isinstance(folder, Dequantised) and folder.method is not None
     )
     left = [
         name
@@ -233,7 +233,7 @@ def _check_left(hf: Any, folder: FolderTensors, unused: Mapping[str, str], kind:
     raise InvalidValue(message, tensor=left[0])
 
 
-def _left_out(hf: Any, kind: Kind, quantised: bool) -> set[str]:
+def _left_out(hf: Any, role: Role, quantised: bool) -> set[str]:
     """Patterns of what is rightly left: by transformers' own lists, and what has no part in the
     model's answer."""
     config = hf.config
@@ -258,7 +258,7 @@ def _left_out(hf: Any, kind: Kind, quantised: bool) -> set[str]:
     }  # they predict further tokens
     if not any(name.endswith("_config") and name != "text_config" for name in config.sub_configs):
         patterns.add(_OTHER_PARTS)  # of a folder whose text part is trained
-    if not issubclass(kind.root, Scorer):  # made of a language model: its output head
+    if not issubclass(role.wrapper, PolicyModel):  # made of a language model: its output head
         causal: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
         heads = {"lm_head", "embed_out", "cls"} | {
             key.rpartition(".")[0] for key in getattr(causal, "_tied_weights_keys", None) or {}

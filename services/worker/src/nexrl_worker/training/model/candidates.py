@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nexrl_worker.training.batch import MicroBatch
-from nexrl_worker.training.chunked import chunk_length, divided, scaled_logits, temperature_at
-from nexrl_worker.training.scorer import Scorer
+from nexrl_worker.training.batch.micro_batch import MicroBatch
+from nexrl_worker.training.model.lm_head import chunk_length, divided, scaled_logits, temperature_at
+from nexrl_worker.training.model.policy import PolicyModel
 
 OfLogits = Callable[[Tensor, slice], tuple[Tensor, ...]]
 
@@ -32,7 +32,7 @@ class CandidateScores:
     entropies: Tensor
 
 
-def top_k(scorer: Scorer, micro: MicroBatch, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def top_k(policy: PolicyModel, micro: MicroBatch, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Labels' log-probabilities [n,R], and the `k` most likely ids with theirs [n,R,K]; call
     without gradients."""
 
@@ -42,15 +42,15 @@ def top_k(scorer: Scorer, micro: MicroBatch, k: int) -> tuple[Tensor, Tensor, Te
         own = logits.gather(1, micro.labels[part, None]).squeeze(1)
         return own - total, best.indices, best.values - total[:, None]
 
-    labels, ids, values = scorer(lambda: _in_chunks(scorer, micro, of_logits))
+    labels, ids, values = policy(lambda: _in_chunks(policy, micro, of_logits))
     return micro.scatter(labels), micro.scatter(ids), micro.scatter(values)
 
 
-def score_candidates(scorer: Scorer, micro: MicroBatch, ids: Tensor) -> CandidateScores:
+def score_candidates(policy: PolicyModel, micro: MicroBatch, ids: Tensor) -> CandidateScores:
     """Score the tokens `ids` [n,R,K] at every label; differentiable, each chunk being computed
     again in the backward."""
     chosen = ids.flatten(0, 1)[micro.slots]
-    everything = ids.shape[-1] == scorer.vocabulary
+    everything = ids.shape[-1] == policy.vocabulary
 
     def of_logits(logits: Tensor, part: slice) -> tuple[Tensor, ...]:
         total = torch.logsumexp(logits, dim=-1)
@@ -62,7 +62,7 @@ def score_candidates(scorer: Scorer, micro: MicroBatch, ids: Tensor) -> Candidat
         others = logits.scatter(1, chosen[part], float("-inf"))
         return own, given, torch.logsumexp(others, dim=-1) - total, entropy
 
-    labels, given, rest, entropies = scorer(lambda: _in_chunks(scorer, micro, of_logits))
+    labels, given, rest, entropies = policy(lambda: _in_chunks(policy, micro, of_logits))
     return CandidateScores(
         micro.scatter(labels),
         micro.scatter(given),
@@ -71,20 +71,20 @@ def score_candidates(scorer: Scorer, micro: MicroBatch, ids: Tensor) -> Candidat
     )
 
 
-def _in_chunks(scorer: Scorer, micro: MicroBatch, of_logits: OfLogits) -> tuple[Tensor, ...]:
-    """`of_logits` of every chunk of labels, put together; only inside the root's forward."""
+def _in_chunks(policy: PolicyModel, micro: MicroBatch, of_logits: OfLogits) -> tuple[Tensor, ...]:
+    """`of_logits` of every chunk of labels, put together; only inside the model's forward."""
     count = micro.labels.numel()
-    if scorer.fallback is not None:
-        logits = scorer.outputs(micro, whole=True).logits.flatten(0, 1)[micro.index]
+    if policy.fallback is not None:
+        logits = policy.outputs(micro, whole=True).logits.flatten(0, 1)[micro.index]
         return of_logits(divided(logits, micro.temperature), slice(0, count))
-    weight, bias = scorer.head()
-    hidden = scorer.hidden(micro, micro.index).to(weight.dtype)
+    weight, bias = policy.head()
+    hidden = policy.hidden(micro, micro.index).to(weight.dtype)
 
     def chunk(part: slice) -> tuple[Tensor, ...]:
         temperature = temperature_at(micro.temperature, part)
         return of_logits(scaled_logits(hidden[part], weight, bias, temperature), part)
 
-    parts = _parts(count, chunk_length(scorer.vocabulary, hidden.device))
+    parts = _parts(count, chunk_length(policy.vocabulary, hidden.device))
     pieces = [
         checkpoint(chunk, part, use_reentrant=False, preserve_rng_state=False) for part in parts
     ]

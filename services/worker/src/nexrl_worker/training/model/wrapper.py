@@ -1,4 +1,4 @@
-"""The root module of every group: a Hugging Face model whose head runs in here, so that both are
+"""The model module of every group: a Hugging Face model whose head runs in here, so that both are
 sharded together."""
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nexrl_worker.training.batch import MicroBatch
-from nexrl_worker.training.clock import Collective
-from nexrl_worker.training.packing import Segments, attention_of, use_attention, use_segments
+from nexrl_worker.training.batch.micro_batch import MicroBatch
+from nexrl_worker.training.batch.packing import Segments, attention_of, use_attention, use_segments
+from nexrl_worker.training.observe.clock import Collective
 
 
-class Root(nn.Module):
+class ModelWrapper(nn.Module):
     """Wraps the model `hf`. Whatever needs gathered weights runs in `forward`, where FSDP's hooks
     are."""
 

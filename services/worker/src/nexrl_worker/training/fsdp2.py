@@ -18,10 +18,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from nexrl_worker.training.clock import AllGather, Collective, ReduceScatter
 from nexrl_worker.training.errors import InvalidValue
-from nexrl_worker.training.memory import give_back, is_out_of_memory
-from nexrl_worker.training.roots import Root
+from nexrl_worker.training.model.wrapper import ModelWrapper
+from nexrl_worker.training.observe.clock import AllGather, Collective, ReduceScatter
+from nexrl_worker.training.observe.memory import give_back, is_out_of_memory
 
 Answer = TypeVar("Answer")
 _log = logging.getLogger(__name__)
@@ -100,32 +100,35 @@ def missing_compiler(device: torch.device) -> str | None:
 
 
 def shard(
-    root: Root, mesh: DeviceMesh, param_dtype: torch.dtype | None, reduce_dtype: torch.dtype | None
+    model: ModelWrapper,
+    mesh: DeviceMesh,
+    param_dtype: torch.dtype | None,
+    reduce_dtype: torch.dtype | None,
 ) -> None:
-    """Shard each decoder layer, then the rest with the root, where all that is tied stays together.
+    """Shard each decoder layer, then the rest as the root, where all that is tied stays together.
 
     `None` computes or reduces in the parameters' own dtype. The root is gathered once per forward
     and kept until its backward is over; after a forward without a backward, call `release`.
     """
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
-    for layer in sharded_layers(root.hf):
+    for layer in sharded_layers(model.hf):
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    for module in _sharded(root):
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in _sharded(model):
         gather, scatter = AllGather(partial(_is_gathered, module)), ReduceScatter()
         module.set_custom_all_gather(gather)  # type: ignore[arg-type]  # a protocol in all but name
         module.set_custom_reduce_scatter(scatter)  # type: ignore[arg-type]
-        root.collectives += [gather, scatter]
+        model.collectives += [gather, scatter]
 
 
-def release(root: Root) -> None:
+def release(model: ModelWrapper) -> None:
     """Free gathered parameters; without it a later forward would see the weights as they were when
     gathered.
 
     Also forgets the order of forwards that FSDP keeps for a backward: where none comes it would
     grow for ever.
     """
-    for module in _sharded(root):
+    for module in _sharded(model):
         module.reshard()
         for group in _groups(module):
             order = getattr(
@@ -136,7 +139,7 @@ def release(root: Root) -> None:
             group._post_forward_indices.clear()
 
 
-def synchronise(root: Root, on: bool) -> None:
+def synchronise(model: ModelWrapper, on: bool) -> None:
     """Whether the next backward adds its gradients up over ranks, with all that earlier ones kept
     back.
 
@@ -145,11 +148,11 @@ def synchronise(root: Root, on: bool) -> None:
     every rank, in the reduction's dtype: one reduce-scatter per accumulation instead of one per
     micro-batch, for world-size times the gradients' memory.
     """
-    root.set_requires_gradient_sync(on)  # type: ignore[operator]  # FSDP has made the root an FSDPModule
+    model.set_requires_gradient_sync(on)  # type: ignore[operator]  # FSDP has made the model an FSDPModule
 
 
 def attempt(
-    roots: Sequence[Root],
+    models: Sequence[ModelWrapper],
     device: torch.device,
     act: Callable[[Sequence[int]], Answer],
     rows: Sequence[int],
@@ -157,13 +160,13 @@ def attempt(
     """`act` on the rows of a micro-batch, and False; True where memory ran out on this rank, and
     the answer is of no rows.
 
-    `act` runs forwards, and a backward, of `roots`. The other ranks learn of a failure at the next
+    `act` runs forwards, and a backward, of `models`. The other ranks learn of a failure at the next
     vote alone: until then this rank must go on with micro-batches of no rows, as its gathered
     weights and gradients are worthless. What the failed one has not issued of its collectives it
     issues here, in `act` without rows (None: there are no others). Raises what `act` raises
     besides, and what the torch before 2.13 cannot put right. After the vote, call `drop`.
     """
-    for collective in _collectives(roots):
+    for collective in _collectives(models):
         collective.begin()
     try:
         return act(rows), False
@@ -172,62 +175,62 @@ def attempt(
         if (
             not is_out_of_memory(error)
             or isinstance(error, dist.DistError)
-            or not (alone or _can_reset(roots))
+            or not (alone or _can_reset(models))
         ):
             raise
         # Not the error itself: a record that is kept would keep the tensors of the failed
         # micro-batch alive.
         _log.warning("memory.short rows=%d %s", len(rows), str(error))
     # Out of the block, for the same reason.
-    for root in roots:
-        _reset(root)
+    for model in models:
+        _reset(model)
     give_back(device)
     if alone:
         return None, True
-    for collective in _collectives(roots):
+    for collective in _collectives(models):
         collective.again()
     return act(()), True
 
 
-def drop(roots: Sequence[Root]) -> None:
+def drop(models: Sequence[ModelWrapper]) -> None:
     """Leave nothing of the micro-batches since the last step gathered or kept back; sharded
     gradients are the caller's."""
-    for root in roots:
-        forget_kept_back(root)
-        release(root)
+    for model in models:
+        forget_kept_back(model)
+        release(model)
 
 
-def forget_kept_back(root: Root) -> None:
-    """Drop gradients that `synchronise(root, False)` kept back, and what an error in a forward or
+def forget_kept_back(model: ModelWrapper) -> None:
+    """Drop gradients that `synchronise(model, False)` kept back, and what an error in a forward or
     backward left gathered.
 
     Call after such an error, and wherever sharded gradients are dropped too; those are the caller's
     own.
     """
-    _reset(root)
-    for module in _sharded(root):
+    _reset(model)
+    for module in _sharded(model):
         for group in _groups(module):
             for param in group.fsdp_params:
                 param.unsharded_accumulated_grad = None
                 if hasattr(param, "_unsharded_param"):
                     param._unsharded_param.grad = None
-    synchronise(root, True)
+    synchronise(model, True)
 
 
-def _collectives(roots: Sequence[Root]) -> Iterator[Collective]:
-    return (collective for root in roots for collective in root.collectives)
+def _collectives(models: Sequence[ModelWrapper]) -> Iterator[Collective]:
+    return (collective for model in models for collective in model.collectives)
 
 
-def _can_reset(roots: Sequence[Root]) -> bool:
-    return all(hasattr(root, "reset_iter_state") for root in roots)
+def _can_reset(models: Sequence[ModelWrapper]) -> bool:
+    return all(hasattr(model, "reset_iter_state") for model in models)
 
 
-def _reset(root: Root) -> None:
+def _reset(model: ModelWrapper) -> None:
     """Put FSDP back to before a forward, after an error in one or in a backward; keeps gradients
     that were kept back."""
     reset = getattr(
-        root, "reset_iter_state", None
-    )  # torch has it since 2.13; before, a left root stays gathered
+        model, "reset_iter_state", None
+    )  # torch has it since 2.13; before, a left model stays gathered
     if reset is not None:
         reset()
 
@@ -236,8 +239,8 @@ def _is_gathered(module: FSDPModule) -> bool:
     return any(group.is_unsharded for group in _groups(module))
 
 
-def _sharded(root: Root) -> Iterator[FSDPModule]:
-    return (module for module in root.modules() if isinstance(module, FSDPModule))
+def _sharded(model: ModelWrapper) -> Iterator[FSDPModule]:
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
 
 
 def _groups(module: FSDPModule) -> list[Any]:

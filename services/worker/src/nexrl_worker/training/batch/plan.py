@@ -93,7 +93,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Cut:
+class PlanSettings:
     """The settings of a cut. `None` means: whole batch (mini), all rows of the rank (micro), no
     budget (tokens).
 
@@ -111,7 +111,9 @@ class Cut:
     fits: Callable[[Sequence[int]], bool] | None = None
 
 
-def make_plan(size: int, world_size: int, cut: Cut, lengths: Sequence[int] | None = None) -> Plan:
+def make_plan(
+    size: int, world_size: int, cut: PlanSettings, lengths: Sequence[int] | None = None
+) -> Plan:
     """Cut `size` rows. With a token budget, `lengths` (tokens per row) balances ranks and fills
     micro-batches."""
     if size < 1:
@@ -134,7 +136,7 @@ def make_plan(size: int, world_size: int, cut: Cut, lengths: Sequence[int] | Non
 
 
 def _mini_batch(
-    rows: list[int], world_size: int, cut: Cut, lengths: Sequence[int] | None
+    rows: list[int], world_size: int, cut: PlanSettings, lengths: Sequence[int] | None
 ) -> MiniBatch:
     if cut.token_budget is not None and lengths is not None:
         shares = _balanced(rows, world_size, lengths)
@@ -175,7 +177,9 @@ def _balanced(rows: list[int], world_size: int, lengths: Sequence[int]) -> list[
     return shares
 
 
-def _by_tokens(rows: list[int], budget: int, lengths: Sequence[int], cut: Cut) -> list[Micro]:
+def _by_tokens(
+    rows: list[int], budget: int, lengths: Sequence[int], cut: PlanSettings
+) -> list[Micro]:
     """Consecutive rows (longest first) whose computed size stays within the budget; a longer row
     stands alone."""
     micros: list[Micro] = []

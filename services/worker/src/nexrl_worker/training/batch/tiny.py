@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from nexrl_worker.training.batch import BatchReader, Layout, MicroBatch, RowsInMemory
+from nexrl_worker.training.batch.micro_batch import BatchReader, Layout, MicroBatch, RowsInMemory
 
 
 class TinyRows(RowsInMemory):

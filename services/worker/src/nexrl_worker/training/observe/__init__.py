@@ -1,0 +1,1 @@
+"""What an operation takes: seconds, memory, and what a plan would take."""
