@@ -6,8 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
+from nexrl_contract import results
 from nexrl_contract.losses import DistillationLoss, LossName
 from nexrl_contract.sections import Given
 
@@ -136,6 +137,8 @@ class Operation:
     """Those that it needs whatever the loss."""
     answers: tuple[str, ...] = ()
     """Tensors of TENSORS in its answer, some of them only with certain arguments or losses."""
+    answer: type[BaseModel] = results.Answer
+    """What it answers, the tensors apart."""
     needs_model: bool = True
     """The group must have run ``init_model``."""
     waits_for_saves: bool = False
@@ -177,12 +180,14 @@ OPERATIONS: dict[str, Operation] = {
             changes="group",
             needs_model=False,
             by_ranks=False,
+            answer=results.GroupAnswer,
         ),
         Operation(
             "init_model",
             "Load the model; nothing happens if it is loaded",
             changes="group",
             needs_model=False,
+            answer=results.ModelAnswer,
         ),
         Operation(
             "update_actor",
@@ -193,6 +198,7 @@ OPERATIONS: dict[str, Operation] = {
             reads=(*_POLICY, "loss_weights"),
             required=_IDS,
             answers=("log_probs",),
+            answer=results.UpdateAnswer[results.UpdateMetrics],
         ),
         Operation(
             DISTILLATION,
@@ -202,6 +208,7 @@ OPERATIONS: dict[str, Operation] = {
             changes="weights",
             reads=(*_POLICY, "teacher_log_probs", *TOP_K),
             required=_IDS,
+            answer=results.UpdateAnswer[results.DistillationMetrics],
         ),
         Operation(
             "forward_backward",
@@ -212,6 +219,7 @@ OPERATIONS: dict[str, Operation] = {
             reads=(*_POLICY, "loss_weights"),
             required=_IDS,
             answers=("log_probs",),
+            answer=results.BatchAnswer[results.PolicyMetrics],
         ),
         Operation(
             "optim_step",
@@ -219,6 +227,7 @@ OPERATIONS: dict[str, Operation] = {
             OptimParams,
             roles=("actor",),
             changes="weights",
+            answer=results.StepAnswer,
         ),
         Operation(
             "compute_log_prob",
@@ -228,6 +237,7 @@ OPERATIONS: dict[str, Operation] = {
             reads=SCORED,
             required=_IDS,
             answers=("old_log_probs", *TOP_K),
+            answer=results.BatchAnswer[results.Metrics],
         ),
         Operation(
             "compute_ref_log_prob",
@@ -237,6 +247,7 @@ OPERATIONS: dict[str, Operation] = {
             reads=SCORED,
             required=_IDS,
             answers=("ref_log_prob",),
+            answer=results.BatchAnswer[results.Metrics],
         ),
         Operation(
             "compute_values",
@@ -246,6 +257,7 @@ OPERATIONS: dict[str, Operation] = {
             reads=_TEXT,
             required=_IDS,
             answers=("values",),
+            answer=results.BatchAnswer[results.Metrics],
         ),
         Operation(
             "update_critic",
@@ -255,6 +267,7 @@ OPERATIONS: dict[str, Operation] = {
             changes="weights",
             reads=(*_TEXT, "values", "returns"),
             required=(*_IDS, "returns"),
+            answer=results.UpdateAnswer[results.CriticMetrics],
         ),
         Operation(
             "compute_rewards",
@@ -264,12 +277,14 @@ OPERATIONS: dict[str, Operation] = {
             reads=_TEXT,
             required=_IDS,
             answers=("rewards",),
+            answer=results.BatchAnswer[results.Metrics],
         ),
         Operation(
             "save_checkpoint",
             "Save a resumable checkpoint, or a Hugging Face folder for inference engines",
             SaveParams,
             changes="files",
+            answer=results.SaveAnswer,
         ),
         Operation(
             "load_checkpoint",
@@ -277,6 +292,7 @@ OPERATIONS: dict[str, Operation] = {
             LoadParams,
             changes="weights",
             waits_for_saves=True,
+            answer=results.LoadAnswer,
         ),
         Operation(
             "convert_checkpoint_to_huggingface",
@@ -284,6 +300,7 @@ OPERATIONS: dict[str, Operation] = {
             ConvertParams,
             changes="files",
             waits_for_saves=True,
+            answer=results.ConvertAnswer,
         ),
         Operation(
             "barrier",
