@@ -49,7 +49,7 @@ def test_quick_call_is_one_round_trip(
     assert request.headers["accept-encoding"] == "identity"
     assert len(request.headers["idempotency-key"]) == 32
     assert np.array_equal(
-        tensor_codec.wrap(request.body).numpy("input_ids"), batch["tensors"]["input_ids"]
+        tensor_codec.wrap(request.content).numpy("input_ids"), batch["tensors"]["input_ids"]
     )
 
 
@@ -173,12 +173,12 @@ def test_large_batches_travel_in_parts(server: ScriptedServer) -> None:
         f"/payloads/{payload}/parts/{number}" for number in range(4)
     ]
     assert {part.method for part in parts} == {"PUT"}
-    assert max(len(part.body) for part in parts) == 1_000_000
+    assert max(len(part.content) for part in parts) == 1_000_000
     assert all(
-        part.headers[CHECKSUM_HEADER.lower()] == xxhash.xxh3_128(part.body).hexdigest()
+        part.headers[CHECKSUM_HEADER.lower()] == xxhash.xxh3_128(part.content).hexdigest()
         for part in parts
     )
-    frame = tensor_codec.wrap(b"".join(part.body for part in parts))
+    frame = tensor_codec.wrap(b"".join(part.content for part in parts))
     assert np.array_equal(frame.numpy("input_ids"), ids)
     assert (verb.path, verb.json()) == (
         "/forward_backward",

@@ -63,7 +63,7 @@ def test_what_passes_is_retried(
     assert client.update_actor(batch)["metrics"] == {"x": 1}
     assert len(server.seen) == 3
     assert len({request.headers["idempotency-key"] for request in server.seen}) == 1
-    assert len({request.body for request in server.seen}) == 1
+    assert len({request.content for request in server.seen}) == 1
 
 
 @pytest.mark.parametrize(
@@ -306,4 +306,4 @@ def test_each_part_is_retried_by_itself(server: ScriptedServer) -> None:
         "2",
         "update_actor",
     ]
-    assert len({request.body for request in server.seen[1:4]}) == 1
+    assert len({request.content for request in server.seen[1:4]}) == 1

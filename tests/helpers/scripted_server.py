@@ -36,27 +36,12 @@ class Reply:
         )
 
 
-@dataclass
-class Seen:
-    """A request that arrived, whole."""
-
-    method: str
-    path: str
-    query: dict[str, str]
-    headers: dict[str, str]
-    body: bytes
-    at: float = field(default_factory=time.monotonic)
-
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-
 class ScriptedServer:
     """Replies in order; the last one is given again and again."""
 
     def __init__(self) -> None:
         self.script: list[Reply] = [Reply()]
-        self.seen: list[Seen] = []
+        self.seen: list[testing.Recorded] = []
         self.connections = 0
         self._lock = threading.Lock()
         outer = self
@@ -83,7 +68,9 @@ class ScriptedServer:
                 parts = urlsplit(self.path)
                 headers = {name.lower(): value for name, value in self.headers.items()}
                 outer.seen.append(
-                    Seen(self.command, parts.path, dict(parse_qsl(parts.query)), headers, body)
+                    testing.Recorded(
+                        self.command, parts.path, dict(parse_qsl(parts.query)), headers, body
+                    )
                 )
                 time.sleep(reply.delay_s)
                 if reply.drop:

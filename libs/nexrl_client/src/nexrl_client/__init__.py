@@ -16,15 +16,14 @@ is for tests.
 
 from . import errors
 from ._api import TrainServiceClient
-from ._body import Part
-from ._call import split_for_requests
-from ._factory import TrainServiceClients, create_train_service_client, create_train_service_clients
+from ._batch import Batch
+from ._call import Part, split_for_requests
+from ._clients import TrainServiceClients, create_train_service_client, create_train_service_clients
+from ._config import load_service_config
 from ._handle import JobHandle
 from ._http import HTTPTrainServiceClient
 from ._mock import MockTrainServiceClient
-from ._service_config import load_service_config
 from ._tensors import data_to_tensor, tensor_to_data
-from ._trainer_batch import Batch
 from ._transport import HTTPTransport, Request, Response, Transport
 from .advantages import gae, group_relative_advantages, whiten
 from .errors import *  # noqa: F403 - every error, by its __all__

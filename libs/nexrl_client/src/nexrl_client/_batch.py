@@ -1,278 +1,317 @@
-"""A trainer's batch, in any of its forms, to what travels: the tensors that the operation reads,
-and JSON metadata."""
+"""Batch: trajectories made into the tensors that the service reads."""
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import dataclasses
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, Self
 
 import numpy as np
-from nexrl_contract.batch import METADATA_SECTION, SETTINGS, TENSOR_SECTION, VALUE_SECTION
-from nexrl_contract.operations import Operation
+from numpy.typing import NDArray
 
-from ._tensors import is_tensor, taken
-from ._trainer_batch import Batch
-from .errors import ClientError, InvalidBatch
+from . import layout
+from ._tensors import append_zero_rows, is_tensor, own_kind, taken, to_numpy
+from .errors import InvalidBatch
 
-_FORMS = (
-    "a Batch, {'tensors', 'values', 'metadata'}, {'batch', 'non_tensor_batch', 'meta_info'}, or a "
-    "flat dict of tensors"
-)
-_DEPTH = 60
+_MASKS = ("attention_mask", "loss_mask", "scoring_attention_mask")
 
 
-@dataclass(frozen=True, slots=True)
-class Content:
-    """tensors and metadata go to the service; ignored names everything of the caller's that does
-    not."""
+class Batch(MutableMapping[str, Any]):
+    """Tensors of B rows by name, as a mapping: batch["advantages"] = ... adds one. Every client
+    method takes it.
 
-    tensors: dict[str, Any]
-    metadata: dict[str, Any]
-    ignored: tuple[str, ...]
-
-
-def normalise(batch: object, operation: Operation | None) -> Content:
-    """Take a batch apart; kept are the tensors that the operation reads, None keeps all. Raises
-    InvalidBatch."""
-    tensors, values, metadata = _with_row_temperatures(*_sections(batch))
-    known = None if operation is None else (*operation.reads, *RENAMED)
-    kept = {
-        name: taken(name, value)
-        for name, value in tensors.items()
-        if known is None or name in known
-    }
-    ignored = [name for name in tensors if name not in kept]
-    if operation is not None:
-        kept, dropped = resolve(operation.name, kept)
-        unread = [name for name in kept if name not in operation.reads]
-        ignored += [*dropped, *unread]
-        kept = {name: value for name, value in kept.items() if name not in unread}
-    ignored += [str(name) for name in values]
-    sent: dict[str, Any] = {}
-    for name, value in metadata.items():
-        try:
-            sent[str(name)] = to_json(value, str(name))
-        except NotJSON as error:
-            if name in SETTINGS:  # without it another loss is meant
-                kind = "str" if name == "loss_agg_mode" else "float"
-                key = f"metadata.{error.path}"
-                raise InvalidBatch(
-                    f"metadata.{error}; give {kind}({name})", details={"key": key}
-                ) from None
-            ignored.append(error.path)
-    return Content(kept, sent, tuple(dict.fromkeys(ignored)))
-
-
-def json_object(mapping: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """The mapping as plain JSON, NumPy scalars and non-finite numbers included; raises ClientError
-    naming the key."""
-    try:
-        converted: dict[str, Any] = to_json(mapping)
-    except NotJSON as error:
-        raise ClientError(f"{what} {error}", details={"key": error.path}) from None
-    return converted
-
-
-class NotJSON(ValueError):
-    """A value that JSON cannot say; path is dotted, from the value that was to be converted."""
-
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(f"{path} {reason}".strip())
-        self.path = path
-
-
-def to_json(value: Any, path: str = "", depth: int = 0) -> Any:
-    """The value with JSON's types alone: scalars of NumPy and torch as numbers, paths as text, NaN
-    as "NaN".
-
-    Mappings and sequences may be of any library (OmegaConf's resolve themselves). Raises NotJSON.
+    extras are the B values each of what is no tensor (reward, group_id, ...), metadata holds for
+    the whole batch (temperature, global_step). Extras stay with the trainer: the service does not
+    read them.
     """
-    if isinstance(value, np.generic) or (is_tensor(value) and value.ndim == 0):
-        value = _scalar(value, path)
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else _non_finite(value)
-    if depth > _DEPTH:
-        raise NotJSON(path, f"holds more than {_DEPTH} values inside one another")
-    if isinstance(value, Mapping):
-        return {
-            str(name): to_json(item, _below(path, name), depth + 1)
-            for name, item in _items(value, path)
-        }
-    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
-        return [to_json(item, f"{path}[{index}]", depth + 1) for index, item in _items(value, path)]
-    raise NotJSON(path, f"is {type(value).__name__}, which JSON cannot say")
 
+    def __init__(
+        self,
+        tensors: Mapping[str, Any],
+        extras: Mapping[str, Sequence[Any]] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Raises InvalidBatch for what is no tensor, and for rows or extras of different
+        numbers."""
+        self._tensors: dict[str, Any] = {}
+        for name, tensor in tensors.items():
+            self[name] = tensor
+        self.extras = {name: list(values) for name, values in (extras or {}).items()}
+        self.metadata = dict(metadata or {})
+        for name, values in self.extras.items():
+            if len(values) != self.rows:
+                raise InvalidBatch(f"extras {name!r} has {len(values)} values for {self.rows} rows")
 
-def _scalar(value: Any, path: str) -> Any:
-    if np.ma.is_masked(value):
-        raise NotJSON(path, "is a masked value, which JSON cannot say")
-    try:
-        return value.item()
-    except RuntimeError as error:  # a tensor without data
-        raise NotJSON(path, f"has no value: {str(error).splitlines()[0]}") from None
+    @classmethod
+    def from_trajectories(
+        cls,
+        trajectories: Sequence[object],
+        pad_token_id: int,
+        *,
+        prompt_length: int = 1,
+        response_length: int = 1,
+    ) -> Self:
+        """A batch of mappings or objects with tokens [n], loss_mask [n] (1: scored), and all or
+        none reward and logprobs.
 
+        A row's prompt is what stands before its first scored token, at least one token, left-padded
+        to the longest or prompt_length; the rest is right-padded to the longest or response_length.
+        P + R = S. Gives input_ids, attention_mask, position_ids, loss_mask, scoring_attention_mask
+        [B, S], responses [B, R], and token_level_scores [B, R], the reward on the last scored
+        token, and rollout_log_probs [B, R], 0 where nothing is scored. logprobs are of all tokens,
+        of those from the first scored one on, or of the scored ones. Every other field is an extra,
+        reward and those in extra_fields too; one temperature goes to metadata, several are the
+        tensor temperature [B]. Tensors are of torch where that is installed. Raises InvalidBatch
+        with the trajectory's number.
+        """
+        rows = _read_rows(trajectories)
+        tensors = _tensors_of(rows, pad_token_id, prompt_length, response_length)
+        names = dict.fromkeys(name for row in rows for name in row.extras)
+        extras = {name: [row.extras.get(name) for row in rows] for name in names}
+        temperature = _temperatures(rows)
+        if isinstance(temperature, list):
+            tensors["temperature"] = np.asarray(temperature, np.float32)
+        metadata = {"temperature": temperature} if isinstance(temperature, float) else {}
+        return cls({name: own_kind(array) for name, array in tensors.items()}, extras, metadata)
 
-def _items(value: Mapping[Any, Any] | Sequence[Any], path: str) -> list[tuple[Any, Any]]:
-    try:
-        return list(value.items() if isinstance(value, Mapping) else enumerate(value))
-    except (
-        Exception
-    ) as error:  # a configuration of another library, whose values are made when they are asked for
-        raise NotJSON(path, f"cannot be read: {str(error).splitlines()[0]}") from error
+    @property
+    def rows(self) -> int:
+        """B."""
+        return int(next(iter(self._tensors.values())).shape[0]) if self._tensors else 0
 
+    def pad(self, multiple: int) -> Self:
+        """A batch of the next multiple of rows. Those added, at the end, weigh nothing; a result
+        has them too.
 
-def _below(path: str, name: Any) -> str:
-    return f"{path}.{name}" if path else str(name)
-
-
-def _non_finite(value: float) -> str:
-    if math.isnan(value):
-        return "NaN"
-    return "Infinity" if value > 0 else "-Infinity"
-
-
-def _sections(batch: object) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]:
-    if isinstance(batch, Batch):
-        return dict(batch), batch.extras, batch.metadata
-    if _is_tensordict(batch):
-        opened: dict[str, Any] = _opened(batch)
-        if not any(name in TENSOR_SECTION for name in opened):
-            return opened, {}, {}
-        batch = opened
-    if isinstance(batch, Mapping):
-        batch = {
-            name: _opened(value) if name in TENSOR_SECTION else value
-            for name, value in batch.items()
-        }
-    else:
-        raise InvalidBatch(f"the batch is {type(batch).__name__}; give {_FORMS}")
-    if not any(isinstance(batch.get(name), Mapping) for name in TENSOR_SECTION):
-        return _flat(batch), {}, {}
-    unknown = [
-        str(name) for name in batch if name not in TENSOR_SECTION + VALUE_SECTION + METADATA_SECTION
-    ]
-    if unknown:
-        raise InvalidBatch(
-            f"the batch has the unknown keys {', '.join(unknown)} beside its tensors; give {_FORMS}"
-        )
-    tensors, values, metadata = (
-        _section(batch, names) for names in (TENSOR_SECTION, VALUE_SECTION, METADATA_SECTION)
-    )
-    return tensors, values, metadata
-
-
-def _is_tensordict(value: Any) -> bool:
-    return hasattr(value, "batch_size") and callable(getattr(value, "items", None))
-
-
-def _opened(value: Any) -> Any:
-    """A TensorDict as a dict of its entries: iterating one gives its rows."""
-    return (
-        {str(name): _entry(value, name) for name in value.keys()}  # noqa: SIM118
-        if _is_tensordict(value)
-        else value
-    )
-
-
-def _entry(tensordict: Any, name: Any) -> Any:
-    try:
-        return tensordict.get(name)
-    except RuntimeError as error:  # a lazy stack of rows that cannot be stacked
-        reason = "has rows of several shapes, which cannot be stacked; pad them"
-        raise InvalidBatch(f"tensor {name!r} {reason}", details={"tensor": str(name)}) from error
-
-
-def _with_row_temperatures(
-    tensors: Mapping[str, Any], values: Mapping[str, Any], metadata: Mapping[str, Any]
-) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]:
-    """One temperature for every row is a tensor [B], also where it was given as [B,1] or among the
-    metadata."""
-    given: Any = metadata.get("temperature")
-    if isinstance(given, list | tuple) or (is_tensor(given) and given.ndim > 0):
-        if "temperature" in tensors:
+        They are 0 in every tensor, masks among them, and None in extras. The service itself needs
+        no such rows. Raises InvalidBatch where the batch has no mask.
+        """
+        if multiple < 1:
+            raise InvalidBatch(f"multiple is {multiple}; give 1 or more")
+        count = -self.rows % multiple
+        if count and not any(name in self._tensors for name in _MASKS):
             raise InvalidBatch(
-                "temperature is a tensor and, for every row, in the metadata too; give one"
+                "the batch has no mask, which is what makes added rows weigh nothing; add "
+                "attention_mask"
             )
-        metadata = {name: value for name, value in metadata.items() if name != "temperature"}
-        tensors = {**tensors, "temperature": given}
-    if "temperature" in tensors:
-        own: Any = taken("temperature", tensors["temperature"])
-        tensors = {
-            **tensors,
-            "temperature": own[:, 0] if own.ndim == 2 and own.shape[1] == 1 else own,
+        tensors = {name: append_zero_rows(tensor, count) for name, tensor in self._tensors.items()}
+        extras = {name: values + [None] * count for name, values in self.extras.items()}
+        return type(self)(tensors, extras, self.metadata)
+
+    def to_nextrainer_batch(self) -> dict[str, Any]:
+        """{"batch": tensors, "non_tensor_batch": extras as object arrays [B], "meta_info":
+        metadata}."""
+        return {
+            "batch": dict(self._tensors),
+            "non_tensor_batch": {name: _objects(values) for name, values in self.extras.items()},
+            "meta_info": dict(self.metadata),
         }
-    return tensors, values, metadata
+
+    def __getitem__(self, name: str) -> Any:
+        return self._tensors[name]
+
+    def __setitem__(self, name: str, tensor: Any) -> None:
+        if isinstance(tensor, list | tuple) or is_tensor(tensor):
+            tensor = taken(name, tensor)
+        if not is_tensor(tensor) or tensor.ndim == 0:
+            message = f"{name!r} is {type(tensor).__name__}; give a tensor of B rows"
+            raise InvalidBatch(
+                f"{message}; what is none goes to extras or metadata", details={"tensor": name}
+            )
+        others = [value for other, value in self._tensors.items() if other != name]
+        if others and tensor.shape[0] != others[0].shape[0]:
+            found, rows = list(tensor.shape), others[0].shape[0]
+            message = f"tensor {name!r} has shape {found}; the batch has {rows} rows"
+            raise InvalidBatch(message, details={"tensor": name})
+        self._tensors[name] = tensor
+
+    def __delitem__(self, name: str) -> None:
+        del self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in self._tensors.items())
+        return f"Batch({shapes}; extras {list(self.extras)}; metadata {self.metadata})"
 
 
-def _section(batch: Mapping[str, Any], names: tuple[str, str]) -> Mapping[str, Any]:
-    given = [name for name in names if batch.get(name) is not None]
-    if len(given) > 1:
-        raise InvalidBatch(
-            f"the batch has both {given[0]!r} and {given[1]!r}, two names of one thing; give one"
-        )
-    section = batch[given[0]] if given else {}
-    if not isinstance(section, Mapping):
-        raise InvalidBatch(f"the batch's {given[0]!r} is {type(section).__name__}; give a dict")
-    return section
+def _tensors_of(
+    rows: Sequence[_Row], pad_token_id: int, prompt_length: int, response_length: int
+) -> dict[str, Any]:
+    left = max(prompt_length, 1, *(row.prompt for row in rows))
+    right = max(response_length, 1, *(row.tokens.size - row.prompt for row in rows))
+    heads, tails = zip(*((r.tokens[: r.prompt], r.tokens[r.prompt :]) for r in rows), strict=True)
+    prompts, before = layout.left_pad(heads, pad_token_id, left)
+    responses, after = layout.right_pad(tails, pad_token_id, right)
+    attention = np.concatenate([before, after], axis=1)
+    scored = _responses_of(rows, [row.scored for row in rows], right).astype(np.int32)
+    loss_mask = np.concatenate([np.zeros_like(before), scored], axis=1)
+    tensors = {
+        "input_ids": np.concatenate([prompts, responses], axis=1),
+        "attention_mask": attention,
+        "position_ids": layout.position_ids(attention),
+        "loss_mask": loss_mask,
+        "scoring_attention_mask": layout.scoring_mask(loss_mask, attention),
+        "responses": responses,
+    }
+    if rows[0].reward is not None:
+        tensors["token_level_scores"] = _on_last(scored, [row.reward or 0.0 for row in rows])
+    if rows[0].log_probs is not None:
+        tensors["rollout_log_probs"] = _responses_of(
+            rows, [row.log_probs for row in rows], right
+        ).astype(np.float32)
+    return tensors
 
 
-def _flat(batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    nested = [
-        str(name)
-        for name, value in batch.items()
-        if isinstance(value, Mapping) or name in TENSOR_SECTION
-    ]
-    if nested or not batch:
-        found = f"has {', '.join(nested)}, but no dict of tensors beside" if nested else "is empty"
-        raise InvalidBatch(f"the batch {found}; give {_FORMS}")
-    return batch
+def _responses_of(rows: Sequence[_Row], by_token: Sequence[Any], width: int) -> NDArray[np.float64]:
+    """The responses' part of something by token, each [n], as [B, R] with R = width, 0 after it."""
+    padded = np.zeros((len(rows), width))
+    for number, row in enumerate(rows):
+        part = by_token[number][row.prompt :]
+        padded[number, : part.size] = part
+    return padded
 
 
-_OLD = "old_log_probs"
-_STUDENT = "old_student_log_probs"
-RENAMED = (_STUDENT,)
-"""Names that no operation reads and that `resolve` looks at."""
+def _on_last(scored: NDArray[Any], rewards: Sequence[float]) -> NDArray[np.float32]:
+    """[B, R] with each reward at its row's last column that scored [B, R] has; of none, nowhere."""
+    scores = np.zeros(scored.shape, np.float32)
+    for number, reward in enumerate(rewards):
+        columns = np.flatnonzero(scored[number])
+        if columns.size:
+            scores[number, columns[-1]] = reward
+    return scores
 
 
-def resolve(operation: str, tensors: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The tensors to go on with, and the names of those left out.
+def _objects(values: Sequence[Any]) -> NDArray[Any]:
+    """One object a row; NumPy would make a matrix of lists that happen to be equally long."""
+    array = np.empty(len(values), object)
+    for number, value in enumerate(values):
+        array[number] = value
+    return array
 
-    Log-probabilities that were not computed come as zeros [B, 1]; where R > 1 that is no value, and
-    is left out. Distillation's old_student_log_probs is old_log_probs of the batch that has none.
+
+_OWN = ("tokens", "loss_mask", "logprobs")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Row:
+    """One trajectory of n tokens. prompt: how many stand before the first that is scored, at least
+    1.
+
+    tokens int64, scored bool and log_probs float64 are [n]; extras is everything else that it had.
     """
-    kept = dict(tensors)
-    dropped = [
-        name for name in (_OLD, _STUDENT) if name in kept and _is_placeholder(kept[name], kept)
-    ]
-    for name in dropped:
-        del kept[name]
-    if operation == "update_actor_with_distillation" and _STUDENT in kept and _OLD not in kept:
-        kept[_OLD] = kept.pop(_STUDENT)
-    return kept, dropped
+
+    tokens: NDArray[np.int64]
+    scored: NDArray[np.bool_]
+    log_probs: NDArray[np.float64] | None
+    prompt: int
+    reward: float | None
+    extras: dict[str, Any]
 
 
-def _is_placeholder(tensor: Any, tensors: Mapping[str, Any]) -> bool:
-    """Whether a tensor is zeros of one column although the batch has more than one response
-    position."""
-    if (
-        not is_tensor(tensor)
-        or tensor.ndim != 2
-        or tensor.shape[1] != 1
-        or bool((tensor != 0).any())
-    ):
-        return False
-    responses = tensors.get("responses")
-    whole = tensors.get("input_ids")
-    columns = _columns(responses) if responses is not None else _columns(whole) - 1
-    return columns > 1
+def _read_rows(trajectories: Sequence[object]) -> list[_Row]:
+    """Every trajectory; raises InvalidBatch with the number of one that cannot be read, or lacks
+    what others have."""
+    rows = [_read(_fields(given, number), number) for number, given in enumerate(trajectories)]
+    if not rows:
+        raise InvalidBatch("there are no trajectories; a batch has at least one row")
+    _all_or_none("reward", [row.reward is None for row in rows])
+    _all_or_none("logprobs", [row.log_probs is None for row in rows])
+    return rows
 
 
-def _columns(tensor: Any) -> int:
-    return int(tensor.shape[1]) if is_tensor(tensor) and tensor.ndim == 2 else 0
+def _temperatures(rows: Sequence[_Row]) -> float | list[float] | None:
+    """What the rows were sampled at: one number, or one for each row; None where none says.
+
+    Raises InvalidBatch for a row that says none beside others that differ.
+    """
+    given = [row.extras.get("temperature") for row in rows]
+    found = {float(value) for value in given if value is not None}
+    if len(found) < 2:
+        return next(iter(found), None)
+    _all_or_none("temperature", [value is None for value in given])
+    return [float(value) for value in given if value is not None]
+
+
+def _all_or_none(name: str, lacking: Sequence[bool]) -> None:
+    if any(lacking) and not all(lacking):
+        raise InvalidBatch(
+            f"trajectory {lacking.index(True)} has no {name}, others have; give all of them one, "
+            "or none"
+        )
+
+
+def _fields(trajectory: object, number: int) -> dict[str, Any]:
+    """The trajectory's fields by name, those in its extra_fields among them."""
+    if isinstance(trajectory, Mapping):
+        fields = {str(name): value for name, value in trajectory.items()}
+    elif dataclasses.is_dataclass(trajectory):
+        names = [field.name for field in dataclasses.fields(trajectory)]
+        fields = {name: getattr(trajectory, name) for name in names}
+    elif hasattr(trajectory, "__dict__"):
+        fields = dict(vars(trajectory))
+    else:
+        kind = type(trajectory).__name__
+        raise InvalidBatch(
+            f"trajectory {number} is {kind}; give a mapping or an object with tokens and loss_mask"
+        )
+    extra = fields.pop("extra_fields", None)
+    return {**extra, **fields} if isinstance(extra, Mapping) else fields
+
+
+def _read(fields: dict[str, Any], number: int) -> _Row:
+    for name in ("tokens", "loss_mask"):
+        if fields.get(name) is None:
+            given = ", ".join(sorted(fields)) or "nothing"
+            raise InvalidBatch(f"trajectory {number} has no {name}; it has {given}")
+    tokens, mask = to_numpy(fields["tokens"]), to_numpy(fields["loss_mask"])
+    if tokens.ndim != 1 or tokens.size == 0 or tokens.dtype.kind not in "iu":
+        raise InvalidBatch(
+            f"tokens of trajectory {number} have shape {list(tokens.shape)}; give integers, at "
+            "least one"
+        )
+    if mask.shape != tokens.shape:
+        raise InvalidBatch(
+            f"loss_mask of trajectory {number} has shape {list(mask.shape)}, its tokens "
+            f"{list(tokens.shape)}; give each token a 0 or 1"
+        )
+    first = int(np.argmax(mask != 0)) if mask.any() else tokens.size
+    log_probs = fields.get("logprobs")
+    prompt = max(first, 1)  # nothing stands before the first token that could predict it
+    scored = (mask != 0) & (np.arange(tokens.size) >= prompt)
+    reward = fields.get("reward")
+    return _Row(
+        tokens=tokens.astype(np.int64),
+        scored=scored,
+        log_probs=None if log_probs is None else _by_token(log_probs, mask != 0, first, number),
+        prompt=prompt,
+        reward=None if reward is None else float(reward),
+        extras={name: value for name, value in fields.items() if name not in _OWN},
+    )
+
+
+def _by_token(
+    log_probs: Any, scored: NDArray[np.bool_], first: int, number: int
+) -> NDArray[np.float64]:
+    """Log-probabilities [n] of those of all n tokens, of those from the first scored one on, or of
+    the scored ones."""
+    values = to_numpy(log_probs).astype(np.float64)  # None becomes NaN
+    placed = np.zeros(scored.size)
+    count = int(scored.sum())
+    if values.shape == (scored.size,):
+        placed[:] = values
+    elif values.shape == (scored.size - first,):
+        placed[first:] = values
+    elif values.shape == (count,):
+        placed[scored] = values
+    else:
+        raise InvalidBatch(
+            f"logprobs of trajectory {number} have shape {list(values.shape)}; give one for each "
+            f"of its {scored.size} tokens, of the {scored.size - first} from the first scored one "
+            f"on, or of the {count} scored ones"
+        )
+    return np.where(scored, placed, 0.0)

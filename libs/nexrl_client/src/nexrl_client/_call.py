@@ -1,21 +1,21 @@
-"""One call of an operation, made ready to be sent: its path, its parameters, its frame."""
+"""One call of an operation, ready to be sent: its path, its parameters, its frame and its parts."""
 
 from __future__ import annotations
 
 import difflib
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import tensor_codec
+import xxhash
 from nexrl_contract.envelope import Envelope
 from nexrl_contract.operations import INITIALIZE, OPERATIONS
 from tensor_codec import Encoded
 
-from ._batch import Content, json_object, normalise
-from ._body import Part, cut
-from ._service_config import setup_params
+from ._config import setup_params
+from ._content import Content, json_object, normalise
 from ._tensors import ready
 from .errors import ClientError, InvalidBatch, UnknownOperation
 
@@ -57,27 +57,51 @@ def prepare(
     """
     kind = OPERATIONS.get(operation)
     if kind is None:
-        raise UnknownOperation(f"there is no operation {operation!r}{_did_you_mean(operation)}")
+        close = difflib.get_close_matches(operation, OPERATIONS, n=1)
+        known = f"known are {', '.join(sorted(OPERATIONS))}"
+        hint = f"did you mean {close[0]!r}?" if close else known
+        raise UnknownOperation(f"there is no operation {operation!r}; {hint}")
     given = setup_params(identifier, config, **params) if operation == INITIALIZE else params
     sent = json_object(given, "argument")
     if not kind.takes_batch:
-        _refuse_batch(operation, batch)
+        if batch is not None:
+            raise InvalidBatch(f"{operation} takes no batch; give its arguments by name")
         return Call(operation, sent)
     if batch is None:
         raise InvalidBatch(f"{operation} needs a batch")
-    normal = normalise(batch, kind)
-    return Call(operation, sent, normal, encode(normal, sent))
+    content = normalise(batch, kind)
+    return Call(operation, sent, content, _encode(content, sent))
 
 
-def encode(batch: Content, params: Mapping[str, Any]) -> Encoded:
+def _encode(content: Content, params: Mapping[str, Any]) -> Encoded:
     """The request frame: a header, and views of the tensors. Raises InvalidBatch."""
     ready()
+    beside = Envelope(content.metadata, dict(params)).frame_metadata()
     try:
-        return tensor_codec.encode(
-            batch.tensors, Envelope(batch.metadata, dict(params)).frame_metadata()
-        )
+        return tensor_codec.encode(content.tensors, beside)
     except tensor_codec.CodecError as error:
         raise InvalidBatch(str(error)) from error
+
+
+class Part:
+    """Some consecutive bytes of a frame, as views of it: iterating yields them, len() is their
+    bytes."""
+
+    def __init__(self, views: Sequence[memoryview]) -> None:
+        self.views = tuple(views)
+
+    def __len__(self) -> int:
+        return sum(view.nbytes for view in self.views)
+
+    def __iter__(self) -> Iterator[memoryview]:
+        return iter(self.views)
+
+    def checksum(self) -> str:
+        """xxh3-128 of the bytes, in hex."""
+        digest = xxhash.xxh3_128()
+        for view in self.views:
+            digest.update(view)
+        return digest.hexdigest()
 
 
 def split_for_requests(request: object, max_size: int = MAX_REQUEST_BYTES) -> list[Part]:
@@ -91,19 +115,26 @@ def split_for_requests(request: object, max_size: int = MAX_REQUEST_BYTES) -> li
     if max_size < 1:
         raise ClientError(f"max_size is {max_size}; give the bytes of the largest part, 1 or more")
     if isinstance(request, Encoded):
-        return cut(list(request), max_size)
+        return _cut(list(request), max_size)
     if isinstance(request, bytes | bytearray | memoryview):
-        return cut([memoryview(request)], max_size)
-    return cut(list(encode(normalise(request, None), {})), max_size)
+        return _cut([memoryview(request)], max_size)
+    return _cut(list(_encode(normalise(request, None), {})), max_size)
 
 
-def _refuse_batch(operation: str, batch: object) -> None:
-    if batch is not None:
-        raise InvalidBatch(f"{operation} takes no batch; give its arguments by name")
-
-
-def _did_you_mean(word: str) -> str:
-    close = difflib.get_close_matches(word, OPERATIONS, n=1)
-    return (
-        f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(OPERATIONS))}"
-    )
+def _cut(views: Sequence[bytes | memoryview], max_size: int) -> list[Part]:
+    """Parts of at most max_size bytes that make up the views in order; all but the last are
+    full."""
+    parts: list[Part] = []
+    current: list[memoryview] = []
+    room = max_size
+    for view in (memoryview(view).cast("B") for view in views if len(view)):
+        position = 0
+        while position < view.nbytes:
+            piece = view[position : position + room]
+            current.append(piece)
+            position += piece.nbytes
+            room -= piece.nbytes
+            if room == 0:
+                parts.append(Part(current))
+                current, room = [], max_size
+    return [*parts, Part(current)] if current else parts

@@ -1,26 +1,16 @@
-"""An exchange that is repeated until it is answered or its time is spent."""
+"""One exchange, repeated until it is answered or its time is spent."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from email.utils import parsedate_to_datetime
-from typing import Any
 
+from ._answers import checked
 from ._transport import CONNECT_TIMEOUT_S, Request, Response, Transport
-from .errors import (
-    InvalidAnswer,
-    ServiceFault,
-    ServiceTimeout,
-    StatusError,
-    Unreachable,
-    status_error,
-)
+from .errors import ServiceFault, ServiceTimeout, StatusError, Unreachable
 
 MAX_WAIT_S = 25.0
 MIN_CONNECT_S = 0.5
@@ -73,52 +63,38 @@ class Budget:
         """How long the next connection may take to be made."""
         return min(CONNECT_TIMEOUT_S, max(MIN_CONNECT_S, self.remaining()))
 
-    def grace_s(self) -> float:
-        """How much later than that the answer may still come: a busy host is no lost one."""
-        return min(10.0, max(2.0, self._total / 4))
+    def silence_s(self) -> float:
+        """How long to wait for the next answer: a busy host, which answers late, is no lost one."""
+        return self.wait_s() + min(10.0, max(2.0, self._total / 4))
 
 
-class Exchange:
-    """Sends requests through a transport, and again after what may pass: lost connections, 408,
-    429, 502 to 504."""
+def exchange(transport: Transport, build: Callable[[float], Request], budget: Budget) -> Response:
+    """The first 2xx answer; build makes the request from the seconds that its answer may be held
+    back.
 
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-
-    def send(self, build: Callable[[float], Request], budget: Budget) -> Response:
-        """The first 2xx answer; build makes the request from the seconds that its answer may be
-        held back.
-
-        Raises Unreachable, ServiceTimeout or the StatusError that was left when the budget was
-        spent.
-        """
-        attempt = 0
-        while True:
-            try:
-                return self.send_once(build(budget.wait_s()), budget)
-            except (Unreachable, ServiceTimeout, StatusError) as error:
-                delay = max(_back_off_s(attempt), error.details.get("retry_after_s", 0.0))
-                if not _passes(error) or delay >= budget.remaining():
-                    raise
-            time.sleep(delay)
-            attempt += 1
-
-    def send_once(self, request: Request, budget: Budget) -> Response:
-        """One attempt."""
+    Sends again after what may pass: lost connections, 408, 429, 502 to 504. Raises Unreachable,
+    ServiceTimeout or the StatusError that was left when the budget was spent.
+    """
+    attempt = 0
+    while True:
         try:
-            request = replace(request, connect_s=budget.connect_s())
-            response = self._transport.send(request, budget.wait_s() + budget.grace_s())
-        finally:
-            if request.body is not None:
-                budget.exclude(request.body.take_seconds())
-        return checked(request, response)
+            return _once(transport, build(budget.wait_s()), budget)
+        except (Unreachable, ServiceTimeout, StatusError) as error:
+            delay = max(_back_off_s(attempt), error.details.get("retry_after_s", 0.0))
+            if not _passes(error) or delay >= budget.remaining():
+                raise
+        time.sleep(delay)
+        attempt += 1
 
 
-def checked(request: Request, response: Response) -> Response:
-    """The response if it is 2xx, else raises what it says."""
-    if 200 <= response.status < 300:
-        return response
-    raise _error_of(request, response)
+def _once(transport: Transport, request: Request, budget: Budget) -> Response:
+    try:
+        request = replace(request, connect_s=budget.connect_s())
+        response = transport.send(request, budget.silence_s())
+    finally:
+        if request.body is not None:
+            budget.exclude(request.body.take_seconds())
+    return checked(request, response)
 
 
 def _passes(error: ServiceFault) -> bool:
@@ -136,46 +112,3 @@ def _passes(error: ServiceFault) -> bool:
 def _back_off_s(attempt: int) -> float:
     longest = min(MAX_BACK_OFF_S, FIRST_BACK_OFF_S * 2 ** min(attempt, 10))
     return random.uniform(longest / 2, longest)
-
-
-def _error_of(request: Request, response: Response) -> ServiceFault:
-    if 300 <= response.status < 400:
-        target = response.headers.get("location", "nowhere")
-        return InvalidAnswer(
-            f"{response.source} redirects {request.path} to {target}; give the client that address"
-        )
-    error = status_error(response.status, _error_body(request, response))
-    if "retry-after" in response.headers:
-        error.details["retry_after_s"] = _retry_after_s(response.headers["retry-after"])
-    return error
-
-
-def _error_body(request: Request, response: Response) -> dict[str, Any]:
-    """The service's error object; of anything else (a proxy's page) who gave it, and its first
-    characters."""
-    text = bytes(response.body[:65536]).decode(errors="replace").strip()
-    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-        body = json.loads(text)["error"]
-        if isinstance(body, dict) and isinstance(
-            body.get("code"), str
-        ):  # other gateways have an error object, too
-            return body
-    kind = response.headers.get("content-type", "nothing").partition(";")[0]
-    said = f": {' '.join(text[:200].split())}" if text else ""
-    return {
-        "message": f"{response.source} answered {request.method} {request.path} with "
-        f"{response.status} "
-        f"and {kind}, "
-        f"which is no answer of the service{said}"
-    }
-
-
-def _retry_after_s(text: str) -> float:
-    try:
-        return max(0.0, float(text))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except ValueError:
-        return 0.0

@@ -1,22 +1,26 @@
-"""HTTPTrainServiceClient: the service over HTTP. A call goes _run -> _upload.post -> _exchange ->
-_transport."""
+"""HTTPTrainServiceClient: the service over HTTP.
+
+A call goes _run -> _post -> exchange (which repeats it) -> the transport.
+"""
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Mapping
-from types import TracebackType
-from typing import Any, Self
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Self, TypeAlias
 
-from nexrl_contract.names import FRAME_TYPE, JSON_TYPE
+from nexrl_contract.names import CHECKSUM_HEADER, FRAME_TYPE, JSON_TYPE
+from tensor_codec import Encoded
 
+from ._answers import checked, read_json, read_result
 from ._api import BatchLike, TrainServiceClient
-from ._call import MAX_REQUEST_BYTES, Call, prepare
-from ._exchange import Budget, Exchange, checked
+from ._call import MAX_REQUEST_BYTES, Call, prepare, split_for_requests
+from ._exchange import Budget, exchange
 from ._handle import JobHandle
-from ._result import read_json, read_result
-from ._transport import HTTPTransport, Request, Response, Transport, normalise_url
-from ._upload import post
+from ._transport import Body, HTTPTransport, Request, Response, Transport, normalise_url
 from .errors import (
     ClientError,
     InvalidAnswer,
@@ -30,6 +34,7 @@ _HEALTH_TIMEOUT_S = 10.0
 _POLL_S = 0.05
 _JSON = {"Accept": JSON_TYPE}
 _ANY = {"Accept": f"{FRAME_TYPE}, {JSON_TYPE}"}
+_OnBytes: TypeAlias = Callable[[int], object] | None
 
 
 class HTTPTrainServiceClient(TrainServiceClient):
@@ -64,7 +69,6 @@ class HTTPTrainServiceClient(TrainServiceClient):
         self._max_request_bytes = max_request_bytes
         self._progress = progress
         self._transport = transport or HTTPTransport(self.base_url)
-        self._exchange = Exchange(self._transport)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(base_url={self.base_url!r}, identifier={self.identifier!r})"
@@ -72,12 +76,7 @@ class HTTPTrainServiceClient(TrainServiceClient):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -98,11 +97,8 @@ class HTTPTrainServiceClient(TrainServiceClient):
         return read_result(response, call.ignored)
 
     def health_check(self) -> dict[str, Any]:
-        timeout = (
-            _HEALTH_TIMEOUT_S
-            if self.request_timeout is None
-            else min(_HEALTH_TIMEOUT_S, self.request_timeout)
-        )
+        given = self.request_timeout
+        timeout = _HEALTH_TIMEOUT_S if given is None else min(_HEALTH_TIMEOUT_S, given)
         request = Request("GET", "/health", headers=_JSON, connect_s=timeout)
         response = self._transport.send(request, timeout)
         body = read_json(response if response.status == 503 else checked(request, response))
@@ -148,10 +144,8 @@ class HTTPTrainServiceClient(TrainServiceClient):
             outage = Budget(self.request_timeout, budget, longest_wait_s=budget.longest_wait_s)
         asked = time.monotonic()
         try:
-            return _of_job(
-                job,
-                read_result(self._exchange.send(self._result_request(job), outage), job.ignored),
-            )
+            answer = exchange(self._transport, self._result_request(job), outage)
+            return _of_job(job, read_result(answer, job.ignored))
         except JobRunning as running:
             if budget.remaining() <= 0:
                 waits_for = running.details.get("waits_for")
@@ -162,9 +156,8 @@ class HTTPTrainServiceClient(TrainServiceClient):
         except ServiceFault as error:
             error.job = job
             raise
-        if (
-            time.monotonic() - asked < _POLL_S
-        ):  # the answer was not held back: the gateway is stopping
+        # An answer that was not held back: the gateway is stopping.
+        if time.monotonic() - asked < _POLL_S:
             time.sleep(min(_POLL_S, budget.remaining()))
         return None
 
@@ -173,15 +166,38 @@ class HTTPTrainServiceClient(TrainServiceClient):
         return lambda wait_s: Request("GET", path, {"wait": f"{wait_s:.3g}"}, _ANY)
 
     def _post(self, call: Call, *, wait: bool) -> tuple[Response, Budget]:
-        return post(
-            self._exchange,
-            call,
-            self._query(),
-            wait=wait,
-            timeout_s=self.request_timeout,
-            max_request_bytes=self._max_request_bytes,
-            progress=self._progress,
-        )
+        """Post the call. A frame above max_request_bytes is uploaded in parts first.
+
+        wait lets the service answer with the result. The budget is what the answer left of
+        request_timeout.
+        """
+        query, frame = self._query(), call.frame
+        with _bar(call, self._progress) as on_bytes:
+            if frame is not None and frame.nbytes <= self._max_request_bytes:
+                body, content = Body(list(frame), on_bytes), FRAME_TYPE
+            else:
+                parts = {} if frame is None else self._send_parts(frame, on_bytes)
+                body, content = Body([json.dumps(call.params | parts).encode()]), JSON_TYPE
+            headers = {**_ANY, "Content-Type": content, "Idempotency-Key": call.key}
+
+            def build(wait_s: float) -> Request:
+                prefer = f"respond-async, wait={int(wait_s)}" if wait else "respond-async"
+                return Request("POST", call.path, query, headers | {"Prefer": prefer}, body)
+
+            budget = Budget(self.request_timeout)
+            return exchange(self._transport, build, budget), budget
+
+    def _send_parts(self, frame: Encoded, on_bytes: _OnBytes) -> dict[str, object]:
+        """Put the frame's parts, each repeated by itself until request_timeout is spent on it; what
+        the call says of them."""
+        payload = uuid.uuid4().hex
+        parts = split_for_requests(frame, self._max_request_bytes)
+        for number, part in enumerate(parts):
+            path = f"/payloads/{payload}/parts/{number}"
+            headers = {"Content-Type": "application/octet-stream", CHECKSUM_HEADER: part.checksum()}
+            body = Body(part.views, on_bytes)
+            self._repeated(Request("PUT", path, headers=headers, body=body))
+        return {"payload": payload, "parts": len(parts)}
 
     def _handle(self, response: Response, call: Call) -> JobHandle:
         # 200 is what initialize_worker gets for a group that already runs: the job that made it.
@@ -196,8 +212,10 @@ class HTTPTrainServiceClient(TrainServiceClient):
     def _json(
         self, method: str, path: str, query: Mapping[str, str] | None = None
     ) -> dict[str, Any]:
-        request = Request(method, path, query or {}, _JSON)
-        return read_json(self._exchange.send(lambda _: request, Budget(self.request_timeout)))
+        return read_json(self._repeated(Request(method, path, query or {}, _JSON)))
+
+    def _repeated(self, request: Request) -> Response:
+        return exchange(self._transport, lambda _: request, Budget(self.request_timeout))
 
     def _query(self) -> dict[str, str]:
         return {} if not self.identifier else {"identifier": self.identifier}
@@ -218,3 +236,16 @@ def _timeout(job: JobHandle, why: str) -> ServiceTimeout:
         f"{job.operation} {why}; the job goes on, and .job.result() of this error waits for it"
     )
     return ServiceTimeout(message, job_id=job.id, job=job)
+
+
+@contextmanager
+def _bar(call: Call, wanted: bool) -> Iterator[_OnBytes]:
+    """A progress bar of the frame's bytes on standard error, where it is wanted."""
+    if not wanted or call.frame is None:
+        yield None
+        return
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    total, binary = call.frame.nbytes, {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
+    with tqdm(total=total, desc=call.operation, leave=False, **binary) as bar:
+        yield bar.update

@@ -1,5 +1,4 @@
-"""The one seam: a Transport makes one HTTP exchange, without retries. HTTPTransport does it with
-requests."""
+"""A Transport makes one HTTP exchange, without retries. HTTPTransport makes it with requests."""
 
 from __future__ import annotations
 
@@ -7,10 +6,11 @@ import encodings.idna  # noqa: F401 - now, and not by the first connection, whic
 import os
 import re
 import ssl
+import time
 import uuid
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.client import BadStatusLine, RemoteDisconnected
@@ -23,7 +23,6 @@ import urllib3.exceptions
 from nexrl_contract.names import REQUEST_ID_HEADER, is_loopback, without_password
 from requests.utils import get_environ_proxies, select_proxy
 
-from ._body import CHUNK_BYTES, Body
 from .errors import (
     ClientClosed,
     InvalidAnswer,
@@ -34,6 +33,43 @@ from .errors import (
 )
 
 CONNECT_TIMEOUT_S = 10.0
+CHUNK_BYTES = 1024 * 1024
+"""One send() each: the socket's time-out is per send, so a slow line needs small ones."""
+
+
+class Body:
+    """A request body that can be sent again: iterating yields chunks, len() is the bytes.
+
+    on_bytes hears of each chunk that was sent, and of a restart as a negative number.
+    """
+
+    def __init__(
+        self, views: Sequence[bytes | memoryview], on_bytes: Callable[[int], object] | None = None
+    ) -> None:
+        self._views = [memoryview(view).cast("B") for view in views if len(view)]
+        self._on_bytes = on_bytes or (lambda _: None)
+        self._sent = 0
+        self._seconds = 0.0
+
+    def __len__(self) -> int:
+        return sum(view.nbytes for view in self._views)
+
+    def __iter__(self) -> Iterator[memoryview]:
+        self._on_bytes(-self._sent)
+        self._sent = 0
+        start = time.monotonic()
+        for view in self._views:
+            for position in range(0, view.nbytes, CHUNK_BYTES):
+                chunk = view[position : position + CHUNK_BYTES]
+                yield chunk
+                self._sent += chunk.nbytes
+                self._on_bytes(chunk.nbytes)
+                self._seconds = time.monotonic() - start
+
+    def take_seconds(self) -> float:
+        """How long sending took since the last call of this."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +184,7 @@ class HTTPTransport:
             if headers.get(REQUEST_ID_HEADER.lower(), mark) != mark:  # a proxy's own page has none
                 raise Unreachable(
                     f"{request.method} {self.base_url}{request.path} got the answer of another "
-                    "request"
-                    f"{self._by_proxy()}: a proxy mixed them up, or kept an old one"
+                    f"request{self._by_proxy()}: a proxy mixed them up, or kept an old one"
                 )
             return Response(answer.status_code, headers, _read(answer), self._source(headers))
 
@@ -175,7 +210,7 @@ class HTTPTransport:
 
     def _keep(self, session: requests.Session, idle: deque[requests.Session]) -> None:
         idle.append(session)
-        if self._closed:  # meanwhile, or since
+        if self._closed:  # by another thread, during this exchange or since the line above
             self._close_idle()
 
     def _close_idle(self) -> None:
@@ -190,10 +225,8 @@ class HTTPTransport:
         InvalidAnswer."""
         cause = _innermost(error)
         said = f"{type(cause).__name__}: {cause}" if str(cause) else type(cause).__name__
-        if (
-            isinstance(cause, ssl.SSLCertVerificationError)
-            or getattr(cause, "reason", "") == "WRONG_VERSION_NUMBER"
-        ):
+        no_tls = getattr(cause, "reason", "") == "WRONG_VERSION_NUMBER"
+        if no_tls or isinstance(cause, ssl.SSLCertVerificationError):
             return InvalidAnswer(
                 f"no TLS with {self.base_url}{self._by_proxy()} ({said}); is it the service's "
                 "address?"

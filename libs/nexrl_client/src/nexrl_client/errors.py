@@ -179,179 +179,98 @@ class Unavailable(StatusError):
     """The same request may succeed later; raised when retries have spent the time."""
 
 
+# The table: what each code of nexrl_contract.errors.ERRORS is called here, and what it means.
+# fmt: off
 class Malformed(Rejected, code="MALFORMED"):
     """Base64, frame, header or JSON that cannot be read."""
-
-
 class IdentifierRequired(Rejected, code="IDENTIFIER_REQUIRED"):
     """There are several worker groups: give the client an identifier."""
-
-
 class ForeignOrigin(Rejected, code="FOREIGN_ORIGIN"):
     """A browser's page of another origin sent the request."""
-
-
 class GroupNotFound(Rejected, code="GROUP_NOT_FOUND"):
     """No worker group has this identifier."""
-
-
 class JobNotFound(Rejected, code="JOB_NOT_FOUND"):
     """No job has this id."""
-
-
 class PayloadNotFound(Rejected, code="PAYLOAD_NOT_FOUND"):
     """The uploaded parts are not there, or not all of them."""
-
-
 class NotFound(Rejected, code="NOT_FOUND"):
     """No such path; the service may be older than the client."""
-
-
 class MethodNotAllowed(Rejected, code="METHOD_NOT_ALLOWED"):
     """The path exists, with another HTTP method."""
-
-
 class GroupNotReady(Rejected, code="GROUP_NOT_READY"):
     """The group is starting, destroyed, or has not run init_model."""
-
-
 class GroupExists(Rejected, code="GROUP_EXISTS"):
     """The group lives with other settings; details name the differing keys."""
-
-
 class RoleUnsupported(Rejected, code="ROLE_UNSUPPORTED"):
     """The group's role has no such operation."""
-
-
 class IdempotencyMismatch(Rejected, code="IDEMPOTENCY_MISMATCH"):
     """The idempotency key was used with other content."""
-
-
 class JobRunning(Rejected, code="JOB_RUNNING"):
     """The job runs: it cannot be cancelled, and has no result yet."""
-
-
 class JobFinal(Rejected, code="JOB_FINAL"):
     """The job has ended already."""
-
-
 class JobCancelled(Rejected, code="JOB_CANCELLED"):
     """The job was cancelled before it ran."""
-
-
 class JobRolledBack(Rejected, code="JOB_ROLLED_BACK"):
     """The job's effect was undone by a restart that could not replay it."""
-
-
 class GradientsPending(Rejected, code="GRADIENTS_PENDING"):
     """forward_backward left gradients: run optim_step first, with discard=True to drop them."""
-
-
 class GradientsLost(Rejected, code="GRADIENTS_LOST"):
     """The gradients that optim_step was to apply went with a restart; details name their jobs."""
-
-
 class Expired(Rejected, code="EXPIRED"):
     """The job's result, or the key, is older than the service keeps it."""
-
-
 class TooLarge(Rejected, code="TOO_LARGE"):
     """The body is over the service's limit."""
-
-
 class UnsupportedType(Rejected, code="UNSUPPORTED_TYPE"):
     """The service does not read this content type or encoding."""
-
-
 class HostRefused(Rejected, code="HOST_REFUSED"):
     """The service does not answer under this name; NEXRL_ALLOWED_HOSTS lists further ones."""
-
-
 class InvalidArgument(Rejected, code="INVALID_ARGUMENT"):
     """An argument is unknown or has a wrong value."""
-
-
 class InvalidTensor(Rejected, code="INVALID_TENSOR"):
     """A tensor is missing, or has a wrong shape or dtype; details name it."""
-
-
 class InvalidValue(Rejected, code="INVALID_VALUE"):
     """A tensor holds a value it must not; details name tensor and row."""
-
-
 class InvalidConfig(Rejected, code="INVALID_CONFIG"):
     """A configuration key is unknown or has a wrong value; details name it and the nearest known
     one."""
-
-
 class PathRefused(Rejected, code="PATH_REFUSED"):
     """The path lies outside the service's roots."""
-
-
 class CheckpointInvalid(Rejected, code="CHECKPOINT_INVALID"):
     """The checkpoint is not published, is damaged, or does not fit the group."""
-
-
 class NoSuchSlots(Rejected, code="NO_SUCH_SLOTS"):
     """No agent could ever host this world size."""
-
-
 class HDFSNotConfigured(Rejected, code="HDFS_NOT_CONFIGURED"):
     """The service was started without HDFS."""
-
-
 class HeadersTooLarge(Rejected, code="HEADERS_TOO_LARGE"):
     """The request's headers are over the service's limit."""
-
-
 class OperationFailed(Failed, code="OPERATION_FAILED"):
     """The operation failed inside the group; rank and message say where and why."""
-
-
 class PayloadDamaged(Failed, code="PAYLOAD_DAMAGED"):
     """The batch, or a result, changed while it was stored; the message says where. Nothing was
     applied of a batch."""
-
-
 class InternalError(Failed, code="INTERNAL"):
     """The service has a fault; its logs know more."""
-
-
 class TooManyQueued(Unavailable, code="TOO_MANY_QUEUED"):
     """Too many jobs wait for this group."""
-
-
 class GroupDown(Unavailable, code="GROUP_DOWN"):
     """The group is down (raised at once), restarting (waited for), or has no agent to start on; the
     message says why."""
-
-
 class RedisUnavailable(Unavailable, code="REDIS_UNAVAILABLE"):
     """The service cannot reach its records."""
-
-
 class StoreUnavailable(Unavailable, code="STORE_UNAVAILABLE"):
     """The service cannot reach its payload store."""
-
-
 class GatewayBusy(Unavailable, code="GATEWAY_BUSY"):
     """The gateway has as many connections or JSON bodies as it takes at a time."""
-
-
 class SlowRequest(Unavailable, code="SLOW_REQUEST"):
     """The request's bytes stopped coming."""
-
-
 class WaitLimit(Unavailable, code="WAIT_LIMIT"):
     """The service waits no longer for this one answer; the job goes on under job_id."""
-
-
 class NoSpace(Unavailable, code="NO_SPACE"):
     """The service's disk is full."""
-
-
 class ChecksumMismatch(Unavailable, code="CHECKSUM_MISMATCH"):
     """A part arrived damaged."""
+# fmt: on
 
 
 def _by_code(kind: type[StatusError]) -> dict[str, type[StatusError]]:

@@ -7,8 +7,9 @@ tells what was sent.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import tensor_codec
@@ -31,13 +32,14 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """A request as it was sent, with its body's bytes."""
+    """A request as it was sent, with its body's bytes and the time.monotonic() of its arrival."""
 
     method: str
     path: str
     query: Mapping[str, str]
     headers: Mapping[str, str]
     content: bytes
+    at: float = field(default_factory=time.monotonic)
 
     def json(self) -> Any:
         """The body as JSON."""
@@ -65,15 +67,14 @@ class ScriptedTransport:
 
     def send(self, request: Request, silence_s: float) -> Response:
         """The next answer of the script."""
-        content = b"".join(request.body) if request.body is not None else b""
+        content = b"".join(request.body or ())
         recorded = Recorded(
             request.method, request.path, dict(request.query), dict(request.headers), content
         )
         self.requests.append(recorded)
         if not self._answers:
-            raise AssertionError(
-                f"the script has no answer left for {request.method} {request.path}"
-            )
+            what = f"{request.method} {request.path}"
+            raise AssertionError(f"the script has no answer left for {what}")
         answer = self._answers.pop(0)
         if isinstance(answer, Exception):
             raise answer

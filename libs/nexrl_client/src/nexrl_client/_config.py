@@ -1,5 +1,5 @@
-"""A service's YAML, one entry for each worker group (service.train_service.<name>), and
-initialize_worker's configuration made of it."""
+"""A service's YAML, one entry for each worker group (service.train_service.<name>), and the body of
+initialize_worker made of one."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from typing import Any, TypeAlias
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from ._batch import json_object
+from ._content import below, json_object
 from .errors import InvalidSetup
 
 Entry: TypeAlias = dict[str, Any]
 _ROUTING = ("identifier", "role", "backend", "url")
 _SERVICES = "service.train_service"
-_ALONE = "default"
 
 
 def load_service_config(path: str | Path) -> dict[str, Entry]:
@@ -46,81 +45,34 @@ def read_entries(document: object, source: str) -> dict[str, Entry]:
     """
     if not isinstance(document, Mapping):
         raise InvalidSetup(f"{source} holds {type(document).__name__}; it must hold a mapping")
-    if not isinstance(
-        document, dict
-    ):  # of another library, whose values are made when they are asked for
-        document = json_object(document, f"{source}:")
-    service = document.get("service")
+    # A mapping of another library, such as OmegaConf, resolves its values when asked for them.
+    config = document if isinstance(document, dict) else json_object(document, f"{source}:")
+    service = config.get("service")
     services = service.get("train_service") if isinstance(service, Mapping) else None
     whole = isinstance(services, Mapping)
-    entries: Mapping[Any, Any] = services if isinstance(services, Mapping) else document
-    prefix = f"{_SERVICES}." if whole else ""
-    if _is_entry(entries):
-        named: dict[str, Any] = {str(entries.get("identifier") or _ALONE): entries}
+    found: Mapping[Any, Any] = services if isinstance(services, Mapping) else config
+    prefix = _SERVICES if whole else ""
+    if _is_entry(found):
+        entries: dict[str, Any] = {str(found.get("identifier") or "default"): found}
     elif whole or (
-        entries
-        and all(isinstance(entry, Mapping) and _is_entry(entry) for entry in entries.values())
+        found and all(isinstance(entry, Mapping) and _is_entry(entry) for entry in found.values())
     ):
-        named = {str(name): entry for name, entry in entries.items()}
+        entries = {str(name): entry for name, entry in found.items()}
     else:
         raise InvalidSetup(f"{source} has neither {_SERVICES} nor actor at its top")
-    if not named:
+    if not entries:
         raise InvalidSetup(
             f"{source} has nothing under {_SERVICES}; give each worker group an entry"
         )
-    for name, entry in named.items():
+    for name, entry in entries.items():
         if not isinstance(entry, Mapping):
-            raise InvalidSetup(
-                f"{source}: {prefix}{name} is {type(entry).__name__}; it must be a mapping"
-            )
-    refuse_interpolation(entries, source, prefix)
-    return {name: dict(entry) for name, entry in named.items()}
-
-
-def refuse_interpolation(config: Mapping[str, Any], source: str, prefix: str = "") -> None:
-    """Raise InvalidSetup with the dotted path of a ${...}, which nothing here resolves."""
-    for path, value in _strings(config, prefix):
-        if "${" in value:
-            raise InvalidSetup(
-                (
-                    f"{source}: {path} is {value!r}, and interpolation is not resolved here; write "
-                    "the value"
-                ),
-                details={"key": path},
-            )
-
-
-def _is_entry(mapping: Mapping[str, Any]) -> bool:
-    """Whether it is one entry, and not entries by name (one of which may be called actor)."""
-    actor = mapping.get("actor")
-    if isinstance(actor, Mapping) and not _is_entry(actor):
-        return True
-    return any(isinstance(mapping.get(name), str) for name in _ROUTING)
-
-
-def _strings(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
-    """Every string with its dotted path, in the order of the file; an alias that leads back is
-    followed once."""
-    pending: list[tuple[str, Any]] = [(prefix, config)]
-    seen: set[int] = set()
-    while pending:
-        path, value = pending.pop()
-        if isinstance(value, str):
-            yield path, value
-        elif isinstance(value, Mapping | list) and id(value) not in seen:
-            seen.add(id(value))
-            inner = _members(path, value)
-            pending += reversed(inner)
-
-
-def _members(path: str, value: Mapping[str, Any] | list[Any]) -> list[tuple[str, Any]]:
-    if isinstance(value, list):
-        return [(f"{path}[{index}]", item) for index, item in enumerate(value)]
-    separator = "" if not path or path.endswith(".") else "."
-    return [(f"{path}{separator}{name}", item) for name, item in value.items()]
-
-
-_DEFAULT_ROLE = "actor"
+            kind = type(entry).__name__
+            raise InvalidSetup(f"{source}: {below(prefix, name)} is {kind}; it must be a mapping")
+    for path, text in _strings(found, prefix, set()):
+        if "${" in text:
+            message = f"{source}: {path} is {text!r}, and interpolation is not resolved here"
+            raise InvalidSetup(f"{message}; write the value", details={"key": path})
+    return {name: dict(entry) for name, entry in entries.items()}
 
 
 def setup_params(
@@ -128,7 +80,7 @@ def setup_params(
     own: Mapping[str, Any] | None,
     config_path: str | None = None,
     config_dict: Mapping[str, Any] | None = None,
-    role: str = _DEFAULT_ROLE,
+    role: str = "actor",
     world_size: int | None = None,
     zmq_base_port: int | None = None,
     dispatch_mode: str | None = None,
@@ -140,13 +92,12 @@ def setup_params(
     another than actor is given. Raises InvalidSetup where there is no configuration, it cannot be
     read, or nothing names the group.
     """
-    if config_dict is None and config_path is None and own is not None:
-        config: Mapping[str, Any] = own
-    elif config_dict is not None:
-        config = config_dict
-    elif config_path is not None:
+    config = config_dict
+    if config is None and config_path is not None:
         config = _choose(load_service_config(config_path), identifier, config_path)
-    else:
+    elif config is None:
+        config = own
+    if config is None:
         raise InvalidSetup("initialize_worker needs config_dict, or config_path to a YAML file")
     if not isinstance(config, Mapping):
         raise InvalidSetup(f"config_dict is {type(config).__name__}; give a dict")
@@ -156,9 +107,8 @@ def setup_params(
         raise InvalidSetup(
             "nothing names the worker group: give the client, or the configuration, an identifier"
         )
-    own_role = None if role == _DEFAULT_ROLE else role
     optional = {
-        "role": own_role,
+        "role": None if role == "actor" else role,
         "world_size": world_size,
         "zmq_base_port": zmq_base_port,
         "dispatch_mode": dispatch_mode,
@@ -167,9 +117,28 @@ def setup_params(
     return {"config_dict": config, "identifier": name, **given}
 
 
-def _choose(
-    entries: Mapping[str, Mapping[str, Any]], identifier: str | None, path: str
-) -> Mapping[str, Any]:
+def _is_entry(mapping: Mapping[str, Any]) -> bool:
+    """Whether it is one entry, and not entries by name (one of which may be called actor)."""
+    actor = mapping.get("actor")
+    if isinstance(actor, Mapping) and not _is_entry(actor):
+        return True
+    return any(isinstance(mapping.get(name), str) for name in _ROUTING)
+
+
+def _strings(value: object, path: str, seen: set[int]) -> Iterator[tuple[str, str]]:
+    """Every string with its dotted path, in the order of the file; an alias that leads back is
+    followed once."""
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, Mapping | list) and id(value) not in seen:
+        seen.add(id(value))
+        members = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for name, member in members:
+            inner = f"{path}[{name}]" if isinstance(value, list) else below(path, name)
+            yield from _strings(member, inner, seen)
+
+
+def _choose(entries: Mapping[str, Entry], identifier: str | None, path: str) -> Entry:
     """The group's entry: that with its identifier, else of its name, else the only one."""
     if identifier is not None:
         matching = [entry for entry in entries.values() if entry.get("identifier") == identifier]

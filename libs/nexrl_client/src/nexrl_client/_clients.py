@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 from collections.abc import Iterator, Mapping
-from types import TracebackType
 from typing import Any, Self
 
 from nexrl_contract.operations import ROLES
 
 from ._api import TrainServiceClient
+from ._config import read_entries
 from ._http import HTTPTrainServiceClient
 from ._mock import MockTrainServiceClient
-from ._service_config import Entry, read_entries
 from .errors import ClientError, InvalidSetup, UnknownBackend, UnknownOption
 
 _BACKENDS: dict[str, type[HTTPTrainServiceClient] | type[MockTrainServiceClient]] = {
@@ -36,8 +34,7 @@ def create_train_service_client(
     kind = _BACKENDS.get(backend)
     if kind is None:
         raise UnknownBackend(f"there is no backend {backend!r}; known are {', '.join(_BACKENDS)}")
-    parameters = inspect.signature(kind).parameters.values()
-    known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    known = list(kind.__init__.__kwdefaults__ or ())
     for name in options:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
@@ -46,10 +43,6 @@ def create_train_service_client(
                 f"backend {backend!r} has no option {name!r}; {hint} are {', '.join(known)}"
             )
     return kind(url, identifier, **options)
-
-
-_BACKEND = "http"
-_URL = "http://localhost:8000"
 
 
 class TrainServiceClients(Mapping[str, TrainServiceClient]):
@@ -71,10 +64,8 @@ class TrainServiceClients(Mapping[str, TrainServiceClient]):
         if len(names) == 1:
             return self._clients[names[0]]
         if names:
-            raise InvalidSetup(
-                f"the services {', '.join(names)} all have the role {role!r}; choose one by its "
-                "name"
-            )
+            several = f"the services {', '.join(names)} all have the role {role!r}"
+            raise InvalidSetup(f"{several}; choose one by its name")
         others = ", ".join(f"{name} ({given})" for name, given in self.roles.items())
         raise InvalidSetup(f"no service has the role {role!r}; there are {others}")
 
@@ -96,12 +87,7 @@ class TrainServiceClients(Mapping[str, TrainServiceClient]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -123,36 +109,28 @@ def create_train_service_clients(config: Mapping[str, Any], **options: Any) -> T
             "returns"
         )
     entries = read_entries(config, "the configuration")
-    roles = {name: _role(name, entry) for name, entry in entries.items()}
+    roles = {name: str(entry.get("role") or "actor") for name, entry in entries.items()}
+    for name, role in roles.items():
+        if role not in ROLES:
+            key, given = f"{name}.role", entries[name]["role"]
+            known = ", ".join(ROLES)
+            raise InvalidSetup(f"{key} is {given!r}; known are {known}", details={"key": key})
     clients: dict[str, TrainServiceClient] = {}
     groups: dict[tuple[str, str], str] = {}
     for name, entry in entries.items():
-        url, identifier = str(entry.get("url") or _URL), str(entry.get("identifier") or name)
+        backend = str(entry.get("backend") or "http")
+        url = str(entry.get("url") or "http://localhost:8000")
+        identifier = str(entry.get("identifier") or name)
         other = groups.setdefault((url, identifier), name)
         if other != name:
             raise InvalidSetup(
                 f"{other} and {name} are one group, {identifier!r} at {url}; give each an "
                 "identifier"
             )
-        clients[name] = _create(name, entry, url, identifier, options)
+        try:
+            clients[name] = create_train_service_client(
+                backend, url, identifier, config=entry, **options
+            )
+        except ClientError as error:
+            raise type(error)(f"{name}: {error.message}") from error
     return TrainServiceClients(clients, roles)
-
-
-def _role(name: str, entry: Entry) -> str:
-    role = entry.get("role") or "actor"
-    if role not in ROLES:
-        raise InvalidSetup(
-            f"{name}.role is {role!r}; known are {', '.join(ROLES)}",
-            details={"key": f"{name}.role"},
-        )
-    return str(role)
-
-
-def _create(
-    name: str, entry: Entry, url: str, identifier: str, options: Mapping[str, Any]
-) -> TrainServiceClient:
-    backend = str(entry.get("backend") or _BACKEND)
-    try:
-        return create_train_service_client(backend, url, identifier, config=entry, **options)
-    except ClientError as error:
-        raise type(error)(f"{name}: {error.message}") from error
