@@ -20,12 +20,12 @@ import torch.distributed as dist
 from nexrl_contract.operations import OPERATIONS
 from nexrl_host.processes import die_with_parent
 from nexrl_payloads import PayloadStore, open_store
-from nexrl_worker.consumer import Consumer
-from nexrl_worker.outcome import Outcome, Request
-from nexrl_worker.rows import PayloadRows
-from nexrl_worker.serving import follow
+from nexrl_worker.rank.consumer import Consumer
+from nexrl_worker.rank.control_group import ControlGroup
+from nexrl_worker.rank.main import follow
+from nexrl_worker.rank.request import Outcome, Request
+from nexrl_worker.rank.rows import PayloadRows
 from nexrl_worker.settings import RankSettings
-from nexrl_worker.team import Team
 from nexrl_worker.training.batch.micro_batch import BatchReader, Layout
 from nexrl_worker.training.batch.plan import PlanSettings, make_plan
 from nexrl_worker.training.batch.validate import Limits, check_rows
@@ -41,10 +41,10 @@ _LOOKS = 3
 
 
 class Reader:
-    """Takes the place of ``nexrl_worker.operations.Operations``."""
+    """Takes the place of ``nexrl_worker.rank.operations.Operations``."""
 
-    def __init__(self, team: Team, store: PayloadStore, folder: Path, kind: str) -> None:
-        self._team = team
+    def __init__(self, control: ControlGroup, store: PayloadStore, folder: Path, kind: str) -> None:
+        self._control = control
         self._store = store
         self._folder = folder
         self._kind = kind
@@ -55,13 +55,15 @@ class Reader:
         operation = OPERATIONS[request.operation]
         assert request.payload is not None
         payload = request.payload
-        with self._team.agree(
+        with self._control.vote(
             lambda: PayloadRows(self._store, payload, operation, request.checksum)
         ) as rows:
             found = self._digest(rows) if self._kind == "digest" else self._update(rows)
             grown = machine.peak(os.getpid()) - before
             touched = self._touched(rows, payload)
-        return Outcome({"metrics": {**found, "ranks": self._team.gather_lengths([grown, touched])}})
+        return Outcome(
+            {"metrics": {**found, "ranks": self._control.gather_lengths([grown, touched])}}
+        )
 
     def _touched(self, rows: PayloadRows, payload: str) -> int:
         """Bytes of the store's files, if it has any, that an update touches, found by doing it
@@ -80,17 +82,17 @@ class Reader:
         return {"read_at": time.monotonic(), "digest": seen}
 
     def _update(self, rows: PayloadRows) -> dict[str, Any]:
-        plan = make_plan(rows.size, self._team.size, PlanSettings(micro_rows=_MICRO_ROWS))
-        layout, mine = Layout.of(rows), plan.rows_of(self._team.rank)
+        plan = make_plan(rows.size, self._control.size, PlanSettings(micro_rows=_MICRO_ROWS))
+        layout, mine = Layout.of(rows), plan.rows_of(self._control.rank)
         names = ("advantages", "old_log_probs")
 
         def check() -> None:
             rows.keep(mine)
             check_rows(rows, layout, _LIMITS, names, mine)
 
-        self._team.agree(check)
+        self._control.vote(check)
         reader = BatchReader(rows, layout, names, torch.device("cpu"), torch.float32)
-        micros = plan.mini_batches[0].ranks[self._team.rank]
+        micros = plan.mini_batches[0].ranks[self._control.rank]
         scored = sum(int(reader.read_scored(micro).sum()) for micro in micros)
         labels = sum(reader.read(micro).labels.numel() for micro in micros)
         return {"scored": scored, "labels": labels}
@@ -110,13 +112,13 @@ def main(kind: str) -> None:
     settings = RankSettings.from_env()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    team = Team()
+    control = ControlGroup()
     store = open_store(settings.payloads)
-    reader: Any = Reader(team, store, settings.data, kind)
+    reader: Any = Reader(control, store, settings.data, kind)
     if settings.rank == 0:
-        Consumer(settings, team, reader, store, seq=0).run(ready=True)
+        Consumer(settings, control, reader, store, seq=0).run(ready=True)
     else:
-        follow(team, reader)
+        follow(control, reader)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 from nexrl_client import MockTrainServiceClient, TrainServiceClient
 from nexrl_contract.losses import LOSSES
 from nexrl_contract.operations import OPERATIONS
-from nexrl_worker.operations import IMPLEMENTED
+from nexrl_worker.rank.operations import IMPLEMENTED
 from nexrl_worker.training.inference import QUERIES
 from nexrl_worker.training.losses.policy import FUNCTIONS
 

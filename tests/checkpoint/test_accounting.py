@@ -14,9 +14,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from nexrl_contract.errors import ServiceError
-from nexrl_worker.model_folder import check_model_folder
-from nexrl_worker.suspended import Suspended
-from nexrl_worker.team import Refused
+from nexrl_worker.rank.model_folder import check_model_folder
+from nexrl_worker.rank.request import Refused
+from nexrl_worker.snapshot import Snapshot
 from nexrl_worker.training import InvalidValue
 from nexrl_worker.training.model.quantised import Dequantised
 from nexrl_worker.training.model.weight_sources import folder_tensors
@@ -459,7 +459,7 @@ def test_a_sharded_checkpoint_that_holds_nan_is_refused_by_the_tensor(
     shards = {part.name: part.local_tensor for part in group.engine.state.shards()}
     shards[spoiled][5, 3] = float("nan")
     saved = group.save(tmp_path / "saved", sharded=True)
-    group.checkpoints.suspend(group.engine.state, Suspended(seq=1))
+    group.checkpoints.suspend(group.engine.state, Snapshot(seq=1))
 
     other = Group(tmp_path, "actor", str(models / "llama"))
     before = other.state()

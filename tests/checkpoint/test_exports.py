@@ -22,7 +22,7 @@ from nexrl_storage.manifest import (
     write_manifest,
 )
 from nexrl_worker.checkpoint.model_files import MOST_BYTES
-from nexrl_worker.team import Refused
+from nexrl_worker.rank.request import Refused
 from nexrl_worker.training import fingerprint_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from nexrl_storage.manifest import describe, read_manifest, write_manifest
-from nexrl_worker.team import Refused
+from nexrl_worker.rank.request import Refused
 from safetensors.torch import load_file, save_file
 
 from tests.helpers.engines import save_model

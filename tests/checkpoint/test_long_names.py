@@ -17,7 +17,8 @@ from nexrl_ledger import Ledger, connect
 from nexrl_storage import files as durable
 from nexrl_storage.manifest import Export, write_manifest
 from nexrl_worker.checkpoint.publish import PlainPath, VersionedPath
-from nexrl_worker.team import Refused, Team
+from nexrl_worker.rank.control_group import ControlGroup
+from nexrl_worker.rank.request import Refused
 
 from tests.helpers.toy_checkpoints import loads, make_request, make_state
 
@@ -70,12 +71,12 @@ def test_a_name_too_long_found_by_a_rank_is_the_callers_error(tmp_path: Path) ->
         "gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1
     )
     try:
-        team = Team()
+        control = ControlGroup()
         with pytest.raises(
             Refused, match=r"/n+: File name too long; choose a shorter path"
         ) as refused:
-            team.agree((tmp_path / ("n" * 300)).mkdir)
-        assert (refused.value.code, refused.value.kind.status, team.agree(lambda: 7)) == (
+            control.vote((tmp_path / ("n" * 300)).mkdir)
+        assert (refused.value.code, refused.value.kind.status, control.vote(lambda: 7)) == (
             "PATH_REFUSED",
             422,
             7,

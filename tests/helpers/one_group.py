@@ -12,8 +12,8 @@ from nexrl_checkpointer.request import PublishRequest
 from nexrl_contract.names import new_job_id
 from nexrl_worker.checkpoint.manager import CheckpointManager
 from nexrl_worker.checkpoint.shards import OPTIMIZER_PREFIX
+from nexrl_worker.rank.control_group import ControlGroup
 from nexrl_worker.settings import RankSettings
-from nexrl_worker.team import Team
 from nexrl_worker.training import Engine
 
 from tests.helpers.engines import batch, config, planned
@@ -26,7 +26,7 @@ class Group:
         actor = config(path, **{"dtype": "float32", **changes})
         settings = RankSettings(role, 1, role, {}, 0, 1, "", folder, "", False, False, 0)
         self.engine = Engine.build(actor, role, torch.device("cpu"))
-        self.checkpoints = CheckpointManager(settings, actor, Team())
+        self.checkpoints = CheckpointManager(settings, actor, ControlGroup())
 
     def learn(self) -> None:
         """One optimizer step, so that moments and schedule are not those of a new group."""

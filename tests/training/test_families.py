@@ -14,7 +14,7 @@ import pytest
 import torch
 from nexrl_contract.errors import ServiceError
 from nexrl_worker.checkpoint.huggingface import FolderWriter, Stamp, export
-from nexrl_worker.model_folder import check_models
+from nexrl_worker.rank.model_folder import check_models
 from nexrl_worker.training import Engine, InvalidValue
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from nexrl_host.machine import CPU_SLOTS
 from nexrl_stack.services import default_slots
+from nexrl_worker.agent.slots import Slots
 from nexrl_worker.settings import AgentSettings
-from nexrl_worker.slots import Slots
 
 TWO_GPUS = "#!/bin/sh\necho 0; echo 1\n"
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from nexrl_contract import names
 from nexrl_contract.records import JobRecord
-from nexrl_worker.suspended import suspended
+from nexrl_worker.snapshot import read_snapshot
 
 from tests.helpers.agent import START_S, Agents
 from tests.helpers.servers import wait_until
@@ -160,7 +160,7 @@ def test_a_stop_waits_for_an_operation_and_keeps_what_it_did(
 
     assert agents.process.wait(60) == 0
     assert state(agents, job) == "finished"
-    assert suspended(agents.data / ".nexrl" / "groups" / "student" / "state").seq == 1
+    assert read_snapshot(agents.data / ".nexrl" / "groups" / "student" / "state").seq == 1
 
 
 def test_an_agent_without_the_slots_for_its_groups_is_never_heard(

@@ -36,10 +36,10 @@ from nexrl_worker.checkpoint.shards import (
     staging_folder,
     write_shards,
 )
-from nexrl_worker.outcome import Outcome
+from nexrl_worker.rank.control_group import ControlGroup
+from nexrl_worker.rank.request import Outcome
 from nexrl_worker.settings import GroupFolders, RankSettings
-from nexrl_worker.suspended import SEQ_FILE, Suspended, suspended
-from nexrl_worker.team import Team
+from nexrl_worker.snapshot import SNAPSHOT_FILE, Snapshot, read_snapshot
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.rng import seed_all
 from nexrl_worker.training.state import TrainingState
@@ -52,10 +52,10 @@ class CheckpointManager:
     """Saves and loads one group's state. Every method is collective; a refused one has changed
     nothing."""
 
-    def __init__(self, settings: RankSettings, config: ActorConfig, team: Team) -> None:
+    def __init__(self, settings: RankSettings, config: ActorConfig, control: ControlGroup) -> None:
         self._settings = settings
         self._config = config
-        self._team = team
+        self._control = control
         self._source = Path(config.model.path)
 
     # --- saving ---
@@ -83,7 +83,7 @@ class CheckpointManager:
                 "kind": "sharded",
                 "weight_only": weight_only,
                 "remove_previous": bool(params["remove_previous_ckpt"]),
-                "world_size": self._team.size,
+                "world_size": self._control.size,
                 "config_hash": self._config_hash(),
                 "fingerprint": fingerprint_text(model.fingerprint()),
                 "result": {"weight_version": model.weight_version},
@@ -104,10 +104,10 @@ class CheckpointManager:
                 }
             )
         target = path.with_name(f"{path.name}-hf")
-        self._team.agree(
+        self._control.vote(
             lambda: (
                 self._convert_folder(model, path, PlainPath(target, self._name))
-                if self._team.rank == 0
+                if self._control.rank == 0
                 else None
             )
         )
@@ -117,8 +117,8 @@ class CheckpointManager:
         self, model: TrainingState, path: VersionedPath | PlainPath, step: int
     ) -> dict[str, Any]:
         """Gather every tensor to rank 0, which writes and publishes the folder."""
-        first = self._team.rank == 0
-        self._team.agree(path.check if first else _nothing)
+        first = self._control.rank == 0
+        self._control.vote(path.check if first else _nothing)
         fingerprint = fingerprint_text(model.fingerprint())
         stamp = Stamp(self._name, step, model.weight_version, fingerprint)
 
@@ -134,7 +134,7 @@ class CheckpointManager:
                 layout=layout,
             )
 
-        writer = self._team.agree(begin)
+        writer = self._control.vote(begin)
         failure = export(model.full_weights(), writer)
 
         def publish() -> dict[str, Any]:
@@ -150,7 +150,7 @@ class CheckpointManager:
             }
 
         try:
-            marks = self._from_rank_0(self._team.agree(publish))
+            marks = self._from_rank_0(self._control.vote(publish))
         except ServiceError:
             if first:
                 path.discard()
@@ -186,7 +186,7 @@ class CheckpointManager:
     def _write_sharded(
         self, model: TrainingState, folder: Path, step: int, seq: int, *, weight_only: bool
     ) -> None:
-        rank, size = self._team.rank, self._team.size
+        rank, size = self._control.rank, self._control.size
         state = {
             "architecture": model.architecture(),
             "source": model.source,
@@ -198,9 +198,9 @@ class CheckpointManager:
             "torch": torch.__version__,
         }
         group = GroupState(state, self._source, model.config_changes()) if rank == 0 else None
-        self._team.agree(lambda: prepare_staging(folder) if rank == 0 else None)
+        self._control.vote(lambda: prepare_staging(folder) if rank == 0 else None)
         try:
-            self._team.agree(
+            self._control.vote(
                 lambda: write_shards(
                     folder,
                     rank,
@@ -221,11 +221,11 @@ class CheckpointManager:
     def load(self, model: TrainingState, params: dict[str, Any]) -> Outcome:
         """Everything is verified on all ranks before the first weight changes; any world size
         loads."""
-        first = self._team.rank == 0
-        resolved = self._team.agree(lambda: str(Path(params["path"]).resolve()) if first else "")
+        first = self._control.rank == 0
+        resolved = self._control.vote(lambda: str(Path(params["path"]).resolve()) if first else "")
         folder = Path(self._from_rank_0({"folder": resolved})["folder"])
-        plan = self._team.agree(lambda: inspect(folder))
-        self._team.agree(lambda: plan.verify(self._team.rank, self._team.size))
+        plan = self._control.vote(lambda: inspect(folder))
+        self._control.vote(lambda: plan.verify(self._control.rank, self._control.size))
         restored = self._load(
             model, plan, weight_only=bool(params["load_weight_only"]) or not model.learns
         )
@@ -243,18 +243,22 @@ class CheckpointManager:
         ``kept``: it is the group's own state, which comes back whatever its numbers are.
         """
         mark = self._from_rank_0({"mark": plan.mark})["mark"]
-        opened = self._team.agree(plan.reader)
-        reader = self._team.agree(lambda: _accounted(model, plan, opened))
+        opened = self._control.vote(plan.reader)
+        reader = self._control.vote(lambda: _accounted(model, plan, opened))
         try:
             full = plan.has_optimizer and not weight_only
             needed = {part.name: part.global_shape for part in model.shards(optimizer=full)}
-            whole = self._team.rank == 0  # which alone has the saved buffers
-            self._team.agree(lambda: plan.check_fits(reader, needed, model.architecture(), whole))
+            whole = self._control.rank == 0  # which alone has the saved buffers
+            self._control.vote(lambda: plan.check_fits(reader, needed, model.architecture(), whole))
             if not kept:
-                self._team.agree(lambda: _check_numbers(model, plan, reader, full))
-            self._team.agree(lambda: plan.check_unchanged(mark))
-            state = self._team.agree(lambda: _usable_state(model, plan)) if full else {}
-            rng = self._team.agree(lambda: _usable_rng(model, plan, self._team)) if full else None
+                self._control.vote(lambda: _check_numbers(model, plan, reader, full))
+            self._control.vote(lambda: plan.check_unchanged(mark))
+            state = self._control.vote(lambda: _usable_state(model, plan)) if full else {}
+            rng = (
+                self._control.vote(lambda: _usable_rng(model, plan, self._control))
+                if full
+                else None
+            )
             model.load_shards(reader, optimizer=full)
         finally:
             reader.close()
@@ -269,7 +273,7 @@ class CheckpointManager:
         if rng is not None:
             model.set_rng_state(rng)
         else:
-            seed_all(int(state["seed"]), self._team.rank)
+            seed_all(int(state["seed"]), self._control.rank)
         return {
             **held,
             "optimizer": "restored",
@@ -279,14 +283,14 @@ class CheckpointManager:
     def _from_rank_0(self, seen: dict[str, Any]) -> dict[str, Any]:
         """What rank 0 sees of the file system, on every rank: it may look different a moment
         later."""
-        return self._team.broadcast(seen)
+        return self._control.broadcast(seen)
 
     # --- clean stop and start ---
 
-    def suspend(self, model: TrainingState, kept: Suspended) -> None:
+    def suspend(self, model: TrainingState, kept: Snapshot) -> None:
         """Keep the state for the next start; nothing is written when it is there already."""
         state = self._folders.state
-        before = self._team.agree(lambda: suspended(state))
+        before = self._control.vote(lambda: read_snapshot(state))
         if not kept.dropped and (kept.seq, kept.lost) == (before.seq, before.lost):
             return
         folder = self._folders.new_state
@@ -294,32 +298,33 @@ class CheckpointManager:
 
         def publish() -> None:
             write_manifest(folder, self._suspended_manifest(folder, kept.seq))
-            write_file(folder / SEQ_FILE, json.dumps(kept._asdict()).encode())
+            write_file(folder / SNAPSHOT_FILE, json.dumps(kept._asdict()).encode())
             replace_folder(folder, state)
 
-        self._team.agree(publish if self._team.rank == 0 else _nothing)
+        self._control.vote(publish if self._control.rank == 0 else _nothing)
 
-    def resume(self, model: TrainingState) -> Suspended:
+    def resume(self, model: TrainingState) -> Snapshot:
         """Load what :meth:`suspend` kept, if anything, and say what that is."""
-        kept = self._team.agree(lambda: suspended(self._folders.state))
+        kept = self._control.vote(lambda: read_snapshot(self._folders.state))
         if kept.seq > 0:
-            plan = self._team.agree(lambda: inspect(self._folders.state))
+            plan = self._control.vote(lambda: inspect(self._folders.state))
             self._load(model, plan, weight_only=False, kept=True)
         return kept
 
     def _suspended_manifest(self, folder: Path, seq: int) -> Manifest:
         files: list[FileEntry] = []
-        for rank in range(self._team.size):
+        for rank in range(self._control.size):
             files += [
-                FileEntry(**entry) for entry in read_index(folder, rank, self._team.size)["files"]
+                FileEntry(**entry)
+                for entry in read_index(folder, rank, self._control.size)["files"]
             ]
-            files.append(describe(folder, index_name(rank, self._team.size)))
+            files.append(describe(folder, index_name(rank, self._control.size)))
         return Manifest(
             identifier=self._name,
             job_id="suspended",
             step=0,
             seq=seq,
-            world_size=self._team.size,
+            world_size=self._control.size,
             config_hash=self._config_hash(),
             weight_only=False,
             created=time.time(),
@@ -373,9 +378,11 @@ def _usable_state(model: TrainingState, plan: LoadPlan) -> dict[str, Any]:
     return state
 
 
-def _usable_rng(model: TrainingState, plan: LoadPlan, team: Team) -> dict[str, Any] | None:
+def _usable_rng(
+    model: TrainingState, plan: LoadPlan, control: ControlGroup
+) -> dict[str, Any] | None:
     """Tried before any weight changes."""
-    rng = plan.rng(team.rank, team.size)
+    rng = plan.rng(control.rank, control.size)
     if rng is not None:
         before = model.rng_state()
         try:

@@ -63,7 +63,7 @@ class GroupProcess:
         if not group.initialised:
             environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
             self._check = self._start(
-                [sys.executable, "-m", "nexrl_worker.model_folder"], environment, "check.log"
+                [sys.executable, "-m", "nexrl_worker.rank.model_folder"], environment, "check.log"
             )
         self._watched: dict[int, int] = {}
         self._oom_kills = oom_kills()

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from nexrl_contract.sections import ActorConfig
 from nexrl_payloads import open_store
 
-from nexrl_worker.consumer import Consumer
-from nexrl_worker.operations import Operations
-from nexrl_worker.outcome import Request
+from nexrl_worker.rank.consumer import Consumer
+from nexrl_worker.rank.control_group import ControlGroup
+from nexrl_worker.rank.operations import Operations
+from nexrl_worker.rank.request import Refused, Request
 from nexrl_worker.settings import RankSettings
-from nexrl_worker.team import Refused, Team
 
 _COLLECTIVE_LIMIT = timedelta(minutes=30)
 _log = logging.getLogger(__name__)
@@ -26,23 +26,23 @@ def serve(settings: RankSettings) -> None:
     """Join the group and run its operations until it is stopped or destroyed."""
     device = _device(settings)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_COLLECTIVE_LIMIT)
-    team = Team()
+    control = ControlGroup()
     store = open_store(settings.payloads, fsync=settings.fsync)
     config = ActorConfig.model_validate(settings.config)
-    operations = Operations(settings, config, team, store, device)
+    operations = Operations(settings, config, control, store, device)
     if settings.restore:
         operations.restore()
     if settings.rank == 0:
-        Consumer(settings, team, operations, store, seq=settings.seq).run(ready=settings.restore)
+        Consumer(settings, control, operations, store, seq=settings.seq).run(ready=settings.restore)
     else:
-        follow(team, operations)
+        follow(control, operations)
     dist.destroy_process_group()
 
 
-def follow(team: Team, operations: Operations) -> None:
+def follow(control: ControlGroup, operations: Operations) -> None:
     """Ranks 1.. do what rank 0 says."""
     while True:
-        message = team.broadcast()
+        message = control.broadcast()
         match message["do"]:
             case "run":
                 try:

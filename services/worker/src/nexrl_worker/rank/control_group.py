@@ -3,9 +3,7 @@ rows, on a gloo group of their own."""
 
 from __future__ import annotations
 
-import errno
 import json
-import logging
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -14,27 +12,16 @@ import torch
 import torch.distributed as dist
 from nexrl_contract.errors import ServiceError
 
-from nexrl_worker.training.errors import InvalidValue
+from nexrl_worker.rank.request import Refused, as_service_error
 
 Answer = TypeVar("Answer")
 _IDLE_LIMIT = timedelta(days=7)
 _MAX_ERROR_BYTES = 4096
-_LONGEST_MESSAGE = 1000
 _MAX_DIMS = 3
 _DTYPES = (torch.float32, torch.int64)
-_log = logging.getLogger(__name__)
 
 
-class Refused(ServiceError):
-    """An operation that every rank refuses, in step, and that has changed nothing: the job fails,
-    the group goes on.
-
-    Any other error of an operation, a plain ServiceError too, may be one rank's alone and ends the
-    group.
-    """
-
-
-class Team:
+class ControlGroup:
     """The control group of all ranks. Every public method is collective: all ranks call it, in the
     same order."""
 
@@ -59,7 +46,7 @@ class Team:
         dist.broadcast(data, src=0, group=self._group)
         return dict(json.loads(data.numpy().tobytes()))
 
-    def agree(self, act: Callable[[], Answer]) -> Answer:
+    def vote(self, act: Callable[[], Answer]) -> Answer:
         """Run a *local* ``act`` on every rank and vote: its answer, or on all ranks the first
         failing rank's error.
 
@@ -71,7 +58,7 @@ class Team:
         try:
             answer = act()
         except Exception as caught:
-            error = _as_service_error(caught, self.rank)
+            error = as_service_error(caught, self.rank)
         fine = torch.tensor([error is None], dtype=torch.int32)
         if self.size > 1:
             dist.all_reduce(fine, op=dist.ReduceOp.MIN, group=self._group)
@@ -87,7 +74,7 @@ class Team:
             try:
                 message = {"made": act()}
             except Exception as caught:
-                message = {"error": _as_service_error(caught, self.rank).body()}
+                message = {"error": as_service_error(caught, self.rank).body()}
         message = self.broadcast(message)
         if "error" in message:
             raise Refused.from_body(message["error"])
@@ -145,24 +132,3 @@ def _shape_of(tensor: torch.Tensor | None) -> torch.Tensor:
         return torch.tensor([-1] + [0] * (_MAX_DIMS + 1))
     shape = [*tensor.shape] + [0] * (_MAX_DIMS - tensor.dim())
     return torch.tensor([tensor.dim(), _DTYPES.index(tensor.dtype), *shape])
-
-
-def _as_service_error(error: Exception, rank: int) -> ServiceError:
-    if isinstance(error, ServiceError):
-        return ServiceError(
-            error.code, error.message[:_LONGEST_MESSAGE], **{**error.details, "rank": rank}
-        )
-    if isinstance(error, InvalidValue):
-        return ServiceError(
-            "INVALID_VALUE", error.message[:_LONGEST_MESSAGE], rank=rank, **error.details()
-        )
-    _log.exception("operation.refused rank=%d", rank)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ServiceError(
-            "NO_SPACE", f"rank {rank}: no space left for {error.filename}", rank=rank
-        )
-    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        named = f"{error.filename}: {error.strerror}; choose a shorter path"
-        return ServiceError("PATH_REFUSED", named[:_LONGEST_MESSAGE], rank=rank)
-    message = f"rank {rank}: {type(error).__name__}: {error}"
-    return ServiceError("OPERATION_FAILED", message[:_LONGEST_MESSAGE], rank=rank)

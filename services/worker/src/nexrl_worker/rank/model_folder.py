@@ -1,5 +1,7 @@
-"""Whether a folder holds a model that a role can run: ``python -m nexrl_worker.model_folder`` finds
-out while ranks start."""
+"""Whether a folder holds a model that a role can run.
+
+``python -m nexrl_worker.rank.model_folder`` finds out while ranks start.
+"""
 
 from __future__ import annotations
 

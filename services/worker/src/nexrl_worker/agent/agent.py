@@ -23,11 +23,11 @@ from nexrl_host.processes import rotate_logs
 from nexrl_ledger import Fenced, Ledger, ResidentWorker, connect, until_redis
 from nexrl_payloads import open_store
 
-from nexrl_worker.group_process import GroupProcess
+from nexrl_worker.agent.launcher import GroupProcess
+from nexrl_worker.agent.lifecycle import GroupWatch, clear_destroyed, clear_staging
+from nexrl_worker.agent.slots import Slots
 from nexrl_worker.settings import AgentSettings, GroupFolders
-from nexrl_worker.slots import Slots
-from nexrl_worker.suspended import Suspended, lost_operations, suspended
-from nexrl_worker.watch import GroupWatch, clear_destroyed, clear_staging
+from nexrl_worker.snapshot import Snapshot, lost_operations, read_snapshot
 
 BEAT_S = 5.0
 WATCHER_END_S = 15.0
@@ -188,7 +188,7 @@ class Agent:
             and group.state in ("starting", "up", "ready")
             and group.identifier not in self._running
         ]
-        kept = {group.identifier: suspended(self._folders(group).state) for group in mine}
+        kept = {group.identifier: read_snapshot(self._folders(group).state) for group in mine}
         whole = [
             group for group in mine if kept[group.identifier].accounts_for(group.seq, group.epoch)
         ]
@@ -206,7 +206,7 @@ class Agent:
             except Fenced as error:
                 _log.warning("group.fenced identifier=%s %s", group.identifier, error)
 
-    def _bring_back_one(self, group: GroupRecord, kept: Suspended) -> None:
+    def _bring_back_one(self, group: GroupRecord, kept: Snapshot) -> None:
         identifier = group.identifier
         job = self._ledger.job(group.running_job) if group.running_job else None
         if job is not None and not job.final:
@@ -301,7 +301,3 @@ def main() -> None:
     """Entry point."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     Agent(AgentSettings.from_env()).run()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,8 @@
 """The operations of a group, run by all ranks together.
 
-Each is: local work in :meth:`Team.agree` (an error there fails the job and leaves the group in
-step), then the collective part. What raises outside a vote has left the ranks out of step: it ends
-the process, and with it this incarnation of the group.
+Each is: local work in :meth:`ControlGroup.vote` (an error there fails the job and leaves the group
+in step), then the collective part. What raises outside a vote has left the ranks out of step: it
+ends the process, and with it this incarnation of the group.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from nexrl_payloads import PayloadStore
 from nexrl_storage.manifest import fingerprint_text
 
 from nexrl_worker.checkpoint.manager import CheckpointManager
-from nexrl_worker.model_folder import check_model_folder, config_errors
-from nexrl_worker.outcome import Outcome, Request
-from nexrl_worker.rows import PayloadRows
+from nexrl_worker.rank.control_group import ControlGroup
+from nexrl_worker.rank.model_folder import check_model_folder, config_errors
+from nexrl_worker.rank.request import Outcome, Refused, Request
+from nexrl_worker.rank.rows import PayloadRows
 from nexrl_worker.settings import RankSettings
-from nexrl_worker.suspended import Suspended
-from nexrl_worker.team import Refused, Team
+from nexrl_worker.snapshot import Snapshot
 from nexrl_worker.training.batch.plan import Plan
 from nexrl_worker.training.engine import Engine
 from nexrl_worker.training.errors import DoesNotFit
@@ -56,13 +56,13 @@ class Operations:
         self,
         settings: RankSettings,
         config: ActorConfig,
-        team: Team,
+        control: ControlGroup,
         store: PayloadStore,
         device: torch.device,
     ) -> None:
         self._settings = settings
         self._config = config
-        self._team = team
+        self._control = control
         self._store = store
         self._device = device
         self._engine: Engine | None = None
@@ -72,7 +72,7 @@ class Operations:
         """The jobs of the pending gradients."""
         self._lost: tuple[str, ...] = ()
         """The jobs of gradients that went with a restart, until an optim_step has said so."""
-        self._checkpoints = CheckpointManager(settings, config, team)
+        self._checkpoints = CheckpointManager(settings, config, control)
 
     def run(self, request: Request) -> Outcome:
         """Run one operation; raises Refused on every rank alike when nothing changed."""
@@ -91,10 +91,10 @@ class Operations:
         full. Collective."""
         if self._engine is None:
             return
-        kept = Suspended(seq, 0, self._settings.epoch, self._lost)
+        kept = Snapshot(seq, 0, self._settings.epoch, self._lost)
         if self._engine.state.pending:
             first = self._unstepped_from
-            kept = Suspended(
+            kept = Snapshot(
                 first, seq - first, self._settings.epoch, (*self._lost, *self._unstepped)
             )
         while True:
@@ -135,7 +135,7 @@ class Operations:
         alone."""
 
         def agree(act: Callable[[], Answer]) -> Answer:
-            return self._team.agree(
+            return self._control.vote(
                 lambda: self._reading(self._config.model.path, "actor.model.path", act)
             )
 
@@ -148,7 +148,7 @@ class Operations:
     def _init_model(self, request: Request) -> Outcome:
         if self._engine is not None:
             return Outcome({"already": True, **self.info()})
-        self._team.agree(lambda: check_model_folder(self._config.model.path, self._settings.role))
+        self._control.vote(lambda: check_model_folder(self._config.model.path, self._settings.role))
         self._build()
         return Outcome({"already": False, **self.info()})
 
@@ -166,7 +166,7 @@ class Operations:
         return self._checkpoints.convert(self._model().state, request.params)
 
     def _barrier(self, request: Request) -> Outcome:
-        self._team.barrier()
+        self._control.barrier()
         return Outcome()
 
     def _update(self, request: Request) -> Outcome:
@@ -231,8 +231,8 @@ class Operations:
 
     def _in_row_order(self, parts: Parts, size: int) -> torch.Tensor | None:
         mine = [row for rows, _ in parts for row in rows]
-        order = self._team.gather_lengths(mine)
-        every = self._team.collect(torch.cat([values for _, values in parts]) if mine else None)
+        order = self._control.gather_lengths(mine)
+        every = self._control.collect(torch.cat([values for _, values in parts]) if mine else None)
         if order is None or every is None:
             return None
         filled = [part for part in every if part is not None]
@@ -248,14 +248,14 @@ class Operations:
         """Prepare, plan, check, run: two votes and what rank 0 decides, then nothing that one rank
         alone can refuse."""
         engine = self._model()
-        opened = self._team.agree(lambda: self._open(engine, request))
+        opened = self._control.vote(lambda: self._open(engine, request))
         with opened.rows as rows:
             prepared = opened.prepared
             if engine.uses_reference(prepared) and not engine.reference_ready:
                 engine.examine_reference()
             lengths = None if opened.lengths is None else self._every_length(opened.lengths)
             explains = bool(request.params.get("explain"))
-            decided = self._team.decide(
+            decided = self._control.decide(
                 lambda: {
                     "plan": engine.plan(prepared, lengths).to_dict(),
                     "lengths": lengths if explains else None,
@@ -264,11 +264,11 @@ class Operations:
 
             def check() -> Plan:
                 plan = Plan.from_dict(decided["plan"])
-                rows.keep(plan.rows_of(self._team.rank))
+                rows.keep(plan.rows_of(self._control.rank))
                 engine.check(prepared, plan)
                 return plan
 
-            plan = self._team.agree(check)
+            plan = self._control.vote(check)
             if explains:
                 meta = {
                     "plan": engine.explain(prepared, plan, decided["lengths"]),
@@ -300,7 +300,7 @@ class Operations:
 
     def _lengths(self, rows: PayloadRows) -> list[int]:
         """Tokens of this rank's share of the rows, of whose mask it reads no more. Local."""
-        size, rank, ranks = rows.size, self._team.rank, self._team.size
+        size, rank, ranks = rows.size, self._control.rank, self._control.size
         part = slice(size * rank // ranks, size * (rank + 1) // ranks)
         if not rows.has("attention_mask"):
             return [rows.shape("input_ids")[1]] * (part.stop - part.start)
@@ -310,7 +310,7 @@ class Operations:
 
     def _every_length(self, mine: list[int]) -> list[int] | None:
         """All ranks' lengths in row order, on rank 0. Collective."""
-        every = self._team.gather_lengths(mine)
+        every = self._control.gather_lengths(mine)
         return None if every is None else [length for lengths in every for length in lengths]
 
     def _timed(self, request: Request, run: Callable[[], Outcome]) -> Outcome:

@@ -18,8 +18,8 @@ from nexrl_contract.records import GroupRecord, JobRecord
 from nexrl_ledger import Fenced, Ledger, until_redis
 from nexrl_payloads import PayloadStore
 
-from nexrl_worker.group_process import Failure, GroupProcess
-from nexrl_worker.suspended import lost_operations, suspended
+from nexrl_worker.agent.launcher import Failure, GroupProcess
+from nexrl_worker.snapshot import lost_operations, read_snapshot
 
 WATCH_S = 0.1
 RENEW_S = 5.0
@@ -124,7 +124,7 @@ class GroupWatch:
             until_redis(lambda: self._ledger.group_destroyed(identifier, epoch, cause=cause))
             _log.info("group.destroyed identifier=%s epoch=%d", identifier, epoch)
         elif failure is not None:
-            kept = suspended(self._process.folders.state).seq
+            kept = read_snapshot(self._process.folders.state).seq
             cause = failure.cause + self._lost(kept)
             _log.error("group.down identifier=%s epoch=%d %s", identifier, epoch, cause)
             until_redis(

@@ -20,10 +20,10 @@ from nexrl_ledger import Fenced, Ledger, ResidentWorker, connect, until_redis
 from nexrl_payloads import PayloadStore
 from tensor_codec import encode
 
-from nexrl_worker.operations import Operations
-from nexrl_worker.outcome import Outcome, Request
+from nexrl_worker.rank.control_group import ControlGroup
+from nexrl_worker.rank.operations import Operations
+from nexrl_worker.rank.request import Outcome, Refused, Request
 from nexrl_worker.settings import GroupFolders, RankSettings
-from nexrl_worker.team import Refused, Team
 
 HEARTBEAT_S = 5.0
 STORE_PATIENCE_S = 60.0
@@ -40,14 +40,14 @@ class Consumer:
     def __init__(
         self,
         settings: RankSettings,
-        team: Team,
+        control: ControlGroup,
         operations: Operations,
         store: PayloadStore,
         *,
         seq: int,
     ) -> None:
         self._settings = settings
-        self._team = team
+        self._control = control
         self._operations = operations
         self._store = store
         self._seq = seq
@@ -76,7 +76,7 @@ class Consumer:
 
     def _tick(self) -> None:
         if self._folders.stop_request.exists():
-            self._team.broadcast({"do": "stop", "seq": self._seq})
+            self._control.broadcast({"do": "stop", "seq": self._seq})
             self._operations.suspend(self._seq)
             self._worker.stop()
         else:
@@ -127,7 +127,7 @@ class Consumer:
         if job.operation == DESTROY:
             # First the file: the agent must not take a rank that goes for one that died.
             self._folders.destroyed.write_text(json.dumps({"job_id": job.id}))
-            self._team.broadcast({"do": "destroy"})
+            self._control.broadcast({"do": "destroy"})
             self._worker.stop()
             return
         started = time.perf_counter()
@@ -140,7 +140,7 @@ class Consumer:
             job.payload.checksum if job.payload else None,
             job.ignored,
         )
-        self._team.broadcast({"do": "run", "request": _as_json(request)})
+        self._control.broadcast({"do": "run", "request": _as_json(request)})
         try:
             outcome = self._operations.run(request)
         except Refused as error:

@@ -36,7 +36,7 @@ def main() -> None:
     try:
         # Not earlier: torch takes seconds to load, and a launcher that dies meanwhile must take
         # this process along.
-        from nexrl_worker.serving import serve
+        from nexrl_worker.rank.main import serve
 
         serve(settings)
     except Fenced as error:

@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-SEQ_FILE = "suspended.json"
+SNAPSHOT_FILE = "suspended.json"
 
 
-class Suspended(NamedTuple):
+class Snapshot(NamedTuple):
     """``seq`` operations are in the state. Incarnation ``epoch`` had ``dropped`` more: gradients
     that no step had used.
 
@@ -29,13 +29,13 @@ class Suspended(NamedTuple):
         return seq <= self.seq + (self.dropped if epoch == self.epoch else 0)
 
 
-def suspended(folder: Path) -> Suspended:
+def read_snapshot(folder: Path) -> Snapshot:
     """What the state in ``folder`` contains; nothing where there is none."""
     try:
-        kept = Suspended(**json.loads((folder / SEQ_FILE).read_text()))
+        kept = Snapshot(**json.loads((folder / SNAPSHOT_FILE).read_text()))
         return kept._replace(lost=tuple(kept.lost))
     except FileNotFoundError:
-        return Suspended()
+        return Snapshot()
 
 
 def lost_operations(count: int) -> str:

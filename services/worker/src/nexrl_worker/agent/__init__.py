@@ -1,0 +1,1 @@
+"""The agent of one host: it offers slots, starts groups on them, and keeps the ledger true."""
