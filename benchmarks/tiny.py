@@ -15,7 +15,7 @@ import requests
 from nexrl_client import HTTPTrainServiceClient
 from nexrl_contract import names
 from nexrl_contract.records import JobRecord
-from nexrl_ledger import Ledger, connect
+from nexrl_ledger import Ledger, connect, drop_queue
 
 from benchmarks.processes import Children, free_port, listens, module
 from benchmarks.results import Findings, Measure, Table, number
@@ -133,14 +133,14 @@ def _ledger_alone(ledger: Ledger) -> tuple[float, float, float]:
         id=names.new_job_id(), operation="barrier", identifier="nobody", queue="train:nobody"
     )
     moments = [time.perf_counter()]
-    ledger.submit(job, names.RUN_JOB)
+    ledger.submit(job)
     moments.append(time.perf_counter())
     claimed = ledger.claim(job.queue)
     moments.append(time.perf_counter())
     assert claimed is not None
     ledger.finish(claimed)
     moments.append(time.perf_counter())
-    ledger.bell.silence(job.queue)
+    drop_queue(ledger.client, job.queue)
     submit, claim, finish = (later - earlier for earlier, later in pairwise(moments))
     return submit, claim, finish
 
@@ -169,7 +169,7 @@ def _spans(blocks: list[_Block]) -> dict[str, float]:
     return {
         "HTTP in: client, gateway's checks": median("called", "created"),
         "ledger: submit": submit,
-        "RQ: the bell wakes rank 0": max(0.0, median("created", "started") - submit),
+        "RQ wakes rank 0": max(0.0, median("created", "started") - submit),
         "ledger: claim": claim,
         "ranks: broadcast, barrier": max(0.0, median("started", "finished") - claim),
         "ledger: finish": finish,

@@ -14,7 +14,7 @@ import pytest
 from nexrl_contract.names import CHECKPOINT_QUEUE, CHECKPOINTS_KEY, job_key
 from nexrl_contract.records import JobRecord
 from nexrl_host.processes import die_with_parent
-from nexrl_ledger import Ledger, connect
+from nexrl_ledger import Ledger, connect, drop_queue
 from nexrl_storage.manifest import published
 
 from tests.helpers.toy_checkpoints import (
@@ -157,10 +157,10 @@ def test_the_record_of_a_destroyed_groups_checkpoints_goes(
     eventually(lambda: ledger.client.hlen(CHECKPOINTS_KEY) == 0)
 
 
-def test_a_lost_bell_delays_nothing(tmp_path: Path, ledger: Ledger, start: Start) -> None:
-    """The ledger says what waits: with the bell deleted by hand the save is still published."""
+def test_a_lost_wake_up_delays_nothing(tmp_path: Path, ledger: Ledger, start: Start) -> None:
+    """The ledger says what waits: with the wake-up deleted by hand the save is still published."""
     job = hand_over(ledger, tmp_path, tmp_path / "ckpt", NEW)
-    ledger.bell.silence(CHECKPOINT_QUEUE)
+    drop_queue(ledger.client, CHECKPOINT_QUEUE)
     start()
     assert ended(ledger, job).state == "finished"
 

@@ -12,7 +12,7 @@ import pytest
 import redis
 from nexrl_contract import names
 from nexrl_contract.records import GroupRecord, Share
-from nexrl_ledger import Fenced, Ledger, ResidentWorker, connect
+from nexrl_ledger import Fenced, Ledger, QueueConsumer, connect
 
 from tests.helpers.docker import require_engine, until
 from tests.helpers.records import new_job
@@ -44,9 +44,7 @@ def ledger(image_url: str) -> Iterator[Ledger]:
     ledger = Ledger(connect(image_url))
     ledger.client.flushall()
     placement = job("initialize_worker", queue=names.AGENT_QUEUE)
-    ledger.submit(
-        placement, names.PLACE_JOB, group=GroupRecord(identifier=GROUP, created_at=time.time())
-    )
+    ledger.submit(placement, group=GroupRecord(identifier=GROUP, created_at=time.time()))
     claimed = ledger.claim(names.AGENT_QUEUE, job_id=placement.id)
     assert claimed is not None
     ledger.finish(claimed, result={})
@@ -70,9 +68,9 @@ def test_jobs_are_submitted_once_claimed_in_order_and_finished_under_the_fence(
 ) -> None:
     """Every script of the ledger that a plain operation needs runs on this server, with the meaning
     it has elsewhere."""
-    first, _ = ledger.submit(job(key="k"), names.RUN_JOB)
-    again, replayed = ledger.submit(job(key="k"), names.RUN_JOB)
-    second, _ = ledger.submit(job(), names.RUN_JOB)
+    first, _ = ledger.submit(job(key="k"))
+    again, replayed = ledger.submit(job(key="k"))
+    second, _ = ledger.submit(job())
     assert (again.id, replayed) == (first.id, True)
 
     claimed = ledger.claim(QUEUE, identifier=GROUP, epoch=1)
@@ -88,32 +86,28 @@ def test_jobs_are_submitted_once_claimed_in_order_and_finished_under_the_fence(
     assert ledger.require_job(second.id).state == "failed"
 
 
-def test_a_resident_worker_is_woken_by_the_bell_and_removes_it(
-    ledger: Ledger, image_url: str
-) -> None:
-    """Blocking reads, the bell's records and their removal work on this server; each job runs
-    once."""
-    submitted = [ledger.submit(job(), names.RUN_JOB)[0].id for _ in range(3)]
+def test_a_consumer_is_woken_and_removes_the_wake_up(ledger: Ledger, image_url: str) -> None:
+    """Blocking reads, RQ's records and their removal work on this server; each job runs once."""
+    submitted = [ledger.submit(job())[0].id for _ in range(3)]
     ran: list[str] = []
 
-    def drain(_: str = "") -> None:
+    def drain() -> None:
         while (claimed := ledger.claim(QUEUE, identifier=GROUP, epoch=1)) is not None:
             ledger.finish(claimed, epoch=1, seq=len(ran) + 1)
             ran.append(claimed.id)
 
-    def stop_when_silent() -> None:
+    def drain_and_stop_when_silent() -> None:
+        drain()
         if len(ran) == 3 and not ledger.client.keys("rq:job:*-run"):
-            worker.stop()
+            consumer.stop()
         elif time.monotonic() > deadline:
             raise TimeoutError(
                 f"after 20 s {len(ran)} of 3 jobs had run; keys {ledger.client.keys('rq:*')}"
             )
 
     deadline = time.monotonic() + 20
-    blocking = connect(image_url, decode=False, timeout_s=None)
-    worker = ResidentWorker(QUEUE, blocking, name="test", on_bell=drain, on_tick=stop_when_silent)
-    worker.run()
-    blocking.close()
+    consumer = QueueConsumer(image_url, QUEUE, name="test", on_wake=drain_and_stop_when_silent)
+    consumer.run()
 
     assert ran == submitted
     assert ledger.queue_length(QUEUE) == 0

@@ -161,7 +161,7 @@ def _wait_in(ledger: Ledger, queue: str, operation: str) -> str:
         queue=queue,
         created_at=time.time(),
     )
-    ledger.submit(job, names.RUN_JOB)
+    ledger.submit(job)
     return job.id
 
 

@@ -86,7 +86,7 @@ class Agents:
         job = new_job(
             operation, identifier=identifier, queue=names.train_queue(identifier), params=document
         )
-        return self.ledger.submit(job, names.RUN_JOB)[0]
+        return self.ledger.submit(job)[0]
 
     def submit_batch(
         self,
@@ -100,7 +100,7 @@ class Agents:
         stored = open_store(f"file://{self.data}/.nexrl/payloads").put(job.id, encode(tensors, {}))
         before_queued(self.data / ".nexrl" / "payloads" / job.id)
         payload = PayloadRef(id=stored.id, nbytes=stored.nbytes, checksum=stored.checksum)
-        return self.ledger.submit(job.model_copy(update={"payload": payload}), names.RUN_JOB)[0]
+        return self.ledger.submit(job.model_copy(update={"payload": payload}))[0]
 
     def place(
         self, model: Path, identifier: str = "student", world_size: int = 1, **actor: Any
@@ -114,7 +114,7 @@ class Agents:
             placement_job=job.id,
             created_at=time.time(),
         )
-        return self.ledger.submit(job, names.PLACE_JOB, group=group)[0]
+        return self.ledger.submit(job, group=group)[0]
 
     def ended(self, job: JobRecord, timeout_s: float = START_S) -> JobRecord:
         """The job's record once it has ended."""

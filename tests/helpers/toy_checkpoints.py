@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from nexrl_checkpointer.request import PublishRequest
-from nexrl_contract.names import CHECKPOINT_QUEUE, PUBLISH_JOB, RUN_JOB, new_job_id, train_queue
+from nexrl_contract.names import CHECKPOINT_QUEUE, new_job_id, train_queue
 from nexrl_contract.records import GroupRecord, JobRecord
-from nexrl_ledger import Ledger
+from nexrl_ledger import Ledger, drop_queue
 from nexrl_storage.manifest import read_manifest, verify_files
 from nexrl_worker.checkpoint.load import inspect
 from nexrl_worker.checkpoint.readers import TensorReader
@@ -143,13 +143,13 @@ def hand_over(ledger: Ledger, data: Path, path: Path, state: State, **changes: A
         created_at=time.time(),
     )
     stage(data, job.id, state)
-    ledger.submit(job, RUN_JOB, group=GroupRecord(identifier=identifier, state="ready"))
+    ledger.submit(job, group=GroupRecord(identifier=identifier, state="ready"))
     epoch = next(group.epoch for group in ledger.groups() if group.identifier == identifier)
     claimed = ledger.claim(queue, identifier=identifier, epoch=epoch)
     assert claimed is not None and claimed.id == job.id
     params = publish_params(data, job.id, path, **changes)
-    ledger.hand_over(claimed, CHECKPOINT_QUEUE, PUBLISH_JOB, epoch=epoch, params=params)
-    ledger.bell.silence(queue)
+    ledger.hand_over(claimed, CHECKPOINT_QUEUE, epoch=epoch, params=params)
+    drop_queue(ledger.client, queue)
     return job
 
 

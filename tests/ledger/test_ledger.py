@@ -1,5 +1,5 @@
-"""The ledger on a real server: idempotent submits, strict order, fences, and bells that may be lost
-or doubled."""
+"""The ledger on a real server: idempotent submits, strict order, fences, and wake-ups that may be
+lost or doubled."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import rq
 from nexrl_contract import names
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.records import GroupRecord, JobRecord, Share
-from nexrl_ledger import Fenced, Ledger, ResidentWorker, connect
+from nexrl_ledger import Fenced, Ledger, QueueConsumer, connect
 
 from tests.helpers.records import new_job
 from tests.helpers.servers import wait_until
@@ -27,9 +27,7 @@ job = partial(new_job, identifier=GROUP, queue=QUEUE, fingerprint="f")
 def ledger(redis_url: str) -> Iterator[Ledger]:
     ledger = Ledger(connect(redis_url))
     placement = job("initialize_worker", queue=names.AGENT_QUEUE)
-    ledger.submit(
-        placement, names.PLACE_JOB, group=GroupRecord(identifier=GROUP, created_at=time.time())
-    )
+    ledger.submit(placement, group=GroupRecord(identifier=GROUP, created_at=time.time()))
     claimed = ledger.claim(names.AGENT_QUEUE, job_id=placement.id)
     assert claimed is not None
     ledger.finish(claimed, result={})
@@ -39,7 +37,7 @@ def ledger(redis_url: str) -> Iterator[Ledger]:
 
 
 def submit(ledger: Ledger, count: int = 1) -> list[str]:
-    return [ledger.submit(job(), names.RUN_JOB)[0].id for _ in range(count)]
+    return [ledger.submit(job())[0].id for _ in range(count)]
 
 
 def claim(ledger: Ledger, epoch: int = 1) -> JobRecord | None:
@@ -49,12 +47,12 @@ def claim(ledger: Ledger, epoch: int = 1) -> JobRecord | None:
 def test_the_same_key_gives_the_first_job_again_and_other_content_is_refused(
     ledger: Ledger,
 ) -> None:
-    first, replayed = ledger.submit(job(key="k"), names.RUN_JOB)
-    again, replayed_again = ledger.submit(job(key="k"), names.RUN_JOB)
+    first, replayed = ledger.submit(job(key="k"))
+    again, replayed_again = ledger.submit(job(key="k"))
 
     assert (replayed, replayed_again, again.id) == (False, True, first.id)
     with pytest.raises(ServiceError, match="IDEMPOTENCY_MISMATCH"):
-        ledger.submit(job(key="k", fingerprint="other"), names.RUN_JOB)
+        ledger.submit(job(key="k", fingerprint="other"))
 
 
 def test_many_clients_with_one_key_make_one_job(ledger: Ledger) -> None:
@@ -62,7 +60,7 @@ def test_many_clients_with_one_key_make_one_job(ledger: Ledger) -> None:
 
     def run() -> None:
         start.wait()
-        ids.append(ledger.submit(job(key="one"), names.RUN_JOB)[0].id)
+        ids.append(ledger.submit(job(key="one"))[0].id)
 
     threads = [threading.Thread(target=run) for _ in range(8)]
     for thread in threads:
@@ -89,8 +87,8 @@ def test_jobs_are_claimed_in_order_and_one_at_a_time(ledger: Ledger) -> None:
 def test_a_held_operation_at_the_head_stays_until_it_is_no_longer_held(ledger: Ledger) -> None:
     """The claim itself looks, so that none submitted a moment before slips through; what waits
     behind keeps its place."""
-    load = ledger.submit(job("load_checkpoint"), names.RUN_JOB)[0]
-    ledger.submit(job("update_actor"), names.RUN_JOB)
+    load = ledger.submit(job("load_checkpoint"))[0]
+    ledger.submit(job("update_actor"))
     holding = partial(
         ledger.claim, QUEUE, identifier=GROUP, epoch=1, held=("barrier", "load_checkpoint")
     )
@@ -172,7 +170,7 @@ def test_what_a_group_that_was_taken_for_lost_still_says_changes_nothing(ledger:
     ledger.group_down(GROUP, 1, "its agent has not been heard")
 
     with pytest.raises(Fenced):
-        ledger.hand_over(saved, names.CHECKPOINT_QUEUE, names.PUBLISH_JOB, epoch=1, params={})
+        ledger.hand_over(saved, names.CHECKPOINT_QUEUE, epoch=1, params={})
     with pytest.raises(Fenced):
         ledger.update_group(GROUP, 1, state="ready")
     ledger.group_destroyed(GROUP, 1)
@@ -204,7 +202,7 @@ def test_what_was_lost_with_the_weights_is_marked_rolled_back(ledger: Ledger) ->
 def test_a_destroyed_group_takes_nothing_more_and_stays_destroyed(ledger: Ledger) -> None:
     """Its destroy is finished with it: left behind, it would stand before every job of the next
     group of that name."""
-    destroy, _ = ledger.submit(job("destroy"), names.RUN_JOB)
+    destroy, _ = ledger.submit(job("destroy"))
     claim(ledger)
 
     ledger.group_destroyed(GROUP, 1)
@@ -226,7 +224,7 @@ def test_a_destroy_that_waits_for_a_group_that_goes_down_has_what_it_asks_for(
     """Whoever reports the end need not have seen it: it may have been submitted a moment before."""
     submit(ledger)
     running = claim(ledger)
-    destroy, _ = ledger.submit(job("destroy"), names.RUN_JOB)
+    destroy, _ = ledger.submit(job("destroy"))
 
     ledger.group_down(GROUP, 1, "rank 0 was killed")
 
@@ -243,7 +241,6 @@ def test_epochs_go_on_when_a_name_is_used_again(ledger: Ledger) -> None:
     ledger.group_destroyed(GROUP, 1)
     ledger.submit(
         job("initialize_worker", queue=names.AGENT_QUEUE),
-        names.PLACE_JOB,
         group=GroupRecord(identifier=GROUP, created_at=time.time()),
     )
 
@@ -258,7 +255,7 @@ def test_a_save_that_waits_for_the_checkpointer_cannot_be_cancelled(ledger: Ledg
     submit(ledger)
     saved = claim(ledger)
     assert saved is not None
-    ledger.hand_over(saved, names.CHECKPOINT_QUEUE, names.PUBLISH_JOB, epoch=1, params={})
+    ledger.hand_over(saved, names.CHECKPOINT_QUEUE, epoch=1, params={})
 
     with pytest.raises(ServiceError, match="JOB_RUNNING"):
         ledger.cancel(saved.id)
@@ -286,21 +283,15 @@ class Group:
     def __init__(self, url: str) -> None:
         self.ran: list[str] = []
         self._ledger = Ledger(connect(url))
-        self._worker = ResidentWorker(
-            QUEUE,
-            connect(url, decode=False),
-            name="group",
-            on_bell=lambda _: self._drain(),
-            on_tick=self._drain,
-        )
-        self._thread = threading.Thread(target=self._worker.run, daemon=True)
+        self._consumer = QueueConsumer(url, QUEUE, name="group", on_wake=self._drain)
+        self._thread = threading.Thread(target=self._consumer.run, daemon=True)
 
     def __enter__(self) -> Group:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._worker.stop()
+        self._consumer.stop()
         self._thread.join(5)
 
     def _drain(self) -> None:
@@ -309,7 +300,7 @@ class Group:
             self._ledger.finish(claimed, epoch=1)
 
 
-def test_with_the_bell_deleted_by_hand_a_job_still_runs_within_five_seconds(
+def test_with_the_wake_up_deleted_by_hand_a_job_still_runs_within_five_seconds(
     ledger: Ledger, redis_url: str
 ) -> None:
     (job_id,) = submit(ledger)
@@ -319,7 +310,7 @@ def test_with_the_bell_deleted_by_hand_a_job_still_runs_within_five_seconds(
         wait_until(lambda: group.ran == [job_id], 5)
 
 
-def test_with_the_bell_tripled_a_job_runs_once(ledger: Ledger, redis_url: str) -> None:
+def test_with_the_wake_up_tripled_a_job_runs_once(ledger: Ledger, redis_url: str) -> None:
     (job_id,) = submit(ledger)
     ledger.client.rpush(f"rq:queue:{QUEUE}", *[f"{job_id}-run"] * 2)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from nexrl_contract import names
 from nexrl_contract.records import GroupRecord, Share
-from nexrl_ledger import Ledger, ResidentWorker, connect, until_redis
+from nexrl_ledger import Ledger, QueueConsumer, connect, until_redis
 
 from tests.helpers.lossy_redis import LosesReplies
 from tests.helpers.records import new_job
@@ -41,7 +41,7 @@ def test_a_submit_whose_reply_is_lost_is_one_job_and_no_replay(
     wanted = job(key=key)
     lossy.command = b"EXEC"
 
-    recorded, replayed = ledger.submit(wanted, names.RUN_JOB)
+    recorded, replayed = ledger.submit(wanted)
 
     assert lossy.command is None, "nothing was lost"
     assert (recorded.id, replayed) == (wanted.id, False)
@@ -55,20 +55,19 @@ def test_a_save_is_handed_over_once_though_the_reply_is_lost_and_the_checkpointe
     ledger = Ledger(connect(redis_url))
     ledger.submit(
         job("save_checkpoint"),
-        names.RUN_JOB,
         group=GroupRecord(identifier=GROUP, created_at=time.time()),
     )
     ledger.start_epoch(GROUP, [Share(agent="agent", slots=1, host="host")])
     saved = ledger.claim(QUEUE, identifier=GROUP, epoch=1)
     assert saved is not None
 
-    ledger.hand_over(saved, names.CHECKPOINT_QUEUE, names.PUBLISH_JOB, epoch=1, params={})
+    ledger.hand_over(saved, names.CHECKPOINT_QUEUE, epoch=1, params={})
     published = ledger.claim(names.CHECKPOINT_QUEUE, job_id=saved.id)
-    ledger.hand_over(saved, names.CHECKPOINT_QUEUE, names.PUBLISH_JOB, epoch=1, params={})
+    ledger.hand_over(saved, names.CHECKPOINT_QUEUE, epoch=1, params={})
 
     assert published is not None
     ledger.finish(published, result={"path": "/x"})
-    ledger.hand_over(saved, names.CHECKPOINT_QUEUE, names.PUBLISH_JOB, epoch=1, params={})
+    ledger.hand_over(saved, names.CHECKPOINT_QUEUE, epoch=1, params={})
     assert ledger.require_job(saved.id).state == "finished"
 
 
@@ -78,18 +77,16 @@ def test_a_consumer_stops_while_redis_is_away(tmp_path: Path) -> None:
     server.start()
     ticks = []
 
-    def tick() -> None:
-        ticks.append(worker.connection.ping())
-
-    worker = ResidentWorker(
-        QUEUE, connect(server.url, decode=False), name="w", on_bell=lambda _: None, on_tick=tick
+    client = connect(server.url)
+    consumer = QueueConsumer(
+        server.url, QUEUE, name="w", on_wake=lambda: ticks.append(client.ping())
     )
-    thread = threading.Thread(target=worker.run, daemon=True)
+    thread = threading.Thread(target=consumer.run, daemon=True)
     thread.start()
     wait_until(lambda: ticks, 10)
     server.kill()
 
-    worker.stop()
+    consumer.stop()
     thread.join(8)
 
     assert not thread.is_alive()
@@ -101,7 +98,7 @@ def test_what_a_redis_that_takes_no_writes_refuses_is_said_again_when_it_takes_t
     """Its disk is full, or a replica is missing. A finish that gave up would leave the job at the
     head of its queue for ever."""
     ledger = Ledger(connect(redis_url))
-    ledger.submit(job(), names.RUN_JOB, group=GroupRecord(identifier=GROUP, created_at=time.time()))
+    ledger.submit(job(), group=GroupRecord(identifier=GROUP, created_at=time.time()))
     ledger.start_epoch(GROUP, [Share(agent="agent", slots=1, host="host")])
     running = ledger.claim(QUEUE, identifier=GROUP, epoch=1)
     assert running is not None
@@ -125,19 +122,13 @@ def test_a_consumer_is_ticked_while_redis_takes_no_writes(redis_url: str) -> Non
     are lost."""
     client = connect(redis_url)
     client.config_set("min-replicas-to-write", 1)
-    worker = ResidentWorker(
-        QUEUE,
-        connect(redis_url, decode=False),
-        name="w",
-        on_bell=lambda _: None,
-        on_tick=lambda: worker.stop(),
-    )
-    thread = threading.Thread(target=worker.run, daemon=True)
+    consumer = QueueConsumer(redis_url, QUEUE, name="w", on_wake=lambda: consumer.stop())
+    thread = threading.Thread(target=consumer.run, daemon=True)
     try:
         thread.start()
         thread.join(5)
         assert not thread.is_alive()
     finally:
         client.config_set("min-replicas-to-write", 0)
-        worker.stop()
+        consumer.stop()
         thread.join(8)

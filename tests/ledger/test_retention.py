@@ -32,7 +32,7 @@ def ledger(redis_url: str) -> Iterator[Ledger]:
 def finished(ledger: Ledger, count: int, **result: PayloadRef) -> list[JobRecord]:
     """So many jobs that have ended, each with a key."""
     for number in range(count):
-        ledger.submit(job(key=f"key-{number}-{time.monotonic_ns()}"), names.RUN_JOB)
+        ledger.submit(job(key=f"key-{number}-{time.monotonic_ns()}"))
         claimed = ledger.claim(QUEUE, identifier=GROUP, epoch=1)
         assert claimed is not None
         ledger.finish(claimed, epoch=1, result=None if result else {}, **result)
@@ -60,12 +60,12 @@ def test_only_the_newest_jobs_are_kept(ledger: Ledger) -> None:
     with pytest.raises(ServiceError, match="JOB_NOT_FOUND"):
         ledger.require_job(names.new_job_id())
     for again in (
-        lambda: ledger.submit(job(key=jobs[0].key), names.RUN_JOB),
+        lambda: ledger.submit(job(key=jobs[0].key)),
         lambda: ledger.replay_of(jobs[0].key, "f"),
     ):
         with pytest.raises(ServiceError, match="EXPIRED"):
             again()
-    assert ledger.submit(job(key=jobs[7].key), names.RUN_JOB) == (
+    assert ledger.submit(job(key=jobs[7].key)) == (
         ledger.require_job(jobs[7].id),
         True,
     )
@@ -73,7 +73,7 @@ def test_only_the_newest_jobs_are_kept(ledger: Ledger) -> None:
 
 def test_what_has_not_ended_or_has_just_ended_stays(ledger: Ledger) -> None:
     """However many there are."""
-    queued, _ = ledger.submit(job("destroy", queue="train:other", key="queued"), names.RUN_JOB)
+    queued, _ = ledger.submit(job("destroy", queue="train:other", key="queued"))
     finished(ledger, 3)
     assert ledger.drop_finished(0, at_least_s=60.0) == 0
     assert ledger.drop_finished(0, at_least_s=0.0) == 3
@@ -124,7 +124,7 @@ def test_records_of_destroyed_groups_are_bounded(
 
     def make(name: str) -> None:
         placement = new_job("initialize_worker", identifier=name, queue=names.AGENT_QUEUE)
-        ledger.submit(placement, names.PLACE_JOB, group=GroupRecord(identifier=name))
+        ledger.submit(placement, group=GroupRecord(identifier=name))
 
     for number in range(6):
         make(f"group-{number}")

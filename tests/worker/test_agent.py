@@ -76,7 +76,7 @@ def test_a_claim_whose_reply_is_lost_still_runs_and_a_replaced_group_gives_its_s
     lost = wait_until(lambda: agents.ended(barrier).attempt, 10)
     job = new_job("barrier", identifier="student", queue=names.train_queue("student"))
     lossy.reply = b"OK\r\n$32\r\n" + job.id.encode()
-    agents.ledger.submit(job, names.RUN_JOB)
+    agents.ledger.submit(job)
 
     ended = agents.ended(job, 10)
 

@@ -1,4 +1,4 @@
-"""Names that cross a process boundary: Redis keys, queues, job functions, content types,
+"""Names that cross a process boundary: Redis keys, queues, content types,
 patterns."""
 
 from __future__ import annotations
@@ -18,12 +18,6 @@ REQUEST_ID_HEADER = "X-NexRL-Request-ID"
 
 AGENT_QUEUE = "agents"
 CHECKPOINT_QUEUE = "checkpoints"
-# What RQ calls a job's function. They name a bell, not code: no consumer of ours ever imports what
-# a job hash says.
-RUN_JOB = "nexrl.run"
-PLACE_JOB = "nexrl.place"
-PUBLISH_JOB = "nexrl.publish"
-JOB_FUNCTIONS = frozenset({RUN_JOB, PLACE_JOB, PUBLISH_JOB})
 
 _PREFIX = "nexrl"
 GROUPS_KEY = f"{_PREFIX}:groups"

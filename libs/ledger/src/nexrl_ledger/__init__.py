@@ -1,17 +1,17 @@
-"""The operation ledger: jobs, groups and agents in Redis, and the bell that wakes whoever runs
+"""The operation ledger: jobs, groups and agents in Redis, and the consumers that are woken to run
 them."""
 
 from nexrl_ledger.base import Fenced
-from nexrl_ledger.bell import Bell, ResidentWorker
 from nexrl_ledger.connection import connect, is_away, redis_fault, until_redis
+from nexrl_ledger.consumer import QueueConsumer, drop_queue
 from nexrl_ledger.ledger import Ledger
 
 __all__ = [
-    "Bell",
     "Fenced",
     "Ledger",
-    "ResidentWorker",
+    "QueueConsumer",
     "connect",
+    "drop_queue",
     "is_away",
     "redis_fault",
     "until_redis",

@@ -1,4 +1,4 @@
-"""What the parts of the ledger share: the client, the bell, and the scripts."""
+"""What the parts of the ledger share: the client and the scripts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from nexrl_contract import names
 from nexrl_contract.records import encode_fields
 
 from nexrl_ledger import scripts
-from nexrl_ledger.bell import Bell
 
 _CONSTANTS = {"RESULT_TTL": names.RESULT_TTL_S, "TOMBSTONE_TTL": names.TOMBSTONE_TTL_S}
 _SCRIPTS = {
@@ -40,7 +39,6 @@ class LedgerPart:
     def __init__(self, client: redis.Redis) -> None:
         # redis-py types replies as decoded or raw, single or nested; this client always decodes.
         self.client: Any = client
-        self.bell = Bell(client)
         self._script = {
             name: client.register_script(_with_constants(text)) for name, text in _SCRIPTS.items()
         }

@@ -12,6 +12,7 @@ from nexrl_contract.errors import ServiceError
 from nexrl_contract.records import GroupRecord, Share, encode_fields
 
 from nexrl_ledger.base import Fenced, LedgerPart, optional
+from nexrl_ledger.consumer import drop_queue
 
 
 class GroupRecords(LedgerPart):
@@ -119,7 +120,7 @@ class GroupRecords(LedgerPart):
         if ended == "FENCED":
             raise Fenced(f"epoch {epoch} of {identifier!r} has been replaced")
         if ended == "destroyed":
-            self.bell.silence(queue)
+            drop_queue(self.client, queue)
 
     def roll_back(self, identifier: str, epoch: int, seq: int) -> int:
         """Mark what was applied after ``seq`` as rolled back and set the group's ``seq``; returns

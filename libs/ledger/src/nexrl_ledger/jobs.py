@@ -12,6 +12,7 @@ from nexrl_contract.errors import ServiceError
 from nexrl_contract.records import GroupRecord, JobRecord, PayloadRef
 
 from nexrl_ledger.base import Fenced, LedgerPart, flat, optional
+from nexrl_ledger.consumer import notify
 
 MAX_QUEUED = 64
 _LISTED_JOBS = 10_000
@@ -23,12 +24,11 @@ class JobRecords(LedgerPart):
     def submit(
         self,
         job: JobRecord,
-        function: str,
         *,
         check: Callable[[GroupRecord | None], None] = lambda group: None,
         group: GroupRecord | None = None,
     ) -> tuple[JobRecord, bool]:
-        """Record ``job`` and ring its queue in one transaction; a repeated key gives ``(the first
+        """Record ``job`` and wake its queue in one transaction; a repeated key gives ``(the first
         job, True)``.
 
         ``check`` sees the group's current record and may refuse by raising; ``group`` is a new
@@ -60,7 +60,7 @@ class JobRecords(LedgerPart):
                     if group is not None and former is not None:
                         group = group.model_copy(update={"epoch": former.epoch + 1})
                     pipe.multi()
-                    self._write_new(pipe, job, key, function, group)
+                    self._write_new(pipe, job, key, group)
                     sent = True
                     pipe.execute()
                     return job, False
@@ -84,7 +84,7 @@ class JobRecords(LedgerPart):
         return first
 
     def _write_new(
-        self, pipe: Any, job: JobRecord, key: str | None, function: str, group: GroupRecord | None
+        self, pipe: Any, job: JobRecord, key: str | None, group: GroupRecord | None
     ) -> None:
         if group is not None:
             pipe.delete(names.group_key(group.identifier))
@@ -97,7 +97,7 @@ class JobRecords(LedgerPart):
         pipe.zremrangebyscore(names.JOBS_KEY, "-inf", time.time() - names.TOMBSTONE_TTL_S)
         if key:
             pipe.set(key, job.id)
-        self.bell.ring(pipe, job.queue, function, job.id)
+        notify(pipe, self.client, job.queue, job.id)
 
     def replay_of(self, key: str | None, fingerprint: str) -> JobRecord | None:
         """The job that first used an idempotency key, None when the key is new or none; raises as
@@ -253,9 +253,7 @@ class JobRecords(LedgerPart):
             raise ServiceError("JOB_FINAL", f"job {job_id} is {state} already", job_id=job_id)
         return job.model_copy(update={"state": "cancelled"})
 
-    def hand_over(
-        self, job: JobRecord, queue: str, function: str, *, epoch: int, params: dict[str, Any]
-    ) -> None:
+    def hand_over(self, job: JobRecord, queue: str, *, epoch: int, params: dict[str, Any]) -> None:
         """Move a claimed job to another queue for its second half; its group is free for the next
         one."""
         answer = self._script["hand_over"](
@@ -270,7 +268,7 @@ class JobRecords(LedgerPart):
         if answer != "OK":
             raise Fenced(f"job {job.id} attempt {job.attempt} has been replaced")
         with self.client.pipeline() as pipe:
-            self.bell.ring(pipe, queue, function, job.id)
+            notify(pipe, self.client, queue, job.id)
             pipe.execute()
 
     def explain_wait(self, job_id: str, reason: str) -> None:

@@ -1,5 +1,5 @@
 """The operation ledger: the truth about every job, group and agent. RQ may lose, double or reorder
-its bells without harm."""
+wake-ups without harm."""
 
 from __future__ import annotations
 

@@ -6,14 +6,12 @@ import contextlib
 import errno
 import logging
 import time
-from collections.abc import Callable
-from typing import TypeVar
 
 import redis
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.names import CHECKPOINT_QUEUE
 from nexrl_contract.records import JobRecord
-from nexrl_ledger import Fenced, Ledger, ResidentWorker, connect, until_redis
+from nexrl_ledger import Fenced, Ledger, QueueConsumer, connect
 from nexrl_storage.manifest import Manifest
 
 from nexrl_checkpointer.heartbeat import LEASE_S, Heartbeat
@@ -24,7 +22,6 @@ from nexrl_checkpointer.settings import Settings
 
 _NO_SUCH_PLACE = (errno.ENAMETOOLONG, errno.ENOTDIR)
 _log = logging.getLogger(__name__)
-Answer = TypeVar("Answer")
 
 
 class Checkpointer:
@@ -34,8 +31,12 @@ class Checkpointer:
         self._settings = settings
         self._ledger = Ledger(connect(settings.redis_url))
         self._heartbeat = Heartbeat(Ledger(connect(settings.redis_url)), settings.name)
-        self._stopping = False
-        self._worker: ResidentWorker | None = None
+        self._consumer = QueueConsumer(
+            settings.redis_url,
+            CHECKPOINT_QUEUE,
+            name=f"checkpointer-{settings.name}",
+            on_wake=self._drain,
+        )
 
     def run(self) -> None:
         """Consume until stopped; waits wherever Redis is away."""
@@ -44,9 +45,7 @@ class Checkpointer:
         )
         self._heartbeat.start()
         try:
-            self._worker = self._until_redis(self._make_worker)
-            if not self._stopping:
-                self._worker.run()
+            self._consumer.run()
         finally:
             self._heartbeat.stop()
             with contextlib.suppress(redis.exceptions.RedisError):
@@ -54,27 +53,7 @@ class Checkpointer:
 
     def stop(self) -> None:
         """Finish the current job, then return from :meth:`run`."""
-        self._stopping = True
-        if self._worker is not None:
-            self._worker.stop()
-
-    def _until_redis(self, act: Callable[[], Answer]) -> Answer:
-        return until_redis(act, while_waiting=self._leave_if_stopping)
-
-    def _leave_if_stopping(self) -> None:
-        """Redis is away and the operator wants us gone: another attempt finds the job as it is
-        now."""
-        if self._stopping:
-            raise SystemExit(0)
-
-    def _make_worker(self) -> ResidentWorker:
-        return ResidentWorker(
-            CHECKPOINT_QUEUE,
-            connect(self._settings.redis_url, decode=False, timeout_s=None),
-            name=f"checkpointer-{self._settings.name}",
-            on_bell=lambda _: self._drain(),
-            on_tick=self._drain,
-        )
+        self._consumer.stop()
 
     def _drain(self) -> None:
         """Groups side by side, the saves of one group in their order: "previous" means the one
@@ -82,7 +61,7 @@ class Checkpointer:
         taken: set[str] = set()
         self._ledger.forget_destroyed_checkpoints()
         for waiting in self._ledger.waiting(CHECKPOINT_QUEUE):
-            if self._stopping:
+            if self._consumer.stopping:
                 return
             if waiting.identifier in taken:
                 continue
@@ -107,7 +86,7 @@ class Checkpointer:
         request: PublishRequest | None = None
 
         def check_claim() -> None:
-            self._until_redis(lambda: self._heartbeat.check_claim(job))
+            self._consumer.until_redis(lambda: self._heartbeat.check_claim(job))
 
         try:
             request = PublishRequest.of(job, self._settings.staging)
@@ -119,11 +98,13 @@ class Checkpointer:
             check_claim()
             if request is not None:
                 discard(request)
-            self._until_redis(lambda: self._ledger.finish(job, error=refusal.body()))
+            self._consumer.until_redis(lambda: self._ledger.finish(job, error=refusal.body()))
             return
         check_claim()
-        self._until_redis(lambda: replace_previous(self._ledger, request, job.created_at))
-        self._until_redis(lambda: self._ledger.finish(job, result=_result(request, manifest)))
+        self._consumer.until_redis(lambda: replace_previous(self._ledger, request, job.created_at))
+        self._consumer.until_redis(
+            lambda: self._ledger.finish(job, result=_result(request, manifest))
+        )
 
 
 def _result(request: PublishRequest, manifest: Manifest) -> dict[str, object]:

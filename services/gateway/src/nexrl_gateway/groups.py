@@ -249,9 +249,7 @@ def _place(
         waits_for=waits_for,
         created_at=time.time(),
     )
-    recorded, replayed = ledger.submit(
-        job, names.PLACE_JOB, check=_refuse_living, group=_record(wanted, job.id)
-    )
+    recorded, replayed = ledger.submit(job, check=_refuse_living, group=_record(wanted, job.id))
     log_accepted(recorded, replayed)
     return _group_of(ledger, wanted, recorded.id), recorded, False
 

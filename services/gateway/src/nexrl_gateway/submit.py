@@ -109,9 +109,7 @@ def submit_draft(
         created_at=time.time(),
     )
     try:
-        recorded, replayed = services.ledger.submit(
-            job, names.RUN_JOB, check=partial(admit, operation=operation)
-        )
+        recorded, replayed = services.ledger.submit(job, check=partial(admit, operation=operation))
     except (
         ServiceError
     ):  # and no other: where Redis went away the job may be written, and its payload needed

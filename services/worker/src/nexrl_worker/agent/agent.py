@@ -11,8 +11,6 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from typing import TypeVar
 
 import redis
 from nexrl_contract import names
@@ -20,7 +18,7 @@ from nexrl_contract.errors import ServiceError
 from nexrl_contract.operations import DESTROY
 from nexrl_contract.records import AgentRecord, GroupRecord, JobRecord, Share
 from nexrl_host.processes import rotate_logs
-from nexrl_ledger import Fenced, Ledger, ResidentWorker, connect, until_redis
+from nexrl_ledger import Fenced, Ledger, QueueConsumer, connect
 from nexrl_payloads import open_store
 
 from nexrl_worker.agent.launcher import GroupProcess
@@ -32,7 +30,6 @@ from nexrl_worker.snapshot import Snapshot, lost_operations, read_snapshot
 BEAT_S = 5.0
 WATCHER_END_S = 15.0
 LEASE_S = 60.0
-Answer = TypeVar("Answer")
 _log = logging.getLogger(__name__)
 
 
@@ -48,29 +45,28 @@ class Agent:
         self._running: dict[str, GroupProcess] = {}
         self._watchers: list[threading.Thread] = []
         self._beat_at = 0.0
-        self._worker = ResidentWorker(
+        self._consumer = QueueConsumer(
+            settings.redis_url,
             names.AGENT_QUEUE,
-            connect(settings.redis_url, decode=False, timeout_s=None),
             name=f"agent-{settings.name}",
-            on_bell=lambda _: self._place_waiting(),
-            on_tick=self._tick,
+            on_wake=self._wake,
         )
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT, then stop the groups so that they can come back."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._worker.stop())
+            signal.signal(number, lambda *_: self._consumer.stop())
         # Not heard before it has brought its groups back: one that cannot is not there.
-        self._patiently(self._bring_back)
-        self._patiently(self._beat)
-        self._worker.run()
+        self._consumer.until_redis(self._bring_back)
+        self._consumer.until_redis(self._beat)
+        self._consumer.run()
         self._stop_groups()
         with contextlib.suppress(redis.exceptions.RedisError):
             self._ledger.sign_off(self._settings.name)
 
     # --- placing ---
 
-    def _tick(self) -> None:
+    def _wake(self) -> None:
         if time.monotonic() - self._beat_at >= BEAT_S:
             self._beat()
             clear_staging(self._ledger, self._settings.data)
@@ -135,7 +131,7 @@ class Agent:
             self._slots.give_back(group.world_size, gpus)
             cause = f"its processes could not be started on agent {self._settings.name}: {error}"
             _log.error("group.down identifier=%s epoch=%d %s", identifier, epoch, cause)
-            self._patiently(lambda: self._ledger.group_down(identifier, epoch, cause))
+            self._consumer.until_redis(lambda: self._ledger.group_down(identifier, epoch, cause))
             if placement is not None:
                 self._refuse(placement, "OPERATION_FAILED", cause)
             return
@@ -160,7 +156,7 @@ class Agent:
     def _refuse(self, placement: JobRecord, code: str, reason: str) -> None:
         error = ServiceError(code, reason, identifier=placement.identifier).body()
         try:
-            self._patiently(lambda: self._ledger.finish(placement, error=error))
+            self._consumer.until_redis(lambda: self._ledger.finish(placement, error=error))
         except Fenced as replaced:
             _log.warning("placement.fenced job_id=%s %s", placement.id, replaced)
 
@@ -279,14 +275,6 @@ class Agent:
             f"the service was stopped, and {what} had not ended {self._settings.stop_limit_s} s "
             "later"
         )
-
-    def _patiently(self, act: Callable[[], Answer]) -> Answer:
-        """Wait for Redis, unless the operator wants this process to end."""
-        return until_redis(act, while_waiting=self._leave_if_stopping)
-
-    def _leave_if_stopping(self) -> None:
-        if self._worker.stopping:
-            raise SystemExit(0)
 
 
 def _ask_to_stop(process: GroupProcess) -> None:

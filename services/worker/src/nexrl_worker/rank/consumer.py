@@ -16,7 +16,7 @@ from nexrl_contract.errors import ServiceError
 from nexrl_contract.names import train_queue
 from nexrl_contract.operations import DESTROY, OPERATIONS
 from nexrl_contract.records import JobRecord, PayloadRef
-from nexrl_ledger import Fenced, Ledger, ResidentWorker, connect, until_redis
+from nexrl_ledger import Fenced, Ledger, QueueConsumer, connect, until_redis
 from nexrl_payloads import PayloadStore
 from tensor_codec import encode
 
@@ -58,12 +58,11 @@ class Consumer:
         self._folders = GroupFolders(settings.data, settings.identifier)
         self._ledger = Ledger(connect(settings.redis_url))
         self._queue = train_queue(settings.identifier)
-        self._worker = ResidentWorker(
+        self._consumer = QueueConsumer(
+            settings.redis_url,
             self._queue,
-            connect(settings.redis_url, decode=False, timeout_s=None),
             name=f"{settings.identifier}-e{settings.epoch}",
-            on_bell=lambda _: self._drain(),
-            on_tick=self._tick,
+            on_wake=self._wake,
         )
 
     def run(self, *, ready: bool) -> None:
@@ -72,18 +71,18 @@ class Consumer:
         state = {"state": "ready", "initialised": True} if ready else {"state": "up"}
         until_redis(lambda: self._update(**state, info=self._info(), heartbeat=time.time()))
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
-        self._worker.run()
+        self._consumer.run()
 
-    def _tick(self) -> None:
+    def _wake(self) -> None:
         if self._folders.stop_request.exists():
             self._control.broadcast({"do": "stop", "seq": self._seq})
             self._operations.suspend(self._seq)
-            self._worker.stop()
+            self._consumer.stop()
         else:
             self._drain()
 
     def _drain(self) -> None:
-        while not self._worker.stopping and not self._folders.stop_request.exists():
+        while not self._consumer.stopping and not self._folders.stop_request.exists():
             save = self._save_being_published()
             job = self._claim(held=AFTER_SAVES if save else ())
             if job is not None:
@@ -128,7 +127,7 @@ class Consumer:
             # First the file: the agent must not take a rank that goes for one that died.
             self._folders.destroyed.write_text(json.dumps({"job_id": job.id}))
             self._control.broadcast({"do": "destroy"})
-            self._worker.stop()
+            self._consumer.stop()
             return
         started = time.perf_counter()
         request = Request(
@@ -163,7 +162,6 @@ class Consumer:
                 lambda: self._ledger.hand_over(
                     job,
                     names.CHECKPOINT_QUEUE,
-                    names.PUBLISH_JOB,
                     epoch=epoch,
                     params={**publish, "seq": self._seq},
                 )
