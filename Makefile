@@ -44,12 +44,14 @@ test-fast: $(STAMP) ## the tests that take seconds and need no Docker
 
 check: format-check lint types test ## what CI runs: format, lint, types, tests
 
-docs: $(STAMP) ## write the generated pages again (docs/configuration.md)
+docs: $(STAMP) ## write the generated pages again (docs/configuration.md, docs/client-api.md)
 	@$(BIN)/python scripts/configuration_docs.py
+	@$(BIN)/python scripts/client_docs.py
 
 lint: $(STAMP) ## ruff, and generated pages that are current
 	@$(BIN)/ruff check .
 	@$(BIN)/python scripts/configuration_docs.py --check
+	@$(BIN)/python scripts/client_docs.py --check
 
 format: $(STAMP) ## sort imports and format every Python file
 	@$(BIN)/ruff check --quiet --select I --fix .

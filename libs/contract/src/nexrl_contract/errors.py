@@ -24,48 +24,88 @@ class ErrorKind:
 
 ERRORS: dict[str, ErrorKind] = {
     "MALFORMED": ErrorKind(400, "the body is not what its Content-Type says"),
-    "IDENTIFIER_REQUIRED": ErrorKind(400, "several groups live: name one"),
+    "IDENTIFIER_REQUIRED": ErrorKind(400, "there are several groups: name one by its identifier"),
     "FOREIGN_ORIGIN": ErrorKind(403, "a browser sent this for another page"),
     "GROUP_NOT_FOUND": ErrorKind(404, "there is no such group"),
     "JOB_NOT_FOUND": ErrorKind(404, "there is no such job"),
     "PAYLOAD_NOT_FOUND": ErrorKind(404, "there is no such payload"),
-    "NOT_FOUND": ErrorKind(404, "there is no such path"),
+    "NOT_FOUND": ErrorKind(404, "there is no such path: the service may be older than the client"),
     "METHOD_NOT_ALLOWED": ErrorKind(405, "the path has no such method"),
     "SLOW_REQUEST": ErrorKind(408, "the request stopped coming", retryable=True),
-    "GROUP_NOT_READY": ErrorKind(409, "another call must come before this one"),
-    "GROUP_EXISTS": ErrorKind(409, "the group has other settings: destroy it first"),
+    "GROUP_NOT_READY": ErrorKind(
+        409, "the group is starting or destroyed, or has not run init_model"
+    ),
+    "GROUP_EXISTS": ErrorKind(
+        409, "the group lives with other settings, which are named: destroy it first"
+    ),
     "ROLE_UNSUPPORTED": ErrorKind(409, "groups of this role have no such operation"),
     "IDEMPOTENCY_MISMATCH": ErrorKind(409, "the key was used for other content"),
-    "JOB_RUNNING": ErrorKind(409, "the job has not ended: ask again"),
-    "JOB_FINAL": ErrorKind(409, "the job has ended"),
-    "JOB_CANCELLED": ErrorKind(409, "the job was cancelled"),
+    "JOB_RUNNING": ErrorKind(
+        409, "the job has not ended: ask again, and it cannot be cancelled any more"
+    ),
+    "JOB_FINAL": ErrorKind(409, "the job has ended already"),
+    "JOB_CANCELLED": ErrorKind(409, "the job was cancelled before it ran"),
     "JOB_ROLLED_BACK": ErrorKind(409, "a restart took the job's effect from the weights"),
-    "GRADIENTS_PENDING": ErrorKind(409, "gradients wait for optim_step"),
-    "GRADIENTS_LOST": ErrorKind(409, "a restart took the pending gradients"),
-    "EXPIRED": ErrorKind(410, "it was there and is kept no longer"),
+    "GRADIENTS_PENDING": ErrorKind(
+        409, "gradients wait: run optim_step first, with discard=True to drop them"
+    ),
+    "GRADIENTS_LOST": ErrorKind(409, "a restart took the pending gradients: their jobs are named"),
+    "EXPIRED": ErrorKind(410, "the result, or the key, is older than the service keeps it"),
     "TOO_LARGE": ErrorKind(413, "the body is larger than its limit"),
     "UNSUPPORTED_TYPE": ErrorKind(415, "no such Content-Type or Content-Encoding is known here"),
-    "HOST_REFUSED": ErrorKind(421, "this gateway does not answer under that name"),
-    "INVALID_ARGUMENT": ErrorKind(422, "an argument is unknown or unfit"),
-    "INVALID_TENSOR": ErrorKind(422, "a tensor lacks, or has another shape or dtype"),
-    "INVALID_VALUE": ErrorKind(422, "a tensor or argument holds what cannot be computed"),
-    "INVALID_CONFIG": ErrorKind(422, "a key of the configuration is unknown or unfit"),
-    "PATH_REFUSED": ErrorKind(422, "a path leads where requests may not"),
-    "CHECKPOINT_INVALID": ErrorKind(422, "the folder is no checkpoint that fits"),
-    "CHECKSUM_MISMATCH": ErrorKind(422, "bytes changed on their way", retryable=True),
-    "NO_SUCH_SLOTS": ErrorKind(422, "no agent could ever hold the group"),
-    "HDFS_NOT_CONFIGURED": ErrorKind(422, "this service has no HDFS"),
-    "TOO_MANY_QUEUED": ErrorKind(429, "the group's queue is full", retryable=True),
+    "HOST_REFUSED": ErrorKind(
+        421, "this gateway does not answer under that name: see NEXRL_ALLOWED_HOSTS"
+    ),
+    "INVALID_ARGUMENT": ErrorKind(422, "an argument is unknown or has a wrong value"),
+    "INVALID_TENSOR": ErrorKind(
+        422, "a tensor, which is named, is missing or has a wrong shape or dtype"
+    ),
+    "INVALID_VALUE": ErrorKind(
+        422, "a tensor or argument holds what cannot be computed: tensor and row are named"
+    ),
+    "INVALID_CONFIG": ErrorKind(
+        422, "a key of the configuration is unknown or has a wrong value: the nearest is named"
+    ),
+    "PATH_REFUSED": ErrorKind(422, "the path lies outside the roots of the service"),
+    "CHECKPOINT_INVALID": ErrorKind(
+        422, "the folder is not published, is damaged, or does not fit the group"
+    ),
+    "CHECKSUM_MISMATCH": ErrorKind(
+        422, "bytes changed on their way: they are sent again", retryable=True
+    ),
+    "NO_SUCH_SLOTS": ErrorKind(422, "no agent could ever host the world size"),
+    "HDFS_NOT_CONFIGURED": ErrorKind(422, "the service was started without HDFS"),
+    "TOO_MANY_QUEUED": ErrorKind(429, "too many jobs wait for the group", retryable=True),
     "HEADERS_TOO_LARGE": ErrorKind(431, "the request's headers are too large"),
-    "OPERATION_FAILED": ErrorKind(500, "a rank raised what nobody expected"),
-    "PAYLOAD_DAMAGED": ErrorKind(500, "stored bytes have changed", retryable=True),
-    "INTERNAL": ErrorKind(500, "something unexpected went wrong: the log has it"),
-    "GROUP_DOWN": ErrorKind(503, "the group has no ranks now", retryable=True),
-    "REDIS_UNAVAILABLE": ErrorKind(503, "Redis does not answer", retryable=True),
-    "STORE_UNAVAILABLE": ErrorKind(503, "the payload store does not answer", retryable=True),
-    "GATEWAY_BUSY": ErrorKind(503, "the gateway has too much to do", retryable=True),
-    "WAIT_LIMIT": ErrorKind(504, "the gateway waits no longer: the job goes on", retryable=True),
-    "NO_SPACE": ErrorKind(507, "a disk is full", retryable=True),
+    "OPERATION_FAILED": ErrorKind(
+        500, "the operation failed on a rank: the message says where and why"
+    ),
+    "PAYLOAD_DAMAGED": ErrorKind(
+        500,
+        "a batch or a result changed while it was stored: nothing was applied of a batch",
+        retryable=True,
+    ),
+    "INTERNAL": ErrorKind(500, "the service has a fault: its log knows more"),
+    "GROUP_DOWN": ErrorKind(
+        503,
+        "the group is down, is restarting, or finds no agent: the message says which",
+        retryable=True,
+    ),
+    "REDIS_UNAVAILABLE": ErrorKind(
+        503, "the service cannot reach its records in Redis", retryable=True
+    ),
+    "STORE_UNAVAILABLE": ErrorKind(
+        503, "the service cannot reach its payload store", retryable=True
+    ),
+    "GATEWAY_BUSY": ErrorKind(
+        503,
+        "the gateway has as many connections or large bodies as it takes at a time",
+        retryable=True,
+    ),
+    "WAIT_LIMIT": ErrorKind(
+        504, "the gateway waits no longer for this answer: the job goes on", retryable=True
+    ),
+    "NO_SPACE": ErrorKind(507, "a disk of the service is full", retryable=True),
 }
 RETRY_AFTER_S = 2
 

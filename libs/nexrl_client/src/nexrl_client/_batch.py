@@ -17,12 +17,11 @@ _MASKS = ("attention_mask", "loss_mask", "scoring_attention_mask")
 
 
 class Batch(MutableMapping[str, Any]):
-    """Tensors of B rows by name, as a mapping: batch["advantages"] = ... adds one. Every client
-    method takes it.
+    """Tensors of B rows by name, as a mapping that every method of a client takes.
 
-    extras are the B values each of what is no tensor (reward, group_id, ...), metadata holds for
-    the whole batch (temperature, global_step). Extras stay with the trainer: the service does not
-    read them.
+    batch["advantages"] = advantages adds a tensor. batch.extras are lists of B values that are no
+    tensors, such as reward and group_id: they stay with the trainer. batch.metadata holds for the
+    whole batch, such as temperature.
     """
 
     def __init__(
@@ -31,8 +30,7 @@ class Batch(MutableMapping[str, Any]):
         extras: Mapping[str, Sequence[Any]] | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        """Raises InvalidBatch for what is no tensor, and for rows or extras of different
-        numbers."""
+        """Raises InvalidBatch for what is no tensor, and where numbers of rows differ."""
         self._tensors: dict[str, Any] = {}
         for name, tensor in tensors.items():
             self[name] = tensor
@@ -51,18 +49,22 @@ class Batch(MutableMapping[str, Any]):
         prompt_length: int = 1,
         response_length: int = 1,
     ) -> Self:
-        """A batch of mappings or objects with tokens [n], loss_mask [n] (1: scored), and all or
-        none reward and logprobs.
+        """A batch of trajectories, which are mappings or objects.
 
-        A row's prompt is what stands before its first scored token, at least one token, left-padded
-        to the longest or prompt_length; the rest is right-padded to the longest or response_length.
-        P + R = S. Gives input_ids, attention_mask, position_ids, loss_mask, scoring_attention_mask
-        [B, S], responses [B, R], and token_level_scores [B, R], the reward on the last scored
-        token, and rollout_log_probs [B, R], 0 where nothing is scored. logprobs are of all tokens,
-        of those from the first scored one on, or of the scored ones. Every other field is an extra,
-        reward and those in extra_fields too; one temperature goes to metadata, several are the
-        tensor temperature [B]. Tensors are of torch where that is installed. Raises InvalidBatch
-        with the trajectory's number.
+        Each has tokens [n] and loss_mask [n], 1 where a token is scored. All or none have reward,
+        a number, and logprobs: of all tokens, of those from the first scored one on, or of the
+        scored ones. Every other field becomes an extra, those inside extra_fields and reward too.
+        One temperature goes to the metadata, several are the tensor temperature [B].
+
+        A row's prompt is what stands before its first scored token, at least one token. Prompts are
+        left-padded to the longest, at least prompt_length; the rest is right-padded to the longest,
+        at least response_length.
+
+        Gives input_ids, attention_mask, position_ids, loss_mask, scoring_attention_mask [B, S] and
+        responses [B, R]; of a reward token_level_scores [B, R], which has it on the last scored
+        token; of logprobs rollout_log_probs [B, R], 0 where nothing is scored. They are torch
+        tensors where torch is installed, else NumPy arrays. Raises InvalidBatch with the
+        trajectory's number.
         """
         rows = _read_rows(trajectories)
         tensors = _tensors_of(rows, pad_token_id, prompt_length, response_length)
@@ -80,11 +82,11 @@ class Batch(MutableMapping[str, Any]):
         return int(next(iter(self._tensors.values())).shape[0]) if self._tensors else 0
 
     def pad(self, multiple: int) -> Self:
-        """A batch of the next multiple of rows. Those added, at the end, weigh nothing; a result
-        has them too.
+        """A batch with rows added at the end, up to the next multiple.
 
-        They are 0 in every tensor, masks among them, and None in extras. The service itself needs
-        no such rows. Raises InvalidBatch where the batch has no mask.
+        The new rows are 0 in every tensor, masks among them, and None in extras: they weigh
+        nothing. A result has them too. The service itself needs no such rows. Raises InvalidBatch
+        where the batch has no mask.
         """
         if multiple < 1:
             raise InvalidBatch(f"multiple is {multiple}; give 1 or more")
@@ -99,8 +101,7 @@ class Batch(MutableMapping[str, Any]):
         return type(self)(tensors, extras, self.metadata)
 
     def to_nextrainer_batch(self) -> dict[str, Any]:
-        """{"batch": tensors, "non_tensor_batch": extras as object arrays [B], "meta_info":
-        metadata}."""
+        """The batch as {"batch", "non_tensor_batch", "meta_info"}, extras as object arrays [B]."""
         return {
             "batch": dict(self._tensors),
             "non_tensor_batch": {name: _objects(values) for name, values in self.extras.items()},

@@ -105,12 +105,11 @@ class Part:
 
 
 def split_for_requests(request: object, max_size: int = MAX_REQUEST_BYTES) -> list[Part]:
-    """Cut an encoded frame, bytes, or a batch (its frame, with every tensor) into parts of at most
-    max_size bytes.
+    """Cut a request into parts of at most max_size bytes.
 
-    A part views the tensors' memory: iterate it for its bytes, len() is their number. Joined in
-    order the parts are one frame, and one operation. Raises ClientError for a size below 1,
-    InvalidBatch for what cannot be encoded.
+    request is an encoded frame, bytes, or a batch, of which a frame with every tensor is made.
+    Joined in order the parts are that frame, and one operation. A part views the tensors' memory.
+    Raises ClientError for a size below 1, InvalidBatch for what cannot be encoded.
     """
     if max_size < 1:
         raise ClientError(f"max_size is {max_size}; give the bytes of the largest part, 1 or more")

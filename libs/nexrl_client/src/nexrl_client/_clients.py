@@ -25,11 +25,12 @@ _BACKENDS: dict[str, type[HTTPTrainServiceClient] | type[MockTrainServiceClient]
 def create_train_service_client(
     backend: str, url: str, identifier: str | None = None, **options: Any
 ) -> TrainServiceClient:
-    """A client for a backend: "self-hosted", "http" and "nextrainer" are the service over HTTP,
-    "mock" needs none.
+    """A client of one worker group.
 
-    options are the keyword arguments of the client's class, such as request_timeout. Raises
-    UnknownBackend, UnknownOption or InvalidURL, all of them ValueErrors.
+    backend "self-hosted", "http" or "nextrainer" is the service over HTTP, at url; "mock" needs no
+    service. identifier names the group. options are keyword arguments of HTTPTrainServiceClient or
+    MockTrainServiceClient, such as request_timeout. Raises UnknownBackend, UnknownOption or
+    InvalidURL, all of them ValueErrors.
     """
     kind = _BACKENDS.get(backend)
     if kind is None:
@@ -46,10 +47,10 @@ def create_train_service_client(
 
 
 class TrainServiceClients(Mapping[str, TrainServiceClient]):
-    """Clients by the names of their services, clients["main_actor"], or roles,
+    """Clients by the names of their entries, clients["main_actor"], or by their roles,
     clients.by_role("teacher").
 
-    Close them, or use this in a with.
+    Close them, or use this in a with statement. clients.roles has each name's role.
     """
 
     def __init__(self, clients: Mapping[str, TrainServiceClient], roles: Mapping[str, str]) -> None:
@@ -95,13 +96,13 @@ class TrainServiceClients(Mapping[str, TrainServiceClient]):
 
 
 def create_train_service_clients(config: Mapping[str, Any], **options: Any) -> TrainServiceClients:
-    """A client for each entry of a configuration: of load_service_config, of a whole service, or of
-    one group.
+    """A client for each entry of a configuration.
 
-    An entry's backend ("http"), url ("http://localhost:8000"), identifier (its name) and role
-    ("actor") make the client, and its initialize_worker() needs no arguments. options go to every
-    client, such as request_timeout. Raises InvalidSetup with the entry's name, and what
-    create_train_service_client raises.
+    config is what load_service_config returned, a whole service's configuration, or one entry. An
+    entry's keys backend, url, identifier and role make its client; without them they are "http",
+    "http://localhost:8000", the entry's name and "actor". Each client's initialize_worker() needs
+    no arguments. options go to every client, such as request_timeout. Raises InvalidSetup with the
+    entry's name, and what create_train_service_client raises.
     """
     if not isinstance(config, Mapping):
         raise InvalidSetup(

@@ -19,12 +19,12 @@ _SERVICES = "service.train_service"
 
 
 def load_service_config(path: str | Path) -> dict[str, Entry]:
-    """The entries of a YAML file by name: those under service.train_service, or the one that the
-    file itself is.
+    """The worker groups of a YAML file: configurations by name.
 
-    It is YAML 1.2: 2e-6 is a number, and a key stands once. The one entry of a file has its
-    identifier for a name, else "default". Raises InvalidSetup for a file that cannot be read or
-    holds no entry, and for any ${...} in an entry, with its path.
+    They are the entries under service.train_service, or the file itself is the one entry, whose
+    name is its identifier, else "default". The file is YAML 1.2: 2e-6 is a number, and a key stands
+    once. Raises InvalidSetup for a file that cannot be read or holds no entry, and for any ${...}
+    in an entry, with its path.
     """
     try:
         document = YAML(typ="safe", pure=True).load(Path(path).expanduser())

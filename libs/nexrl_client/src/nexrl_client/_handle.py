@@ -37,10 +37,10 @@ class JobSource(Protocol):
 
 
 class JobHandle:
-    """One job of the service. It can be pickled, and used from any thread.
+    """One job of the service, which goes on whether anyone waits for it or not.
 
-    A result is kept by the service for 24 hours after the job ended, and can be fetched any number
-    of times.
+    A handle can be pickled, and used from any thread. The service keeps a result for a day after
+    the job's end, and for 5 minutes once it was fetched: until then it can be fetched again.
     """
 
     def __init__(
@@ -55,16 +55,19 @@ class JobHandle:
         return f"JobHandle(id={self.id!r}, operation={self.operation!r})"
 
     def status(self) -> dict[str, Any]:
-        """The job's record now: state ("queued", "running", "finished", ...), waits_for, error,
-        times in seconds."""
+        """The job's record now.
+
+        "state" is "queued", "running", "finished", "failed", "cancelled" or "rolled_back". Others
+        are "waits_for", "error" and times in seconds since 1970.
+        """
         return self._source.job_view(self.id)
 
     def done(self) -> bool:
-        """Whether the job has ended, well or not."""
+        """Whether the job has ended, well or not. Asks the service."""
         return self.status()["state"] in FINAL_STATES
 
     def result(self, timeout: float | None = None) -> dict[str, Any]:
-        """Wait at most timeout seconds (None: as long as it takes) and return what the blocking
+        """Wait at most timeout seconds, None as long as it takes, and return what the blocking
         method would.
 
         Raises ServiceTimeout with this handle as .job, or the error that the job ended with.
@@ -94,7 +97,7 @@ class JobHandle:
         return result
 
     def cancel(self) -> dict[str, Any]:
-        """Cancel a job that waits. Raises JobRunning or JobFinal where that is too late."""
+        """Cancel a job that has not begun. Raises JobRunning or JobFinal where that is too late."""
         return self._source.cancel_job(self.id)
 
 

@@ -38,15 +38,18 @@ _OnBytes: TypeAlias = Callable[[int], object] | None
 
 
 class HTTPTrainServiceClient(TrainServiceClient):
-    """A client of one worker group. Threads may share it; pickled, it connects anew. Close it, or
-    use it in a with.
+    """A client of one worker group over HTTP.
 
-    Lost connections, 429, 502 and 503 are retried until request_timeout is spent, under one
-    idempotency key per call, so that nothing runs twice. Connecting counts, and may take 10 s at
-    most; uploading does not count. Batches above max_request_bytes travel in parts of that size,
-    and run as one. progress shows a bar while a batch is uploaded. transport replaces the network;
-    see nexrl_client.testing. config is the group's own entry of a service's configuration, for an
-    initialize_worker() without arguments.
+    Threads may share it. Pickled, it connects anew. Close it, or use it in a with statement.
+
+    A call is repeated on lost connections, 429, 502 and 503 until request_timeout is spent. It has
+    one idempotency key, so nothing runs twice. Connecting counts, and may take 10 s at most;
+    uploading does not count. A batch above max_request_bytes is uploaded in parts of that size, and
+    runs as one.
+
+    identifier None means the only group there is. progress=True shows a bar while a batch is
+    uploaded. transport replaces the network, see nexrl_client.testing. config is the group's entry
+    of a service's configuration, for an initialize_worker() without arguments.
     """
 
     def __init__(
@@ -116,8 +119,8 @@ class HTTPTrainServiceClient(TrainServiceClient):
         return self._json("GET", "/worker_info", self._query())
 
     def jobs(self, limit: int = 100) -> list[dict[str, Any]]:
-        """The last jobs of this client's group (of all groups without an identifier), newest
-        first."""
+        """Records of the last jobs, newest first: of this client's group, or without an identifier
+        of all groups."""
         answer = self._json("GET", "/jobs", self._query() | {"limit": str(limit)})
         if not isinstance(answer.get("jobs"), list):
             raise InvalidAnswer("/jobs answered without jobs; is this the service's address?")

@@ -28,11 +28,11 @@ _COMPARED = ("input_ids", "attention_mask", "responses")
 
 
 class MockTrainServiceClient(TrainServiceClient):
-    """Answers at once, in the service's shapes: tensors and metrics are 0, nothing is trained or
-    written.
+    """Answers at once, in the service's shapes, without a service.
 
-    Batches are checked for required tensors and fitting shapes, and refused as the service would.
-    config is the group's own entry, as of HTTPTrainServiceClient.
+    Tensors and metrics are 0, nothing is trained or written. Batches and configurations are refused
+    as the service refuses them, where that needs no look at values. config is the group's entry,
+    as of HTTPTrainServiceClient.
     """
 
     def __init__(

@@ -99,8 +99,10 @@ class Response:
 
 
 class Transport(Protocol):
-    """What carries requests. Give your own to HTTPTrainServiceClient(transport=...); see
-    nexrl_client.testing."""
+    """What carries requests: give your own to HTTPTrainServiceClient(transport=...).
+
+    nexrl_client.testing has one for tests.
+    """
 
     def send(self, request: Request, silence_s: float) -> Response:
         """Answer any status. Raises Unreachable, or ServiceTimeout after silence_s seconds without
@@ -113,9 +115,9 @@ class Transport(Protocol):
 
 
 class HTTPTransport:
-    """Requests below base_url. Threads may share it: each exchange has a session to itself, kept
-    for the next one.
+    """Requests below base_url, made with the library requests.
 
+    Threads may share it: each exchange has a session to itself, kept for the next one.
     A forked child has connections of its own, and leaves its parent's alone. Every answer is
     checked to be of the request that was sent: what another one was answered is never returned.
     """

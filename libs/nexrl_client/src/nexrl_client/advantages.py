@@ -32,17 +32,19 @@ def group_relative_advantages(
     estimator: Estimator = "grpo",
     eps: float = 1e-6,
 ) -> Any:
-    """Advantages A of scores s [B] against the other answers to the same prompt: [B], or [B, R]
-    under a mask [B, R].
+    """Advantages of scores [B] against the other answers to the same prompt.
 
-    groups: B hashable names or integers; equal ones are one group, in any order. For a group of n:
+    groups are B hashable names or integers: equal ones are one group, in any order. Returns [B], or
+    with a mask [B, R] each row's advantage where the mask is not 0, [B, R].
 
-    grpo:    A = (s - mean) / (std + eps), std with n - 1 (DeepSeekMath, arXiv 2402.03300)
-    rloo:    A = s - mean of the other n - 1 (Ahmadian et al., arXiv 2402.14740)
-    dr_grpo: A = s - mean (Liu et al., arXiv 2503.20783)
+    For a score s in a group of n:
 
-    A group of one has nothing to compare with: mean 0 and std 1. Raises InvalidBatch for shapes,
-    ClientError for the estimator.
+        grpo:    (s - mean) / (std + eps), std with n - 1     DeepSeekMath, arXiv 2402.03300
+        rloo:    s - mean of the other n - 1                  Ahmadian et al., arXiv 2402.14740
+        dr_grpo: s - mean                                     Liu et al., arXiv 2503.20783
+
+    A group of one has nothing to compare with: its mean is 0 and its std 1. Raises InvalidBatch for
+    shapes, ClientError for the estimator.
     """
     if estimator not in _ESTIMATORS:
         raise ClientError(
@@ -74,14 +76,18 @@ def group_relative_advantages(
 def gae(
     rewards: Any, values: Any, mask: Any, *, gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[Any, Any]:
-    """Generalised advantage estimation: (advantages, returns), each [B, R], of rewards, values and
-    mask [B, R].
+    """Generalised advantage estimation (Schulman et al., arXiv 1506.02438).
 
-    Over the scored tokens of a row alone, t and its next scored token n: delta_t = r_t + gamma V_n
-    - V_t, A_t = delta_t + gamma lam A_n, return_t = A_t + V_t; after the last one V and A are 0.
-    Tokens outside the mask (a tool's output, padding) are passed over as if they were not there, so
-    a reward belongs on a scored token. Schulman et al., arXiv 1506.02438. Raises InvalidBatch where
-    the shapes differ.
+    rewards, values and mask are [B, R]. Returns advantages and returns, [B, R] each. Of a scored
+    token t and the next scored token n of its row:
+
+        delta_t  = r_t + gamma V_n - V_t
+        A_t      = delta_t + gamma lam A_n
+        return_t = A_t + V_t
+
+    After the last scored token V and A are 0. Tokens outside the mask (a tool's output, padding)
+    are passed over as if they were not there, so a reward belongs on a scored token. Raises
+    InvalidBatch where the shapes differ.
     """
     reward, value, scored = (
         to_numpy(rewards).astype(np.float64),
@@ -103,12 +109,12 @@ def gae(
 
 
 def whiten(advantages: Any, mask: Any) -> Any:
-    """(A - mean) / sqrt(variance + 1e-8) over the scored tokens of the whole batch, [B, R] like
-    mask; 0 elsewhere.
+    """Advantages [B, R] with mean 0 and variance 1 over the scored tokens of the whole batch.
 
-    The variance is the unbiased one; of fewer than two tokens it is 0. PPO's usual normalisation of
-    GAE (Huang et al., "The 37 implementation details of PPO", 2022, detail 7). Raises InvalidBatch
-    where the shapes differ.
+    Each is (A - mean) / sqrt(variance + 1e-8) where mask [B, R] is not 0, and 0 elsewhere. The
+    variance is the unbiased one; of fewer than two tokens it is 0. This is PPO's usual
+    normalisation of GAE (Huang et al., The 37 implementation details of PPO, 2022, detail 7).
+    Raises InvalidBatch where the shapes differ.
     """
     values, scored = to_numpy(advantages).astype(np.float64), to_numpy(mask) != 0
     check_shapes({"advantages": values, "mask": scored}, 2)

@@ -63,17 +63,22 @@ CONTEXT = ("identifier", "job_id", "rank")
 
 
 class NexRLError(Exception):
-    """Base of all. code is a key of nexrl_contract.errors.ERRORS or None; details are the error's
-    other JSON fields.
+    """Base of all errors of the client.
 
-    status is the HTTP status, None where no answer came; all of them survive pickling.
+    error.code is the service's code, or None. error.status is the HTTP status, None where no answer
+    came. error.identifier, error.job_id and error.rank say where, error.job is a handle of the job
+    that goes on. error.details are the other fields of the service's answer, such as "tensor",
+    "row", "key", "nearest" and "retryable". All of them survive pickling.
     """
 
     default_code: ClassVar[str | None] = None
 
     def __init_subclass__(cls, *, code: str | None = None) -> None:
-        """``code`` is a code of the service that means this class."""
+        """``code`` is a code of the service that means this class; its meaning is the docstring."""
         cls.default_code = code or cls.default_code
+        if cls.__doc__ is None and code:
+            meaning = ERRORS[code].meaning
+            cls.__doc__ = f"{meaning[:1].upper()}{meaning[1:]}."
 
     def __init__(
         self,
@@ -179,97 +184,51 @@ class Unavailable(StatusError):
     """The same request may succeed later; raised when retries have spent the time."""
 
 
-# The table: what each code of nexrl_contract.errors.ERRORS is called here, and what it means.
+# A line for each code of nexrl_contract.errors.ERRORS, whose row says what it means.
 # fmt: off
-class Malformed(Rejected, code="MALFORMED"):
-    """Base64, frame, header or JSON that cannot be read."""
-class IdentifierRequired(Rejected, code="IDENTIFIER_REQUIRED"):
-    """There are several worker groups: give the client an identifier."""
-class ForeignOrigin(Rejected, code="FOREIGN_ORIGIN"):
-    """A browser's page of another origin sent the request."""
-class GroupNotFound(Rejected, code="GROUP_NOT_FOUND"):
-    """No worker group has this identifier."""
-class JobNotFound(Rejected, code="JOB_NOT_FOUND"):
-    """No job has this id."""
-class PayloadNotFound(Rejected, code="PAYLOAD_NOT_FOUND"):
-    """The uploaded parts are not there, or not all of them."""
-class NotFound(Rejected, code="NOT_FOUND"):
-    """No such path; the service may be older than the client."""
-class MethodNotAllowed(Rejected, code="METHOD_NOT_ALLOWED"):
-    """The path exists, with another HTTP method."""
-class GroupNotReady(Rejected, code="GROUP_NOT_READY"):
-    """The group is starting, destroyed, or has not run init_model."""
-class GroupExists(Rejected, code="GROUP_EXISTS"):
-    """The group lives with other settings; details name the differing keys."""
-class RoleUnsupported(Rejected, code="ROLE_UNSUPPORTED"):
-    """The group's role has no such operation."""
-class IdempotencyMismatch(Rejected, code="IDEMPOTENCY_MISMATCH"):
-    """The idempotency key was used with other content."""
-class JobRunning(Rejected, code="JOB_RUNNING"):
-    """The job runs: it cannot be cancelled, and has no result yet."""
-class JobFinal(Rejected, code="JOB_FINAL"):
-    """The job has ended already."""
-class JobCancelled(Rejected, code="JOB_CANCELLED"):
-    """The job was cancelled before it ran."""
-class JobRolledBack(Rejected, code="JOB_ROLLED_BACK"):
-    """The job's effect was undone by a restart that could not replay it."""
-class GradientsPending(Rejected, code="GRADIENTS_PENDING"):
-    """forward_backward left gradients: run optim_step first, with discard=True to drop them."""
-class GradientsLost(Rejected, code="GRADIENTS_LOST"):
-    """The gradients that optim_step was to apply went with a restart; details name their jobs."""
-class Expired(Rejected, code="EXPIRED"):
-    """The job's result, or the key, is older than the service keeps it."""
-class TooLarge(Rejected, code="TOO_LARGE"):
-    """The body is over the service's limit."""
-class UnsupportedType(Rejected, code="UNSUPPORTED_TYPE"):
-    """The service does not read this content type or encoding."""
-class HostRefused(Rejected, code="HOST_REFUSED"):
-    """The service does not answer under this name; NEXRL_ALLOWED_HOSTS lists further ones."""
-class InvalidArgument(Rejected, code="INVALID_ARGUMENT"):
-    """An argument is unknown or has a wrong value."""
-class InvalidTensor(Rejected, code="INVALID_TENSOR"):
-    """A tensor is missing, or has a wrong shape or dtype; details name it."""
-class InvalidValue(Rejected, code="INVALID_VALUE"):
-    """A tensor holds a value it must not; details name tensor and row."""
-class InvalidConfig(Rejected, code="INVALID_CONFIG"):
-    """A configuration key is unknown or has a wrong value; details name it and the nearest known
-    one."""
-class PathRefused(Rejected, code="PATH_REFUSED"):
-    """The path lies outside the service's roots."""
-class CheckpointInvalid(Rejected, code="CHECKPOINT_INVALID"):
-    """The checkpoint is not published, is damaged, or does not fit the group."""
-class NoSuchSlots(Rejected, code="NO_SUCH_SLOTS"):
-    """No agent could ever host this world size."""
-class HDFSNotConfigured(Rejected, code="HDFS_NOT_CONFIGURED"):
-    """The service was started without HDFS."""
-class HeadersTooLarge(Rejected, code="HEADERS_TOO_LARGE"):
-    """The request's headers are over the service's limit."""
-class OperationFailed(Failed, code="OPERATION_FAILED"):
-    """The operation failed inside the group; rank and message say where and why."""
-class PayloadDamaged(Failed, code="PAYLOAD_DAMAGED"):
-    """The batch, or a result, changed while it was stored; the message says where. Nothing was
-    applied of a batch."""
-class InternalError(Failed, code="INTERNAL"):
-    """The service has a fault; its logs know more."""
-class TooManyQueued(Unavailable, code="TOO_MANY_QUEUED"):
-    """Too many jobs wait for this group."""
-class GroupDown(Unavailable, code="GROUP_DOWN"):
-    """The group is down (raised at once), restarting (waited for), or has no agent to start on; the
-    message says why."""
-class RedisUnavailable(Unavailable, code="REDIS_UNAVAILABLE"):
-    """The service cannot reach its records."""
-class StoreUnavailable(Unavailable, code="STORE_UNAVAILABLE"):
-    """The service cannot reach its payload store."""
-class GatewayBusy(Unavailable, code="GATEWAY_BUSY"):
-    """The gateway has as many connections or JSON bodies as it takes at a time."""
-class SlowRequest(Unavailable, code="SLOW_REQUEST"):
-    """The request's bytes stopped coming."""
-class WaitLimit(Unavailable, code="WAIT_LIMIT"):
-    """The service waits no longer for this one answer; the job goes on under job_id."""
-class NoSpace(Unavailable, code="NO_SPACE"):
-    """The service's disk is full."""
-class ChecksumMismatch(Unavailable, code="CHECKSUM_MISMATCH"):
-    """A part arrived damaged."""
+class Malformed(Rejected, code="MALFORMED"): ...
+class IdentifierRequired(Rejected, code="IDENTIFIER_REQUIRED"): ...
+class ForeignOrigin(Rejected, code="FOREIGN_ORIGIN"): ...
+class GroupNotFound(Rejected, code="GROUP_NOT_FOUND"): ...
+class JobNotFound(Rejected, code="JOB_NOT_FOUND"): ...
+class PayloadNotFound(Rejected, code="PAYLOAD_NOT_FOUND"): ...
+class NotFound(Rejected, code="NOT_FOUND"): ...
+class MethodNotAllowed(Rejected, code="METHOD_NOT_ALLOWED"): ...
+class GroupNotReady(Rejected, code="GROUP_NOT_READY"): ...
+class GroupExists(Rejected, code="GROUP_EXISTS"): ...
+class RoleUnsupported(Rejected, code="ROLE_UNSUPPORTED"): ...
+class IdempotencyMismatch(Rejected, code="IDEMPOTENCY_MISMATCH"): ...
+class JobRunning(Rejected, code="JOB_RUNNING"): ...
+class JobFinal(Rejected, code="JOB_FINAL"): ...
+class JobCancelled(Rejected, code="JOB_CANCELLED"): ...
+class JobRolledBack(Rejected, code="JOB_ROLLED_BACK"): ...
+class GradientsPending(Rejected, code="GRADIENTS_PENDING"): ...
+class GradientsLost(Rejected, code="GRADIENTS_LOST"): ...
+class Expired(Rejected, code="EXPIRED"): ...
+class TooLarge(Rejected, code="TOO_LARGE"): ...
+class UnsupportedType(Rejected, code="UNSUPPORTED_TYPE"): ...
+class HostRefused(Rejected, code="HOST_REFUSED"): ...
+class InvalidArgument(Rejected, code="INVALID_ARGUMENT"): ...
+class InvalidTensor(Rejected, code="INVALID_TENSOR"): ...
+class InvalidValue(Rejected, code="INVALID_VALUE"): ...
+class InvalidConfig(Rejected, code="INVALID_CONFIG"): ...
+class PathRefused(Rejected, code="PATH_REFUSED"): ...
+class CheckpointInvalid(Rejected, code="CHECKPOINT_INVALID"): ...
+class NoSuchSlots(Rejected, code="NO_SUCH_SLOTS"): ...
+class HDFSNotConfigured(Rejected, code="HDFS_NOT_CONFIGURED"): ...
+class HeadersTooLarge(Rejected, code="HEADERS_TOO_LARGE"): ...
+class OperationFailed(Failed, code="OPERATION_FAILED"): ...
+class PayloadDamaged(Failed, code="PAYLOAD_DAMAGED"): ...
+class InternalError(Failed, code="INTERNAL"): ...
+class TooManyQueued(Unavailable, code="TOO_MANY_QUEUED"): ...
+class GroupDown(Unavailable, code="GROUP_DOWN"): ...
+class RedisUnavailable(Unavailable, code="REDIS_UNAVAILABLE"): ...
+class StoreUnavailable(Unavailable, code="STORE_UNAVAILABLE"): ...
+class GatewayBusy(Unavailable, code="GATEWAY_BUSY"): ...
+class SlowRequest(Unavailable, code="SLOW_REQUEST"): ...
+class WaitLimit(Unavailable, code="WAIT_LIMIT"): ...
+class NoSpace(Unavailable, code="NO_SPACE"): ...
+class ChecksumMismatch(Unavailable, code="CHECKSUM_MISMATCH"): ...
 # fmt: on
 
 

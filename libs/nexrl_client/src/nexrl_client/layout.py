@@ -26,11 +26,12 @@ __all__ = [
 
 
 def left_pad(rows: Sequence[Any], value: float, width: int | None = None) -> tuple[Any, Any]:
-    """(padded [B, width], mask [B, width] int32): each row at the right edge, value before it, the
-    mask 1 on its own.
+    """Rows of several lengths at the right edge of one tensor, value before them.
 
-    width None takes the longest row's. Integers become int64, floats keep their dtype (lists:
-    float32). Raises InvalidBatch for a row that is not one-dimensional or is longer than width.
+    rows are B tensors, arrays or lists [n]. width None takes the longest row's length. Integers
+    become int64, floats keep their dtype, of lists float32. Returns padded [B, width] and its mask
+    [B, width] int32, which is 1 on the rows' own. Raises InvalidBatch for a row that is not [n] or
+    is longer than width.
     """
     return _pad(rows, value, width, left=True)
 
@@ -41,16 +42,18 @@ def right_pad(rows: Sequence[Any], value: float, width: int | None = None) -> tu
 
 
 def position_ids(attention_mask: Any) -> Any:
-    """[B, S] int64 = clip(cumsum(attention_mask) - 1, 0): a row's first token has position 0,
-    wherever it stands."""
+    """Positions [B, S] int64 of an attention_mask [B, S].
+
+    They are clip(cumsum - 1, 0) of each row: its first attended token has position 0.
+    """
     attended = to_numpy(attention_mask) != 0
     check_shapes({"attention_mask": attended}, 2)
     return restore(np.maximum(np.cumsum(attended, axis=1, dtype=np.int64) - 1, 0), attention_mask)
 
 
 def response_mask(mask: Any, responses: int) -> Any:
-    """The columns [B, R] of a mask [B, S] of the last R = responses tokens. Raises InvalidBatch for
-    R > S."""
+    """The last columns of a mask [B, S]: [B, R] with R = responses. Raises InvalidBatch where R is
+    not 1 to S."""
     columns = int(mask.shape[1])
     if not 0 < responses <= columns:
         raise InvalidBatch(
@@ -60,10 +63,10 @@ def response_mask(mask: Any, responses: int) -> Any:
 
 
 def loss_mask_after_prompts(attention_mask: Any, prompt_lengths: Any) -> Any:
-    """[B, S] int32, 1 on every attended token after a row's first prompt_lengths [B] attended ones.
+    """A loss_mask [B, S] int32 of an attention_mask [B, S] and prompt_lengths [B].
 
-    For conversations of one turn; where a tool or a user speaks in between, the trainer knows the
-    mask.
+    It is 1 on every attended token after a row's first prompt_lengths attended ones. This is for
+    conversations of one turn; where a tool or a user speaks in between, the trainer knows the mask.
     """
     attended, lengths = to_numpy(attention_mask) != 0, to_numpy(prompt_lengths)
     check_shapes({"attention_mask": attended}, 2)
@@ -76,8 +79,10 @@ def loss_mask_after_prompts(attention_mask: Any, prompt_lengths: Any) -> Any:
 
 
 def scoring_mask(loss_mask: Any, attention_mask: Any) -> Any:
-    """[B, S] int32, 1 where both masks are not 0: what the service scores as
-    scoring_attention_mask."""
+    """The scoring_attention_mask [B, S] int32 of a loss_mask [B, S] and an attention_mask [B, S].
+
+    It is 1 where both are not 0.
+    """
     loss, attended = to_numpy(loss_mask) != 0, to_numpy(attention_mask) != 0
     check_shapes({"loss_mask": loss, "attention_mask": attended}, 2)
     return restore((loss & attended).astype(np.int32), loss_mask, attention_mask)

@@ -116,8 +116,8 @@ def job_response(
 
 
 def error_response(code: str, message: str = "", **details: Any) -> Response:
-    """A refusal or failure with a code of nexrl_contract.errors.ERRORS; job_id=... makes it the end
-    of that job."""
+    """A refusal or failure with one of the service's codes; job_id=... makes it the end of that
+    job."""
     error = ServiceError(code, message, **details)
     headers = {"Retry-After": str(RETRY_AFTER_S)} if error.kind.status in (429, 503) else {}
     return json_response({"error": error.body()}, error.kind.status, headers)
