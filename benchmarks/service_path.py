@@ -109,7 +109,7 @@ class ServicePath:
         ]
         ledger = Ledger(connect(self.redis))
         ranks[0].until(
-            lambda: (group := ledger.group(IDENTIFIER)) is not None and group.info,
+            lambda: (group := ledger.groups.get(IDENTIFIER)) is not None and group.info,
             "the reading ranks",
         )
         return ranks

@@ -78,7 +78,7 @@ def test_it_registers_publishes_and_signs_off(tmp_path: Path, ledger: Ledger, st
     """A save handed over becomes a checkpoint and a finished job; SIGTERM ends the process with 0
     and its record."""
     process = start("two-of-two")
-    eventually(lambda: [record.name for record in ledger.checkpointers()] == ["two-of-two"])
+    eventually(lambda: [record.name for record in ledger.checkpointers.heard()] == ["two-of-two"])
     job = ended(ledger, hand_over(ledger, tmp_path, tmp_path / "ckpt" / "step_1", NEW))
     assert job.state == "finished" and job.result is not None
     files = [path for path in (tmp_path / "ckpt" / "step_1").rglob("*") if path.is_file()]
@@ -92,7 +92,7 @@ def test_it_registers_publishes_and_signs_off(tmp_path: Path, ledger: Ledger, st
     }
     assert loads(tmp_path / "ckpt" / "step_1", NEW) and leftovers(tmp_path) == []
     process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 0 and ledger.checkpointers() == []
+    assert process.wait(10) == 0 and ledger.checkpointers.heard() == []
 
 
 def test_a_bad_save_fails_its_job_and_the_next_one_works(
@@ -153,7 +153,7 @@ def test_the_record_of_a_destroyed_groups_checkpoints_goes(
     start()
     ended(ledger, hand_over(ledger, tmp_path, tmp_path / "ckpt", NEW))
     assert ledger.client.hlen(CHECKPOINTS_KEY) == 1
-    ledger.group_destroyed("student", None)
+    ledger.groups.mark_destroyed("student", None)
     eventually(lambda: ledger.client.hlen(CHECKPOINTS_KEY) == 0)
 
 

@@ -349,7 +349,7 @@ def test_a_later_group_of_the_same_name_removes_nothing_of_the_earlier_one(saves
     stays."""
     saves("run/step_1")
     saves("run/step_2")
-    Ledger(saves.client).group_destroyed("student", None)
+    Ledger(saves.client).groups.mark_destroyed("student", None)
     make_group(saves.client)
     saves("other/step_1")
     assert saves.left() == {"run/step_2", "other/step_1"}
@@ -360,7 +360,7 @@ def test_a_later_group_of_the_same_name_removes_nothing_of_the_earlier_one(saves
 def test_a_restart_of_the_groups_processes_is_the_same_group(saves: Saves) -> None:
     """A new epoch does not make the previous checkpoint another's."""
     saves("step_1")
-    Ledger(saves.client).start_epoch("student", [Share(agent="agent", slots=1, host="here")])
+    Ledger(saves.client).groups.start_epoch("student", [Share(agent="agent", slots=1, host="here")])
     saves("step_2")
     assert saves.left() == {"step_2"}
 
@@ -410,8 +410,8 @@ def test_a_destroyed_group_leaves_no_record_of_its_checkpoints(saves: Saves) -> 
     saves("weights", weight_only=True)
     saves("theirs", identifier="teacher")
     ledger = Ledger(saves.client)
-    ledger.group_destroyed("student", None)
-    ledger.forget_destroyed_checkpoints()
+    ledger.groups.mark_destroyed("student", None)
+    ledger.checkpoints.forget_destroyed()
     assert list(saves.client.hgetall(CHECKPOINTS_KEY)) == ["teacher:sharded"]
     late = make_request(saves.data, saves.data / "late")
     replace_previous(ledger, late, time.time())

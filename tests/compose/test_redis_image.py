@@ -48,7 +48,7 @@ def ledger(image_url: str) -> Iterator[Ledger]:
     claimed = ledger.claim(names.AGENT_QUEUE, job_id=placement.id)
     assert claimed is not None
     ledger.finish(claimed, result={})
-    ledger.start_epoch(GROUP, [Share(agent="agent", slots=1, host="host")])
+    ledger.groups.start_epoch(GROUP, [Share(agent="agent", slots=1, host="host")])
     yield ledger
     ledger.client.close()
 
@@ -79,10 +79,10 @@ def test_jobs_are_submitted_once_claimed_in_order_and_finished_under_the_fence(
     record = ledger.require_job(first.id)
     assert (record.state, record.result, record.seq) == ("finished", {"x": 1}, 1)
 
-    ledger.start_epoch(GROUP, [Share(agent="agent", slots=1, host="host")])
+    ledger.groups.start_epoch(GROUP, [Share(agent="agent", slots=1, host="host")])
     with pytest.raises(Fenced):
         ledger.claim(QUEUE, identifier=GROUP, epoch=1)
-    ledger.group_down(GROUP, 2, "gone")
+    ledger.groups.mark_down(GROUP, 2, "gone")
     assert ledger.require_job(second.id).state == "failed"
 
 

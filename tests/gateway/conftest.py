@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from nexrl_contract.records import AgentRecord
+from nexrl_contract.records import ProcessRecord
 from nexrl_ledger import Ledger, connect
 
 from tests.helpers.gateway import Gateway, PlayedGroup
@@ -52,7 +52,7 @@ def gateway(shared_gateway: Gateway, redis_url: str) -> Gateway:
 @pytest.fixture
 def ledger(redis_url: str) -> Iterator[Ledger]:
     ledger = Ledger(connect(redis_url))
-    ledger.beat(AgentRecord(name="agent", host="here", slots=4, free=4))
+    ledger.agents.beat(ProcessRecord(name="agent", host="here", slots=4, free=4))
     yield ledger
     ledger.client.close()
 

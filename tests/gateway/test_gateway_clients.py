@@ -23,7 +23,7 @@ from nexrl_client import (
     Unreachable,
 )
 from nexrl_contract import names
-from nexrl_contract.records import AgentRecord, JobRecord
+from nexrl_contract.records import JobRecord, ProcessRecord
 from nexrl_ledger import Ledger
 
 from tests.helpers.gateway import Gateway, PlayedGroup, tensors
@@ -218,7 +218,7 @@ def test_a_group_that_is_down_is_said_at_once_and_one_that_restarts_is_waited_fo
     thread.start()
     wait_until(lambda: group.waiting() == 2)
     start = time.monotonic()
-    ledger.group_down("student", 1, "rank 0 was killed")
+    ledger.groups.mark_down("student", 1, "rank 0 was killed")
     thread.join(20)
     assert "rank 0 was killed" in str(errors[0])
     for call in (waiting.result, client.barrier, lambda: client.update_actor(asked_by(2))):
@@ -229,7 +229,7 @@ def test_a_group_that_is_down_is_said_at_once_and_one_that_restarts_is_waited_fo
     assert time.monotonic() - start < 10
 
     restarted = make_group("restarted", state="starting")
-    back = threading.Timer(1.0, lambda: ledger.update_group("restarted", state="ready"))
+    back = threading.Timer(1.0, lambda: ledger.groups.update("restarted", state="ready"))
     back.start()
     with HTTPTrainServiceClient(gateway.url, "restarted") as other:
         job = other.submit("barrier")
@@ -249,7 +249,7 @@ def test_a_time_out_says_what_the_job_waits_for(
         second.result(0.1)
     with pytest.raises(ServiceTimeout, match="it waits for the consumer of train:student"):
         first.result(0.1)
-    ledger.update_group("student", placement=[{"agent": "gone", "slots": 1}])
+    ledger.groups.update("student", placement=[{"agent": "gone", "slots": 1}])
     with pytest.raises(ServiceTimeout, match="it waits for agent gone, which is not heard"):
         first.result(0.1)
 
@@ -266,7 +266,7 @@ def test_without_an_agent_initialize_waits_only_for_a_stack_that_has_just_starte
     """
     (tmp_path / "config.json").write_text("{}")
     config = {"actor": {"model": {"path": str(tmp_path)}}}
-    ledger.sign_off("agent")
+    ledger.agents.sign_off("agent")
     young = Gateway(tmp_path / "young", redis_url)
     try:
         with HTTPTrainServiceClient(young.url, "student") as client:
@@ -281,9 +281,9 @@ def test_without_an_agent_initialize_waits_only_for_a_stack_that_has_just_starte
             with pytest.raises(GroupDown, match="no worker agent is alive"):
                 client.initialize_worker(config_dict=config, world_size=1)
             assert time.monotonic() - start < 5
-            ledger.beat(AgentRecord(name="agent", slots=4, free=4))
+            ledger.agents.beat(ProcessRecord(name="agent", slots=4, free=4))
             placed = client.submit("initialize_worker", config_dict=config, world_size=1)
-            ledger.sign_off("agent")
+            ledger.agents.sign_off("agent")
             assert "a worker agent: none is alive" in placed.status()["waits_for"]
             with pytest.raises(GroupDown, match="no worker agent is alive") as caught:
                 placed.result(1)

@@ -16,7 +16,7 @@ import xxhash
 from nexrl_contract import names
 from nexrl_contract.errors import ERRORS
 from nexrl_contract.operations import OPERATIONS
-from nexrl_contract.records import AgentRecord, Share
+from nexrl_contract.records import ProcessRecord, Share
 from nexrl_ledger import Ledger
 from tensor_codec import from_json
 
@@ -116,7 +116,7 @@ def test_what_is_shown_of_the_service_is_as_shown(
     gateway: Gateway, ledger: Ledger, group: PlayedGroup, paths: Spec
 ) -> None:
     """Health, models, jobs and parts: the keys of the examples are those of real answers."""
-    ledger.beat(AgentRecord(name="local-1", slots=1, free=1), checkpointer=True)
+    ledger.checkpointers.beat(ProcessRecord(name="local-1", slots=1, free=1))
     for path in ("/health", "/ready", "/get_models"):
         assert keys_of(gateway.get(path).json()) == keys_of(example(paths, path, "get")), path
     info = gateway.get("/worker_info").json()
@@ -148,8 +148,10 @@ def test_a_new_groups_answer_is_as_shown(
     job_id = gateway.post(path, json=sent, headers=ASYNC).json()["id"]
     job = ledger.claim(names.AGENT_QUEUE)
     assert job is not None
-    ledger.update_group(
-        "new", ledger.start_epoch("new", [Share(agent="agent", slots=1, host="here")]), state="up"
+    ledger.groups.update(
+        "new",
+        ledger.groups.start_epoch("new", [Share(agent="agent", slots=1, host="here")]),
+        state="up",
     )
     ledger.finish(job, result={})
     shown = keys_of(example(paths, "/initialize"))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nexrl_contract.records import AgentRecord
+from nexrl_contract.records import ProcessRecord
 from nexrl_ledger import Ledger
 
 from tests.helpers.gateway import ASYNC, Gateway, refusal
@@ -15,9 +15,9 @@ from tests.helpers.gateway import ASYNC, Gateway, refusal
 @pytest.fixture
 def fixed(ledger: Ledger) -> Ledger:
     """Two agents, and none for any group."""
-    ledger.sign_off("agent")
-    ledger.beat(AgentRecord(name="one", slots=2, free=2, identifier="student"))
-    ledger.beat(AgentRecord(name="two", slots=1, free=1, identifier="teacher"))
+    ledger.agents.sign_off("agent")
+    ledger.agents.beat(ProcessRecord(name="one", slots=2, free=2, identifier="student"))
+    ledger.agents.beat(ProcessRecord(name="two", slots=1, free=1, identifier="teacher"))
     return ledger
 
 
@@ -40,7 +40,7 @@ def test_another_group_is_refused_for_good_and_the_fixed_ones_are_named(
     assert "student, teacher" in error["message"]
     assert gateway.get("/get_models").json()["count"] == 0
 
-    fixed.beat(AgentRecord(name="three", slots=2, free=2))
+    fixed.agents.beat(ProcessRecord(name="three", slots=2, free=2))
     assert (
         gateway.post("/initialize?identifier=critic", json=wanted, headers=ASYNC).status_code == 202
     )

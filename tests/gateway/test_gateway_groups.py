@@ -11,7 +11,7 @@ import pytest
 import requests
 from nexrl_contract import names
 from nexrl_contract.operations import OPERATIONS
-from nexrl_contract.records import AgentRecord, Share
+from nexrl_contract.records import ProcessRecord, Share
 from nexrl_ledger import Ledger
 
 from tests.helpers.gateway import ASYNC, Gateway, PlayedGroup, refusal
@@ -40,8 +40,8 @@ def body(model: Path, **changes: Any) -> dict[str, Any]:
 def place(ledger: Ledger, identifier: str = "student") -> None:
     """What an agent does when the ranks are up."""
     job = wait_until(lambda: ledger.claim(names.AGENT_QUEUE), 5, "the placement job")
-    epoch = ledger.start_epoch(identifier, [Share(agent="agent", slots=1, host="here")])
-    ledger.update_group(identifier, epoch, state="up")
+    epoch = ledger.groups.start_epoch(identifier, [Share(agent="agent", slots=1, host="here")])
+    ledger.groups.update(identifier, epoch, state="up")
     ledger.finish(job, result={})
 
 
@@ -70,7 +70,7 @@ def test_initialize_makes_a_group_and_again_changes_nothing(
     other["config_dict"]["actor"]["optim"]["lr"] = 1e-4
     error = refusal(gateway.post(INITIALIZE, json=other), 409, "GROUP_EXISTS")
     assert error["keys"] == ["actor.optim.lr", "world_size"]
-    group = ledger.group("student")
+    group = ledger.groups.get("student")
     assert group is not None
     assert group.config["model"]["path"] == str(model)
     assert group.config["optim"]["lr"] == 1e-3
@@ -93,7 +93,7 @@ def test_a_whole_service_entry_needs_nothing_else(
         "/initialize", json={"config_dict": entry, "role": "teacher"}, headers=ASYNC
     )
     assert response.json()["identifier"] == "entry"
-    group = ledger.group("entry")
+    group = ledger.groups.get("entry")
     assert group is not None
     assert (group.role, group.world_size, group.ignored) == ("teacher", 3, ["role"])
     entry |= {
@@ -102,7 +102,7 @@ def test_a_whole_service_entry_needs_nothing_else(
         "actor": entry["actor"] | {"entropy_coeff": 0.1},
     }
     gateway.post("/initialize", json={"config_dict": entry}, headers=ASYNC)
-    group = ledger.group("other")
+    group = ledger.groups.get("other")
     assert group is not None
     assert (group.role, group.ignored) == ("critic", ["actor.entropy_coeff"])
 
@@ -114,7 +114,7 @@ def test_the_ranks_share_a_micro_batch(gateway: Gateway, ledger: Ledger, model: 
     own["config_dict"]["actor"]["ppo_micro_batch_size_per_gpu"] = 4
     gateway.post(INITIALIZE, json=whole, headers=ASYNC)
     place(ledger)
-    group = ledger.group("student")
+    group = ledger.groups.get("student")
     assert group is not None
     assert group.config["ppo_micro_batch_size_per_gpu"] == 4
     assert gateway.post(INITIALIZE, json=own).json()["already"]
@@ -140,7 +140,7 @@ def test_a_group_that_must_wait_says_for_what(
     gateway: Gateway, ledger: Ledger, model: Path
 ) -> None:
     """No free slots: a queued job that names them; impossible: 422; no agent at all: 503."""
-    ledger.beat(AgentRecord(name="agent", slots=4, free=1))
+    ledger.agents.beat(ProcessRecord(name="agent", slots=4, free=1))
     waiting = gateway.post(INITIALIZE, json=body(model), headers=ASYNC).json()
     assert waiting["state"] == "queued"
     assert "2 free slots" in waiting["waits_for"]
@@ -150,7 +150,7 @@ def test_a_group_that_must_wait_says_for_what(
         "NO_SUCH_SLOTS",
     )
     assert error["slots"] == 4
-    ledger.sign_off("agent")
+    ledger.agents.sign_off("agent")
     refusal(gateway.post("/initialize?identifier=big", json=body(model)), 503, "GROUP_DOWN")
     assert gateway.get("/get_models").json()["identifiers"] == ["student"]
 
@@ -241,7 +241,7 @@ def test_destroy_of_a_living_group_is_its_own_job(gateway: Gateway, group: Playe
     assert group.run_next(result={}).operation == "barrier"
     job = wait_until(group.claim, 5, "the job")
     assert job.id == job_id
-    group.ledger.group_destroyed("student", 1)
+    group.ledger.groups.mark_destroyed("student", 1)
     group.end(job, {})
     assert gateway.get(f"/jobs/{job_id}/result").json()["status"] == "success"
 
@@ -278,7 +278,7 @@ def test_a_down_group_is_not_already_there(gateway: Gateway, ledger: Ledger, mod
     """Equal settings of a group that is down: 503 with the cause, never success."""
     gateway.post(INITIALIZE, json=body(model), headers=ASYNC)
     place(ledger)
-    ledger.group_down("student", 1, "rank 0 was killed")
+    ledger.groups.mark_down("student", 1, "rank 0 was killed")
     assert (
         refusal(gateway.post(INITIALIZE, json=body(model)), 503, "GROUP_DOWN")["cause"]
         == "rank 0 was killed"

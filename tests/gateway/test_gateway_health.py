@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from nexrl_contract import names
-from nexrl_contract.records import AgentRecord, JobRecord, Share
+from nexrl_contract.records import JobRecord, ProcessRecord, Share
 from nexrl_gateway.upkeep import Watch
 from nexrl_ledger import Ledger
 
@@ -71,11 +71,11 @@ def test_an_emptied_redis_is_said_until_a_group_is_made_again(
     gateway: Gateway, group: PlayedGroup, ledger: Ledger
 ) -> None:
     """Its agents and ranks may well live; what it held is gone."""
-    agent = AgentRecord(name="agent", host="here", slots=4, free=4)
+    agent = ProcessRecord(name="agent", host="here", slots=4, free=4)
     assert reasons(gateway) == []
     for _ in range(2):
         ledger.client.flushall()
-        ledger.beat(agent)
+        ledger.agents.beat(agent)
         for _ in range(2):
             (reason,) = reasons(gateway)
             assert reason.startswith("Redis was emptied")
@@ -102,15 +102,15 @@ def test_missing_agents_and_checkpointers_are_named(gateway: Gateway, ledger: Le
     PlayedGroup(ledger, gateway.payloads, placement=[Share(agent="local", slots=1)])
     (reason,) = reasons(gateway)
     assert "its agent local is not heard" in reason
-    ledger.beat(AgentRecord(name="local"))
+    ledger.agents.beat(ProcessRecord(name="local"))
     assert reasons(gateway) == []
     _wait_in(ledger, names.CHECKPOINT_QUEUE, "save_checkpoint")
     (reason,) = reasons(gateway)
     assert "no checkpointer is heard, and 1 saves wait" in reason
-    ledger.beat(AgentRecord(name="local-1"), checkpointer=True)
+    ledger.checkpointers.beat(ProcessRecord(name="local-1"))
     assert reasons(gateway) == []
-    ledger.sign_off("agent")
-    ledger.sign_off("local")
+    ledger.agents.sign_off("agent")
+    ledger.agents.sign_off("local")
     assert any("no agent is heard" in reason for reason in reasons(gateway))
 
 
@@ -124,7 +124,7 @@ def test_work_that_an_idle_consumer_does_not_take(
     """Named with its job once it has waited long; what waits for a reason, or behind something,
     does not count."""
     monkeypatch.setattr("nexrl_gateway.upkeep.QUIET_S", 0.3)
-    ledger.beat(AgentRecord(name="local-1"), checkpointer=True)
+    ledger.checkpointers.beat(ProcessRecord(name="local-1"))
     watch = Watch(ledger, tmp_path)
     first = gateway.post("/barrier", headers=ASYNC).json()["id"]
     gateway.post("/barrier", headers=ASYNC)

@@ -318,7 +318,7 @@ def test_a_key_answers_also_when_the_group_has_gone(gateway: Gateway, group: Pla
     headers = {**FRAME, "Idempotency-Key": "last-step"}
     with group.working(lambda job: {"result": {"metrics": {"loss": 2.0}}}):
         first = gateway.post(UPDATE, data=frame(), headers=headers).json()
-    group.ledger.group_down("student", 1, "rank 0 was killed")
+    group.ledger.groups.mark_down("student", 1, "rank 0 was killed")
     assert gateway.post(UPDATE, data=frame(), headers=headers).json() == first
     refusal(
         gateway.post(UPDATE, data=frame(), headers={**headers, "Idempotency-Key": "next"}),

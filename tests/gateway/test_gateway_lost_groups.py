@@ -28,7 +28,7 @@ def test_a_group_that_nobody_has_any_more_goes_down_and_fails_its_jobs(
     assert groups.look() == [], "silence is observed for a while first"
     assert wait_until(groups.look, 5) == ["lost"]
 
-    states = {group.identifier: group.state for group in ledger.groups()}
+    states = {group.identifier: group.state for group in ledger.groups.living()}
     assert states == {"lost": "down", "kept": "ready", "alive": "ready"}
     assert (
         "agent gone" in refusal(gateway.get(f"/jobs/{job_id}/result"), 503, "GROUP_DOWN")["message"]

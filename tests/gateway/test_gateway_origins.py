@@ -72,7 +72,7 @@ def test_a_page_of_another_origin_changes_and_learns_nothing(
     ):
         assert code(ask(gateway, line, FOREIGN[name])) == (403, "FOREIGN_ORIGIN"), line
     assert group.waiting() == 0
-    assert group.ledger.identifiers() == ["student"]
+    assert group.ledger.groups.identifiers() == ["student"]
 
 
 @pytest.mark.parametrize("name", HOSTS)

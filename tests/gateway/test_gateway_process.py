@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from nexrl_contract import names
 from nexrl_contract.names import AGENT_QUEUE, JANITOR_KEY
-from nexrl_contract.records import AgentRecord
+from nexrl_contract.records import ProcessRecord
 from nexrl_gateway.services import Services
 from nexrl_gateway.settings import Settings
 from nexrl_gateway.upkeep import sweep
@@ -207,13 +207,13 @@ def test_roots_are_as_configured(redis_url: str, tmp_path: Path) -> None:
         refusal(
             gateway.post("/initialize?identifier=x", json=body), 503, "GROUP_DOWN"
         )  # the path is fine, no agent is there
-        ledger.beat(AgentRecord(name="agent", slots=1, free=1))
+        ledger.agents.beat(ProcessRecord(name="agent", slots=1, free=1))
         accepted = gateway.post("/initialize?identifier=x", json=body, headers=ASYNC).json()
         job = wait_until(lambda: ledger.claim(AGENT_QUEUE), 5, "the placement job")
         ledger.finish(job, result={})
         answer = gateway.get(f"/jobs/{accepted['id']}/result").json()
         assert answer["paths"] == {"actor.model.path": str(tmp_path / "models" / "tiny")}
-        ledger.group_destroyed("x", None)
+        ledger.groups.mark_destroyed("x", None)
         job_id = gateway.post("/compute_log_prob", data=frame(), headers={**FRAME, **ASYNC}).json()[
             "id"
         ]

@@ -33,7 +33,7 @@ def test_a_destroy_that_redis_did_not_answer_is_done_when_it_is_asked_for_again(
     assert lossy.command is None, "nothing was lost"
     again = gateway.post("/destroy?identifier=second", headers=key)
     assert (again.status_code, again.json().get("status")) == (200, "success"), again.text
-    assert ledger.groups() == []
+    assert ledger.groups.living() == []
     gateway.stop()
     lossy.close()
     ledger.client.close()

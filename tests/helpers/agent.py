@@ -154,7 +154,7 @@ class Agents:
 
     def group(self, identifier: str = "student") -> GroupRecord:
         """The group's record."""
-        group = self.ledger.group(identifier)
+        group = self.ledger.groups.get(identifier)
         assert group is not None
         return group
 
@@ -164,7 +164,7 @@ class Agents:
 
     def free(self) -> int:
         """Slots that the agent says are free."""
-        return self.ledger.agents()[0].free
+        return self.ledger.agents.heard()[0].free
 
     def ranks(self) -> list[psutil.Process]:
         """The rank processes on this data folder, and their launchers."""

@@ -144,7 +144,7 @@ def hand_over(ledger: Ledger, data: Path, path: Path, state: State, **changes: A
     )
     stage(data, job.id, state)
     ledger.submit(job, group=GroupRecord(identifier=identifier, state="ready"))
-    epoch = next(group.epoch for group in ledger.groups() if group.identifier == identifier)
+    epoch = next(group.epoch for group in ledger.groups.living() if group.identifier == identifier)
     claimed = ledger.claim(queue, identifier=identifier, epoch=epoch)
     assert claimed is not None and claimed.id == job.id
     params = publish_params(data, job.id, path, **changes)

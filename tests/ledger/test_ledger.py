@@ -31,7 +31,7 @@ def ledger(redis_url: str) -> Iterator[Ledger]:
     claimed = ledger.claim(names.AGENT_QUEUE, job_id=placement.id)
     assert claimed is not None
     ledger.finish(claimed, result={})
-    ledger.start_epoch(GROUP, [Share(agent="agent", slots=1, host="host")])
+    ledger.groups.start_epoch(GROUP, [Share(agent="agent", slots=1, host="host")])
     yield ledger
     ledger.client.close()
 
@@ -107,7 +107,7 @@ def test_a_replaced_incarnation_can_neither_claim_nor_finish(ledger: Ledger) -> 
     claimed = claim(ledger)
     assert claimed is not None
 
-    ledger.start_epoch(GROUP, [Share(agent="agent", slots=1, host="host")])
+    ledger.groups.start_epoch(GROUP, [Share(agent="agent", slots=1, host="host")])
 
     with pytest.raises(Fenced):
         ledger.finish(claimed, epoch=1, result={})
@@ -149,9 +149,9 @@ def test_a_group_that_goes_down_fails_every_job_with_the_cause(ledger: Ledger) -
     running, queued = submit(ledger, 2)
     claim(ledger)
 
-    ledger.group_down(GROUP, 1, "rank 1: out of memory", rank=1)
+    ledger.groups.mark_down(GROUP, 1, "rank 1: out of memory", rank=1)
 
-    group = ledger.group(GROUP)
+    group = ledger.groups.get(GROUP)
     assert group is not None
     assert (group.state, group.cause) == ("down", "rank 1: out of memory")
     codes = {
@@ -167,19 +167,19 @@ def test_what_a_group_that_was_taken_for_lost_still_says_changes_nothing(ledger:
     submit(ledger)
     saved = claim(ledger)
     assert saved is not None
-    ledger.group_down(GROUP, 1, "its agent has not been heard")
+    ledger.groups.mark_down(GROUP, 1, "its agent has not been heard")
 
     with pytest.raises(Fenced):
         ledger.hand_over(saved, names.CHECKPOINT_QUEUE, epoch=1, params={})
     with pytest.raises(Fenced):
-        ledger.update_group(GROUP, 1, state="ready")
-    ledger.group_destroyed(GROUP, 1)
+        ledger.groups.update(GROUP, 1, state="ready")
+    ledger.groups.mark_destroyed(GROUP, 1)
     with pytest.raises(Fenced):
-        ledger.update_group(GROUP, 1, state="starting")
+        ledger.groups.update(GROUP, 1, state="starting")
 
     assert ledger.require_job(saved.id).state == "failed"
     assert ledger.queue_length(names.CHECKPOINT_QUEUE) == 0
-    group = ledger.group(GROUP)
+    group = ledger.groups.get(GROUP)
     assert group is not None
     assert group.state == "destroyed"
 
@@ -191,7 +191,7 @@ def test_what_was_lost_with_the_weights_is_marked_rolled_back(ledger: Ledger) ->
         assert claimed is not None
         ledger.finish(claimed, epoch=1, seq=seq)
 
-    assert ledger.roll_back(GROUP, 1, 1) == 2
+    assert ledger.groups.roll_back(GROUP, 1, 1) == 2
     assert [ledger.require_job(job_id).state for job_id in ids] == [
         "finished",
         "rolled_back",
@@ -205,15 +205,15 @@ def test_a_destroyed_group_takes_nothing_more_and_stays_destroyed(ledger: Ledger
     destroy, _ = ledger.submit(job("destroy"))
     claim(ledger)
 
-    ledger.group_destroyed(GROUP, 1)
+    ledger.groups.mark_destroyed(GROUP, 1)
 
     assert ledger.require_job(destroy.id).state == "finished"
     assert ledger.queue_length(QUEUE) == 0
     with pytest.raises(Fenced):
         claim(ledger)
     with pytest.raises(Fenced):
-        ledger.group_down(GROUP, 1, "rank 0 was killed")
-    group = ledger.group(GROUP)
+        ledger.groups.mark_down(GROUP, 1, "rank 0 was killed")
+    group = ledger.groups.get(GROUP)
     assert group is not None
     assert group.state == "destroyed"
 
@@ -226,26 +226,30 @@ def test_a_destroy_that_waits_for_a_group_that_goes_down_has_what_it_asks_for(
     running = claim(ledger)
     destroy, _ = ledger.submit(job("destroy"))
 
-    ledger.group_down(GROUP, 1, "rank 0 was killed")
+    ledger.groups.mark_down(GROUP, 1, "rank 0 was killed")
 
     assert running is not None
     assert "rank 0 was killed" in (ledger.require_job(running.id).error or {})["message"]
     assert ledger.require_job(destroy.id).state == "finished"
-    group = ledger.group(GROUP)
+    group = ledger.groups.get(GROUP)
     assert group is not None
-    assert (group.state, ledger.identifiers(), ledger.queue_length(QUEUE)) == ("destroyed", [], 0)
+    assert (group.state, ledger.groups.identifiers(), ledger.queue_length(QUEUE)) == (
+        "destroyed",
+        [],
+        0,
+    )
 
 
 def test_epochs_go_on_when_a_name_is_used_again(ledger: Ledger) -> None:
     """What the former group's processes still write is fenced off."""
-    ledger.group_destroyed(GROUP, 1)
+    ledger.groups.mark_destroyed(GROUP, 1)
     ledger.submit(
         job("initialize_worker", queue=names.AGENT_QUEUE),
         group=GroupRecord(identifier=GROUP, created_at=time.time()),
     )
 
-    assert ledger.start_epoch(GROUP, [Share(agent="agent", slots=1, host="host")]) > 1
-    for late in (ledger.group_destroyed, ledger.update_group):
+    assert ledger.groups.start_epoch(GROUP, [Share(agent="agent", slots=1, host="host")]) > 1
+    for late in (ledger.groups.mark_destroyed, ledger.groups.update):
         with pytest.raises(Fenced):
             late(GROUP, 1)
 
@@ -337,7 +341,7 @@ def test_ended_jobs_leave_no_key_without_an_expiry(ledger: Ledger, redis_url: st
     ids = submit(ledger, 3)
     with Group(redis_url) as group:
         wait_until(lambda: group.ran == ids, 5)
-    ledger.group_destroyed(GROUP, 1)
+    ledger.groups.mark_destroyed(GROUP, 1)
 
     lasting = {key for key in ledger.client.keys("*") if ledger.client.ttl(key) == -1}
 

@@ -57,7 +57,7 @@ def test_a_save_is_handed_over_once_though_the_reply_is_lost_and_the_checkpointe
         job("save_checkpoint"),
         group=GroupRecord(identifier=GROUP, created_at=time.time()),
     )
-    ledger.start_epoch(GROUP, [Share(agent="agent", slots=1, host="host")])
+    ledger.groups.start_epoch(GROUP, [Share(agent="agent", slots=1, host="host")])
     saved = ledger.claim(QUEUE, identifier=GROUP, epoch=1)
     assert saved is not None
 
@@ -99,7 +99,7 @@ def test_what_a_redis_that_takes_no_writes_refuses_is_said_again_when_it_takes_t
     head of its queue for ever."""
     ledger = Ledger(connect(redis_url))
     ledger.submit(job(), group=GroupRecord(identifier=GROUP, created_at=time.time()))
-    ledger.start_epoch(GROUP, [Share(agent="agent", slots=1, host="host")])
+    ledger.groups.start_epoch(GROUP, [Share(agent="agent", slots=1, host="host")])
     running = ledger.claim(QUEUE, identifier=GROUP, epoch=1)
     assert running is not None
     refused = []

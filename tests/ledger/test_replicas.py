@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from nexrl_contract.records import AgentRecord
+from nexrl_contract.records import ProcessRecord
 from nexrl_ledger import Ledger, connect
 
 SAY_NAME = "import os, sys; print(os.environ['NAME'], flush=True); sys.stdin.read()"
@@ -40,9 +40,8 @@ def replica(data: Path) -> tuple[subprocess.Popen[str], str]:
 
 
 def health_check(kind: str, redis_url: str) -> int:
-    env = {**os.environ, "NEXRL_REDIS_URL": redis_url}
-    command = [sys.executable, "-m", "nexrl_ledger.alive", kind]
-    return subprocess.run(command, env=env, stderr=subprocess.DEVNULL).returncode
+    command = [sys.executable, "-m", "nexrl_ledger.health", kind, redis_url]
+    return subprocess.run(command, stderr=subprocess.DEVNULL).returncode
 
 
 def test_replicas_take_different_names_and_a_killed_ones_name_is_taken_again(
@@ -64,14 +63,14 @@ def test_replicas_take_different_names_and_a_killed_ones_name_is_taken_again(
 def test_the_health_check_follows_the_heartbeat_of_its_own_kind_and_host(redis_url: str) -> None:
     """It fails without a record, with another host's, and with one of the other kind."""
     ledger = Ledger(connect(redis_url))
-    ledger.beat(AgentRecord(name="elsewhere", host="elsewhere", heartbeat=time.time()))
+    ledger.agents.beat(ProcessRecord(name="elsewhere", host="elsewhere", heartbeat=time.time()))
     assert health_check("agent", redis_url) == 1
 
-    ledger.beat(AgentRecord(name="here", host=socket.gethostname(), heartbeat=time.time()))
+    ledger.agents.beat(ProcessRecord(name="here", host=socket.gethostname(), heartbeat=time.time()))
     assert health_check("agent", redis_url) == 0
     assert health_check("checkpointer", redis_url) == 1
 
-    ledger.sign_off("here")
+    ledger.agents.sign_off("here")
     assert health_check("agent", redis_url) == 1
     ledger.client.close()
 

@@ -52,7 +52,7 @@ def test_only_the_newest_jobs_are_kept(ledger: Ledger) -> None:
     """An old one is 410, not 404, and so is its key: a request that comes again is refused, and
     nothing runs twice."""
     jobs = finished(ledger, 12)
-    assert ledger.drop_finished(5, at_least_s=0.0) == 7
+    assert ledger.retention.drop_finished(5, at_least_s=0.0) == 7
     assert jobs_and_keys(ledger) == 10
     assert [kept.id for kept in ledger.jobs()] == [each.id for each in reversed(jobs[7:])]
     with pytest.raises(ServiceError, match="EXPIRED"):
@@ -75,8 +75,8 @@ def test_what_has_not_ended_or_has_just_ended_stays(ledger: Ledger) -> None:
     """However many there are."""
     queued, _ = ledger.submit(job("destroy", queue="train:other", key="queued"))
     finished(ledger, 3)
-    assert ledger.drop_finished(0, at_least_s=60.0) == 0
-    assert ledger.drop_finished(0, at_least_s=0.0) == 3
+    assert ledger.retention.drop_finished(0, at_least_s=60.0) == 0
+    assert ledger.retention.drop_finished(0, at_least_s=0.0) == 3
     assert ledger.require_job(queued.id).state == "queued"
 
 
@@ -85,34 +85,36 @@ def test_spent_keys_are_bounded_by_count_and_kept_for_an_hour(
 ) -> None:
     monkeypatch.setattr(retention, "SPENT_KEPT", 4)
     finished(ledger, 6)
-    ledger.drop_finished(0, at_least_s=0.0)
+    ledger.retention.drop_finished(0, at_least_s=0.0)
     assert ledger.client.zcard(names.SPENT_KEY) == 6
     for older, key in enumerate(ledger.client.zrange(names.SPENT_KEY, 0, 2)):
         ledger.client.zincrby(names.SPENT_KEY, -2 * retention.SPENT_KEPT_S - older, key)
-    ledger.drop_finished(0, at_least_s=0.0)
+    ledger.retention.drop_finished(0, at_least_s=0.0)
     assert ledger.client.zcard(names.SPENT_KEY) == 4
 
 
 def test_a_delivered_result_is_due_once_nobody_has_read_it_for_a_while(ledger: Ledger) -> None:
     """Whoever reads it again holds it; once it is being removed nobody begins to, until it has
     gone."""
-    ledger.delivered("a")
-    assert ledger.take_due_results(keep_s=60.0) == []
+    ledger.retention.delivered("a")
+    assert ledger.retention.take_due_results(keep_s=60.0) == []
     ledger.client.zadd(names.DELIVERED_KEY, {"a": time.time() - 100, "b": time.time() - 100})
-    assert ledger.hold_result("a")
-    assert ledger.take_due_results(keep_s=60.0) == ["b"]
-    assert not ledger.hold_result("b")
-    assert ledger.take_due_results(keep_s=60.0) == ["b"], "one who died before it was removed"
-    ledger.forget_results(["b"])
-    assert ledger.take_due_results(keep_s=60.0) == []
-    assert ledger.hold_result("never delivered")
+    assert ledger.retention.hold_result("a")
+    assert ledger.retention.take_due_results(keep_s=60.0) == ["b"]
+    assert not ledger.retention.hold_result("b")
+    assert ledger.retention.take_due_results(keep_s=60.0) == ["b"], (
+        "one who died before it was removed"
+    )
+    ledger.retention.forget_results(["b"])
+    assert ledger.retention.take_due_results(keep_s=60.0) == []
+    assert ledger.retention.hold_result("never delivered")
 
 
 def test_results_go_with_their_jobs_unless_they_are_being_read(ledger: Ledger) -> None:
     jobs = finished(ledger, 2, result_payload=PayloadRef(id="r", nbytes=1))
-    ledger.delivered(jobs[0].id)
-    assert ledger.drop_finished(0, at_least_s=0.0) == 1
-    assert ledger.take_due_results(keep_s=60.0) == [jobs[1].id]
+    ledger.retention.delivered(jobs[0].id)
+    assert ledger.retention.drop_finished(0, at_least_s=0.0) == 1
+    assert ledger.retention.take_due_results(keep_s=60.0) == [jobs[1].id]
     assert ledger.require_job(jobs[0].id).state == "finished"
 
 
@@ -128,18 +130,18 @@ def test_records_of_destroyed_groups_are_bounded(
 
     for number in range(6):
         make(f"group-{number}")
-        ledger.group_destroyed(f"group-{number}", None)
+        ledger.groups.mark_destroyed(f"group-{number}", None)
     make("group-0")
 
-    assert ledger.drop_destroyed(at_least_s=60.0) == 0
-    assert ledger.drop_destroyed(at_least_s=0.0) == 3
+    assert ledger.retention.drop_destroyed(at_least_s=60.0) == 0
+    assert ledger.retention.drop_destroyed(at_least_s=0.0) == 3
     left = [
         name
         for name in (f"group-{number}" for number in range(6))
-        if ledger.group(name) is not None
+        if ledger.groups.get(name) is not None
     ]
     assert left == ["group-0", "group-4", "group-5"]
-    assert ledger.identifiers() == ["group-0"]
+    assert ledger.groups.identifiers() == ["group-0"]
     ledger.client.zadd(names.DESTROYED_KEY, {"group-4": 1.0})
-    assert ledger.drop_destroyed(at_least_s=0.0) == 0
+    assert ledger.retention.drop_destroyed(at_least_s=0.0) == 0
     assert ledger.client.zcard(names.DESTROYED_KEY) == 1, "its record has ended by itself"

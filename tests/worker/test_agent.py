@@ -83,7 +83,7 @@ def test_a_claim_whose_reply_is_lost_still_runs_and_a_replaced_group_gives_its_s
     assert lossy.reply is None, "nothing was lost"
     assert (lost, ended.state, ended.attempt) == (1, "finished", 2)
 
-    agents.ledger.start_epoch("student", [Share(agent="another", slots=1, host="host")])
+    agents.ledger.groups.start_epoch("student", [Share(agent="another", slots=1, host="host")])
     wait_until(lambda: agents.free() == 2, 20, "the slots")
     wait_until(lambda: not agents.ranks(), 10, "the end of the ranks")
     agents.ready(model, "next", world_size=2)
@@ -121,7 +121,7 @@ def test_what_destroyed_groups_leave_is_bounded(
         if name != "old":
             agents.place(Path("/nowhere"), name)
         if name not in ("living", "old"):
-            agents.ledger.group_destroyed(name, None)
+            agents.ledger.groups.mark_destroyed(name, None)
         (own / "groups" / name / "state").mkdir(parents=True)
         log = own / "logs" / "groups" / name / "rank0.log"
         log.parent.mkdir(parents=True)
@@ -164,9 +164,9 @@ def test_a_placement_left_behind_by_a_former_group_does_not_place_the_next_one(
     again."""
     former = agents.place(model)
     assert agents.ledger.claim(names.AGENT_QUEUE, job_id=former.id) is not None
-    epoch = agents.ledger.start_epoch("student", [Share(agent="lost", slots=1, host="host")])
-    agents.ledger.group_down("student", epoch, "its agent has not been heard")
-    agents.ledger.group_destroyed("student", epoch)
+    epoch = agents.ledger.groups.start_epoch("student", [Share(agent="lost", slots=1, host="host")])
+    agents.ledger.groups.mark_down("student", epoch, "its agent has not been heard")
+    agents.ledger.groups.mark_destroyed("student", epoch)
     agents.ledger.client.hset(names.job_key(former.id), "lease_at", "0")
     wanted = agents.place(model)
 
@@ -235,8 +235,8 @@ def test_a_group_whose_loss_was_half_reported_is_down_all_the_same(
     assert (lost.state, agents.group().seq) == ("finished", 1)
     agents.stop(signal.SIGKILL)
     for unknown in (
-        agents.ledger.group_down,
-        agents.ledger.roll_back,
+        agents.ledger.groups.mark_down,
+        agents.ledger.groups.roll_back,
     ):  # Redis keeps a script that it was once asked for
         with pytest.raises(Fenced):
             unknown("nobody", 1, 0)

@@ -152,7 +152,7 @@ def test_a_stop_waits_for_an_operation_and_keeps_what_it_did(
     agents.process.send_signal(signal.SIGTERM)
     asked = time.time()
     wait_until(
-        lambda: agents.ledger.agents()[0].heartbeat > asked + 1,
+        lambda: agents.ledger.agents.heard()[0].heartbeat > asked + 1,
         15,
         "a beat of the agent that waits",
     )
@@ -169,7 +169,7 @@ def test_an_agent_without_the_slots_for_its_groups_is_never_heard(
     """It says what it needs and ends before anybody takes it for ready."""
     begin(agents, redis_url, model)
     assert agents.stop() == 0
-    assert agents.ledger.agents() == []
+    assert agents.ledger.agents.heard() == []
     heard = agents.ledger.client.pubsub()
     agents.ledger.client.config_set("notify-keyspace-events", "Kgh")
     heard.psubscribe("__keyspace@0__:" + names.agent_key("here"))

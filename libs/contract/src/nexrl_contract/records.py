@@ -161,9 +161,9 @@ class LatestCheckpoint(BaseModel):
     order: int = 0
 
 
-class AgentRecord(Record):
-    """One agent: its slots (total and free), the group it is kept for (if any), and the time it was
-    last heard."""
+class ProcessRecord(Record):
+    """One agent or checkpointer: its slots (total and free), the group that an agent is kept for
+    (if any), and the time it was last heard. A checkpointer has one slot."""
 
     name: str
     host: str = ""

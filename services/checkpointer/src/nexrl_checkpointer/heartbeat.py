@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import redis
-from nexrl_contract.records import AgentRecord, JobRecord
+from nexrl_contract.records import JobRecord, ProcessRecord
 from nexrl_ledger import Fenced, Ledger
 
 BEAT_S = 5.0
@@ -64,14 +64,14 @@ class Heartbeat:
                 return
 
     def _beat(self, job: JobRecord | None) -> None:
-        record = AgentRecord(
+        record = ProcessRecord(
             name=self._name,
             host=socket.gethostname(),
             slots=1,
             free=0 if job else 1,
             pid=os.getpid(),
         )
-        self._ledger.beat(record, checkpointer=True)
+        self._ledger.checkpointers.beat(record)
         if job is not None:
             self.check_claim(job)
             self._ledger.renew(job)

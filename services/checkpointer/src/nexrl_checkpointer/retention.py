@@ -33,10 +33,10 @@ def replace_previous(ledger: Ledger, request: PublishRequest, submitted: float) 
     it where a later save has been recorded: this one's lease had lapsed, and to whoever comes late
     with it the newest one looks like the previous one.
     """
-    group = ledger.group(request.identifier)
+    group = ledger.groups.get(request.identifier)
     if group is None or group.state == "destroyed" or submitted < group.created_at:
         return
-    previous = ledger.latest_checkpoint(request.identifier, _kind(request))
+    previous = ledger.checkpoints.latest(request.identifier, _kind(request))
     if (
         previous is not None
         and previous.group_created_at == group.created_at
@@ -56,7 +56,7 @@ def replace_previous(ledger: Ledger, request: PublishRequest, submitted: float) 
         group_created_at=group.created_at,
         order=request.order,
     )
-    ledger.record_checkpoint(request.identifier, _kind(request), new)
+    ledger.checkpoints.record(request.identifier, _kind(request), new)
 
 
 def _remove(previous: LatestCheckpoint, request: PublishRequest) -> None:

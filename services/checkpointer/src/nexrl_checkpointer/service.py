@@ -49,7 +49,7 @@ class Checkpointer:
         finally:
             self._heartbeat.stop()
             with contextlib.suppress(redis.exceptions.RedisError):
-                self._ledger.sign_off(self._settings.name, checkpointer=True)
+                self._ledger.checkpointers.sign_off(self._settings.name)
 
     def stop(self) -> None:
         """Finish the current job, then return from :meth:`run`."""
@@ -59,7 +59,7 @@ class Checkpointer:
         """Groups side by side, the saves of one group in their order: "previous" means the one
         before."""
         taken: set[str] = set()
-        self._ledger.forget_destroyed_checkpoints()
+        self._ledger.checkpoints.forget_destroyed()
         for waiting in self._ledger.waiting(CHECKPOINT_QUEUE):
             if self._consumer.stopping:
                 return

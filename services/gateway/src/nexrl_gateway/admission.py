@@ -36,8 +36,8 @@ def resolve(ledger: Ledger, identifier: str | None) -> GroupRecord:
     """The group of that name, or the only living one for None; raises GROUP_NOT_FOUND or
     IDENTIFIER_REQUIRED."""
     if identifier is None:
-        identifier = _only(ledger.identifiers())
-    group = ledger.group(identifier) if names.valid_identifier(identifier) else None
+        identifier = _only(ledger.groups.identifiers())
+    group = ledger.groups.get(identifier) if names.valid_identifier(identifier) else None
     if group is None:
         shown = identifier[:100]
         raise ServiceError(

@@ -83,7 +83,7 @@ def _after_delivery(ledger: Ledger, job_id: str, response: Response) -> None:
     was."""
     if not isinstance(response, FrameResponse) or response.complete:
         with contextlib.suppress(redis.exceptions.RedisError):  # it is kept for longer then
-            ledger.delivered(job_id)
+            ledger.retention.delivered(job_id)
 
 
 def initialized(group: GroupRecord, ignored: list[str], said: dict[str, Any]) -> Response:
@@ -134,7 +134,7 @@ def _unfinished(services: Services, job: JobRecord) -> ServiceError:
 
 
 def _lacks_agent(ledger: Ledger, job: JobRecord) -> bool:
-    return job.state == "queued" and job.queue == names.AGENT_QUEUE and not ledger.agents()
+    return job.state == "queued" and job.queue == names.AGENT_QUEUE and not ledger.agents.heard()
 
 
 def _waits_for(ledger: Ledger, job: JobRecord) -> str | None:
@@ -142,9 +142,9 @@ def _waits_for(ledger: Ledger, job: JobRecord) -> str | None:
         return "a worker agent: none is alive, start one"
     if job.state != "queued" or job.waits_for:
         return job.waits_for
-    group = ledger.group(job.identifier)
+    group = ledger.groups.get(job.identifier)
     if group is not None and group.placement:
-        silent = ", ".join(group.unheard({agent.name for agent in ledger.agents()}))
+        silent = ", ".join(group.unheard({agent.name for agent in ledger.agents.heard()}))
         if silent:
             return f"agent {silent}, which is not heard; the group goes down where it stays away"
     ahead = ledger.ahead_of(job)
@@ -239,7 +239,7 @@ def _stored(services: Services, job: JobRecord) -> StoredFrame | None:
         return None
     store = services.store
     try:
-        if not services.ledger.hold_result(job.id):
+        if not services.ledger.retention.hold_result(job.id):
             raise _expired(services, job)
         for _ in store.stream(job.result_payload.id, job.result_payload.checksum):
             pass  # before the answer begins: in its middle there is no way to say what is wrong

@@ -125,7 +125,7 @@ def initialize(
     if first is not None:
         return _group_of(ledger, wanted, first.id), first, False
     for _ in range(_RACES):
-        group = ledger.group(wanted.identifier)
+        group = ledger.groups.get(wanted.identifier)
         if group is not None and group.state != "destroyed":
             return _existing(services, group, wanted)
         waits_for = _slots_awaited(services, wanted)
@@ -147,7 +147,7 @@ def destroy_idle(services: Services, job: JobRecord) -> None:
     request.
     """
     ledger = services.ledger
-    group = ledger.group(job.identifier)
+    group = ledger.groups.get(job.identifier)
     if group is None or group.state not in ("placing", "down", "destroyed"):
         return
     if ledger.require_job(
@@ -159,7 +159,7 @@ def destroy_idle(services: Services, job: JobRecord) -> None:
     with contextlib.suppress(
         Fenced
     ):  # started meanwhile: its ranks run the job, which is still queued
-        ledger.group_destroyed(job.identifier, group.epoch)
+        ledger.groups.mark_destroyed(job.identifier, group.epoch)
 
 
 def cancel(services: Services, job_id: str) -> JobRecord:
@@ -167,9 +167,9 @@ def cancel(services: Services, job_id: str) -> JobRecord:
     job = services.ledger.cancel(job_id)
     if job.payload is not None:
         services.store.delete(job.payload.id)
-    group = services.ledger.group(job.identifier)
+    group = services.ledger.groups.get(job.identifier)
     if group is not None and group.placement_job == job_id and group.state == "placing":
-        services.ledger.group_destroyed(job.identifier, group.epoch)
+        services.ledger.groups.mark_destroyed(job.identifier, group.epoch)
     return services.ledger.require_job(job_id)
 
 
@@ -224,7 +224,7 @@ def _existing(
         )
     if group.state == "down":
         raise is_down(group)
-    if group.state == "placing" and not ledger.agents():
+    if group.state == "placing" and not ledger.agents.heard():
         raise without_agent(services, **about)
     job = ledger.job(group.placement_job) if group.placement_job else None
     if group.state in ("placing", "starting") and (job is None or job.final):
@@ -272,7 +272,7 @@ def _record(wanted: Wanted, job_id: str) -> GroupRecord:
 
 
 def _group_of(ledger: Ledger, wanted: Wanted, job_id: str) -> GroupRecord:
-    return ledger.group(wanted.identifier) or _record(wanted, job_id)
+    return ledger.groups.get(wanted.identifier) or _record(wanted, job_id)
 
 
 def _slots_awaited(services: Services, wanted: Wanted) -> str | None:
@@ -283,7 +283,7 @@ def _slots_awaited(services: Services, wanted: Wanted) -> str | None:
     started together. An agent that is kept for a fixed group (``NEXRL_IDENTIFIER``) takes no other.
     """
     world_size = wanted.world_size
-    registered = services.ledger.agents()
+    registered = services.ledger.agents.heard()
     if not registered:
         raise without_agent(services)
     agents = [agent for agent in registered if agent.identifier in (None, wanted.identifier)]

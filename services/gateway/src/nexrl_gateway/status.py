@@ -11,7 +11,7 @@ from typing import Any
 import redis
 from nexrl_contract import names
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.records import AgentRecord, GroupRecord
+from nexrl_contract.records import GroupRecord, ProcessRecord
 from nexrl_host.machine import lack_of_room
 from prometheus_client import Metric, generate_latest
 from prometheus_client.core import GaugeMetricFamily
@@ -36,8 +36,11 @@ def health(services: Services) -> tuple[dict[str, Any], bool]:
     }
     try:
         fault = services.ledger.fault()
-        groups = services.ledger.groups()
-        agents, checkpointers = services.ledger.agents(), services.ledger.checkpointers()
+        groups = services.ledger.groups.living()
+        agents, checkpointers = (
+            services.ledger.agents.heard(),
+            services.ledger.checkpointers.heard(),
+        )
         saves = services.ledger.queue_length(names.CHECKPOINT_QUEUE)
         emptied = services.watch.emptied()
     except redis.exceptions.RedisError:
@@ -72,7 +75,7 @@ def ready(services: Services) -> tuple[dict[str, Any], bool]:
 
 def models(services: Services) -> dict[str, Any]:
     """What ``/get_models`` shows."""
-    groups = services.ledger.groups()
+    groups = services.ledger.groups.living()
     return {
         "status": "success",
         "identifiers": [group.identifier for group in groups],
@@ -106,7 +109,7 @@ class _Gauges:
     def collect(self) -> Iterator[Metric]:
         """Every gauge."""
         ledger = self._services.ledger
-        groups, agents = ledger.groups(), ledger.agents()
+        groups, agents = ledger.groups.living(), ledger.agents.heard()
         queues = {group.identifier: names.train_queue(group.identifier) for group in groups}
         queues |= {"agents": names.AGENT_QUEUE, "checkpoints": names.CHECKPOINT_QUEUE}
         up = time.time() - self._services.started_at
@@ -194,7 +197,7 @@ def _brief(group: GroupRecord) -> dict[str, Any]:
     }
 
 
-def _process(record: AgentRecord) -> dict[str, Any]:
+def _process(record: ProcessRecord) -> dict[str, Any]:
     return {
         "name": record.name,
         "host": record.host,

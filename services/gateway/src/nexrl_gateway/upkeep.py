@@ -85,7 +85,7 @@ class Watch:
         """That Redis has lost what it held, until a group has been made since; raises
         RedisError."""
         mark = self._mark()
-        if "emptied" in mark and self._ledger.identifiers():
+        if "emptied" in mark and self._ledger.groups.identifiers():
             del mark["emptied"]
             self._write(mark, only_new=False)
         if mark != {name: value for name, value in self._seen.items() if name != "at"}:
@@ -131,13 +131,13 @@ class Watch:
     def _idle(self) -> Iterator[tuple[tuple[str, str], str]]:
         """The oldest job of each queue whose consumer is there and does nothing, and what to say of
         it."""
-        for group in self._ledger.groups():
+        for group in self._ledger.groups.living():
             if group.state in ("up", "ready") and group.running_job is None:
                 idle = f"group {group.identifier} is {group.state} and idle, but takes no work"
                 yield from self._untaken(names.train_queue(group.identifier), idle)
-        if self._ledger.agents():
+        if self._ledger.agents.heard():
             yield from self._untaken(names.AGENT_QUEUE, "no agent takes what is to be placed")
-        if self._ledger.checkpointers():
+        if self._ledger.checkpointers.heard():
             idle = "no checkpointer takes what is to be published"
             yield from self._untaken(names.CHECKPOINT_QUEUE, idle)
 
@@ -156,18 +156,18 @@ def sweep_period_s(settings: Settings) -> float:
 def sweep(settings: Settings, ledger: Ledger, store: PayloadStore) -> list[str]:
     """Remove payloads and records that nobody needs any more, unless another replica has just done
     so; the ids of the payloads removed."""
-    if not ledger.may_sweep(sweep_period_s(settings)):
+    if not ledger.retention.may_sweep(sweep_period_s(settings)):
         return []
     in_use = ledger.payloads_in_use()
     removed = store.sweep(
         in_use, result_age_s=names.RESULT_TTL_S, upload_age_s=settings.upload_kept_s
     )
-    dropped = ledger.drop_finished(settings.jobs_kept, settings.jobs_kept_s)
-    groups = ledger.drop_destroyed(settings.jobs_kept_s)
-    due = ledger.take_due_results(settings.result_kept_s)
+    dropped = ledger.retention.drop_finished(settings.jobs_kept, settings.jobs_kept_s)
+    groups = ledger.retention.drop_destroyed(settings.jobs_kept_s)
+    due = ledger.retention.take_due_results(settings.result_kept_s)
     for job_id in due:
         store.delete(f"{job_id}{RESULT_SUFFIX}")
-    ledger.forget_results(due)
+    ledger.retention.forget_results(due)
     if removed or dropped or groups or due:
         swept = (len(removed), dropped, groups, len(due))
         _log.info("janitor.swept payloads=%d jobs=%d groups=%d results=%d", *swept)
@@ -185,8 +185,8 @@ class LostGroups:
     def look(self) -> list[str]:
         """One look; the identifiers of groups that it took down. Raises RedisError, after which
         :meth:`forget` is due."""
-        heard = {agent.name for agent in self._ledger.agents()}
-        silent = [group for group in self._ledger.groups() if self._is_silent(group, heard)]
+        heard = {agent.name for agent in self._ledger.agents.heard()}
+        silent = [group for group in self._ledger.groups.living() if self._is_silent(group, heard)]
         self._silent.seen((group.identifier, group.epoch) for group in silent)
         return [group.identifier for group in silent if self._end(group, heard)]
 
@@ -208,7 +208,7 @@ class LostGroups:
             "their weights are taken for lost"
         )
         try:
-            self._ledger.group_down(group.identifier, group.epoch, cause)
+            self._ledger.groups.mark_down(group.identifier, group.epoch, cause)
         except Fenced:  # an agent has started it anew since the look: a later epoch
             return False
         _log.error(

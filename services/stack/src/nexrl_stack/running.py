@@ -16,7 +16,7 @@ def running_operations(redis_url: str) -> Callable[[], str]:
 
     def look() -> str:
         try:
-            groups = [group for group in ledger.groups() if group.running_job is not None]
+            groups = [group for group in ledger.groups.living() if group.running_job is not None]
             jobs = [ledger.job(str(group.running_job)) for group in groups]
         except redis.exceptions.RedisError:
             return ""

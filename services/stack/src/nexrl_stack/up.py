@@ -115,9 +115,9 @@ class _Readiness:
         """Services that are not ready; records of an earlier run, which Redis keeps a while, do not
         count."""
         try:
-            agents = {record.name: record.heartbeat for record in self._ledger.agents()}
+            agents = {record.name: record.heartbeat for record in self._ledger.agents.heard()}
             checkpointers = {
-                record.name: record.heartbeat for record in self._ledger.checkpointers()
+                record.name: record.heartbeat for record in self._ledger.checkpointers.heard()
             }
         except redis.exceptions.RedisError:
             return ["redis"]

@@ -16,7 +16,7 @@ import redis
 from nexrl_contract import names
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.operations import DESTROY
-from nexrl_contract.records import AgentRecord, GroupRecord, JobRecord, Share
+from nexrl_contract.records import GroupRecord, JobRecord, ProcessRecord, Share
 from nexrl_host.processes import rotate_logs
 from nexrl_ledger import Fenced, Ledger, QueueConsumer, connect
 from nexrl_payloads import open_store
@@ -62,7 +62,7 @@ class Agent:
         self._consumer.run()
         self._stop_groups()
         with contextlib.suppress(redis.exceptions.RedisError):
-            self._ledger.sign_off(self._settings.name)
+            self._ledger.agents.sign_off(self._settings.name)
 
     # --- placing ---
 
@@ -77,8 +77,8 @@ class Agent:
 
     def _beat(self) -> None:
         self._beat_at = time.monotonic()
-        self._ledger.beat(
-            AgentRecord(
+        self._ledger.agents.beat(
+            ProcessRecord(
                 name=self._settings.name,
                 host=socket.gethostname(),
                 device="cuda" if self._settings.gpus else "cpu",
@@ -97,7 +97,7 @@ class Agent:
                 job.identifier,
             ):
                 continue
-            group = self._ledger.group(job.identifier)
+            group = self._ledger.groups.get(job.identifier)
             if group is not None and (group.state == "destroyed" or group.placement_job != job.id):
                 group = None  # or another of that name: its own job places it
             if group is not None and group.world_size > self._slots.free:
@@ -131,7 +131,9 @@ class Agent:
             self._slots.give_back(group.world_size, gpus)
             cause = f"its processes could not be started on agent {self._settings.name}: {error}"
             _log.error("group.down identifier=%s epoch=%d %s", identifier, epoch, cause)
-            self._consumer.until_redis(lambda: self._ledger.group_down(identifier, epoch, cause))
+            self._consumer.until_redis(
+                lambda: self._ledger.groups.mark_down(identifier, epoch, cause)
+            )
             if placement is not None:
                 self._refuse(placement, "OPERATION_FAILED", cause)
             return
@@ -151,7 +153,7 @@ class Agent:
     def _start_epoch(self, group: GroupRecord) -> int:
         """A new incarnation, all of whose ranks are this agent's."""
         share = Share(agent=self._settings.name, slots=group.world_size, host=socket.gethostname())
-        return self._ledger.start_epoch(group.identifier, [share])
+        return self._ledger.groups.start_epoch(group.identifier, [share])
 
     def _refuse(self, placement: JobRecord, code: str, reason: str) -> None:
         error = ServiceError(code, reason, identifier=placement.identifier).body()
@@ -179,7 +181,7 @@ class Agent:
         lost. May be repeated."""
         mine = [
             group
-            for group in self._ledger.groups()
+            for group in self._ledger.groups.living()
             if group.leader == self._settings.name
             and group.state in ("starting", "up", "ready")
             and group.identifier not in self._running
@@ -207,7 +209,7 @@ class Agent:
         job = self._ledger.job(group.running_job) if group.running_job else None
         if job is not None and not job.final:
             if job.operation == DESTROY:
-                self._ledger.group_destroyed(identifier, group.epoch)
+                self._ledger.groups.mark_destroyed(identifier, group.epoch)
                 return
             cause = "the agent stopped while this ran; whether it took effect is not known"
             self._ledger.finish(
@@ -226,12 +228,12 @@ class Agent:
     def _give_up(self, group: GroupRecord, kept: int) -> None:
         epoch = self._start_epoch(group)
         cause = f"its processes were killed: {lost_operations(group.seq - kept)}"
-        self._ledger.group_down(group.identifier, epoch, cause, kept=kept)
+        self._ledger.groups.mark_down(group.identifier, epoch, cause, kept=kept)
 
     def _without_dropped(self, group: GroupRecord, kept: int) -> GroupRecord:
         """Gradients that awaited optim_step ended with the ranks; before the new incarnation, for
         which nothing is dropped."""
-        lost = self._ledger.roll_back(group.identifier, group.epoch, kept)
+        lost = self._ledger.groups.roll_back(group.identifier, group.epoch, kept)
         _log.warning(
             "gradients.lost identifier=%s: %d forward_backward are rolled_back",
             group.identifier,
@@ -264,7 +266,7 @@ class Agent:
         """The cause of a group's end that had to be forced."""
         what = "its operation or the saving of its state"
         with contextlib.suppress(redis.exceptions.RedisError):
-            group = self._ledger.group(identifier)
+            group = self._ledger.groups.get(identifier)
             job = (
                 self._ledger.job(group.running_job)
                 if group is not None and group.running_job

@@ -72,7 +72,7 @@ class GroupWatch:
             checked = self._process.checked  # before its word is looked for
             if (refusal := self._process.refusal) is not None:
                 return refusal
-            group = until_redis(lambda: self._ledger.group(self._process.identifier))
+            group = until_redis(lambda: self._ledger.groups.get(self._process.identifier))
             if (
                 checked
                 and group is not None
@@ -94,7 +94,7 @@ class GroupWatch:
         self._end()
         doomed = until_redis(lambda: self._ledger.waiting(names.train_queue(identifier)))
         self._process.forget_state()
-        until_redis(lambda: self._ledger.group_destroyed(identifier, epoch))
+        until_redis(lambda: self._ledger.groups.mark_destroyed(identifier, epoch))
         _log.warning(
             "group.refused identifier=%s epoch=%d %s", identifier, epoch, refusal["message"]
         )
@@ -121,26 +121,26 @@ class GroupWatch:
         cause = failure.cause if failure is not None else None
         if destroy is not None:
             self._process.forget_state()
-            until_redis(lambda: self._ledger.group_destroyed(identifier, epoch, cause=cause))
+            until_redis(lambda: self._ledger.groups.mark_destroyed(identifier, epoch, cause=cause))
             _log.info("group.destroyed identifier=%s epoch=%d", identifier, epoch)
         elif failure is not None:
             kept = read_snapshot(self._process.folders.state).seq
             cause = failure.cause + self._lost(kept)
             _log.error("group.down identifier=%s epoch=%d %s", identifier, epoch, cause)
             until_redis(
-                lambda: self._ledger.group_down(
+                lambda: self._ledger.groups.mark_down(
                     identifier, epoch, cause, rank=failure.rank, kept=kept
                 )
             )
         else:
-            until_redis(lambda: self._ledger.update_group(identifier, epoch, state="starting"))
+            until_redis(lambda: self._ledger.groups.update(identifier, epoch, state="starting"))
             doomed = []
         self._refuse(cause or "the ranks were stopped before they had met")
         self._drop_payloads(doomed)
 
     def _lost(self, kept: int) -> str:
         """How a cause says what only the dead ranks held; empty where nothing was lost."""
-        group = until_redis(lambda: self._ledger.group(self._process.identifier))
+        group = until_redis(lambda: self._ledger.groups.get(self._process.identifier))
         return (
             "" if group is None or group.seq <= kept else f"; {lost_operations(group.seq - kept)}"
         )
@@ -150,7 +150,7 @@ class GroupWatch:
         cause = f"the agent could not watch it any more: {type(error).__name__}: {error}"
         try:
             until_redis(
-                lambda: self._ledger.group_down(
+                lambda: self._ledger.groups.mark_down(
                     self._process.identifier, self._process.epoch, cause
                 )
             )
@@ -218,12 +218,12 @@ def clear_destroyed(ledger: Ledger, data: Path, running: Collection[str]) -> Non
     nothing.
     """
     for folder in (data / ".nexrl" / "groups").glob("*"):
-        group = None if folder.name in running else ledger.group(folder.name)
+        group = None if folder.name in running else ledger.groups.get(folder.name)
         if folder.name.startswith(_GONE) or (group is not None and group.state == "destroyed"):
             _remove_aside(folder)
     logs = list((data / ".nexrl" / "logs" / "groups").glob("*"))
     living = {
-        *ledger.identifiers(),
+        *ledger.groups.identifiers(),
         *running,
     }  # read after the folders, or a new group's would be taken for an old one
     ended = [(_last_written(folder), folder) for folder in logs if folder.name not in living]

@@ -217,7 +217,7 @@ class Consumer:
                 _log.warning("payload.kept job_id=%s %s", job.id, error)
 
     def _update(self, **fields: Any) -> None:
-        self._ledger.update_group(self._settings.identifier, self._settings.epoch, **fields)
+        self._ledger.groups.update(self._settings.identifier, self._settings.epoch, **fields)
 
     def _info(self) -> dict[str, Any]:
         return {**self._operations.info(), "host": socket.gethostname(), "pid": os.getpid()}
@@ -227,7 +227,7 @@ class Consumer:
         ledger = Ledger(connect(self._settings.redis_url))
         while True:
             try:
-                ledger.update_group(
+                ledger.groups.update(
                     self._settings.identifier, self._settings.epoch, heartbeat=time.time()
                 )
             except redis.exceptions.RedisError:
