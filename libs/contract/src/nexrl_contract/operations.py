@@ -31,9 +31,12 @@ class InitializeParams(Params):
     A ``role`` here wins over the entry's; without either it is an actor.
     """
 
-    config_dict: dict[str, Any] | None = None
-    role: str | None = None
-    world_size: int | None = Field(default=None, ge=1)
+    config_dict: dict[str, Any] | None = Field(
+        default=None,
+        examples=[{"actor": {"model": {"path": "/models/tiny"}, "optim": {"lr": 1e-3}}}],
+    )
+    role: str | None = Field(default=None, examples=["actor"])
+    world_size: int | None = Field(default=None, ge=1, examples=[2])
     zmq_base_port: Any = None
     dispatch_mode: Any = None
     config_path: str | None = None

@@ -206,17 +206,20 @@ class FolderAnswer(Answer):
 class ConvertAnswer(FolderAnswer):
     """``convert_checkpoint_to_huggingface``; more of the current weights than of a checkpoint."""
 
+    kind: Literal["huggingface"]
     global_step: int | None = None
     weight_version: int | None = None
     fingerprint: str | None = Field(None, description="Of the weights as they are in the folder.")
     master_fingerprint: str | None = Field(None, description="Of the weights as they train.")
 
 
-class SaveAnswer(ConvertAnswer):
+class SaveAnswer(FolderAnswer):
     """``save_checkpoint``: the fingerprints of a Hugging Face folder, the size of a sharded one."""
 
     global_step: int = Field(examples=[1])
     weight_version: int = Field(examples=[1])
+    fingerprint: str | None = Field(None, description="Of the weights as they are in the folder.")
+    master_fingerprint: str | None = Field(None, description="Of the weights as they train.")
     nbytes: int | None = Field(None, examples=[336648])
     world_size: int | None = Field(None, examples=[2])
 

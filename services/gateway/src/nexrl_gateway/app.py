@@ -16,10 +16,10 @@ from nexrl_contract.errors import ServiceError
 from starlette.types import Receive, Scope, Send
 
 from nexrl_gateway import upkeep
-from nexrl_gateway.docs import with_nulls
+from nexrl_gateway.openapi import with_examples
 from nexrl_gateway.origins import OwnOrigin
 from nexrl_gateway.responses import add_error_handlers, marked
-from nexrl_gateway.routes import groups, health, jobs, operations, payloads
+from nexrl_gateway.routes import jobs, operations, payloads, status
 from nexrl_gateway.services import Services
 from nexrl_gateway.settings import Settings
 
@@ -34,8 +34,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Application(FastAPI):
-    """FastAPI, whose answers say which request they are of, and whose page keeps what is null in an
-    example."""
+    """FastAPI, whose answers say which request they are of, and whose page has examples."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await super().__call__(
@@ -44,7 +43,7 @@ class _Application(FastAPI):
 
     def openapi(self) -> dict[str, Any]:
         if not self.openapi_schema:
-            self.openapi_schema = with_nulls(super().openapi())
+            self.openapi_schema = with_examples(super().openapi())
         return self.openapi_schema
 
 
@@ -72,7 +71,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.add_middleware(OwnOrigin, settings=settings)
     add_error_handlers(app)
-    for routes in (groups, operations, jobs, payloads, health):
+    for routes in (operations, jobs, payloads, status):
         app.include_router(routes.router)
     return app
 

@@ -1,25 +1,21 @@
-"""How a request wants its answer, and the shapes of answers: JSON, and the one error body of the
-service; nothing internal leaks."""
+"""The shapes of answers: a model each of what the gateway says itself, JSON, and the one error body
+of the service; nothing internal leaks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import redis
-from fastapi import FastAPI, Header, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from nexrl_contract.config import argument_error
 from nexrl_contract.errors import RETRY_AFTER_S, ServiceError
-from nexrl_contract.names import (
-    FRAME_TYPE,
-    JSON_TYPE,
-    KEY_PATTERN,
-    REQUEST_ID_HEADER,
-    valid_idempotency_key,
-)
+from nexrl_contract.names import JSON_TYPE, REQUEST_ID_HEADER
+from nexrl_contract.records import GroupState, JobState, Share
+from nexrl_contract.results import JOB_ID, ModelInfo
 from nexrl_ledger import is_away
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SkipValidation
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -28,63 +24,186 @@ from tensor_codec import CodecError
 
 from nexrl_gateway.strict_json import json_bytes
 
-
-@dataclass(frozen=True, slots=True)
-class Preferences:
-    """``respond_async`` answers 202 unless the job ends within ``wait_s``; ``frame`` prefers
-    tensors in a frame."""
-
-    key: str | None = None
-    respond_async: bool = False
-    wait_s: float = 0.0
-    frame: bool = False
+AT_S = 1767225600.0
+"""Seconds since the epoch, of the examples."""
+_PAYLOAD = "0123456789abcdef0123456789abcdef"
 
 
-def read_preferences(
-    idempotency_key: Annotated[
-        str | None,
-        Header(
-            description=(
-                "The same key and content again give the first job again; other content is refused."
-            ),
-            examples=["step-17-try"],
-        ),
-    ] = None,
-    prefer: Annotated[
-        str | None,
-        Header(
-            description=(
-                "`respond-async` answers 202 at once; `respond-async, wait=S` after at most S "
-                "seconds."
-            )
-        ),
-    ] = None,
-    accept: Annotated[
-        str | None, Header(description=f"`{FRAME_TYPE}` gets result tensors as a binary frame.")
-    ] = None,
-) -> Preferences:
-    """A FastAPI dependency; raises INVALID_ARGUMENT for a bad key. Unknown preferences are ignored
-    (RFC 7240)."""
-    if idempotency_key is not None and not valid_idempotency_key(idempotency_key):
-        raise ServiceError(
-            "INVALID_ARGUMENT", f"Idempotency-Key must match {KEY_PATTERN}", key="Idempotency-Key"
-        )
-    preferences = dict(_preference(part) for part in (prefer or "").split(","))
-    return Preferences(
-        key=idempotency_key,
-        respond_async="respond-async" in preferences,
-        wait_s=_seconds(preferences.get("wait", "")),
-        frame=FRAME_TYPE in (accept or "").lower(),
+class View(BaseModel):
+    """An answer of the gateway's own, made of records; times are seconds since the epoch."""
+
+    model_config = ConfigDict(
+        from_attributes=True, json_schema_serialization_defaults_required=True
     )
 
 
-def _preference(part: str) -> tuple[str, str]:
-    name, _, value = part.partition("=")
-    return name.strip().lower(), value.strip().strip('"')
+class ErrorDetail(View):
+    """What went wrong; further fields (tensor, row, key, nearest, ...) say where."""
+
+    code: str = Field(examples=["JOB_CANCELLED"])
+    message: str = Field(examples=["the job was cancelled before it ran"])
+    retryable: bool
+    identifier: str | None
+    job_id: str | None
+    rank: int | None
 
 
-def _seconds(text: str) -> float:
-    return float(text) if text.isascii() and text.isdigit() and len(text) < 6 else 0.0
+class ErrorBody(View):
+    """The one shape of every error."""
+
+    error: ErrorDetail
+
+
+class JobView(View):
+    """A job; ``waits_for`` says why it has not begun."""
+
+    id: str = Field(examples=[JOB_ID])
+    operation: str = Field(examples=["update_actor"])
+    identifier: str = Field(examples=["student"])
+    state: JobState
+    waits_for: str | None
+    attempt: int
+    epoch: int | None
+    created_at: float = Field(examples=[AT_S])
+    started_at: float | None
+    finished_at: float | None
+    error: SkipValidation[ErrorDetail | None]
+    result_url: str | None = Field(examples=[f"/jobs/{JOB_ID}/result"])
+
+
+class CancelledJobView(JobView):
+    """A job that will not run."""
+
+    state: JobState = Field(examples=["cancelled"])
+    error: ErrorDetail
+
+
+class JobList(View):
+    """The newest first."""
+
+    jobs: list[JobView]
+
+
+class PartView(View):
+    """One part of an upload."""
+
+    payload: str = Field(examples=[_PAYLOAD])
+    part: int
+    nbytes: int = Field(examples=[104857600])
+
+
+class PayloadView(View):
+    """The parts of an upload that are there, and their bytes."""
+
+    payload: str = Field(examples=[_PAYLOAD])
+    parts: list[int] = Field(examples=[[0, 1, 2]])
+    nbytes: int = Field(examples=[262144000])
+
+
+class GroupView(View):
+    """A worker group."""
+
+    world_size: int = Field(examples=[2])
+    role: str = Field(examples=["actor"])
+    state: GroupState = Field(examples=["ready"])
+    initialised: bool = Field(examples=[True])
+    epoch: int = Field(examples=[1])
+    last_heartbeat: float | None = Field(validation_alias="heartbeat", examples=[AT_S])
+    cause: str | None
+    agent: str | None = Field(validation_alias="leader", examples=["local"])
+
+
+class GroupList(View):
+    """Every group that was not destroyed."""
+
+    status: Literal["success"] = "success"
+    identifiers: list[str] = Field(examples=[["student"]])
+    count: int
+    models: dict[str, GroupView]
+
+
+class _Named(View):
+    status: Literal["success"] = "success"
+    identifier: str = Field(examples=["student"])
+
+
+class RanksInfo(ModelInfo):
+    """What rank 0 says of the model and of itself; nothing before ``init_model``."""
+
+    host: str
+    pid: int
+
+
+def _hosts(placement: list[Share]) -> list[str]:
+    return [share.host for share in placement]
+
+
+class WorkerInfo(GroupView, _Named):
+    """A group's whole record."""
+
+    seq: int
+    nodes: Annotated[list[str], BeforeValidator(_hosts)] = Field(validation_alias="placement")
+    running_job: str | None
+    ignored: list[str]
+    config: dict[str, Any] = Field(examples=[{"model": {"path": "/models/tiny"}}])
+    created_at: float = Field(examples=[AT_S])
+    info: SkipValidation[RanksInfo]
+
+
+class ProcessView(View):
+    """An agent or a checkpointer."""
+
+    name: str = Field(examples=["local"])
+    host: str = Field(examples=["gpu-1"])
+    device: str = Field(examples=["cpu"])
+    slots: int = Field(examples=[4])
+    free: int = Field(examples=[2])
+    last_heartbeat: float = Field(validation_alias="heartbeat", examples=[AT_S])
+
+
+class Slots(View):
+    """Of all agents."""
+
+    total: int = Field(examples=[4])
+    free: int = Field(examples=[2])
+
+
+class Outage(View):
+    """How the service is while Redis or the payload store is away."""
+
+    status: Literal["healthy", "degraded"] = Field(examples=["degraded"])
+    redis: str = Field(examples=["unavailable"])
+    payload_store: str = Field(examples=["ok"])
+    reasons: list[str] = Field(examples=[["Redis does not answer"]])
+
+
+class Health(Outage):
+    """How the service is; ``reasons`` say why it is degraded."""
+
+    status: Literal["healthy", "degraded"]
+    redis: str = Field(examples=["ok"])
+    reasons: list[str]
+    groups: dict[str, GroupView]
+    agents: list[ProcessView]
+    checkpointers: list[ProcessView]
+    slots: Slots
+
+
+class NotReady(View):
+    """Redis or a disk would not keep what is asked for."""
+
+    ready: bool
+    redis: str = Field(examples=["unavailable"])
+    payload_store: str = Field(examples=["ok"])
+    reasons: list[str] = Field(examples=[["Redis does not answer"]])
+
+
+class Ready(NotReady):
+    """What is asked for now would be done and kept; ``reasons`` as in /health."""
+
+    ready: bool = Field(examples=[True])
+    redis: str = Field(examples=["ok"])
+    reasons: list[str]
 
 
 _REQUEST_ID = REQUEST_ID_HEADER.lower().encode()
@@ -92,9 +211,11 @@ _LONGEST_ID = 128
 
 
 def json_response(
-    content: Any, status: int = 200, headers: Mapping[str, str] | None = None
+    content: BaseModel | dict[str, Any], status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
     """A response of ``content``; 429 and 503 say when to come again."""
+    if isinstance(content, BaseModel):  # what was not validated is written as it is
+        content = content.model_dump(warnings=False)
     again = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else {}
     return Response(json_bytes(content), status, {**again, **(headers or {})}, JSON_TYPE)
 

@@ -5,27 +5,25 @@ from __future__ import annotations
 from typing import Annotated
 
 from anyio.to_thread import run_sync
-from fastapi import APIRouter, Depends, Header, Path, Request
+from fastapi import APIRouter, Header, Path, Request
 from nexrl_contract.names import CHECKSUM_HEADER
 from starlette.responses import Response
 
-from nexrl_gateway.docs import answer, errors
-from nexrl_gateway.examples import PART, PAYLOAD
+from nexrl_gateway.openapi import answered, refused
 from nexrl_gateway.parts import list_parts, store_part
-from nexrl_gateway.responses import json_response
-from nexrl_gateway.services import Services, services_of
+from nexrl_gateway.responses import PartView, PayloadView, json_response
+from nexrl_gateway.services import Here
 
 PayloadId = Annotated[
     str, Path(pattern="^[0-9a-f]{32}$", description="32 hex digits, made by the client.")
 ]
-Here = Annotated[Services, Depends(services_of)]
 router = APIRouter(tags=["payloads"])
 
 
 @router.put(
     "/payloads/{payload_id}/parts/{part}",
     summary="Upload one part of a frame",
-    responses={**answer(PART), **errors(400, 413, 415, 422, 507)},
+    responses={**answered(PartView), **refused(400, 413, 415, 422, 507)},
     openapi_extra={
         "requestBody": {
             "content": {
@@ -54,7 +52,7 @@ async def put_part(
 @router.get(
     "/payloads/{payload_id}",
     summary="Which parts are there",
-    responses={**answer(PAYLOAD), **errors(404, 422)},
+    responses={**answered(PayloadView), **refused(404, 422)},
 )
 async def show_payload(services: Here, payload_id: PayloadId) -> Response:
     """The numbers of the parts, and their bytes so far."""

@@ -1,18 +1,21 @@
-"""From a job to an HTTP answer: its result as JSON or frame, its error, or the promise of one."""
+"""From a job to its answer: the result as JSON or frame, the error, or the promise of one, as the
+request prefers."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Annotated, Any
 
 import redis
 from anyio.to_thread import run_sync
+from fastapi import Header
 from fastapi.responses import StreamingResponse
 from nexrl_contract import envelope, names
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.names import FRAME_TYPE
+from nexrl_contract.names import FRAME_TYPE, KEY_PATTERN, valid_idempotency_key
 from nexrl_contract.operations import INITIALIZE, OPERATIONS
 from nexrl_contract.records import GroupRecord, JobRecord
 from nexrl_ledger import Ledger
@@ -22,9 +25,67 @@ from tensor_codec import RawTensor, to_json
 
 from nexrl_gateway.admission import without_agent
 from nexrl_gateway.intake import StoredFrame, header_bytes, read_frame
-from nexrl_gateway.responses import Preferences, json_response
+from nexrl_gateway.responses import JobView, json_response
 from nexrl_gateway.services import Services
 from nexrl_gateway.strict_json import finite
+
+
+@dataclass(frozen=True, slots=True)
+class Preferences:
+    """``respond_async`` answers 202 unless the job ends within ``wait_s``; ``frame`` prefers
+    tensors in a frame."""
+
+    key: str | None = None
+    respond_async: bool = False
+    wait_s: float = 0.0
+    frame: bool = False
+
+
+def read_preferences(
+    idempotency_key: Annotated[
+        str | None,
+        Header(
+            description=(
+                "The same key and content again give the first job again; other content is refused."
+            ),
+            examples=["step-17-try"],
+        ),
+    ] = None,
+    prefer: Annotated[
+        str | None,
+        Header(
+            description=(
+                "`respond-async` answers 202 at once; `respond-async, wait=S` after at most S "
+                "seconds."
+            )
+        ),
+    ] = None,
+    accept: Annotated[
+        str | None, Header(description=f"`{FRAME_TYPE}` gets result tensors as a binary frame.")
+    ] = None,
+) -> Preferences:
+    """A FastAPI dependency; raises INVALID_ARGUMENT for a bad key. Unknown preferences are ignored
+    (RFC 7240)."""
+    if idempotency_key is not None and not valid_idempotency_key(idempotency_key):
+        raise ServiceError(
+            "INVALID_ARGUMENT", f"Idempotency-Key must match {KEY_PATTERN}", key="Idempotency-Key"
+        )
+    preferences = dict(_preference(part) for part in (prefer or "").split(","))
+    return Preferences(
+        key=idempotency_key,
+        respond_async="respond-async" in preferences,
+        wait_s=_seconds(preferences.get("wait", "")),
+        frame=FRAME_TYPE in (accept or "").lower(),
+    )
+
+
+def _preference(part: str) -> tuple[str, str]:
+    name, _, value = part.partition("=")
+    return name.strip().lower(), value.strip().strip('"')
+
+
+def _seconds(text: str) -> float:
+    return float(text) if text.isascii() and text.isdigit() and len(text) < 6 else 0.0
 
 
 async def answer(
@@ -103,22 +164,13 @@ def initialized(group: GroupRecord, ignored: list[str], said: dict[str, Any]) ->
     )
 
 
-def job_view(ledger: Ledger, job: JobRecord) -> dict[str, Any]:
+def job_view(ledger: Ledger, job: JobRecord) -> JobView:
     """What ``/jobs`` shows of a job; a queued one says why it waits."""
-    return {
-        "id": job.id,
-        "operation": job.operation,
-        "identifier": job.identifier,
-        "state": job.state,
+    derived = {
         "waits_for": _waits_for(ledger, job),
-        "attempt": job.attempt,
-        "epoch": job.epoch,
-        "created_at": job.created_at,
-        "started_at": job.started_at,
-        "finished_at": job.finished_at,
-        "error": job.error,
         "result_url": f"/jobs/{job.id}/result" if job.final else None,
     }
+    return JobView.model_validate({**dict(job), **derived})
 
 
 def _unfinished(services: Services, job: JobRecord) -> ServiceError:
