@@ -48,8 +48,9 @@ docs: $(STAMP) ## write the generated pages again (docs/configuration.md, docs/c
 	@$(BIN)/python scripts/configuration_docs.py
 	@$(BIN)/python scripts/client_docs.py
 
-lint: $(STAMP) ## ruff, and generated pages that are current
+lint: $(STAMP) ## ruff, the ledger's Lua, and generated pages that are current
 	@$(BIN)/ruff check .
+	@$(BIN)/python scripts/lua_lint.py
 	@$(BIN)/python scripts/configuration_docs.py --check
 	@$(BIN)/python scripts/client_docs.py --check
 

@@ -1,7 +1,7 @@
 -- Takes a job: that of `job_id`, or the head of the queue. Returns {'OK', its id}, {'NONE'},
 -- {'FENCED'}, or {'GONE'} where the record of the job has gone.
--- args: now, epoch (of a group's consumer alone), job_id (none: the head), stale_before (none: takes
--- no running job), held (operations that are not to start yet)
+-- args: now, epoch (of a group's consumer alone), job_id (none: the head), stale_before (none: no
+-- running job), held (operations that are not to start yet)
 local waiting, group = unpack(KEYS)
 if args.epoch then
   local epoch, state = unpack(redis.call('HMGET', group, 'epoch', 'state'))

@@ -1,5 +1,5 @@
 -- Drops the records of the groups that were destroyed first, beyond the last `kept`; none that was
--- destroyed after `before`. Records from before `expired` have gone by themselves. Returns how many.
+-- destroyed after `before`. Those from before `expired` have gone by themselves. Returns how many.
 -- args: kept, before, expired
 local destroyed = unpack(KEYS)
 redis.call('ZREMRANGEBYSCORE', destroyed, '-inf', '(' .. args.expired)

@@ -1,5 +1,5 @@
--- Drops the oldest jobs, if they ended before a time and nobody holds their result. Returns how many
--- left the index.
+-- Drops the oldest jobs, if they ended before a time and nobody holds their result. Returns how
+-- many left the index.
 -- args: count (how many to look at), now, before
 local jobs, spent, delivered, forgotten = unpack(KEYS)
 local gone = 0

@@ -1,15 +1,16 @@
--- The group goes down (its first cause stays) or is destroyed, and every job that still waits for it
--- ends: a destroy has what it asks for, the others fail. Returns the group's state, or 'FENCED': one
--- that goes down while a destroy waits is destroyed.
--- args: epoch (none: any), state, cause (may be none), now, running_error, queued_error, seq (what of
--- its weights is left; none: all)
+-- The group goes down (its first cause stays) or is destroyed, and every job that still waits for
+-- it ends: a destroy has what it asks for, the others fail. Returns 'FENCED' or the group's state:
+-- one that goes down while a destroy waits is destroyed.
+-- args: epoch (none: any), state, cause (may be none), now, running_error, queued_error,
+-- seq (what of its weights is left; none: all)
 local group, waiting, applied, groups, destroyed = unpack(KEYS)
 local epoch, before = unpack(redis.call('HMGET', group, 'epoch', 'state'))
 local state = args.state
 if not before or (before == 'destroyed' and state ~= before) then return 'FENCED' end
 if args.epoch and epoch ~= args.epoch then return 'FENCED' end
 for _, id in ipairs(redis.call('ZRANGE', waiting, 0, -1)) do
-  local operation, job_state = unpack(redis.call('HMGET', common.job_prefix .. id, 'operation', 'state'))
+  local job = common.job_prefix .. id
+  local operation, job_state = unpack(redis.call('HMGET', job, 'operation', 'state'))
   if operation == 'destroy' then
     state = 'destroyed'
     end_job(id, {'state', 'finished', 'finished_at', args.now, 'result', '{}'})

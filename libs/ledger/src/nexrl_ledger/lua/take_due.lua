@@ -1,4 +1,4 @@
--- Returns the jobs whose results were delivered before a time; from now on nobody begins to read one.
+-- Returns the jobs whose results were delivered before a time; nobody begins to read one any more.
 -- args: before
 local delivered = unpack(KEYS)
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', delivered, '-inf', args.before)) do

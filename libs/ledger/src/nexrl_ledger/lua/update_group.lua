@@ -7,6 +7,10 @@ if not state or state == 'down' or state == 'destroyed' then return 'FENCED' end
 if args.epoch and epoch ~= args.epoch then return 'FENCED' end
 for i = 1, #args.fields, 2 do
   local name, value = args.fields[i], args.fields[i + 1]
-  if value == '' then redis.call('HDEL', group, name) else redis.call('HSET', group, name, value) end
+  if value == '' then
+    redis.call('HDEL', group, name)
+  else
+    redis.call('HSET', group, name, value)
+  end
 end
 return 'OK'
