@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from nexrl_payloads import Payload, open_store
-from nexrl_payloads.common import PIECE, Tally
+from nexrl_payloads.checks import PIECE, BlockHasher
 from tensor_codec import encode
 from torch import Tensor
 
@@ -123,12 +123,12 @@ def _checksums(found: Findings, size: Size, batch: Mapping[str, Tensor], path_s:
         store = open_store(f"file://{folder}")
         ref = store.put("batch", frame)
         for _ in range(_CHECKS):
-            tally = Tally("batch", None)
+            hasher = BlockHasher("batch", None)
             start = time.monotonic()
             for buffer in frame:
                 for at in range(0, len(buffer), PIECE):
-                    tally.add([memoryview(buffer)[at : at + PIECE]])
-            tally.sums()
+                    hasher.add([memoryview(buffer)[at : at + PIECE]])
+            hasher.table()
             taken["made"].append(time.monotonic() - start)
             for way, checksum in (("read without", None), ("read and compared", ref.checksum)):
                 with store.open(ref.id, checksum) as payload:

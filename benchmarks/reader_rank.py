@@ -20,6 +20,7 @@ import torch.distributed as dist
 from nexrl_contract.operations import OPERATIONS
 from nexrl_host.processes import die_with_parent
 from nexrl_payloads import PayloadStore, open_store
+from nexrl_payloads.file_store import FileStore
 from nexrl_worker.rank.consumer import Consumer
 from nexrl_worker.rank.control_group import ControlGroup
 from nexrl_worker.rank.main import follow
@@ -60,15 +61,15 @@ class Reader:
         ) as rows:
             found = self._digest(rows) if self._kind == "digest" else self._update(rows)
             grown = machine.peak(os.getpid()) - before
-            touched = self._touched(rows, payload)
+            touched = self._touched(rows)
         return Outcome(
             {"metrics": {**found, "ranks": self._control.gather_lengths([grown, touched])}}
         )
 
-    def _touched(self, rows: PayloadRows, payload: str) -> int:
+    def _touched(self, rows: PayloadRows) -> int:
         """Bytes of the store's files, if it has any, that an update touches, found by doing it
         again."""
-        if self._kind != "update" or self._store.local_path(payload) is None:
+        if self._kind != "update" or not isinstance(self._store, FileStore):
             return 0
         found = []
         for _ in range(_LOOKS):

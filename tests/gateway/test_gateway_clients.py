@@ -48,7 +48,7 @@ def answering(group: PlayedGroup) -> Iterator[PlayedGroup]:
         if job.payload is None:
             return {"result": {}}
         with group.store.open(job.payload.id) as payload:
-            ids = np.array(payload.numpy("input_ids"))
+            ids = np.array(payload.torch("input_ids").numpy())
         return {"tensors": {"old_log_probs": ids[:, -R:].astype(np.float32)}}
 
     with group.working(own_rows):

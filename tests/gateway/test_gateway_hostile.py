@@ -107,7 +107,7 @@ def test_tensors_up_to_the_limit_are_read_bit_by_bit(gateway: Gateway, group: Pl
     assert job is not None and job.payload is not None
     with group.store.open(job.payload.id) as payload:
         for name, array in arrays.items():
-            assert (payload.numpy(name) == array).all()
+            assert (payload.torch(name).numpy() == array).all()
     group.end(job, {})
 
 

@@ -49,7 +49,7 @@ def test_parts_become_one_batch(gateway: Gateway, group: PlayedGroup) -> None:
     assert job.payload is not None
     assert group.store.open(job.payload.id).nbytes == len(whole)
     np.testing.assert_array_equal(
-        group.store.open(job.payload.id).numpy("input_ids"), tensors()["input_ids"]
+        group.store.open(job.payload.id).torch("input_ids").numpy(), tensors()["input_ids"]
     )
     group.end(job, {})
     assert gateway.stored() == []
@@ -110,7 +110,7 @@ def read_by_the_ranks(group: PlayedGroup, job: JobRecord) -> tuple[dict[str, Any
     with group.store.open(job.payload.id, job.payload.checksum) as payload:
         assert payload.nbytes == job.payload.nbytes
         for name, value in tensors().items():
-            np.testing.assert_array_equal(payload.numpy(name), value)
+            np.testing.assert_array_equal(payload.torch(name).numpy(), value)
         header = payload.header.metadata
     return json.loads(header[FRAME_METADATA_KEY])["metadata"], header
 

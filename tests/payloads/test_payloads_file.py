@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import resource
 import stat
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from nexrl_contract.errors import ServiceError
 from nexrl_payloads import PayloadStore, open_store
+from nexrl_payloads.file_parts import STEP
 
 from tests.helpers.payloads import frame, send_part, some_bytes, url_of
 
@@ -19,38 +23,35 @@ def entries(folder: Path) -> list[str]:
     return sorted(os.listdir(folder))
 
 
-def index_and_data(folder: Path) -> list[str]:
-    """What the parts of payload ``a`` take besides their checksums."""
-    return [name for name in entries(folder / ".parts-a") if not name.startswith("sums-")]
-
-
-def test_in_order_parts_are_written_once(file_store: PayloadStore, folder: Path) -> None:
-    """Parts in order grow the very file that becomes the payload; nothing is copied."""
-    send_part(file_store, "a", 0, b"x" * 1000)
+def test_parts_are_never_on_the_disk_twice(file_store: PayloadStore, folder: Path) -> None:
+    """Whatever their order, the first part's file becomes the payload, and each other part leaves
+    its own file as it goes there."""
+    nbytes = 3 * STEP + 1
+    for n in (2, 0, 1):
+        send_part(file_store, "a", n, some_bytes(nbytes, n))
+    assert sum(name.startswith("data-") for name in entries(folder / ".parts-a")) == 3
     inode = (folder / ".parts-a" / "data-0").stat().st_ino
-    for n in range(1, 4):
-        with file_store.put_part("a", n, 1000) as part:
-            part.write(b"y" * 1000)
-            assert (folder / ".parts-a" / "data-0").stat().st_size == 1000 * (n + 1)
-            part.commit(None)
-        assert index_and_data(folder) == ["data-0", "index", "lock"]
-    file_store.assemble("a", 4)
-    path = file_store.local_path("a")
-    assert path is not None
-    assert path.stat().st_ino == inode
+    most = _most_bytes_while(folder, lambda: file_store.assemble("a", 3))
+    assert most <= 3 * nbytes + STEP + 65536  # a file takes whole pages
+    assert (folder / "a").stat().st_ino == inode
+    assert not any(name.startswith("data-") for name in entries(folder / ".parts-a"))
+    assert b"".join(file_store.stream("a")) == b"".join(some_bytes(nbytes, n) for n in range(3))
 
 
-def test_waiting_parts_are_merged_when_the_gap_closes(
-    file_store: PayloadStore, folder: Path
-) -> None:
-    """Parts before their turn wait as files of their own, and are gone as soon as their turn has
-    come."""
-    for n in (2, 1):
-        send_part(file_store, "a", n, b"x" * 1000)
-    assert sum(name.startswith("part-") for name in entries(folder / ".parts-a")) == 2
-    send_part(file_store, "a", 0, b"x" * 1000)
-    assert index_and_data(folder) == ["data-0", "index", "lock"]
-    assert (folder / ".parts-a" / "data-0").stat().st_size == 3000
+def _most_bytes_while(folder: Path, act: Callable[[], object]) -> int:
+    """The largest that the blocks of payloads and parts have been, looked at before each cut."""
+    seen = []
+    cut = os.ftruncate
+
+    def look(fd: int, length: int) -> None:
+        files = [*folder.glob("a"), *folder.glob(".parts-a/data-*")]
+        seen.append(sum(path.stat().st_blocks * 512 for path in files))
+        cut(fd, length)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nexrl_payloads.file_parts.os.ftruncate", look)
+        act()
+    return max(seen)
 
 
 def test_replicas_and_restarts(file_store: PayloadStore, folder: Path) -> None:
@@ -62,14 +63,55 @@ def test_replicas_and_restarts(file_store: PayloadStore, folder: Path) -> None:
     assert b"".join(file_store.stream("a")) == b"\0" * 10 + b"\1" * 10 + b"\2" * 10
 
 
-def test_a_crash_between_index_and_rename(file_store: PayloadStore, folder: Path) -> None:
-    """A gateway that dies while putting a payload together leaves a state that the next request
-    completes."""
-    send_part(file_store, "a", 0, b"whole")
-    ref = file_store.assemble("a", 1)
-    os.rename(folder / "a", folder / ".parts-a" / "data-0")
-    assert file_store.assemble("a", 1) == ref
-    assert b"".join(file_store.stream("a")) == b"whole"
+class Killed(BaseException):
+    """The process is gone."""
+
+
+@pytest.mark.parametrize("fsync", [False, True])
+def test_a_kill_at_any_step_of_putting_together(fsync: bool, folder: Path) -> None:
+    """A gateway that dies while it puts a payload together leaves a state that the next request
+    completes, from another gateway too: every system call that changes the folder is tried."""
+    sizes = [STEP + 7, 2 * STEP, 0, 2 * STEP + 11, 5]
+    parts = [some_bytes(nbytes, n) for n, nbytes in enumerate(sizes)]
+    killed_at, steps = 0, 0
+    while killed_at == steps:
+        killed_at += 1
+        store, name = open_store(url_of(folder), fsync=fsync), f"a{killed_at}"
+        for n in (1, 0, 4, 2, 3):
+            send_part(store, name, n, parts[n])
+        steps = _killed(killed_at, lambda store=store, name=name: store.assemble(name, 5))  # type: ignore[misc]
+        again = open_store(url_of(folder), fsync=fsync)
+        send_part(again, name, 1, parts[1])
+        assert again.parts(name) == [0, 1, 2, 3, 4]
+        ref = again.assemble(name, 5)
+        assert again.assemble(name, 5) == ref
+        assert b"".join(again.stream(name, ref.checksum)) == b"".join(parts)
+        with pytest.raises(ServiceError, match="put together already"):
+            send_part(again, name, 5, b"late")
+        again.delete(name)
+    assert killed_at > 20
+    assert entries(folder) == []
+
+
+def _killed(at: int, act: Callable[[], object]) -> int:
+    """Die at the ``at``-th step of ``act``; returns how many steps there were."""
+    steps = 0
+
+    def deadly(call: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*arguments: Any, **named: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            if steps == at:
+                raise Killed
+            return call(*arguments, **named)
+
+        return step
+
+    with pytest.MonkeyPatch.context() as patch, suppress(Killed):
+        for name in ("pwritev", "ftruncate", "replace", "unlink", "utime", "open"):
+            patch.setattr(os, name, deadly(getattr(os, name)))
+        act()
+    return steps
 
 
 def test_private_to_the_owner(file_store: PayloadStore, folder: Path) -> None:
@@ -139,13 +181,14 @@ def test_no_room_to_merge(small_disk: Path) -> None:
     """Parts that arrived keep counting when there is no room to put them together; NO_SPACE says so
     until there is."""
     store = open_store(url_of(small_disk / "payloads"))
-    store.put("other", [bytes(3 << 19)])
+    store.put("other", [bytes((5 << 19) - 65536)])
     send_part(store, "a", 1, b"y" * (3 << 19))
     send_part(store, "a", 0, b"x" * 1000)
     assert store.parts("a") == [0, 1]
     with pytest.raises(ServiceError) as error:
         store.assemble("a", 2)
     assert error.value.code == "NO_SPACE"
+    assert store.parts("a") == [0, 1]
     store.delete("other")
     assert store.assemble("a", 2).nbytes == (3 << 19) + 1000
     assert b"".join(store.stream("a")) == b"x" * 1000 + b"y" * (3 << 19)
@@ -196,8 +239,7 @@ def test_fsync_changes_no_bytes(folder: Path) -> None:
     assert b"".join(store.stream("b")) == b"\0\1"
 
 
-def test_the_path_is_the_payload(file_store: PayloadStore, folder: Path) -> None:
-    """The gateway can send a result's file as it is."""
+def test_a_payload_is_a_file(file_store: PayloadStore, folder: Path) -> None:
+    """Of the payload's name and bytes, for whoever looks at the folder."""
     file_store.put("a.result", [b"bytes"])
-    assert file_store.local_path("a.result") == folder / "a.result"
     assert (folder / "a.result").read_bytes() == b"bytes"

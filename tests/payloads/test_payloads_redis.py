@@ -39,12 +39,12 @@ def test_ranks_read_the_batch_once(redis_store: PayloadStore, client: redis.Redi
     for rank in range(4):
         with redis_store.open("a") as payload:
             for name in "abcd":
-                mine = payload.numpy(name, slice(rank * 16, rank * 16 + 16))
+                mine = payload.torch(name, slice(rank * 16, rank * 16 + 16)).numpy()
                 assert np.array_equal(mine, batch[name][rank * 16 : rank * 16 + 16])
     assert len(data) < bytes_sent(client) - before < 1.02 * len(data)
     before = bytes_sent(client)
     with redis_store.open("a") as payload:
-        payload.numpy("d", [1, 2, 3, 40])
+        payload.torch("d", [1, 2, 3, 40]).numpy()
     assert bytes_sent(client) - before < 4 * 8192 + 20_000
 
 
@@ -84,17 +84,13 @@ def test_aborted_uploads_leave_no_keys(redis_store: PayloadStore, client: redis.
 
 
 def test_leases_are_renewed(redis_store: PayloadStore, client: redis.Redis) -> None:
-    """A touch, and a sweep that finds the payload in use, begin the life of all its keys again."""
+    """A sweep that finds the payload in use begins the life of all its keys again."""
     send_part(redis_store, "a", 0, some_bytes(5_000_000))
     redis_store.assemble("a", 1)
-    for renew in (
-        lambda: redis_store.touch("a"),
-        lambda: redis_store.sweep({"a"}, result_age_s=1, upload_age_s=1),
-    ):
-        for key in client.scan_iter():
-            client.expire(key, 100)
-        renew()
-        assert min(client.ttl(key) for key in client.scan_iter()) > 24 * 3600
+    for key in client.scan_iter():
+        client.expire(key, 100)
+    redis_store.sweep({"a"}, result_age_s=1, upload_age_s=1)
+    assert min(client.ttl(key) for key in client.scan_iter()) > 24 * 3600
 
 
 def test_repeated_puts_leave_no_orphans(redis_store: PayloadStore, client: redis.Redis) -> None:
@@ -110,28 +106,12 @@ def test_repeated_puts_leave_no_orphans(redis_store: PayloadStore, client: redis
     assert set(b"".join(redis_store.stream("a.result"))) == set(b"y")
 
 
-def test_memory_is_kept_between_payloads(redis_store: PayloadStore) -> None:
-    """The next payload is read into the same memory, unless a tensor of the last one still
-    lives."""
-    data = frame({"x": np.ones(1_000_000)})
-    redis_store.put("a", [data])
-    addresses = []
-    for _ in range(3):
-        with redis_store.open("a") as payload:
-            x = payload.numpy("x")
-        addresses.append(x.ctypes.data)
-        if len(addresses) == 1:
-            del x
-    assert addresses[0] == addresses[1]
-    assert addresses[1] != addresses[2]
-
-
 def test_rows_read_again_and_again(redis_store: PayloadStore) -> None:
     """Reading the same tensor more often than the payload has bytes gives sound, separate
     tensors."""
     redis_store.put("a", [frame({"x": np.arange(1_000_000)})])
     with redis_store.open("a") as payload:
-        copies = [payload.numpy("x") for _ in range(4)]
+        copies = [payload.torch("x").numpy() for _ in range(4)]
         copies[0][:] = 0
         assert all(int(copy[-1]) == 999_999 for copy in copies[1:])
 
@@ -142,13 +122,13 @@ def test_a_lost_chunk(redis_store: PayloadStore, client: redis.Redis) -> None:
     redis_store.put("a", [frame({"x": np.arange(1_000_000)})])
     client.delete(*client.keys("*:1"))
     with redis_store.open("a") as payload, pytest.raises(ServiceError) as error:
-        payload.numpy("x")
+        payload.torch("x").numpy()
     assert error.value.code == "PAYLOAD_NOT_FOUND"
     with pytest.raises(ServiceError):
         list(redis_store.stream("a"))
     redis_store.put("a", [frame({"x": np.arange(1_000_000)})])
     with redis_store.open("a") as payload:
-        assert int(payload.numpy("x")[-1]) == 999_999
+        assert int(payload.torch("x").numpy()[-1]) == 999_999
 
 
 def _as_list(client: redis.Redis, key: bytes) -> None:
@@ -182,12 +162,12 @@ def test_a_spoilt_chunk(
     payload = redis_store.open("a")
     spoil(client, client.keys(f"*:a:*:{chunk}")[0])
     with pytest.raises(ServiceError) as error:
-        payload.numpy("x")
+        payload.torch("x").numpy()
     assert error.value.code == code
     assert time.monotonic() - start < 5
     for _ in range(3):
         with redis_store.open("sound") as sound:
-            assert np.array_equal(sound.numpy("x"), np.arange(1_000_000))
+            assert np.array_equal(sound.torch("x").numpy(), np.arange(1_000_000))
 
 
 def test_a_writer_may_use_its_memory_again(redis_store: PayloadStore) -> None:
@@ -229,9 +209,3 @@ def test_redis_away(tmp_path: Path) -> None:
         with pytest.raises(ServiceError) as error:
             way()
         assert error.value.code == "STORE_UNAVAILABLE"
-
-
-def test_there_is_no_path(redis_store: PayloadStore) -> None:
-    """A payload in Redis is no file."""
-    redis_store.put("a", [b"x"])
-    assert redis_store.local_path("a") is None

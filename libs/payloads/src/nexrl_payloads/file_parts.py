@@ -1,47 +1,33 @@
-"""Parts of one payload in a folder: a growing file that in-order parts are written straight into.
+"""Parts of one payload in a folder: each is a file of its own until all are put together.
 
 ``.parts-ID/`` holds
 
-- ``index``   JSON: name of the growing file, the parts that it holds, whether it became the payload
-- ``data-*``  the growing file; who writes behind its last part holds its lock, which dies with the
-  writer
-- ``part-N-CHECKSUM-NBYTES``  a part that came before its turn; ``tmp-*`` one being written
-- ``sums-N-CHECKSUM``  the checksums of a part's blocks, written before the part counts
-- ``lock``    held for moments, while the index is read and replaced
+- ``part-N-CHECKSUM-NBYTES``  the record of part N: the table of its blocks' checksums. The part
+  counts from the moment that this file is there, and is never replaced by another
+- ``data-N``  its bytes. Putting the payload together moves all others behind those of part 0,
+  whose file then becomes the payload
+- ``tmp-*``   one being written; the sweep takes those of killed writers
+- ``lock``    held while a part begins to count and while the payload is put together
 
-Bytes of the growing file behind the parts in the index are an abandoned write; the next writer
-overwrites them.
+So a payload is put together already where ``data-0`` has gone and the payload is there.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from nexrl_contract.errors import ServiceError
-
-from .common import check_count, not_found, same_part, sums_checksum
-from .file_uploads import sums_path
-from .files import (
-    copy_bytes,
-    create_file,
-    disk_errors,
-    locked,
-    replace_file,
-    sync_folder,
-    try_lock,
-    unique,
-)
-from .protocol import StoredPayload
+from .checks import BlockHasher, tables_checksum
+from .files import NewFile, disk_errors, locked, replace_file, sync_folder, unique, write_at
+from .protocol import Chunk, PartUpload, StoredPayload
+from .rules import check_count, check_same, not_found
 
 PARTS = ".parts-"
-_TAIL_PATIENCE_S = 2.0
+SUMS = ".sums-"
+STEP = 256 * 1024
+"""Bytes that move at once when parts are put together, and so all the room that it takes."""
 
 
 class Part(NamedTuple):
@@ -51,261 +37,140 @@ class Part(NamedTuple):
     checksum: str
 
 
-@dataclass(slots=True)
-class Index:
-    """What the growing file holds; the list of parts has no gap."""
-
-    file: str
-    parts: list[Part]
-    assembled: bool = False
-
-    @property
-    def end(self) -> int:
-        """Bytes of the growing file that count."""
-        return sum(part.nbytes for part in self.parts)
-
-
-@dataclass(frozen=True, slots=True)
-class Tail:
-    """The right to write behind the last part: an open, locked growing file."""
-
-    fd: int
-    file: str
-    end: int
-
-
-def parts_folder(folder: Path, payload_id: str) -> Path:
-    """Where a payload's parts are."""
-    return folder / f"{PARTS}{payload_id}"
-
-
-class PartsFolder:
+class FileParts:
     """The parts of one payload; every state is on disk, so any number of these may work on it at
     once."""
 
     def __init__(self, folder: Path, payload_id: str, *, fsync: bool) -> None:
-        self.path = parts_folder(folder, payload_id)
+        self.folder = folder / f"{PARTS}{payload_id}"
         self.payload_id = payload_id
         self.fsync = fsync
         self._target = folder / payload_id
+        self._sums = folder / f"{SUMS}{payload_id}"
 
-    def look(self, n: int) -> tuple[Part | None, bool, Tail | None]:
-        """Part ``n`` if it is there, whether all is put together, and the tail if ``n`` is next and
-        it is free."""
-        with suppress(FileExistsError):
-            self.path.mkdir(mode=0o700)
+    def begin(self, n: int, nbytes: int | None) -> FilePart:
+        """Begin to write part ``n``; one that is there, or comes too late, is only hashed."""
+        with disk_errors(), suppress(FileExistsError):
+            self.folder.mkdir(mode=0o700)
             if self.fsync:
-                sync_folder(self.path.parent)
-        with self.lock():
-            index = self.index()
-            known = self.known(index, n)
-            next_in_line = known is None and n == len(index.parts)
-            return known, index.assembled, self._try_tail(index) if next_in_line else None
+                sync_folder(self.folder.parent)
+        return FilePart(self, n, nbytes, keep=n not in self.present() and not self._assembled())
 
     def present(self) -> dict[int, Part]:
-        """All parts that are there."""
-        with disk_errors():
-            asides = self._asides()  # first, because parts move from there into the index
-            return asides | dict(enumerate(self.index().parts))
-
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the index for a moment."""
-        with locked(self.path / "lock"):
-            yield
-
-    def index(self) -> Index:
-        """The index as it is on disk; an empty one where there is none yet."""
-        try:
-            stored = json.loads((self.path / "index").read_bytes())
-        except FileNotFoundError:
-            return Index("data-0", [])
-        return Index(stored["file"], [Part(*part) for part in stored["parts"]], stored["assembled"])
-
-    def known(self, index: Index, n: int) -> Part | None:
-        """Part ``n`` if it is there."""
-        return index.parts[n] if n < len(index.parts) else self._asides().get(n)
-
-    def keep_sums(self, n: int, checksum: str, sums: bytes) -> None:
-        """Write down the checksums of the blocks of part ``n``, which is about to count."""
-        replace_file(self.path / f"sums-{n}-{checksum}", sums, fsync=self.fsync)
-
-    def append(self, tail: Tail, n: int, part: Part) -> bool:
-        """Make the bytes behind the last part count as part ``n``; False if ``tail`` is no longer
-        its tail."""
-        if self.fsync:
-            os.fsync(tail.fd)
-        with self.lock():
-            index = self.index()
-            known = self.known(index, n)
-            if known is not None:
-                same_part(self.payload_id, n, known, part)
-            if index.file != tail.file or len(index.parts) != n:
-                return known is not None
-            index.parts.append(part)
-            self._store(index)
-            self._aside_path(n, part).unlink(missing_ok=True)
-        return True
-
-    def set_aside(self, temporary: Path, n: int, part: Part) -> None:
-        """Make a written file count as part ``n``, which comes before its turn."""
-        with self.lock():
-            known = self.known(self.index(), n)
-            if known is not None:
-                same_part(self.payload_id, n, known, part)
-                temporary.unlink()
-                return
-            os.replace(temporary, self._aside_path(n, part))
-            if self.fsync:
-                sync_folder(self.path)
-
-    def give_back(self, tail: Tail) -> None:
-        """Free the room of an abandoned write, if its part does not count after all."""
-        with self.lock():
-            if self.index().end == tail.end:
-                os.ftruncate(tail.fd, tail.end)
-
-    def merge_unless_busy(self) -> None:
-        """Append the parts whose turn has come, unless another writer has the tail and will do
-        it."""
-        with self.lock():
-            index = self.index()
-            tail = self._try_tail(index) if len(index.parts) in self._asides() else None
-        if tail is None:
-            return
-        try:
-            self.merge(tail)
-        finally:
-            os.close(tail.fd)
-
-    def merge(self, tail: Tail) -> None:
-        """Append the parts whose turn has come."""
-        while True:
-            index = self.index()
-            n = len(index.parts)
-            part = self._asides().get(n)
-            if part is None or index.file != tail.file:
-                return
-            source = os.open(self._aside_path(n, part), os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                copy_bytes(source, tail.fd, 0, index.end, part.nbytes)
-            finally:
-                os.close(source)
-            self.append(tail, n, part)
-
-    def assemble(self, count: int) -> StoredPayload:
-        """See :meth:`nexrl_payloads.PayloadStore.assemble`."""
-        with disk_errors():
-            if not self.path.exists():
-                check_count(self.payload_id, [], count)
-            if not self.index().assembled:
-                check_count(self.payload_id, sorted(self.present()), count)
-            tail = self._take_tail()
-            try:
-                if tail is not None:
-                    self.merge(tail)
-                with self.lock():
-                    return self._publish(count, tail)
-            finally:
-                if tail is not None:
-                    os.close(tail.fd)
-
-    def _publish(self, count: int, tail: Tail | None) -> StoredPayload:
-        """Turn the growing file into the payload; a crash in between is made good by the next
-        call."""
-        index = self.index()
-        if tail is not None and tail.file != index.file:
-            raise ServiceError(
-                "STORE_UNAVAILABLE",
-                f"payload {self.payload_id} is put together elsewhere: try again",
-            )
-        check_count(self.payload_id, range(len(index.parts)), count)
-        if tail is not None and not index.assembled:
-            os.ftruncate(tail.fd, index.end)
-            if self.fsync:
-                os.fsync(tail.fd)
-            index.assembled = True
-            self._store(index)
-        sums = b"".join(
-            (self.path / f"sums-{n}-{part.checksum}").read_bytes()
-            for n, part in enumerate(index.parts)
-        )
-        replace_file(sums_path(self._target.parent, self.payload_id), sums, fsync=self.fsync)
-        try:
-            os.replace(self.path / index.file, self._target)
-        except FileNotFoundError:
-            if not self._target.exists():
-                raise not_found(self.payload_id) from None
-        for path in (self._target, self.path):  # whoever asks again needs both
-            os.utime(path)
-        if self.fsync:
-            sync_folder(self._target.parent)
-        return StoredPayload(self.payload_id, index.end, sums_checksum(sums))
-
-    def _try_tail(self, index: Index) -> Tail | None:
-        """The tail, unless another writer has it. Called with the index locked, so that the tail
-        fits the index."""
-        if index.assembled:
-            return None
-        fd = os.open(self.path / index.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        if try_lock(fd):
-            return Tail(fd, index.file, index.end)
-        os.close(fd)
-        return None
-
-    def _take_tail(self) -> Tail | None:
-        """The tail, from a stalled writer too; None once the payload is assembled.
-
-        All parts are there, so whoever still writes repeats one of them, and may hang for as long
-        as its connection does: after a moment the parts go on in a copy, and that write ends in a
-        file that is no part of anything.
-        """
-        deadline = time.monotonic() + _TAIL_PATIENCE_S
-        while time.monotonic() < deadline:
-            with self.lock():
-                index = self.index()
-                tail = self._try_tail(index)
-            if tail is not None or index.assembled:
-                return tail
-            time.sleep(0.01)
-        with self.lock():
-            return self._fork(self.index())
-
-    def _fork(self, index: Index) -> Tail | None:
-        if index.assembled:
-            return None
-        old = self.path / index.file
-        index.file = unique("data-")
-        fd = create_file(self.path / index.file)
-        source = os.open(old, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            copy_bytes(source, fd, 0, 0, index.end)
-            try_lock(fd)
-            self._store(index)
-        except BaseException:
-            os.close(fd)
-            (self.path / index.file).unlink(missing_ok=True)
-            raise
-        finally:
-            os.close(source)
-        old.unlink(missing_ok=True)
-        return Tail(fd, index.file, index.end)
-
-    def _store(self, index: Index) -> None:
-        stored = {"file": index.file, "parts": index.parts, "assembled": index.assembled}
-        replace_file(self.path / "index", json.dumps(stored).encode(), fsync=self.fsync)
-
-    def _asides(self) -> dict[int, Part]:
+        """All parts that are there, by number."""
         found = {}
-        try:
-            names = os.listdir(self.path)
-        except FileNotFoundError:
-            return {}
+        names: list[str] = []
+        with disk_errors(), suppress(FileNotFoundError):
+            names = os.listdir(self.folder)
         for name in names:
             if name.startswith("part-"):
                 n, checksum, nbytes = name.removeprefix("part-").split("-")
                 found[int(n)] = Part(int(nbytes), checksum)
-        return found
+        return dict(sorted(found.items()))
 
-    def _aside_path(self, n: int, part: Part) -> Path:
-        return self.path / f"part-{n}-{part.checksum}-{part.nbytes}"
+    def add(self, n: int, part: Part, file: NewFile, table: bytes) -> None:
+        """Make a written file count as part ``n``; the same part again changes nothing."""
+        with locked(self.folder / "lock"):
+            # Another attempt at the part may have ended, and the payload may have been put
+            # together, since this one began: so both are looked at again under the lock.
+            known = self.present().get(n)
+            if known is not None or not file.kept or self._assembled():
+                check_same(self.payload_id, n, known, part)
+                return
+            # A crash between these two leaves bytes that do not count and are written over.
+            file.publish(self._data(n), fsync=self.fsync)
+            replace_file(self._record(n, part), table, fsync=self.fsync)
+
+    def assemble(self, count: int) -> StoredPayload:
+        """See :meth:`nexrl_payloads.PayloadStore.assemble`."""
+        if not self.folder.exists():
+            check_count(self.payload_id, [], count)
+        with disk_errors(), locked(self.folder / "lock"):
+            parts = self.present()
+            check_count(self.payload_id, list(parts), count)
+            tables = b"".join(self._record(n, part).read_bytes() for n, part in parts.items())
+            if self._data(0).exists():
+                self._join(parts)
+                replace_file(self._sums, tables, fsync=self.fsync)
+                os.replace(self._data(0), self._target)
+            elif not self._target.exists():
+                raise not_found(self.payload_id)
+            for path in (self._target, self.folder):  # whoever asks again needs both
+                os.utime(path)
+            if self.fsync:
+                sync_folder(self._target.parent)
+        nbytes = sum(part.nbytes for part in parts.values())
+        return StoredPayload(self.payload_id, nbytes, tables_checksum(tables))
+
+    def _join(self, parts: dict[int, Part]) -> None:
+        """Move the bytes of all parts behind those of part 0.
+
+        A part's file loses from its end what is in its place, so the payload is never there twice,
+        and whoever goes on after a crash finds how far it came by the length of the file.
+        """
+        joined = os.open(self._data(0), os.O_RDWR | os.O_CLOEXEC)
+        try:
+            offset = parts[0].nbytes
+            for n in range(1, len(parts)):
+                with suppress(FileNotFoundError):  # moved before a crash
+                    self._move(self._data(n), joined, offset, parts[n].nbytes)
+                offset += parts[n].nbytes
+            if self.fsync:
+                os.fsync(joined)
+        finally:
+            os.close(joined)
+
+    def _move(self, path: Path, joined: int, offset: int, nbytes: int) -> None:
+        source = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            left = min(os.fstat(source).st_size, nbytes)
+            # A power cut may keep the shorter length and lose the bytes behind it, so with fsync a
+            # part is cut only once it is all on the disk elsewhere.
+            step = left if self.fsync else STEP
+            while left:
+                start = max(0, left - step)
+                for at in range(start, left, STEP):
+                    piece = os.pread(source, min(STEP, left - at), at)
+                    write_at(joined, [memoryview(piece)], offset + at)
+                if self.fsync:
+                    os.fsync(joined)
+                os.ftruncate(source, start)
+                left = start
+        finally:
+            os.close(source)
+        path.unlink()
+
+    def _assembled(self) -> bool:
+        return self._target.exists()
+
+    def _data(self, n: int) -> Path:
+        return self.folder / f"data-{n}"
+
+    def _record(self, n: int, part: Part) -> Path:
+        return self.folder / f"part-{n}-{part.checksum}-{part.nbytes}"
+
+
+class FilePart(PartUpload):
+    """See :class:`nexrl_payloads.PartUpload`."""
+
+    def __init__(self, parts: FileParts, n: int, nbytes: int | None, *, keep: bool) -> None:
+        self._parts = parts
+        self._n = n
+        what = f"part {n} of payload {parts.payload_id}"
+        self._hasher = BlockHasher(what, nbytes, whole=True)
+        temporary = parts.folder / unique("tmp-") if keep else None
+        self._file = NewFile(temporary, self._hasher, nbytes)
+
+    def write(self, *chunks: Chunk) -> None:
+        self._file.write(*chunks)
+
+    def commit(self, checksum: str | None) -> int:
+        self._hasher.finish(checksum)
+        part = Part(self._hasher.nbytes, self._hasher.checksum)
+        with disk_errors():
+            self._parts.add(self._n, part, self._file, self._hasher.table())
+        self._file.discard()
+        return part.nbytes
+
+    def abort(self) -> None:
+        self._file.discard()

@@ -3,102 +3,94 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from mmap import mmap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING
 
-from tensor_codec import Frame, Header, map_file, open_frame, wrap
+from tensor_codec import map_file, row_spans, wrap
 
-from .common import (
-    PIECE,
-    Sums,
-    as_malformed,
-    check_id,
-    check_part,
-    damaged,
-    not_found,
-    row_spans,
-    verified_head,
-    verified_pieces,
-)
-from .file_part_uploads import begin_part
-from .file_parts import PartsFolder, parts_folder
-from .file_sweep import remove_parts, sweep_folder
-from .file_uploads import TEMPORARY, FileUpload, sums_path
-from .files import create_file, disk_errors, store_unavailable, unique, write_at
-from .protocol import Chunk, PartUpload, Rows, StoredPayload
+from .checks import BlockChecksums, BlockHasher, damaged, pieces, tables_checksum
+from .file_parts import PARTS, SUMS, FilePart, FileParts
+from .files import NewFile, disk_errors, replace_file, store_unavailable, unique
+from .protocol import Chunk, Payload, PayloadStore, Rows, StoredPayload, Upload
+from .rules import age_limit, as_malformed, check_id, check_part, is_id, not_found
 
 if TYPE_CHECKING:
     import torch
-    from numpy.typing import NDArray
+
+_TEMPORARY = ".tmp-"
+_GONE = ".gone-"
 
 
-class FilePayload:
+class FilePayload(Payload):
     """See :class:`nexrl_payloads.Payload`: a mapped file, of which only the touched pages are
-    read."""
+    read; each of its blocks is compared with its checksum once."""
 
-    def __init__(self, frame: Frame, blocks: _Blocks | None) -> None:
-        self._frame = frame
-        self._blocks = blocks
+    mapped = True
 
-    @property
-    def header(self) -> Header:
-        return self._frame.header
-
-    @property
-    def nbytes(self) -> int:
-        return self._frame.header.total_size
+    def __init__(self, memory: mmap, checksums: BlockChecksums | None) -> None:
+        """Raises CodecError where the bytes are no frame, PAYLOAD_DAMAGED for the header."""
+        self._checksums = checksums
+        self._memory = memoryview(memory)
+        if checksums is not None:
+            checksums.head(lambda start, end: self._memory[start:end])
+            self._sound = bytearray(len(checksums.borders))
+        self._frame = wrap(memory)
+        self.header = self._frame.header
+        self.nbytes = self.header.total_size
 
     def torch(self, name: str, rows: Rows = None) -> torch.Tensor:
         self.check(name, rows)
         return self._frame.torch(name, rows)
 
-    def numpy(self, name: str, rows: Rows = None) -> NDArray[Any]:
-        self.check(name, rows)
-        return self._frame.numpy(name, rows)
-
     def check(self, name: str, rows: Rows = None) -> None:
-        if self._blocks is not None:
-            _, spans, _ = row_spans(name, self.header, rows)
-            self._blocks.check(spans, self.header)
+        checksums = self._checksums
+        if checksums is None:
+            return
+        for start, end in row_spans(self.header, name, rows)[1]:
+            for block in checksums.covering(start, end):
+                if not self._sound[block]:
+                    first, stop = checksums.borders[block : block + 2]
+                    checksums.check(block, self._memory[first:stop], self.header)
+                    self._sound[block] = 1
 
     def close(self) -> None:
         self._frame.close()
-        self._blocks = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
+        self._checksums = None
+        self._memory = memoryview(b"")
 
 
-class _Blocks:
-    """The blocks of a mapped file, each compared with its checksum once."""
+class FileUpload(Upload):
+    """A temporary file, renamed when it is complete."""
 
-    def __init__(self, memory: mmap, sums: Sums) -> None:
-        self._memory = memoryview(memory)
-        self._sums = sums
-        self._sound = bytearray(len(sums.borders))
+    def __init__(self, folder: Path, payload_id: str, nbytes: int | None, *, fsync: bool) -> None:
+        self._folder = folder
+        self._id = payload_id
+        self._fsync = fsync
+        self._hasher = BlockHasher(f"payload {payload_id}", nbytes)
+        self._file = NewFile(folder / unique(f"{_TEMPORARY}{payload_id}-"), self._hasher, nbytes)
 
-    def head(self) -> None:
-        """Compare those that hold the header."""
-        verified_head(self._sums, lambda start, end: self._memory[start:end])
+    def write(self, *chunks: Chunk) -> None:
+        self._file.write(*chunks)
 
-    def check(self, spans: Sequence[tuple[int, int]], header: Header) -> None:
-        """Compare those that hold the spans; raises PAYLOAD_DAMAGED."""
-        borders = self._sums.borders
-        for start, end in spans:
-            for block in self._sums.covering(start, end):
-                if not self._sound[block]:
-                    self._sums.check(
-                        block, self._memory[borders[block] : borders[block + 1]], header
-                    )
-                    self._sound[block] = 1
+    def commit(self) -> StoredPayload:
+        self._hasher.finish()
+        table = self._hasher.table()
+        with disk_errors():
+            # The checksums come first: a payload is there only with its own.
+            replace_file(self._folder / f"{SUMS}{self._id}", table, fsync=self._fsync)
+            self._file.publish(self._folder / self._id, fsync=self._fsync)
+        return StoredPayload(self._id, self._hasher.nbytes, tables_checksum(table))
+
+    def abort(self) -> None:
+        self._file.discard()
 
 
-class FileStore:
+class FileStore(PayloadStore):
     """See :class:`nexrl_payloads.PayloadStore`.
 
     ``ID`` is a payload, ``.sums-ID`` the checksums of its blocks, ``.tmp-ID-*`` one being written,
@@ -115,19 +107,11 @@ class FileStore:
     def create(self, payload_id: str, nbytes: int | None = None) -> FileUpload:
         return FileUpload(self._folder, check_id(payload_id), nbytes, fsync=self._fsync)
 
-    def put(self, payload_id: str, buffers: Iterable[Chunk]) -> StoredPayload:
-        with self.create(payload_id) as upload:
-            for buffer in (
-                buffers
-            ):  # not *buffers: a frame's len() is bytes, and would size the list of arguments
-                upload.write(buffer)
-            return upload.commit()
-
-    def put_part(self, payload_id: str, n: int, nbytes: int | None = None) -> PartUpload:
-        return begin_part(self._parts(payload_id), check_part(n), nbytes)
+    def put_part(self, payload_id: str, n: int, nbytes: int | None = None) -> FilePart:
+        return self._parts(payload_id).begin(check_part(n), nbytes)
 
     def parts(self, payload_id: str) -> list[int]:
-        return sorted(self._parts(payload_id).present())
+        return list(self._parts(payload_id).present())
 
     def assemble(self, payload_id: str, count: int) -> StoredPayload:
         return self._parts(payload_id).assemble(count)
@@ -136,110 +120,129 @@ class FileStore:
         path = self._path(payload_id)
         with as_malformed(payload_id), disk_errors():
             try:
-                if checksum is None:
-                    return FilePayload(open_frame(path), None)
-                sums = self._sums(payload_id, checksum, path.stat().st_size)
-                memory = map_file(path)
+                checksums = self._checksums(payload_id, checksum, path.stat().st_size)
+                return FilePayload(map_file(path), checksums)
             except FileNotFoundError:
                 raise not_found(payload_id) from None
-            blocks = _Blocks(memory, sums)
-            blocks.head()
-            return FilePayload(wrap(memory), blocks)
 
     def stream(self, payload_id: str, checksum: str | None = None) -> Iterator[bytes]:
-        path = self._path(payload_id)
         with disk_errors():
             try:
-                file = path.open("rb", buffering=0)
+                fd = os.open(self._path(payload_id), os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
                 raise not_found(payload_id) from None
+            file = open(fd, "rb", buffering=0)  # noqa: SIM115 - closed by the generator, or below
             try:
-                nbytes = os.fstat(file.fileno()).st_size
-                sums = None if checksum is None else self._sums(payload_id, checksum, nbytes)
+                nbytes = os.fstat(fd).st_size
+                checksums = self._checksums(payload_id, checksum, nbytes)
             except BaseException:
                 file.close()
                 raise
 
-        def pieces() -> Iterator[bytes]:
+        def stream() -> Iterator[bytes]:
             with file, disk_errors():
-                if sums is not None:
-                    yield from verified_pieces(
-                        sums, lambda start, end: file.read(end - start) or b""
-                    )
-                    return
-                while piece := file.read(PIECE):
-                    yield piece
+                yield from pieces(
+                    nbytes, lambda start, end: os.pread(fd, end - start, start), checksums
+                )
 
-        return pieces()
+        return stream()
 
     def nbytes(self, payload_id: str) -> int:
-        try:
+        with suppress(FileNotFoundError):
             return self._path(payload_id).stat().st_size
-        except FileNotFoundError:
-            pass
         present = self._parts(payload_id).present()
         if not present:
             raise not_found(payload_id)
         return sum(part.nbytes for part in present.values())
 
-    def local_path(self, payload_id: str) -> Path:
-        path = self._path(payload_id)
-        if not path.is_file():
-            raise not_found(payload_id)
-        return path
-
     def delete(self, payload_id: str) -> None:
-        path = self._path(payload_id)
+        self._path(payload_id)
         with disk_errors():
-            path.unlink(missing_ok=True)
-            sums_path(self._folder, payload_id).unlink(missing_ok=True)
-            remove_parts(parts_folder(self._folder, payload_id))
-
-    def touch(self, payload_id: str) -> None:
-        touched = False
-        for path in (self._path(payload_id), parts_folder(self._folder, payload_id)):
-            try:
-                os.utime(path)
-                touched = True
-            except FileNotFoundError:
-                continue
-        if not touched:
-            raise not_found(payload_id)
+            self._remove(payload_id)
+            self._remove_parts(self._folder / f"{PARTS}{payload_id}")
 
     def sweep(self, in_use: set[str], *, result_age_s: float, upload_age_s: float) -> list[str]:
+        removed = set()
         with disk_errors():
-            return sweep_folder(
-                self._folder, in_use, result_age_s=result_age_s, upload_age_s=upload_age_s
-            )
+            for path in list(self._folder.iterdir()):
+                if path.name.startswith(_GONE):
+                    shutil.rmtree(path, ignore_errors=True)
+                    continue
+                payload_id, limit = _owner(path, result_age_s, upload_age_s)
+                if payload_id is None or payload_id in in_use or _age_s(path) < limit:
+                    continue
+                removed.add(payload_id)
+                if path.name.startswith(PARTS):
+                    self._remove_parts(path)
+                elif path.name == payload_id:
+                    self._remove(payload_id)
+                else:
+                    path.unlink(missing_ok=True)
+        return sorted(removed)
 
     def check(self) -> None:
-        path = self._folder / unique(f"{TEMPORARY}check-")
+        path = self._folder / unique(f"{_TEMPORARY}check-")
         try:
-            fd = create_file(path)
             try:
-                write_at(fd, [memoryview(b"x")], 0)
+                path.write_bytes(b"x")
             finally:
-                os.close(fd)
                 path.unlink(missing_ok=True)
         except OSError as error:
             raise store_unavailable("cannot be written", error) from error
 
-    def _sums(self, payload_id: str, checksum: str, nbytes: int) -> Sums:
+    def _remove(self, payload_id: str) -> None:
+        (self._folder / payload_id).unlink(missing_ok=True)
+        (self._folder / f"{SUMS}{payload_id}").unlink(missing_ok=True)
+
+    def _remove_parts(self, folder: Path) -> None:
+        """Remove a folder of parts; it vanishes at once, so that nobody sees a half-removed one."""
+        gone = folder.with_name(unique(_GONE))
+        with suppress(FileNotFoundError):
+            folder.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+    def _checksums(
+        self, payload_id: str, checksum: str | None, nbytes: int
+    ) -> BlockChecksums | None:
         """The checksums of a payload of so many bytes; raises PAYLOAD_DAMAGED where they are not
         its own."""
+        if checksum is None:
+            return None
         try:
-            tables = sums_path(self._folder, payload_id).read_bytes()
+            tables = (self._folder / f"{SUMS}{payload_id}").read_bytes()
         except FileNotFoundError:
             if not self._path(payload_id).exists():  # deleted meanwhile
                 raise not_found(payload_id) from None
             raise damaged(payload_id, "the checksums beside it") from None
-        sums = Sums(payload_id, tables, checksum)
-        if sums.nbytes != nbytes:
-            raise damaged(payload_id, f"the length ({nbytes} bytes now, {sums.nbytes} stored)")
-        return sums
+        return BlockChecksums(payload_id, tables, checksum, nbytes)
 
     def _path(self, payload_id: str) -> Path:
         return self._folder / check_id(payload_id)
 
-    def _parts(self, payload_id: str) -> PartsFolder:
-        return PartsFolder(self._folder, check_id(payload_id), fsync=self._fsync)
+    def _parts(self, payload_id: str) -> FileParts:
+        return FileParts(self._folder, check_id(payload_id), fsync=self._fsync)
+
+
+def _owner(path: Path, result_age_s: float, upload_age_s: float) -> tuple[str | None, float]:
+    """The payload that an entry belongs to, None for a stranger, and the age that it may reach."""
+    name = path.name
+    if name.startswith(_TEMPORARY):
+        return name.removeprefix(_TEMPORARY).rpartition("-")[0], upload_age_s
+    if name.startswith(PARTS):
+        return name.removeprefix(PARTS), upload_age_s
+    if name.startswith(SUMS):  # they go with their payload; by themselves only where it never came
+        payload_id = name.removeprefix(SUMS)
+        return (None if path.with_name(payload_id).exists() else payload_id), upload_age_s
+    mine = is_id(name) and path.is_file()
+    return (name if mine else None), age_limit(name, result_age_s, upload_age_s)
+
+
+def _age_s(path: Path) -> float:
+    """Seconds since the entry, or a file in it, was last written; 0 if it has just gone."""
+    try:
+        times = [path.stat().st_mtime]
+        if path.is_dir():
+            times += [inner.stat().st_mtime for inner in path.iterdir()]
+    except FileNotFoundError:
+        return 0.0
+    return time.time() - max(times)

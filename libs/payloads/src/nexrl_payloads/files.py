@@ -1,5 +1,5 @@
-"""Bytes to files: writing without copies, reserving room, naming failures, locks that a killed
-process lets go of."""
+"""Bytes to files: a new file that is hashed while it is written, locks that a killed process lets
+go of, and names for the disk's failures."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from pathlib import Path
 
 from nexrl_contract.errors import ServiceError
 
+from .checks import BlockHasher
+from .protocol import Chunk
+from .rules import byte_views
+
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LASTING = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+_CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 _MAX_VIEWS = 512  # system calls take 1024 at most
-_COPY_BYTES = 1024 * 1024
 
 
 @contextmanager
@@ -28,10 +32,8 @@ def disk_errors() -> Iterator[None]:
         if error.errno in _NO_SPACE:
             raise ServiceError(
                 "NO_SPACE",
-                (
-                    "the payload store's disk is full: free space in its folder, or send the batch "
-                    "later"
-                ),
+                "the payload store's disk is full: free space in its folder, or send the batch "
+                "later",
             ) from error
         raise store_unavailable("failed", error) from error
 
@@ -42,9 +44,58 @@ def store_unavailable(what: str, error: OSError) -> ServiceError:
     return ServiceError("STORE_UNAVAILABLE", message, retryable=error.errno not in _LASTING)
 
 
-def create_file(path: Path) -> int:
-    """A descriptor of a new file of mode 0600, for reading and writing."""
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+class NewFile:
+    """A file of mode 0600 on its way, under a temporary name; bytes are hashed as they come.
+
+    Without a ``path`` they are hashed alone. Room for ``nbytes`` is taken at once, so that a full
+    disk is known before they are sent. Raises NO_SPACE and STORE_UNAVAILABLE.
+    """
+
+    def __init__(self, path: Path | None, hasher: BlockHasher, nbytes: int | None) -> None:
+        self._path = path
+        self._hasher = hasher
+        self._fd = -1
+        if path is None:
+            return
+        with disk_errors():
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                _reserve(self._fd, nbytes or 0)
+            except OSError:
+                self.discard()
+                raise
+
+    def write(self, *chunks: Chunk) -> None:
+        """Append chunks. Raises MALFORMED above the length that the hasher knows of."""
+        views = byte_views(chunks)
+        offset = self._hasher.nbytes
+        self._hasher.add(views)
+        if self._fd >= 0:
+            with disk_errors():
+                write_at(self._fd, views, offset)
+
+    @property
+    def kept(self) -> bool:
+        """Whether there is a file."""
+        return self._path is not None
+
+    def publish(self, target: Path, *, fsync: bool) -> None:
+        """Give the file its name, replacing another; it is complete."""
+        assert self._path is not None
+        if fsync:
+            os.fsync(self._fd)
+        os.replace(self._path, target)
+        os.close(self._fd)
+        self._fd = -1
+        if fsync:
+            sync_folder(target.parent)
+
+    def discard(self) -> None:
+        """Remove the file, unless it has been published."""
+        if self._fd >= 0 and self._path is not None:
+            os.close(self._fd)
+            self._fd = -1
+            self._path.unlink(missing_ok=True)
 
 
 def unique(prefix: str) -> str:
@@ -52,50 +103,20 @@ def unique(prefix: str) -> str:
     return f"{prefix}{secrets.token_hex(8)}"
 
 
-def reserve(fd: int, offset: int, nbytes: int) -> None:
-    """Take room for bytes to come, so that a full disk is known before they are sent (and writes
-    are faster)."""
-    if nbytes == 0 or not hasattr(os, "posix_fallocate"):
-        return
-    try:
-        os.posix_fallocate(fd, offset, nbytes)
-    except OSError as error:
-        if error.errno not in (
-            errno.EOPNOTSUPP,
-            errno.EINVAL,
-            errno.ENOSYS,
-        ):  # a file system without it
-            raise
-
-
-def write_at(fd: int, views: Sequence[memoryview], offset: int) -> int:
-    """Write flat views at ``offset`` and return the offset after them."""
+def write_at(fd: int, views: Sequence[memoryview], offset: int) -> None:
+    """Write flat views at ``offset``."""
     pending = list(reversed(views))
     while pending:
-        batch = pending[: -_MAX_VIEWS - 1 : -1]
-        written = os.pwritev(fd, batch, offset)
+        written = os.pwritev(fd, pending[: -_MAX_VIEWS - 1 : -1], offset)
         offset += written
         while pending and written >= pending[-1].nbytes:
             written -= pending.pop().nbytes
         if written:
             pending[-1] = pending[-1][written:]
-    return offset
-
-
-def copy_bytes(source: int, target: int, start: int, offset: int, nbytes: int) -> None:
-    """Copy ``nbytes`` from ``start`` of one file to ``offset`` of another."""
-    kept = memoryview(bytearray(min(nbytes, _COPY_BYTES)))
-    while nbytes:
-        count = os.preadv(source, [kept[: min(nbytes, _COPY_BYTES)]], start)
-        if count == 0:
-            raise OSError(errno.EIO, "a part is shorter than it was")
-        offset = write_at(target, [kept[:count]], offset)
-        start += count
-        nbytes -= count
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in the folder survive a power cut."""
+    """Make the names in the folder survive a power cut."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -105,38 +126,31 @@ def sync_folder(folder: Path) -> None:
 
 def replace_file(path: Path, data: bytes, *, fsync: bool) -> None:
     """Replace a small file at once: readers see the old or the new content."""
-    temporary = path.with_name(unique("tmp-"))
-    fd = create_file(temporary)
+    file = NewFile(path.with_name(unique("tmp-")), BlockHasher(path.name, None), len(data))
     try:
-        write_at(fd, [memoryview(data)], 0)
-        if fsync:
-            os.fsync(fd)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        file.write(data)
+        file.publish(path, fsync=fsync)
     finally:
-        os.close(fd)
-    if fsync:
-        sync_folder(path.parent)
-
-
-def try_lock(fd: int) -> bool:
-    """Take the file's lock unless another holder has it; it ends with the descriptor."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        file.discard()
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a file (made if missing) that other threads, processes and hosts take for
-    moments only."""
+    """Hold the lock of a file (made if missing) against other threads, processes and hosts; a
+    killed holder lets go of it."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
         os.close(fd)
+
+
+def _reserve(fd: int, nbytes: int) -> None:
+    if nbytes == 0 or not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(fd, 0, nbytes)
+    except OSError as error:
+        if error.errno not in _CANNOT_RESERVE:  # a file system without it
+            raise

@@ -31,7 +31,7 @@ from ._checks import (
     PREFIX_BYTES,
 )
 from ._errors import *  # noqa: F403 - every error, by its __all__
-from ._frame import Encoded, Frame, Rows, encode, map_file, open_frame, wrap
+from ._frame import Encoded, Frame, Rows, encode, map_file, open_frame, row_spans, wrap
 from ._header import Header, TensorInfo, header_length, parse_header
 from ._raw import AnyTensor, JSONTensor, RawTensor, from_json, to_json
 
@@ -39,6 +39,6 @@ __all__ = [
     "ALIGNMENT", "MAX_HEADER_BYTES", "MAX_LISTS", "MAX_NAME_LENGTH", "MAX_RANK", "MAX_SIZE",
     "MAX_TENSORS", "PREFIX_BYTES", "AnyTensor", "Encoded", "Frame", "Header", "JSONTensor",
     "RawTensor", "Rows", "TensorInfo", "encode", "from_json", "header_length", "map_file",
-    "open_frame", "parse_header", "to_json", "wrap",
+    "open_frame", "parse_header", "row_spans", "to_json", "wrap",
 ]  # fmt: skip
 __all__ += _errors.__all__

@@ -19,7 +19,7 @@ from ._checks import (
     show,
 )
 from ._errors import FrameClosed, HeaderTruncated, InvalidRows, TooManyTensors, UnknownTensor
-from ._header import Header, parse_header, write_header
+from ._header import Header, TensorInfo, parse_header, write_header
 from ._raw import AnyTensor, to_raw
 
 if TYPE_CHECKING:
@@ -151,21 +151,34 @@ class Frame:
             raise FrameClosed(
                 f"the frame was closed before tensor {show(name)} was read; read it before"
             )
-        info = self.header.tensors.get(name)
-        if info is None:
-            raise UnknownTensor(
-                f"the frame has no tensor {show(name)}; it has {show(sorted(self.header.tensors))}"
-            )
+        info, chosen, shape = _choose(self.header, name, rows)
         start = self.header.data_start
         table = byte_rows(self._view[start + info.start : start + info.end], info.shape)
-        if rows is None:
-            return table, info.dtype, info.shape
-        if not info.shape:
-            raise InvalidRows(
-                f"tensor {show(name)} has 0 dimensions, so it has no rows to choose from"
-            )
-        table = table[_check_rows(rows, info.shape[0], f"tensor {show(name)}")]
-        return table, info.dtype, (table.shape[0], *info.shape[1:])
+        return table if chosen is None else table[chosen], info.dtype, shape
+
+
+def row_spans(
+    header: Header, name: str, rows: Rows = None
+) -> tuple[TensorInfo, list[tuple[int, int]], tuple[int, ...]]:
+    """A tensor, where its rows are, and their shape ``[len(rows), ...]``, for readers of a frame
+    that is not in memory.
+
+    The spans are (start, end) bytes from the start of the frame, in the order of the rows;
+    neighbours are one span. Raises UnknownTensor and InvalidRows as Frame does.
+    """
+    info, chosen, shape = _choose(header, name, rows)
+    base = header.data_start + info.start
+    if chosen is None:
+        return info, [(base, base + info.nbytes)], shape
+    count = info.shape[0]
+    row_bytes = info.nbytes // count if count else 0
+    spans: list[tuple[int, int]] = []
+    for row in range(count)[chosen] if isinstance(chosen, slice) else chosen:
+        start = base + row * row_bytes
+        if spans and spans[-1][1] == start:
+            start = spans.pop()[0]
+        spans.append((start, base + (row + 1) * row_bytes))
+    return info, spans, shape
 
 
 def wrap(buffer: bytes | bytearray | memoryview | mmap.mmap) -> Frame:
@@ -198,6 +211,24 @@ def map_file(path: str | os.PathLike[str]) -> mmap.mmap:
         # Private and writable, because torch has no read-only tensors and warns about memory that
         # is.
         return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+
+
+def _choose(
+    header: Header, name: str, rows: Rows
+) -> tuple[TensorInfo, slice | list[int] | None, tuple[int, ...]]:
+    """A tensor, the checked rows (None: all of them), and the shape that they have."""
+    info = header.tensors.get(name)
+    if info is None:
+        raise UnknownTensor(
+            f"the frame has no tensor {show(name)}; it has {show(sorted(header.tensors))}"
+        )
+    if rows is None:
+        return info, None, info.shape
+    if not info.shape:
+        raise InvalidRows(f"tensor {show(name)} has 0 dimensions, so it has no rows to choose from")
+    chosen = _check_rows(rows, info.shape[0], f"tensor {show(name)}")
+    count = len(range(info.shape[0])[chosen]) if isinstance(chosen, slice) else len(chosen)
+    return info, chosen, (count, *info.shape[1:])
 
 
 def _check_rows(rows: slice | Sequence[int], count: int, what: str) -> slice | list[int]:

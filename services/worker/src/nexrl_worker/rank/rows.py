@@ -32,7 +32,6 @@ class PayloadRows(Rows):
         checksum: str | None = None,
     ) -> None:
         self._payload = store.open(payload_id, checksum)
-        self._remote = store.local_path(payload_id) is None
         self._kept = _Kept(())
         header = self._payload.header
         self.header = {
@@ -45,15 +44,15 @@ class PayloadRows(Rows):
         """Say which rows (ascending) this rank works on, and read them once: all damage shows here,
         before the vote.
 
-        A store without files is asked for them now, once for each tensor; a mapped one's stay where
-        they are.
+        Rows of a mapped payload stay where they are; those of another are fetched now, once for
+        each tensor.
         """
-        self._kept = _Kept(tuple(rows) if self._remote else ())
+        self._kept = _Kept(() if self._payload.mapped else tuple(rows))
         for name in self.header:
-            if self._remote:
-                self.tensor(name, rows)
-            else:
+            if self._payload.mapped:
                 self._payload.check(name, _contiguous(rows))
+            else:
+                self.tensor(name, rows)
 
     def tensor(self, name: str, rows: Sequence[int] | slice) -> torch.Tensor:
         """``[len(rows), ...]`` on CPU; a view of the mapped store, or of what is kept, where the
