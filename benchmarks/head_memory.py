@@ -6,7 +6,12 @@ from __future__ import annotations
 import sys
 
 import torch
-from nexrl_worker.training.model.lm_head import active_chunks, chunk_length, head_log_probs
+from nexrl_worker.training.model.lm_head import (
+    HeadCall,
+    active_chunks,
+    chunk_length,
+    head_log_probs,
+)
 from nexrl_worker.training.observe.memory import peak_memory
 from torch import Tensor
 
@@ -28,7 +33,7 @@ def main(way: str, tokens: int, vocabulary: int, width: int) -> None:
 def _chunked(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     length = chunk_length(weight.shape[0], _CPU)
     active = active_chunks(torch.ones(labels.shape, dtype=torch.bool), length)
-    return head_log_probs(hidden, weight, None, labels, 1.0, length, active, True)
+    return head_log_probs(hidden, weight, None, HeadCall(labels, 1.0, length, active, True))
 
 
 def _plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

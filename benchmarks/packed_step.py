@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from nexrl_contract.sections import ActorConfig
 from nexrl_worker.training import Engine
-from nexrl_worker.training.batch.micro_batch import RowsInMemory
+from nexrl_worker.training.batch.layout import RowsInMemory
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 

@@ -27,7 +27,8 @@ from nexrl_worker.rank.main import follow
 from nexrl_worker.rank.request import Outcome, Request
 from nexrl_worker.rank.rows import PayloadRows
 from nexrl_worker.settings import RankSettings
-from nexrl_worker.training.batch.micro_batch import BatchReader, Layout
+from nexrl_worker.training.batch.layout import Layout
+from nexrl_worker.training.batch.micro_batch import BatchReader
 from nexrl_worker.training.batch.plan import PlanSettings, make_plan
 from nexrl_worker.training.batch.validate import Limits, check_rows
 

@@ -10,7 +10,7 @@ from nexrl_client import MockTrainServiceClient, TrainServiceClient
 from nexrl_contract.losses import LOSSES
 from nexrl_contract.operations import OPERATIONS
 from nexrl_worker.rank.operations import IMPLEMENTED
-from nexrl_worker.training.inference import QUERIES
+from nexrl_worker.training.inference import INFERENCE
 from nexrl_worker.training.losses.policy import FUNCTIONS
 
 NO_OPERATIONS = {
@@ -25,7 +25,7 @@ NO_OPERATIONS = {
 
 def test_the_ranks_implement_each_row_and_no_other() -> None:
     assert IMPLEMENTED.keys() == {name for name, row in OPERATIONS.items() if row.by_ranks}
-    assert QUERIES.keys() == {
+    assert INFERENCE.keys() == {
         name for name, row in OPERATIONS.items() if row.takes_batch and not row.trains
     }
     assert FUNCTIONS.keys() == LOSSES.keys()

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from nexrl_worker.training.batch.micro_batch import RowsInMemory
+from nexrl_worker.training.batch.layout import RowsInMemory
 from torch import Tensor
 
 from gpu.shapes import Shape

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from nexrl_worker.training import Engine, Plan
-from nexrl_worker.training.batch.micro_batch import RowsInMemory
+from nexrl_worker.training.batch.layout import RowsInMemory
 from nexrl_worker.training.prepare import Prepared
 from tensor_codec import TensorInfo, encode, parse_header
 from torch import Tensor

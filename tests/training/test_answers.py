@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from nexrl_contract.sections import RolloutCorrectionConfig
 from nexrl_worker.training import InvalidValue
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForSequenceClassification
@@ -32,7 +32,7 @@ def test_a_rollout_correction_weighs_by_the_old_log_probs_that_were_sent(
     exp(0.5)."""
     rows = batch()
     rows.tensors["rollout_log_probs"] = rows.tensors["old_log_probs"] - 0.5
-    correction = SimpleNamespace(mode="token_truncate", lower=0.0, upper=9.0, drop_rejected=False)
+    correction = RolloutCorrectionConfig(mode="token_truncate", lower=0.0, upper=9.0)
     engine = build(path, policy_loss=loss, rollout_correction=correction)
 
     [result] = update(engine, rows)
@@ -44,7 +44,7 @@ def test_a_rollout_correction_weighs_by_the_old_log_probs_that_were_sent(
 def test_a_correction_over_several_steps_needs_old_log_probs(path: str) -> None:
     rows = batch()
     rows.tensors["rollout_log_probs"] = rows.tensors.pop("old_log_probs")
-    correction = SimpleNamespace(mode="token_mask", lower=0.0, upper=2.0, drop_rejected=False)
+    correction = RolloutCorrectionConfig(mode="token_mask", lower=0.0, upper=2.0)
     engine = build(
         path, policy_loss="reinforce", rollout_correction=correction, ppo_mini_batch_size=3
     )

@@ -19,9 +19,8 @@ GRADIENTS = (TOKENS * WIDTH + VOCABULARY * WIDTH) * 4 / MIB
 CHUNKED = """
 length = lm_head.chunk_length(V, hidden.device)
 active = lm_head.active_chunks(torch.ones(T, dtype=torch.bool), length)
-log_probs, entropies = lm_head.head_log_probs(
-    hidden, weight, None, labels, 0.9, lm_head.chunk_length(V, hidden.device), active, True
-)
+call = lm_head.HeadCall(labels, 0.9, length, active, True)
+log_probs, entropies = lm_head.head_log_probs(hidden, weight, None, call)
 """
 PLAIN = """
 logs = torch.log_softmax(hidden @ weight.t() / 0.9, dim=-1)

@@ -19,9 +19,8 @@ def gradients(temperature: float, entropy: bool, repeats: int = 1) -> list[Tenso
     ]
     hidden, weight, bias = leaves
     labels = torch.randint(0, 7, (12,), generator=generator)
-    log_probs, entropies = lm_head.head_log_probs(
-        hidden, weight, bias, labels, temperature, 4, (True, False, True), True
-    )
+    call = lm_head.HeadCall(labels, temperature, 4, (True, False, True), True)
+    log_probs, entropies = lm_head.head_log_probs(hidden, weight, bias, call)
     loss = log_probs.square().sum() + (entropies.sum() if entropy else 0.0)
     for _ in range(repeats):
         for leaf in leaves:

@@ -14,8 +14,7 @@ from nexrl_worker.training.losses.aggregation import MODES, Aggregation
 from nexrl_worker.training.losses.correction import MODES as CORRECTIONS
 from nexrl_worker.training.losses.correction import Correction
 from nexrl_worker.training.losses.divergence import KINDS, kl_terms
-from nexrl_worker.training.losses.policy import FUNCTIONS, Clip, select_tokens
-from nexrl_worker.training.losses.value import ValueLoss
+from nexrl_worker.training.losses.policy import FUNCTIONS, Clip, select_tokens, value_loss
 from torch import Tensor
 
 from tests.helpers.formulas import Loss, aggregate, correction, policy, weighted_divergence
@@ -200,7 +199,7 @@ def test_value_loss(mode: str, old: bool) -> None:
         kept, returns, before = (
             torch.where(MASK, v, 0.0) for v in (values, BATCH["returns"], BATCH["values"])
         )
-        return over(ours(loss), ValueLoss(0.3)(kept, returns, before if old else None)[0])
+        return over(ours(loss), value_loss(kept, returns, before if old else None, 0.3)[0])
 
     def one(value: float, target: float, before: float) -> float:
         near = min(max(value, before - 0.3), before + 0.3)

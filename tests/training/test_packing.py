@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 from nexrl_worker.training import Engine
-from nexrl_worker.training.batch.micro_batch import BatchReader, Layout, MicroBatch
+from nexrl_worker.training.batch.layout import Layout
+from nexrl_worker.training.batch.micro_batch import BatchReader, MicroBatch
 from nexrl_worker.training.batch.packing import Segments, attend, use_segments
 from nexrl_worker.training.errors import InvalidValue
-from nexrl_worker.training.model.build import Options, Precision, build_model
+from nexrl_worker.training.model.build import Precision, Recipe, build_model
 from nexrl_worker.training.model.policy import PolicyModel
-from nexrl_worker.training.model.probe import Probe, probe
+from nexrl_worker.training.model.probe import Probe, Prober
 from nexrl_worker.training.model.roles import role_of
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
@@ -234,8 +234,9 @@ def test_families_pack_soundly(family: str) -> None:
         assert torch.allclose(found, wanted, atol=2e-5), packed
 
 
-def probed(scorer: PolicyModel, packing: bool = True) -> Probe:
-    return probe(scorer, CPU, torch.float32, packing)
+def probed(scorer: PolicyModel, packing: bool = True, dtype: torch.dtype = torch.float32) -> Probe:
+    recipe = Recipe(role_of("actor"), CPU, Precision(dtype, dtype, dtype))
+    return Prober(scorer, recipe, packing).compare()
 
 
 def llama(**changes: Any) -> PolicyModel:
@@ -289,7 +290,7 @@ def test_a_language_model_is_packed_though_the_part_that_reads_images_keeps_its_
     text = scorer.hf.config.get_text_config()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(InvalidValue, match="exchanged"):
         patch.setattr(
-            "nexrl_worker.training.batch.packing.attention_of", lambda hf: scorer.own_attention
+            "nexrl_worker.training.transformers_parts.attention_of", lambda hf: scorer.own_attention
         )
         use_segments(scorer.hf)
     assert text._attn_implementation == scorer.own_attention
@@ -302,7 +303,7 @@ def test_rows_that_see_each_other_are_found_out(
     """The probe tells a stream attended to as one row from packed rows, through bfloat16's rounding
     too."""
     scorer = llama().to(dtype)
-    assert probe(scorer, CPU, dtype, packing=True).packs
+    assert probed(scorer, dtype=dtype).packs
 
     def as_one(self: Segments, _: object = None) -> tuple[int, ...]:
         return (20,)
@@ -310,7 +311,7 @@ def test_rows_that_see_each_other_are_found_out(
     monkeypatch.setattr(
         Segments, "lengths", property(as_one, lambda self, value: None), raising=False
     )
-    outcome = probe(scorer, CPU, dtype, packing=True)
+    outcome = probed(scorer, dtype=dtype)
     assert (
         not outcome.packs
         and "differ" in (outcome.packing_reason or "")
@@ -385,21 +386,12 @@ def test_the_probe_leaves_nothing_gathered(tmp_path: Path, family: str) -> None:
     AutoModelForCausalLM.from_config(
         FAMILIES[family] if family == "qwen2" else sinks
     ).save_pretrained(tmp_path)
-    precision = Precision.of(config("", dtype="float32").fsdp_config, CPU)
-    root = build_model(
-        str(tmp_path),
-        role_of("actor"),
-        precision,
-        init_device_mesh("cpu", (1,)),
-        CPU,
-        Options(),
-        True,
-    )
+    root = build_model(str(tmp_path), Recipe(role_of("actor"), CPU))
     assert isinstance(root, PolicyModel)
     micro: MicroBatch = reader(hard_rows(), False).read([0, 1, 6])
     before = root.score(micro, entropy=False, all_labels=True)[0]
     before.sum().backward()
-    outcome = probe(root, CPU, torch.float32, packing=True)
+    outcome = probed(root)
     assert outcome.packs is (family == "qwen2")
     assert all(isinstance(param, DTensor) for param in root.parameters())
     assert torch.equal(root.score(micro, entropy=False, all_labels=True)[0], before)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from nexrl_contract.errors import ServiceError
 from nexrl_worker.training import InvalidValue, Plan, fingerprint_of
-from nexrl_worker.training.batch.micro_batch import BatchReader, Layout
+from nexrl_worker.training.batch.layout import Layout
+from nexrl_worker.training.batch.micro_batch import BatchReader
 from nexrl_worker.training.batch.plan import PlanSettings, make_plan
 from nexrl_worker.training.model.fingerprint import partial_fingerprint, weight_table
-from nexrl_worker.training.model.lm_head import active_chunks, head_log_probs
+from nexrl_worker.training.model.lm_head import HeadCall, active_chunks, head_log_probs
 from nexrl_worker.training.optim import Schedule
 from torch import Tensor
 
@@ -143,7 +144,7 @@ def test_chunks_equal_plain_log_softmax(length: int) -> None:
     hidden, weight, bias, labels = head()
     leaves = [leaf.requires_grad_() for leaf in (hidden, weight, bias)]
     active = active_chunks(torch.ones(11).bool(), length)
-    got = head_log_probs(hidden, weight, bias, labels, 0.6, length, active, True)
+    got = head_log_probs(hidden, weight, bias, HeadCall(labels, 0.6, length, active, True))
     logs = torch.log_softmax((hidden @ weight.t() + bias) / 0.6, dim=-1)
     wanted = logs.gather(1, labels[:, None])[:, 0], -(logs.exp() * logs).sum(dim=-1)
     mix = torch.linspace(-1, 2, 11).double()
@@ -166,9 +167,9 @@ def test_inactive_chunks_cost_nothing_and_stay_connected() -> None:
     wanted[5] = True
     active = active_chunks(wanted, 4)
     assert active == (False, True, False)
-    log_probs, _ = head_log_probs(hidden, weight, bias, labels, 1.0, 4, active, False)
+    log_probs, _ = head_log_probs(hidden, weight, bias, HeadCall(labels, 1.0, 4, active, False))
     assert log_probs[:4].abs().max() == 0 and log_probs[4:8].abs().min() > 0
-    none = head_log_probs(hidden, weight, bias, labels, 1.0, 4, (False,) * 3, False)[0]
+    none = head_log_probs(hidden, weight, bias, HeadCall(labels, 1.0, 4, (False,) * 3, False))[0]
     assert all(grad.abs().max() == 0 for grad in torch.autograd.grad(none.sum(), leaves))
 
 

@@ -124,7 +124,7 @@ def test_old_log_probs_of_a_single_mini_batch() -> None:
 
 def test_rejected_tokens_leave_the_denominator() -> None:
     """verl: the mean over the tokens that are not rejected."""
-    correction = Correction("token_mask", 0.5, 2.0, drop_rejected=True)
+    correction = Correction("token_mask", 0.5, 2.0)
     by, kept = (pick(OLD, SAMPLER, MASK) for pick in (correction.weights, correction.kept))
     theirs = at(lambda lp: (clipped(lp, OLD) * (OLD - SAMPLER).exp())[kept].mean())
     plain, dropping = at(lambda lp: ours(lp, by=by)), at(lambda lp: ours(lp, by=by, mask=kept))

@@ -4,12 +4,12 @@ formulas."""
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from nexrl_contract.errors import ServiceError
+from nexrl_contract.sections import RolloutCorrectionConfig
 from nexrl_worker.checkpoint.huggingface import FolderWriter, Stamp, export
 from nexrl_worker.training import Engine, InvalidValue
 from torch import Tensor
@@ -453,7 +453,7 @@ def test_settings_that_lack_something_are_refused(tmp_path: Path) -> None:
     """A correction without rollout_log_probs, a norm without its factor, `linear` without
     weights."""
     path = save_model(tmp_path)
-    correction = SimpleNamespace(mode="token_mask", lower=0.5, upper=2.0, drop_rejected=False)
+    correction = RolloutCorrectionConfig(mode="token_mask", lower=0.5, upper=2.0)
     for changes, message in (
         ({"rollout_correction": correction}, "rollout_log_probs"),
         ({"loss_agg_mode": "seq-mean-token-sum-norm"}, "loss_scale_factor"),

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from nexrl_worker.training.errors import InvalidValue
+from nexrl_worker.training.model.build import Recipe
 from nexrl_worker.training.model.policy import PolicyModel
-from nexrl_worker.training.model.probe import probe
-from nexrl_worker.training.model.wrapper import position_limit
+from nexrl_worker.training.model.probe import Prober
+from nexrl_worker.training.model.roles import role_of
+from nexrl_worker.training.model.rotary import position_limit
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -197,7 +199,7 @@ def test_the_probe_sees_windows_longer_than_its_rows() -> None:
     ):
         torch.manual_seed(0)
         model: Any = AutoModelForCausalLM.from_config(made, dtype=torch.float32).eval()
-        outcome = probe(PolicyModel(model), CPU, torch.float32, packing=True)
+        outcome = Prober(PolicyModel(model), Recipe(role_of("actor"), CPU), True).compare()
         assert outcome.packs is packs, outcome
         assert packs or "differ" in (outcome.packing_reason or "")
         assert model.config.sliding_window == 32

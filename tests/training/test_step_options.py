@@ -10,23 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from nexrl_worker.training import fsdp2
-from nexrl_worker.training.batch.micro_batch import BatchReader, Layout
+from nexrl_worker.training.batch.layout import Layout
+from nexrl_worker.training.batch.micro_batch import BatchReader
 from nexrl_worker.training.errors import InvalidValue
-from nexrl_worker.training.fsdp2 import (
-    compile_layers,
-    decoder_layers,
-    forget_kept_back,
-    missing_compiler,
-    synchronise,
-)
-from nexrl_worker.training.model.build import Options, Precision, build_model
+from nexrl_worker.training.fsdp2 import forget_kept_back, synchronise
+from nexrl_worker.training.model.build import Recipe, build_model, compile_layers, decoder_layers
 from nexrl_worker.training.model.policy import PolicyModel
 from nexrl_worker.training.model.roles import role_of
 from nexrl_worker.training.observe.clock import Clock
+from nexrl_worker.training.torch_parts import missing_compiler
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
@@ -116,9 +110,7 @@ def build(path: str, **changes: Any) -> PolicyModel:
     actor = config(path, **changes)
     if "param" in changes:
         actor.fsdp_config.mixed_precision = Space(param_dtype=changes["param"], reduce_dtype=None)
-    precision = Precision.of(actor.fsdp_config, CPU)
-    mesh = init_device_mesh("cpu", (1,))
-    root = build_model(path, role_of("actor"), precision, mesh, CPU, Options.of(actor.model), True)
+    root = build_model(path, Recipe.of(actor, role_of("actor"), CPU))
     assert isinstance(root, PolicyModel)
     return root
 
@@ -223,4 +215,4 @@ def test_no_compiler_is_a_clear_refusal(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
     with pytest.raises(InvalidValue, match=r"use_torch_compile needs a C\+\+ compiler"):
         compile_layers(torch.nn.Module(), CPU)
-    assert fsdp2.missing_compiler(CPU) is not None
+    assert missing_compiler(CPU) is not None

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from nexrl_worker.checkpoint.huggingface import FolderWriter, Stamp, export
 from nexrl_worker.training import Engine, InvalidValue
-from nexrl_worker.training.batch.tiny import TinyRows
+from nexrl_worker.training.batch.micro_batch import TinyRows
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (

@@ -5,11 +5,11 @@ from __future__ import annotations
 import gc
 import json
 from pathlib import Path
-from types import SimpleNamespace as Space
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from nexrl_contract.sections import RolloutCorrectionConfig
 from nexrl_worker.training import Engine, Plan
 from nexrl_worker.training.prepare import Prepared
 from safetensors.torch import load_file
@@ -50,7 +50,7 @@ def watch(engine: Engine, into: list[dict[str, Tensor]]) -> None:
 def one(folder: Path, name: str, case: dict[str, Any]) -> dict[str, Any]:
     settings = dict(case["config"])
     if settings.get("rollout_correction"):
-        settings["rollout_correction"] = Space(**settings["rollout_correction"])
+        settings["rollout_correction"] = RolloutCorrectionConfig(**settings["rollout_correction"])
     engine = build(case["path"], case["role"], **settings)
     rows = MemoryRows(load_file(case["batch"]), **case["metadata"])
     found: list[dict[str, Tensor]] = []

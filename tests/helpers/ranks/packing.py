@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from nexrl_worker.training.batch.micro_batch import BatchReader, Layout
+from nexrl_worker.training.batch.layout import Layout
+from nexrl_worker.training.batch.micro_batch import BatchReader
 from nexrl_worker.training.fsdp2 import forget_kept_back, synchronise
-from nexrl_worker.training.model.build import Options, Precision, build_model
+from nexrl_worker.training.model.build import Recipe, build_model
 from nexrl_worker.training.model.policy import PolicyModel
 from nexrl_worker.training.model.roles import role_of
 from nexrl_worker.training.observe.clock import Clock
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 
 from tests.helpers.engines import MemoryRows, batch, config
 from tests.helpers.rank_processes import be_a_rank
@@ -26,9 +26,7 @@ CPU = torch.device("cpu")
 
 def build(path: str, **changes: Any) -> PolicyModel:
     actor = config(path, **changes)
-    precision = Precision.of(actor.fsdp_config, CPU)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    root = build_model(path, role_of("actor"), precision, mesh, CPU, Options.of(actor.model), True)
+    root = build_model(path, Recipe.of(actor, role_of("actor"), CPU))
     assert isinstance(root, PolicyModel)
     return root
 

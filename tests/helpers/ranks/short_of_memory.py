@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from nexrl_worker.training import Engine, fsdp2, inference, trainer
+from nexrl_worker.training import Engine, micro_batch_loop
 from nexrl_worker.training.errors import DoesNotFit
-from nexrl_worker.training.observe.clock import Collective
+from nexrl_worker.training.fsdp2 import Collective
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -57,16 +57,17 @@ class OutOfMemoryAt(TorchDispatchMode):
 def micro_batches(during: Callable[[Any], AbstractContextManager[Any]]) -> Iterator[None]:
     """Inside the block, every micro-batch of this rank runs in `during` of its rows."""
 
-    def attempt(roots: Any, device: torch.device, act: Callable[[Any], Any], rows: Any) -> Any:
-        def inside(some: Any) -> Any:
-            with during(some):
-                return act(some)
+    own = micro_batch_loop.attempt
 
-        return fsdp2.attempt(roots, device, inside, rows)
+    def attempt(models: Any, device: torch.device, act: Callable[..., Any], *more: Any) -> Any:
+        def inside(some: Any, last: bool) -> Any:
+            with during(some):
+                return act(some, last)
+
+        return own(models, device, inside, *more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "attempt", attempt)
-        patch.setattr(inference, "attempt", attempt)
+        patch.setattr(micro_batch_loop, "attempt", attempt)
         yield
 
 

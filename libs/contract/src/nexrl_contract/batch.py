@@ -178,8 +178,9 @@ def _of_correction(correction: RolloutCorrectionConfig | None) -> tuple[str, ...
     """Which tokens it drops must be known before any log-probability is."""
     if correction is None:
         return ()
-    drops = correction.drop_rejected and correction.mode.endswith("_mask")
-    return ("rollout_log_probs", "old_log_probs") if drops else ("rollout_log_probs",)
+    if correction.drops:
+        return ("rollout_log_probs", "old_log_probs")
+    return ("rollout_log_probs",)
 
 
 def _of_kl(actor: ActorConfig | None) -> tuple[str, ...]:

@@ -127,7 +127,7 @@ def _superseded(actor: ActorConfig, role: str) -> Iterator[str]:
         role == "actor"
         and correction is not None
         and correction.drop_rejected
-        and "mask" not in correction.mode
+        and not correction.drops
     ):
         yield "actor.rollout_correction.drop_rejected"
     if (

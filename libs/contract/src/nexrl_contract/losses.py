@@ -1,5 +1,5 @@
-"""The policy losses: what each reads and fixes. Their formulas are in the worker, under the same
-names."""
+"""The losses: what each reads and fixes, and what of a model it scores. Their formulas are in the
+worker, under the same names."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ class Loss:
     """One row of :data:`LOSSES`."""
 
     name: str
+    objective: Literal["labels", "candidates", "values"] = "labels"
+    """What of a model it scores: a batch's labels, a teacher's candidates at every label, or a
+    critic's values."""
     advantages: bool = True
     """It reads ``advantages``, and a rollout correction may weigh it."""
     ratio: bool = False
@@ -53,3 +56,11 @@ LOSSES: dict[str, Loss] = {
         Loss("linear", advantages=False, weights=True, aggregation="sum"),
     )
 }
+
+TOP_K_LOSSES: dict[str, Loss] = {
+    name: Loss(name, "candidates", advantages=False) for name in ("forward_kl", "reverse_kl")
+}
+"""A teacher's candidates as ``distillation_loss``; its other value is a policy loss."""
+
+VALUE_LOSS = Loss("value", "values", advantages=False)
+"""``update_critic``."""

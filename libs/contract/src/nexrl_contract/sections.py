@@ -223,6 +223,16 @@ class RolloutCorrectionConfig(Section):
         "Needs old_log_probs in every batch.",
     )
 
+    @property
+    def rejects(self) -> bool:
+        """Whether there are tokens of no weight at all."""
+        return self.mode.endswith("_mask")
+
+    @property
+    def drops(self) -> bool:
+        """Whether rejected tokens are no longer scored."""
+        return self.rejects and self.drop_rejected
+
 
 class ActorConfig(Section):
     """``actor``: the model and how it is trained."""

@@ -29,8 +29,8 @@ from nexrl_worker.snapshot import Snapshot
 from nexrl_worker.training.batch.plan import Plan
 from nexrl_worker.training.engine import Engine
 from nexrl_worker.training.errors import DoesNotFit
+from nexrl_worker.training.micro_batch_loop import Parts
 from nexrl_worker.training.prepare import Prepared
-from nexrl_worker.training.trainer import Parts
 
 _NO_SPACE_PAUSE_S = 1.0
 _NAMED_JOBS = 16

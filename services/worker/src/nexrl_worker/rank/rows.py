@@ -12,7 +12,7 @@ from nexrl_contract.operations import Operation
 from nexrl_contract.tensors import sizes_of
 from nexrl_payloads import PayloadStore
 
-from nexrl_worker.training.batch.micro_batch import Rows
+from nexrl_worker.training.batch.layout import Rows
 
 _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 

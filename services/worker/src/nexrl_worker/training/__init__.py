@@ -1,7 +1,7 @@
 """The worker's mathematics: a sharded model, its losses and its optimizer, without any queue or web
 framework."""
 
-from nexrl_worker.training.batch.micro_batch import Rows
+from nexrl_worker.training.batch.layout import Rows
 from nexrl_worker.training.batch.plan import Plan
 from nexrl_worker.training.engine import Engine
 from nexrl_worker.training.errors import InvalidValue

@@ -4,32 +4,40 @@ together."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from nexrl_contract.sections import ActorConfig
 
-from nexrl_worker.training.batch.micro_batch import BatchReader, Rows
-from nexrl_worker.training.batch.plan import Plan, PlanSettings, make_plan
+from nexrl_worker.training.batch.layout import Rows
+from nexrl_worker.training.batch.micro_batch import BatchReader
+from nexrl_worker.training.batch.plan import (
+    Plan,
+    PlanSettings,
+    computed_lengths,
+    explain_plan,
+    make_plan,
+)
 from nexrl_worker.training.batch.validate import Limits, check_rows, longest
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.fsdp2 import release
-from nexrl_worker.training.inference import answered
-from nexrl_worker.training.model.build import Precision, export_dtype, load_model
+from nexrl_worker.training.inference import infer
+from nexrl_worker.training.model.build import Recipe, build_model, export_dtype
 from nexrl_worker.training.model.policy import PolicyModel
-from nexrl_worker.training.model.probe import Probe, probed, strictest
+from nexrl_worker.training.model.probe import Probe, Prober
 from nexrl_worker.training.model.reference import FrozenReference
 from nexrl_worker.training.model.roles import role_of
+from nexrl_worker.training.model.rotary import longest_row
 from nexrl_worker.training.model.value_head import RewardModel
 from nexrl_worker.training.model.weight_sources import folder_tensors
-from nexrl_worker.training.model.weights import parameter_shards
-from nexrl_worker.training.model.wrapper import ModelWrapper, longest_row
+from nexrl_worker.training.model.wrapper import ModelWrapper
 from nexrl_worker.training.objectives import objective_of
-from nexrl_worker.training.observe.explain import computed_lengths, explain_plan
+from nexrl_worker.training.objectives.base import Objective
 from nexrl_worker.training.observe.footprint import Load, Room, make_room, peak_mib
-from nexrl_worker.training.prepare import LossSettings, Prepared, prepare
+from nexrl_worker.training.prepare import Prepared, prepare
 from nexrl_worker.training.state import TrainingState
 from nexrl_worker.training.trainer import Result, Trainer
 
@@ -46,18 +54,18 @@ class Engine:
     def __init__(
         self,
         actor: ActorConfig,
-        role: str,
+        recipe: Recipe,
         model: ModelWrapper,
         outcome: Probe,
         source: Mapping[str, str],
         room: Room,
     ) -> None:
-        self._role, self._device = role_of(role), room.device
         self._actor = actor
+        self._recipe = recipe
+        self._role, self._device, self._precision = recipe.role, recipe.device, recipe.precision
         self._model = model
         self._probe = outcome
         self.room = room
-        self._wide = _wide(Precision.of(actor.fsdp_config, self._device))
         self._trainer = Trainer(model, actor, self._device) if self._role.trains else None
         self.state = TrainingState(
             self._role, model, self._trainer, self._device, source, export_dtype(actor.model)
@@ -73,32 +81,25 @@ class Engine:
 
         `agree` runs what is local, and may raise on all ranks what one of them raises.
         """
-        held = role_of(role)
-        precision = Precision.of(actor.fsdp_config, device)
-        model: ModelWrapper = agree(
-            lambda: load_model(actor, actor.model.path, device, held, held.trains)
-        )
-        outcome = strictest(
-            probed(model, device, precision.param, actor.model.use_remove_padding), device
-        )
+        recipe = Recipe.of(actor, role_of(role), device)
+        model: ModelWrapper = agree(lambda: build_model(actor.model.path, recipe))
+        outcome = Prober(model, recipe, actor.model.use_remove_padding).run()
         agree(outcome.check)
         if isinstance(model, PolicyModel | RewardModel):
             model.fallback = outcome.reason
         source = agree(lambda: folder_tensors(actor.model.path).stored)
-        room = make_room(model, actor, held.trains, outcome.packs, device, _wide(precision))
-        engine: Engine = agree(lambda: cls(actor, role, model, outcome, source, room))
+        room = make_room(model, actor, outcome.packs, recipe)
+        engine: Engine = agree(lambda: cls(actor, recipe, model, outcome, source, room))
         return engine
 
     def info(self) -> dict[str, Any]:
         """What this group runs: sizes, dtypes, and whether log-probabilities are chunked and rows
         packed (or why not)."""
-        precision = Precision.of(self._actor.fsdp_config, self._device)
+        precision, held = self._precision, self._model.weights()
         return {
             "role": self._role.name,
-            "model_type": self._model.hf.config.model_type,  # type: ignore[union-attr]
-            "parameters": sum(
-                math.prod(part.global_shape) for part in parameter_shards(self._model.hf)
-            ),
+            "model_type": self._model.config.model_type,
+            "parameters": sum(math.prod(part.global_shape) for part in held if not part.replicated),
             "vocab_size": self._model.vocabulary,
             "max_position_embeddings": longest_row(self._model.hf),
             "dtype": str(precision.model).removeprefix("torch."),
@@ -116,7 +117,6 @@ class Engine:
         }
 
     # -- planning and checking: local, no collectives
-    # ---------------------------------------------------------------
 
     def prepare(self, operation: str, rows: Rows, params: Mapping[str, Any]) -> Prepared:
         """What `operation` will compute; raises InvalidValue or INVALID_TENSOR. Local, and reads no
@@ -170,7 +170,7 @@ class Engine:
                 prepared.loss.aggregation, accumulates=not prepared.operation.steps
             )
         if (
-            isinstance(prepared.loss, LossSettings)
+            prepared.loss is not None
             and prepared.loss.reads_old
             and steps > 1
             and not rows.has(OLD)
@@ -196,7 +196,7 @@ class Engine:
             keeps_gradients=config.fsdp_config.gradient_sync == "mini_batch"
             and len(plan.mini_batches[0].ranks[0]) > 1,
             reference=self.uses_reference(prepared),
-            compute_bytes=Precision.of(config.fsdp_config, self._device).param.itemsize,
+            compute_bytes=self._precision.param.itemsize,
         )
         peak = torch.tensor(
             [peak_mib(self._model, self.room.activations, load, self._device)], dtype=torch.float64
@@ -213,7 +213,6 @@ class Engine:
         }
 
     # -- training
-    # ----------------------------------------------------------------------------------------------
 
     def accumulate(self, prepared: Prepared, plan: Plan) -> Result:
         """forward_backward: add the batch's unnormalised loss gradients to those pending.
@@ -221,11 +220,8 @@ class Engine:
 
         Metrics are over all ranks, `actor/tokens` and `actor/rows` among them.
         """
-        objective = objective_of(prepared, self._model, self.reference)
-        try:
+        with self._objective(prepared) as objective:
             return self._training().accumulate(plan, self._reader(prepared), objective)
-        finally:
-            objective.close()
 
     def step(
         self, lr: float | None = None, grad_clip: float | None = None, discard: bool = False
@@ -242,16 +238,12 @@ class Engine:
 
     def update(self, prepared: Prepared, plan: Plan) -> list[Result]:
         """Accumulate and step once per mini-batch; one result for each. Collective."""
-        objective = objective_of(prepared, self._model, self.reference)
-        try:
+        with self._objective(prepared) as objective:
             results = self._training().update(plan, self._reader(prepared), objective)
-        finally:
-            objective.close()
         self.state.weight_version += sum(int(result.metrics["step_applied"]) for result in results)
         return results
 
-    # -- looking
-    # ----------------------------------------------------------------------------------------------
+    # -- inference
 
     def compute(self, prepared: Prepared, plan: Plan) -> Result:
         """A read-only operation: by result name this rank's (row indices, values on the CPU).
@@ -264,12 +256,11 @@ class Engine:
         micros = [micro for mini in plan.mini_batches for micro in mini.ranks[dist.get_rank()]]
         name, k = prepared.operation.name, prepared.params.get("top_k")
         try:
-            return answered(name, model, self._reader(prepared), micros, k)
+            return infer(name, model, self._reader(prepared), micros, k)
         finally:
             release(model)
 
     # -- the frozen reference
-    # ---------------------------------------------------------------------------------------
 
     def uses_reference(self, prepared: Prepared) -> bool:
         """Whether a model besides the group's own takes part."""
@@ -296,7 +287,16 @@ class Engine:
         return cast(PolicyModel, self._model) if self._is_reference else self._reference.policy()
 
     # -- inside
-    # ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _objective(self, prepared: Prepared) -> Iterator[Objective]:
+        """What the operation minimises; what it gathers besides the trained model is freed."""
+        objective = objective_of(prepared, self._model, self.reference)
+        try:
+            yield objective
+        finally:
+            for model in objective.models[1:]:
+                release(model)
 
     def _training(self) -> Trainer:
         if self._trainer is None:
@@ -319,25 +319,15 @@ class Engine:
             prepared.layout,
             prepared.checked.names,
             self._device,
-            self._wide,
+            self._precision.batch,
             self._probe.packs,
             prepared.dropping,
             prepared.temperature,
         )
 
     def _limits(self, with_reference: bool = False) -> Limits:
-        models = (
-            [self._model, self._reference.model]
-            if with_reference and self._reference.model
-            else [self._model]
-        )
-        known = [model.positions for model in models]
-        limits = Limits(
-            self._model.vocabulary, min((most for most in known if most is not None), default=None)
-        )
+        models = [self._model, *([self._reference.model] if with_reference else [])]
+        known = [model.positions for model in models if model is not None]
+        most = min((one for one in known if one is not None), default=None)
+        limits = Limits(self._model.vocabulary, most)
         return self._model.own_limits(limits) if isinstance(self._model, RewardModel) else limits
-
-
-def _wide(precision: Precision) -> torch.dtype:
-    """Dtype of what a batch brings."""
-    return torch.float64 if precision.model == torch.float64 else torch.float32

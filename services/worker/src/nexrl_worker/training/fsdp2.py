@@ -1,145 +1,151 @@
-"""Shards a model with FSDP2: a function applied to an untouched model, the same at every world
-size."""
+"""All that this service needs of FSDP2, and the one place that knows its private parts.
+
+Which they are, and that the installed torch has them, says tests/training/test_fsdp2_contract.py.
+"""
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
 
-from nexrl_worker.training.errors import InvalidValue
-from nexrl_worker.training.model.wrapper import ModelWrapper
-from nexrl_worker.training.observe.clock import AllGather, Collective, ReduceScatter
-from nexrl_worker.training.observe.memory import give_back, is_out_of_memory
-
-Answer = TypeVar("Answer")
-_log = logging.getLogger(__name__)
+from nexrl_worker.training.observe.memory import is_out_of_memory
 
 
-def decoder_layers(hf: nn.Module) -> list[nn.Module]:
-    """The blocks that a forward passes one after the other: what the family calls unsplittable,
-    else the first list."""
-    names = set(getattr(hf, "_no_split_modules", None) or ())
-    lists = [module for module in hf.modules() if isinstance(module, nn.ModuleList)]
-    layers = {module: None for found in lists for module in found if type(module).__name__ in names}
-    if not layers:
-        return list(lists[0]) if lists else []
-    inner = {part for layer in layers for part in layer.modules() if part is not layer}
-    return [layer for layer in layers if layer not in inner]
+class Collective:
+    """The all-gathers or the reduce-scatters of one sharded module, in the place of FSDP2's own.
 
-
-def sharded_layers(hf: nn.Module) -> list[nn.Module]:
-    """The decoder layers that FSDP gathers one by one: those that share no weight with another part
-    (Zamba's blocks do)."""
-    layers = decoder_layers(hf)
-    inner = {part for layer in layers for part in layer.modules()}
-    holders = Counter(param for layer in layers for param in set(layer.parameters()))
-    holders.update(
-        param
-        for part in hf.modules()
-        if part not in inner
-        for param in part.parameters(recurse=False)
-    )
-    return [layer for layer in layers if all(holders[param] == 1 for param in layer.parameters())]
-
-
-def checkpoint_activations(hf: nn.Module) -> None:
-    """Recompute every decoder layer in the backward; replaces the layers' forward, so no parameter
-    changes its name."""
-    for layer in decoder_layers(hf):
-        layer.forward = partial(
-            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
-        )
-
-
-def compile_layers(hf: nn.Module, device: torch.device) -> None:
-    """Compile every decoder layer's forward; call before `checkpoint_activations` and `shard`,
-    whose hooks stay outside.
-
-    Replaces the layers' forward, so no parameter changes its name. Raises InvalidValue where no
-    compiler is found.
+    It counts them, so that a rank that has left a micro-batch on the way can go through it again,
+    to issue those that the other ranks wait for and no other. `done` says whether a micro-batch
+    finds one done before.
     """
-    missing = missing_compiler(device)
-    if missing is not None:
-        raise InvalidValue(
-            f"actor.model.use_torch_compile needs {missing}", expected="false", actual="true"
+
+    def __init__(self, done: Callable[[], bool] = lambda: False) -> None:
+        self._done = done
+        self.measure: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._issued = 0
+        self._skips = 0
+
+    def begin(self) -> None:
+        """A micro-batch begins."""
+        self._issued, self._skips = int(self._done()), 0
+
+    def again(self) -> None:
+        """The same micro-batch begins once more: as many as were issued until now only fill their
+        outputs with 0."""
+        self._skips = self._issued
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for a buffer."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def _issue(self, output: Tensor, issue: Callable[[], Any]) -> Any:
+        if self._skips:
+            self._skips -= 1
+            output.zero_()
+            return None
+        with self.measure():
+            try:
+                work = issue()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise dist.DistError(
+                    f"out of memory in a collective that may have begun: {error}"
+                ) from error
+        self._issued += 1
+        return work
+
+
+class AllGather(Collective):
+    """As FSDP2 asks of a custom one."""
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        async_op: bool = False,
+    ) -> Any:
+        """`input_tensor` of every rank in `output_tensor`."""
+        # torch 2.13 renamed it.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        return self._issue(
+            output_tensor,
+            lambda: gather(output_tensor, input_tensor, group=group, async_op=async_op),
         )
-    for layer in decoder_layers(hf):
-        layer.forward = torch.compile(layer.forward, dynamic=True)
 
 
-def missing_compiler(device: torch.device) -> str | None:
-    """What torch.compile lacks on this machine, None if it lacks nothing."""
-    if device.type == "cuda":
-        from torch.utils._triton import has_triton
+class ReduceScatter(Collective):
+    """As FSDP2 asks of a custom one."""
 
-        if not has_triton():
-            return "Triton"
-        # Triton builds in C what starts its kernels.
-        found = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-        return None if found else "a C compiler (install gcc, or name one in CC)"
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        return "a C++ compiler (install g++, or name one in CXX)"
-    return None
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> Any:
+        """This rank's part of the sum over ranks in `output_tensor`."""
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        return self._issue(
+            output_tensor,
+            lambda: scatter(output_tensor, input_tensor, group=group, op=op, async_op=async_op),
+        )
 
 
 def shard(
-    model: ModelWrapper,
+    model: nn.Module,
+    layers: Iterable[nn.Module],
     mesh: DeviceMesh,
     param_dtype: torch.dtype | None,
     reduce_dtype: torch.dtype | None,
-) -> None:
-    """Shard each decoder layer, then the rest as the root, where all that is tied stays together.
+) -> list[Collective]:
+    """Shard each of the layers, then the rest as the root, where all that is tied stays together;
+    the collectives that will do the work.
 
-    `None` computes or reduces in the parameters' own dtype. The root is gathered once per forward
-    and kept until its backward is over; after a forward without a backward, call `release`.
+    A function applied to an untouched model, the same at every world size. `None` computes or
+    reduces in the parameters' own dtype. The root is gathered once per forward and kept until its
+    backward is over; after a forward without a backward, call `release`.
     """
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
-    for layer in sharded_layers(model.hf):
+    for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    for module in _sharded(model):
+    collectives: list[Collective] = []
+    for module in sharded_modules(model):
         gather, scatter = AllGather(partial(_is_gathered, module)), ReduceScatter()
-        module.set_custom_all_gather(gather)  # type: ignore[arg-type]  # a protocol in all but name
-        module.set_custom_reduce_scatter(scatter)  # type: ignore[arg-type]
-        model.collectives += [gather, scatter]
+        module.set_custom_all_gather(gather)  # a protocol in all but name
+        module.set_custom_reduce_scatter(scatter)
+        collectives += [gather, scatter]
+    return collectives
 
 
-def release(model: ModelWrapper) -> None:
+def release(model: nn.Module) -> None:
     """Free gathered parameters; without it a later forward would see the weights as they were when
     gathered.
 
     Also forgets the order of forwards that FSDP keeps for a backward: where none comes it would
     grow for ever.
     """
-    for module in _sharded(model):
+    for module in sharded_modules(model):
         module.reshard()
         for group in _groups(module):
-            order = getattr(
-                group.comm_ctx, "post_forward_order", None
-            )  # not before a first forward
+            order = getattr(group.comm_ctx, "post_forward_order", None)  # None before a forward
             if order is not None:
                 order.clear()
             group._post_forward_indices.clear()
 
 
-def synchronise(model: ModelWrapper, on: bool) -> None:
+def synchronise(model: nn.Module, on: bool) -> None:
     """Whether the next backward adds its gradients up over ranks, with all that earlier ones kept
     back.
 
@@ -151,64 +157,15 @@ def synchronise(model: ModelWrapper, on: bool) -> None:
     model.set_requires_gradient_sync(on)  # type: ignore[operator]  # FSDP has made the model an FSDPModule
 
 
-def attempt(
-    models: Sequence[ModelWrapper],
-    device: torch.device,
-    act: Callable[[Sequence[int]], Answer],
-    rows: Sequence[int],
-) -> tuple[Answer | None, bool]:
-    """`act` on the rows of a micro-batch, and False; True where memory ran out on this rank, and
-    the answer is of no rows.
-
-    `act` runs forwards, and a backward, of `models`. The other ranks learn of a failure at the next
-    vote alone: until then this rank must go on with micro-batches of no rows, as its gathered
-    weights and gradients are worthless. What the failed one has not issued of its collectives it
-    issues here, in `act` without rows (None: there are no others). Raises what `act` raises
-    besides, and what the torch before 2.13 cannot put right. After the vote, call `drop`.
-    """
-    for collective in _collectives(models):
-        collective.begin()
-    try:
-        return act(rows), False
-    except Exception as error:
-        alone = dist.get_world_size() == 1
-        if (
-            not is_out_of_memory(error)
-            or isinstance(error, dist.DistError)
-            or not (alone or _can_reset(models))
-        ):
-            raise
-        # Not the error itself: a record that is kept would keep the tensors of the failed
-        # micro-batch alive.
-        _log.warning("memory.short rows=%d %s", len(rows), str(error))
-    # Out of the block, for the same reason.
-    for model in models:
-        _reset(model)
-    give_back(device)
-    if alone:
-        return None, True
-    for collective in _collectives(models):
-        collective.again()
-    return act(()), True
-
-
-def drop(models: Sequence[ModelWrapper]) -> None:
-    """Leave nothing of the micro-batches since the last step gathered or kept back; sharded
-    gradients are the caller's."""
-    for model in models:
-        forget_kept_back(model)
-        release(model)
-
-
-def forget_kept_back(model: ModelWrapper) -> None:
+def forget_kept_back(model: nn.Module) -> None:
     """Drop gradients that `synchronise(model, False)` kept back, and what an error in a forward or
     backward left gathered.
 
     Call after such an error, and wherever sharded gradients are dropped too; those are the caller's
     own.
     """
-    _reset(model)
-    for module in _sharded(model):
+    reset(model)
+    for module in sharded_modules(model):
         for group in _groups(module):
             for param in group.fsdp_params:
                 param.unsharded_accumulated_grad = None
@@ -217,30 +174,25 @@ def forget_kept_back(model: ModelWrapper) -> None:
     synchronise(model, True)
 
 
-def _collectives(models: Sequence[ModelWrapper]) -> Iterator[Collective]:
-    return (collective for model in models for collective in model.collectives)
+def can_reset(model: nn.Module) -> bool:
+    """Whether `reset` does anything: torch has what it needs since 2.13."""
+    return hasattr(model, "reset_iter_state")
 
 
-def _can_reset(models: Sequence[ModelWrapper]) -> bool:
-    return all(hasattr(model, "reset_iter_state") for model in models)
-
-
-def _reset(model: ModelWrapper) -> None:
+def reset(model: nn.Module) -> None:
     """Put FSDP back to before a forward, after an error in one or in a backward; keeps gradients
-    that were kept back."""
-    reset = getattr(
-        model, "reset_iter_state", None
-    )  # torch has it since 2.13; before, a left model stays gathered
-    if reset is not None:
-        reset()
+    that were kept back. Before torch 2.13 a model that was left stays gathered."""
+    if can_reset(model):
+        model.reset_iter_state()  # type: ignore[operator]
 
 
 def _is_gathered(module: FSDPModule) -> bool:
     return any(group.is_unsharded for group in _groups(module))
 
 
-def _sharded(model: ModelWrapper) -> Iterator[FSDPModule]:
-    return (module for module in model.modules() if isinstance(module, FSDPModule))
+def sharded_modules(model: nn.Module) -> list[Any]:
+    """The root and the layers, each of which is gathered as a whole: modules and FSDPModules."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def _groups(module: FSDPModule) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Operations that only look: what each computes from a micro-batch, by result name."""
+"""The read-only operations: what each computes from a micro-batch, by result name."""
 
 from __future__ import annotations
 
@@ -11,16 +11,13 @@ from torch import Tensor
 
 from nexrl_worker.training.batch.micro_batch import BatchReader, MicroBatch
 from nexrl_worker.training.batch.plan import Micro, halves
-from nexrl_worker.training.errors import DoesNotFit
-from nexrl_worker.training.fsdp2 import attempt, drop
-from nexrl_worker.training.model.candidates import top_k
-from nexrl_worker.training.model.policy import PolicyModel
+from nexrl_worker.training.micro_batch_loop import Parts, drop, run_micro_batches
+from nexrl_worker.training.model.policy import PolicyModel, top_k
 from nexrl_worker.training.model.value_head import RewardModel, ValueModel
 from nexrl_worker.training.model.wrapper import ModelWrapper
-from nexrl_worker.training.observe.memory import NO_ROOM, lone_row
-from nexrl_worker.training.trainer import Parts, Result
+from nexrl_worker.training.trainer import Result
 
-Query = Callable[[ModelWrapper, MicroBatch, int | None], dict[str, Tensor]]
+Inference = Callable[[ModelWrapper, MicroBatch, int | None], dict[str, Tensor]]
 
 
 def _log_probs(model: ModelWrapper, micro: MicroBatch, k: int | None) -> dict[str, Tensor]:
@@ -48,7 +45,7 @@ def _rewards(model: ModelWrapper, micro: MicroBatch, k: int | None) -> dict[str,
 
 
 # Results are [n,R] ([n,R,K] of the top k, [n] of rewards); 0 where a token is not attended.
-QUERIES: dict[str, Query] = {
+INFERENCE: dict[str, Inference] = {
     "compute_log_prob": _log_probs,
     "compute_ref_log_prob": _reference,
     "compute_values": _values,
@@ -57,7 +54,7 @@ QUERIES: dict[str, Query] = {
 
 
 @torch.no_grad()
-def answered(
+def infer(
     operation: str, model: ModelWrapper, reader: BatchReader, micros: Sequence[Micro], k: int | None
 ) -> Result:
     """The operation's answers for the rows of this rank's micro-batches, as many as any rank has.
@@ -69,36 +66,24 @@ def answered(
     """
     answers: dict[str, Parts] = {}
 
-    def act(rows: Sequence[int]) -> dict[str, Tensor]:
-        return {
-            name: values.cpu()
-            for name, values in QUERIES[operation](model, reader.read(rows), k).items()
-        }
+    def act(rows: Sequence[int], last: bool) -> dict[str, Tensor]:
+        found = INFERENCE[operation](model, reader.read(rows), k)
+        return {name: values.cpu() for name, values in found.items()}
 
     retries = 0
     while micros:
-        left: list[Micro] = []
-        failed: Micro | None = None
-        for number, indices in enumerate(micros):
-            rows = indices if failed is None else ()
-            found, short = attempt([model], reader.device, act, rows)
-            if short and failed is None:
-                failed, left = rows, halves(micros[number:])
-            if found is None:
-                break
-            for name, values in found.items():
-                parts = answers.setdefault(
-                    name, []
-                )  # for a dummy too: all ranks answer with the same names
-                parts += [(list(rows), values)] if rows and not short else []
-        most = torch.tensor([len(left), failed is not None], device=reader.device)
+        ran = run_micro_batches([model], reader.device, micros, act)
+        for name, parts in ran.answers.items():
+            answers.setdefault(name, []).extend(parts)
+        left = [] if ran.failed is None else halves(micros[ran.failed :])
+        most = torch.tensor([len(left), ran.failed is not None], device=reader.device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         length, again = most.tolist()
         if again:
-            row = lone_row(failed, reader.device)
+            refusal = ran.does_not_fit(reader.device)
             drop([model])
-            if row is not None:
-                raise DoesNotFit(NO_ROOM, tensor="input_ids", row=row)
+            if refusal.row is not None:
+                raise refusal
             retries += 1
         micros = [*left, *[()] * (length - len(left))]
     return Result({"memory/retries": retries} if retries else {}, answers)

@@ -17,7 +17,9 @@ from nexrl_contract.sections import OptimConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nexrl_worker.training.model.weights import Shard, parameter_shards
+from nexrl_worker.training.model.weights import Shard
+from nexrl_worker.training.model.wrapper import ModelWrapper
+from nexrl_worker.training.torch_parts import norms
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _PIECE = 1024
@@ -51,11 +53,12 @@ class Schedule:
 
 
 class Optimizer:
-    """AdamW and gradient clipping for a sharded model; `hf` keeps its parameters and gradients."""
+    """AdamW and gradient clipping for what trains of a sharded model, which keeps its parameters
+    and gradients."""
 
-    def __init__(self, hf: nn.Module, optim: OptimConfig) -> None:
-        self._params = dict(hf.named_parameters())
-        self._shards = {part.name: part for part in parameter_shards(hf)}
+    def __init__(self, model: ModelWrapper, optim: OptimConfig) -> None:
+        self._params = model.named_trainable()
+        self._shards = {part.name: part for part in model.trainable_shards()}
         self._local = {name: part.local_tensor for name, part in self._shards.items()}
         self._moments = {
             name: {kind: torch.zeros_like(local) for kind in _MOMENTS}
@@ -63,7 +66,7 @@ class Optimizer:
         }
         groups = _by_decay(
             self._local,
-            norms_and_biases(hf) if optim.no_decay else set(),
+            norms_and_biases(model.hf) if optim.no_decay else set(),
             float(optim.weight_decay),
         )
         self._adamw: torch.optim.AdamW | None = None
@@ -188,10 +191,10 @@ def piece_norms(tensors: Sequence[Tensor]) -> Tensor:
     % off.
     """
     if tensors[0].device.type != "cpu":
-        return torch.stack(torch._foreach_norm(list(tensors)))
-    norms: list[Tensor] = []
+        return norms(tensors)
+    pieces: list[Tensor] = []
     for flat in (tensor.flatten() for tensor in tensors):
         whole = flat.numel() // _PIECE * _PIECE
-        norms.append(torch.linalg.vector_norm(flat[:whole].view(-1, _PIECE), dim=1))
-        norms.append(torch.linalg.vector_norm(flat[whole:])[None])
-    return torch.cat(norms)
+        pieces.append(torch.linalg.vector_norm(flat[:whole].view(-1, _PIECE), dim=1))
+        pieces.append(torch.linalg.vector_norm(flat[whole:])[None])
+    return torch.cat(pieces)

@@ -9,40 +9,42 @@ from dataclasses import dataclass
 from typing import Any
 
 from nexrl_contract.batch import CheckedBatch, check_batch
-from nexrl_contract.losses import LOSSES, Loss
+from nexrl_contract.losses import LOSSES, TOP_K_LOSSES, VALUE_LOSS, Loss
 from nexrl_contract.operations import DISTILLATION, OPERATIONS, Operation
-from nexrl_contract.sections import ActorConfig, RolloutCorrectionConfig
+from nexrl_contract.sections import ActorConfig
 
-from nexrl_worker.training.batch.micro_batch import Layout, Rows
+from nexrl_worker.training.batch.layout import Layout, Rows
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.losses.aggregation import MODES, Aggregation
 from nexrl_worker.training.losses.correction import Correction
 from nexrl_worker.training.losses.policy import Clip
 
+_CLIP = Clip()
 CURRENT = "current"  # of distillation_student: what else it may be is the name of a tensor
 
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Settings of one policy update.
+    """Settings of one update.
 
-    `distillation` is the coefficient of a teacher's term, None without a teacher; `top_k` its
-    direction (forward_kl, reverse_kl) where the teacher gave candidates, None where it gave the
-    sampled tokens' log-probabilities, from which those of `student` are then subtracted.
-    `kl_times_ratio`: the KL term is weighed by exp(lp - old).
+    `dropping`: what the correction rejects is not scored. `kl_times_ratio`: the KL term is weighed
+    by exp(lp - old). `distillation` is the coefficient of a teacher's term, None without a teacher;
+    where the teacher gave the sampled tokens' log-probabilities, those of `student` are subtracted
+    from them. `value_clip`: a critic's new values are clipped to it around the batch's.
     """
 
     loss: Loss
     aggregation: Aggregation
-    clip: Clip
-    correction: Correction | None
-    entropy_coeff: float
-    kl_coeff: float
-    kl_type: str
-    kl_times_ratio: bool
-    distillation: float | None
-    top_k: str | None
-    student: str
+    clip: Clip = _CLIP
+    correction: Correction | None = None
+    dropping: bool = False
+    entropy_coeff: float = 0.0
+    kl_coeff: float = 0.0
+    kl_type: str = "k3"
+    kl_times_ratio: bool = False
+    distillation: float | None = None
+    student: str = CURRENT
+    value_clip: float = 0.0
 
     @property
     def uses_kl(self) -> bool:
@@ -52,17 +54,8 @@ class LossSettings:
     def reads_old(self) -> bool:
         """Whether `old_log_probs` would matter: for a ratio, or for what a rollout correction
         weighs by."""
-        if self.uses_kl and self.kl_times_ratio:
-            return True
-        return self.top_k is None and (self.loss.ratio or self.correction is not None)
-
-
-@dataclass(frozen=True)
-class ValueSettings:
-    """Settings of a critic's update: new values are clipped to `clip` around the batch's."""
-
-    clip: float
-    aggregation: Aggregation
+        by_ratio = self.loss.ratio or (self.uses_kl and self.kl_times_ratio)
+        return by_ratio or self.correction is not None
 
 
 @dataclass(frozen=True)
@@ -79,7 +72,7 @@ class Prepared:
     rows: Rows
     checked: CheckedBatch
     temperature: float
-    loss: LossSettings | ValueSettings | None
+    loss: LossSettings | None
 
     @property
     def layout(self) -> Layout:
@@ -89,59 +82,50 @@ class Prepared:
     @property
     def reads_reference(self) -> bool:
         """Whether a second model, the frozen reference, would take part."""
-        if isinstance(self.loss, LossSettings):
+        if self.loss is not None:
             return self.loss.uses_kl and "ref_log_prob" not in self.checked.names
         return self.operation.name == "compute_ref_log_prob"
 
     @property
     def dropping(self) -> Correction | None:
         """The rollout correction whose rejected tokens are not scored."""
-        correction = self.loss.correction if isinstance(self.loss, LossSettings) else None
-        return correction if correction is not None and correction.drops else None
+        return self.loss.correction if self.loss is not None and self.loss.dropping else None
 
 
 def prepare(actor: ActorConfig, operation: str, rows: Rows, params: Mapping[str, Any]) -> Prepared:
     """Raises InvalidValue, and INVALID_TENSOR as `check_batch` does. Local, and reads no tensor."""
     row = OPERATIONS[operation]
     checked = check_batch(rows.header, row, params, actor)
-    loss: LossSettings | ValueSettings | None = None
+    loss: LossSettings | None = None
     if operation == "update_critic":
-        loss = ValueSettings(
-            actor.cliprange_value, _aggregation(actor.loss_agg_mode, actor.loss_scale_factor)
-        )
+        aggregation = _aggregation(actor.loss_agg_mode, actor.loss_scale_factor)
+        loss = LossSettings(VALUE_LOSS, aggregation, value_clip=actor.cliprange_value)
     elif row.trains:
-        loss = loss_spec(actor, operation, rows, params)
+        loss = loss_settings(actor, operation, rows, params)
     return Prepared(row, params, rows, checked, _temperature(actor, rows), loss)
 
 
-def loss_spec(
+def loss_settings(
     actor: ActorConfig, operation: str, rows: Rows, params: Mapping[str, Any]
 ) -> LossSettings:
     """The settings of this operation; `params` (`loss`, of distillation its settings) win over
     `actor`."""
     distils = operation == DISTILLATION
     settings: Mapping[str, Any] = rows.metadata if distils else {}
-    kind = (params.get("distillation_loss") or actor.distillation_loss) if distils else None
-    name = (
-        _distillation_loss(actor, rows, kind)
-        if distils
-        else params.get("loss") or actor.policy_loss
-    )
-    loss = LOSSES[name]
+    loss = _distillation_loss(actor, rows, params) if distils else _policy_loss(actor, params)
     mode = loss.aggregation or settings.get("loss_agg_mode") or actor.loss_agg_mode
     if loss.aggregation is None and mode not in MODES:
         raise InvalidValue(
             f"unknown loss_agg_mode {mode!r}", expected=", ".join(MODES), actual=str(mode)
         )
     entropy_coeff = settings.get("entropy_coeff")
-    correction = (
-        actor.rollout_correction if loss.advantages and kind in (None, "policy_gradient") else None
-    )
+    given = actor.rollout_correction if loss.advantages else None
     return LossSettings(
         loss=loss,
         aggregation=_aggregation(mode, actor.loss_scale_factor),
         clip=_distillation_clip(actor) if distils else _clip(actor, loss),
-        correction=None if correction is None else _correction(correction),
+        correction=None if given is None else Correction(given.mode, given.lower, given.upper),
+        dropping=given is not None and given.drops,
         entropy_coeff=_number(
             "entropy_coeff", actor.entropy_coeff if entropy_coeff is None else entropy_coeff
         ),
@@ -149,9 +133,23 @@ def loss_spec(
         kl_type=actor.kl_loss_type,
         kl_times_ratio=actor.use_bias_correction_kl,
         distillation=_coefficient(rows, params) if distils else None,
-        top_k=kind if kind in ("forward_kl", "reverse_kl") else None,
         student=actor.distillation_student,
     )
+
+
+def _policy_loss(actor: ActorConfig, params: Mapping[str, Any]) -> Loss:
+    return LOSSES[params.get("loss") or actor.policy_loss]
+
+
+def _distillation_loss(actor: ActorConfig, rows: Rows, params: Mapping[str, Any]) -> Loss:
+    """Of a teacher's candidates, or a policy loss: clipped where asked for; without old_log_probs
+    the ratio is 1 and the gradient that of REINFORCE."""
+    kind = params.get("distillation_loss") or actor.distillation_loss
+    if kind in TOP_K_LOSSES:
+        return TOP_K_LOSSES[kind]
+    if actor.use_distillation_clipping:
+        return LOSSES["ppo"]
+    return LOSSES["importance_sampling" if rows.has("old_log_probs") else "reinforce"]
 
 
 def _temperature(actor: ActorConfig, rows: Rows) -> float:
@@ -170,10 +168,6 @@ def _aggregation(mode: str, scale: float | None) -> Aggregation:
     return Aggregation(mode, _number("loss_scale_factor", scale, positive=True))
 
 
-def _correction(given: RolloutCorrectionConfig) -> Correction:
-    return Correction(given.mode, given.lower, given.upper, given.drop_rejected)
-
-
 def _clip(actor: ActorConfig, loss: Loss) -> Clip:
     own_low, own_high = loss.clip or (actor.clip_ratio, actor.clip_ratio)
     given_low, given_high = actor.clip_ratio_low, actor.clip_ratio_high
@@ -186,24 +180,9 @@ def _clip(actor: ActorConfig, loss: Loss) -> Clip:
 
 
 def _distillation_clip(actor: ActorConfig) -> Clip:
-    low, high, both = (
-        actor.distillation_cliprange_low,
-        actor.distillation_cliprange_high,
-        actor.distillation_cliprange,
-    )
+    low, high = actor.distillation_cliprange_low, actor.distillation_cliprange_high
+    both = actor.distillation_cliprange
     return Clip(both if low is None else low, both if high is None else high)
-
-
-def _distillation_loss(actor: ActorConfig, rows: Rows, kind: str | None) -> str:
-    """Clipped where asked for; without old_log_probs the ratio is 1 and the gradient that of
-    REINFORCE."""
-    if kind == "policy_gradient" and actor.use_distillation_clipping:
-        return "ppo"
-    return (
-        "importance_sampling"
-        if kind == "policy_gradient" and rows.has("old_log_probs")
-        else "reinforce"
-    )
 
 
 def _coefficient(rows: Rows, params: Mapping[str, Any]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,6 @@ from nexrl_worker.training.model.weights import (
     check_finite,
     fill,
     gather,
-    load_parameters,
-    parameter_shards,
-    persistent_buffers,
 )
 from nexrl_worker.training.model.wrapper import ModelWrapper
 from nexrl_worker.training.rng import rng_state, set_rng_state
@@ -87,10 +84,7 @@ class TrainingState:
     def shards(self, optimizer: bool = True) -> Iterator[Shard]:
         """This rank's part of the state: parameters, saved buffers (rank 0), and the moments if
         there are any."""
-        yield from parameter_shards(self._model.hf)
-        if dist.get_rank() == 0:
-            for name, buffer in persistent_buffers(self._model.hf):
-                yield Shard(name, buffer, tuple(buffer.shape), 0)
+        yield from _once(self._model.weights())
         if optimizer and self._trainer is not None:
             yield from self._trainer.optimizer.shards()
 
@@ -100,7 +94,7 @@ class TrainingState:
 
         Infinity is refused in a weight, too; a second moment may have reached it.
         """
-        check_finite(self._model.hf, reader)
+        check_finite(self._model.weights(), reader)
         if optimizer and self._trainer is not None:
             for part in self._trainer.optimizer.shards():
                 if bool(
@@ -112,10 +106,9 @@ class TrainingState:
         """Overwrite weights, and moments unless `optimizer` is False, with this rank's rows from
         `reader`."""
         self._loaded = True
-        load_parameters(self._model.hf, reader)
+        fill(self._model.weights(), reader)
         if optimizer and self._trainer is not None:
-            for part in self._trainer.optimizer.shards():
-                fill(part, reader)
+            fill(self._trainer.optimizer.shards(), reader)
         self.weight_version += 1
 
     def scalars(self) -> dict[str, int]:
@@ -149,10 +142,7 @@ class TrainingState:
 
         `layout` makes of them what a folder holds.
         """
-        for part in parameter_shards(self._model.hf):
-            yield part.name, gather(part)
-        for name, buffer in persistent_buffers(self._model.hf):
-            yield name, buffer.detach() if dist.get_rank() == 0 else None
+        return ((part.name, gather(part)) for part in self._model.exported())
 
     def layout(self) -> ExportLayout:
         """How an export of this group is written; local, and once for each export."""
@@ -173,8 +163,8 @@ class TrainingState:
         Of a model that is not this group's an empty one is made. Raises InvalidValue where there is
         no such class. Local.
         """
-        hf = self._model.hf
-        if any(shapes.get(part.name) != part.global_shape for part in parameter_shards(hf)):
+        hf, held = self._model.hf, self._model.exported()
+        if any(shapes.get(part.name) != part.global_shape for part in held if not part.replicated):
             hf = _empty_model(folder, saved.get("architecture"))
         dtype = self._export_dtype
         if dtype is None and "source" not in saved:  # from before it was kept
@@ -189,14 +179,13 @@ class TrainingState:
         Every tensor there is accounted for, and what is named, cut or stored otherwise than in the
         model is converted.
         """
-        hf: Any = self._model.hf
-        if has_own_head(hf, folder):
+        if has_own_head(self._model.hf, folder):
             raise InvalidValue(
                 "the output head is not the embedding, as in the group's model, which has one for "
                 "both"
             )
-        found = Account(hf, folder, self._role, fresh=False)
-        check_finite(hf, found)
+        found = Account(self._model, folder, self._role, fresh=False)
+        check_finite(self._model.exported(), found)
         return found
 
     def config_changes(self) -> dict[str, Any]:
@@ -205,7 +194,7 @@ class TrainingState:
         untied = {"tie_word_embeddings": False} if self._model.own_head else {}
         if not self._role.fresh_head:
             return untied
-        config: Any = self._model.hf.config
+        config: Any = self._model.config
         return {
             **untied,
             "architectures": [self.architecture()],
@@ -218,7 +207,7 @@ class TrainingState:
         Collective."""
         table = weight_table(self._device)
         total = torch.zeros((), dtype=torch.int64, device=self._device)
-        for part in self.shards(optimizer=False):
+        for part in _once(self._model.exported()):
             row = math.prod(part.global_shape[1:])
             total += partial_fingerprint(
                 part.name, part.local_tensor, part.offset_dim0 * row, table
@@ -227,12 +216,17 @@ class TrainingState:
         return int(total) % (1 << 64)
 
 
+def _once(parts: Iterable[Shard]) -> Iterator[Shard]:
+    """Without what every rank holds whole, but on rank 0: over all ranks each element once."""
+    return (part for part in parts if not part.replicated or dist.get_rank() == 0)
+
+
 def _empty_model(folder: Path, architecture: str | None) -> nn.Module:
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     for role in (ROLES[name] for name in ("actor", "critic", "reward")):
         role.prepare(config)
         with contextlib.suppress(ValueError), torch.device("meta"):  # a family may lack a class
-            model: nn.Module = role.auto.from_config(config)
+            model = role.make(config)
             if architecture in (None, type(model).__name__):
                 return model
     raise InvalidValue(f"the checkpoint holds a {architecture}, which nothing here makes")

@@ -16,16 +16,14 @@ from torch import Tensor
 from nexrl_worker.training.batch.micro_batch import BatchReader, MicroBatch
 from nexrl_worker.training.batch.plan import MiniBatch, Plan
 from nexrl_worker.training.errors import DoesNotFit, InvalidValue
-from nexrl_worker.training.fsdp2 import attempt, drop, synchronise
+from nexrl_worker.training.fsdp2 import synchronise
 from nexrl_worker.training.losses.aggregation import Aggregation
+from nexrl_worker.training.micro_batch_loop import Parts, drop, run_micro_batches
 from nexrl_worker.training.model.wrapper import ModelWrapper
-from nexrl_worker.training.objectives.base import Objective, common_metrics
-from nexrl_worker.training.objectives.metrics import MetricAccumulator
+from nexrl_worker.training.objectives.base import MetricAccumulator, Objective, common_metrics
 from nexrl_worker.training.observe.clock import Clock
-from nexrl_worker.training.observe.memory import NO_ROOM, lone_row, peak_memory
+from nexrl_worker.training.observe.memory import peak_memory
 from nexrl_worker.training.optim import Optimizer, Schedule
-
-Parts = list[tuple[list[int], Tensor]]
 
 
 @dataclass
@@ -48,7 +46,7 @@ class Trainer:
         self._sync_always = actor.fsdp_config.gradient_sync == "micro_batch"
         self._grad_clip = actor.grad_clip
         self._schedule = Schedule(actor.optim)
-        self.optimizer = Optimizer(model.hf, actor.optim)
+        self.optimizer = Optimizer(model, actor.optim)
         self.steps = 0
         # Aggregation of the pending gradients and what it has counted so far (0: nothing was
         # scored).
@@ -221,30 +219,20 @@ class Trainer:
         """Metrics and answers, and the count reached; raises DoesNotFit on all ranks where memory
         ran out on any."""
         accumulator = MetricAccumulator(self._device)
-        answers: dict[str, Parts] = {}
-        micros = mini.ranks[dist.get_rank()]
-        failed: Sequence[int] | None = None
 
-        def act(rows: Sequence[int]) -> dict[str, Tensor]:
+        def act(rows: Sequence[int], last: bool) -> dict[str, Tensor]:
+            synchronise(self._model, self._sync_always or last)
             return self._run_micro(reader.read(rows), objective, divisor, accumulator)
 
-        for number, indices in enumerate(micros, 1):
-            synchronise(self._model, self._sync_always or number == len(micros))
-            rows = indices if failed is None else ()
-            found, short = attempt(objective.models, self._device, act, rows)
-            failed = rows if short and failed is None else failed
-            if found is None:
-                break
-            for name, values in found.items():
-                parts = answers.setdefault(name, [])
-                parts += [(list(rows), values)] if rows else []
+        micros = mini.ranks[dist.get_rank()]
+        ran = run_micro_batches(objective.models, self._device, micros, act)
         # With the rest: a vote of its own would be one more collective of every micro-batch.
-        accumulator.add("failed", failed is not None)
+        accumulator.add("failed", ran.failed is not None)
         totals = accumulator.reduce()
         if totals.sums["failed"]:
-            raise DoesNotFit(NO_ROOM, tensor="input_ids", row=lone_row(failed, self._device))
+            raise ran.does_not_fit(self._device)
         metrics = {**common_metrics(objective, totals), **objective.metrics(totals)}
-        return Result(metrics, answers), totals.sums["denominator"]
+        return Result(metrics, ran.answers), totals.sums["denominator"]
 
     def _run_micro(
         self,

@@ -1,115 +1,25 @@
-"""From rows of a batch to the tensors of one micro-batch: alignment, masks, positions, padding
-trimmed or packed away.
-
-Alignment: `log_probs[:, k]` belongs to `input_ids[:, S-R+k]` and is predicted at the last attended
-column before it. A row's first attended token has none: it is no label, on whichever side the row
-is padded.
-"""
+"""From rows of a batch to the tensors of one micro-batch: aligned, masked, padding trimmed or
+packed away."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from nexrl_contract.tensors import Described, sizes_of
-from tensor_codec import encode, parse_header
 from torch import Tensor
 
+from nexrl_worker.training.batch.layout import (
+    Layout,
+    Masks,
+    Rows,
+    RowsInMemory,
+    predictable,
+    read_masks,
+)
 from nexrl_worker.training.batch.packing import Segments, send
 from nexrl_worker.training.losses.correction import Correction
-
-
-class Rows:
-    """What a rank sees of a batch of `size` rows, by its header; reads only the rows asked for."""
-
-    size: int
-    metadata: Mapping[str, Any]
-    header: Mapping[str, Described]
-
-    def has(self, name: str) -> bool:
-        """Whether the batch holds that tensor."""
-        return name in self.header
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The whole batch's shape of one tensor."""
-        return tuple(self.header[name].shape)
-
-    def tensor(self, name: str, rows: Sequence[int] | slice) -> Tensor:
-        """[len(rows), ...] on the CPU."""
-        raise NotImplementedError
-
-
-class RowsInMemory(Rows):
-    """A batch of tensors at hand."""
-
-    def __init__(
-        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None
-    ) -> None:
-        self.tensors = tensors
-        self.metadata = metadata or {}
-        self.size = len(tensors["input_ids"])
-        frame = encode(dict(tensors))
-        self.header = parse_header(frame.header, frame.nbytes).tensors
-
-    def tensor(self, name: str, rows: Sequence[int] | slice) -> Tensor:
-        return self.tensors[name][rows]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Widths of a batch: S tokens a row, of which the last R can be scored."""
-
-    sequence: int
-    response: int
-
-    @classmethod
-    def of(cls, rows: Rows) -> Layout:
-        """R is the width of `responses`, else S - 1; raises INVALID_TENSOR where they have none."""
-        _, sequence, response = sizes_of(rows.header)
-        return cls(sequence, response)
-
-    def align(self, tensor: Tensor) -> Tensor:
-        """[n,S], [n,R] or [n] as [n,R]; [n,R,K] as it is."""
-        if tensor.ndim == 1:
-            return tensor[:, None].expand(-1, self.response)
-        return tensor[:, -self.response :]
-
-
-@dataclass(frozen=True)
-class Masks:
-    """attention [n,S] and scored [n,R], both bool."""
-
-    attention: Tensor
-    scored: Tensor
-
-
-def read_masks(rows: Rows, layout: Layout, indices: Sequence[int]) -> Masks:
-    """scored is scoring_attention_mask, else loss_mask * attention_mask, else attention_mask, on
-    the last R columns.
-
-    What no attended token precedes cannot be predicted, and is never scored.
-    """
-    if rows.has("attention_mask"):
-        attention = rows.tensor("attention_mask", indices) != 0
-    else:
-        attention = torch.ones(len(indices), layout.sequence, dtype=torch.bool)
-    predictable = layout.align(_predictable(attention))
-    if rows.has("scoring_attention_mask"):
-        return Masks(
-            attention,
-            predictable & (layout.align(rows.tensor("scoring_attention_mask", indices)) != 0),
-        )
-    scored = predictable & layout.align(attention)
-    if rows.has("loss_mask"):
-        scored = scored & (layout.align(rows.tensor("loss_mask", indices)) != 0)
-    return Masks(attention, scored)
-
-
-def _predictable(attention: Tensor) -> Tensor:
-    """Where an attended token stands before, bool [n,S]."""
-    return attention.cumsum(dim=-1) > attention.long()
 
 
 @dataclass(frozen=True)
@@ -238,7 +148,7 @@ class BatchReader:
     ) -> MicroBatch:
         response = masks.scored.shape[1]
         first = ids.shape[1] - response
-        labelled = (masks.attention[:, first:] | masks.scored) & _predictable(masks.attention)[
+        labelled = (masks.attention[:, first:] | masks.scored) & predictable(masks.attention)[
             :, first:
         ]
         row, k = labelled.nonzero(as_tuple=True)
@@ -320,3 +230,34 @@ def _pack(ids: Tensor, attention: Tensor, positions: Tensor) -> _Inputs:
         return _Inputs(nothing, nothing == 0, nothing, places, (1,))
     shown, placed = ids.long()[attention][None], positions[attention][None]
     return _Inputs(shown, torch.ones_like(shown, dtype=torch.bool), placed, places, tuple(counts))
+
+
+class TinyRows(RowsInMemory):
+    """Right-padded rows of these lengths, all tokens attended; the same ones at every call.
+
+    Ids to `avoid` do not occur, unless there are no others; the second row ends in `end`.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        lengths: Sequence[int],
+        avoid: Collection[int] = (),
+        end: int | None = None,
+    ) -> None:
+        columns = torch.arange(max(lengths))
+        random = torch.Generator().manual_seed(0)
+        allowed = torch.tensor([token for token in range(vocabulary) if token not in avoid] or [0])
+        ids = allowed[
+            torch.randint(0, len(allowed), (len(lengths), len(columns)), generator=random)
+        ]
+        if end is not None:
+            ids[1, lengths[1] - 1] = end
+        attended = (columns < torch.tensor(list(lengths))[:, None]).long()
+        super().__init__({"input_ids": ids, "attention_mask": attended})
+
+    def micro_batch(
+        self, device: torch.device, packed: bool = False, dtype: torch.dtype = torch.float32
+    ) -> MicroBatch:
+        """All rows, side by side or packed into one stream."""
+        return BatchReader(self, Layout.of(self), (), device, dtype, packed).read(range(self.size))

@@ -12,14 +12,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from nexrl_worker.training.errors import InvalidValue
+from nexrl_worker.training.torch_parts import compiled_forms
+from nexrl_worker.training.transformers_parts import (
+    attention_of,
+    flex_attention,
+    register_attention,
+    text_config,
+    use_attention,
+)
 
 ATTENTION = "nexrl_segments"
 # What attention functions are told that changes their result and that is not done here.
@@ -94,26 +101,8 @@ class Segments:
 def use_segments(hf: nn.Module) -> None:
     """Switch the model's attention to `attend`; raises InvalidValue where its family cannot
     switch."""
-    AttentionInterface.register(ATTENTION, attend)
+    register_attention(ATTENTION, attend)
     use_attention(hf, ATTENTION)
-
-
-def use_attention(hf: nn.Module, name: str) -> None:
-    """Switch the model's attention to the implementation `name` of transformers, unless it is there
-    already."""
-    before = attention_of(hf)
-    if before == name:
-        return
-    hf.set_attn_implementation(name)  # type: ignore[operator]
-    if attention_of(hf) != name:
-        hf.set_attn_implementation(before)  # type: ignore[operator]  # parts of it may have switched
-        raise InvalidValue("the family's attention cannot be exchanged")
-
-
-def attention_of(hf: nn.Module) -> str:
-    """Name of the attention implementation that the model's language model uses: other parts may
-    know but one."""
-    return str(hf.config.get_text_config()._attn_implementation)  # type: ignore[union-attr, operator]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # lengths change with every micro-batch
@@ -143,8 +132,9 @@ def attend(
             f"{', '.join(refused) or 'two ways'}"
         )
     segments.windows.append(sliding_window)
+    how = _How(scaling, sliding_window, softcap)
     if query.device.type == "cuda":
-        return _on_cuda(module, query, key, value, scaling, sliding_window, softcap, segments), None
+        return _on_cuda(module, query, key, value, how, segments), None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
@@ -152,28 +142,27 @@ def attend(
     rows = zip(
         *(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True
     )
-    parts = [
-        _row(one, keys, values, scaling, sliding_window, softcap).transpose(1, 2)
-        for one, keys, values in rows
-    ]
+    parts = [_row(one, keys, values, how).transpose(1, 2) for one, keys, values in rows]
     return torch.cat(parts, dim=1), None
 
 
-def _row(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float | None,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """Causal attention of one row, [1,A,L,D] each; `softcap` c bounds scores: c tanh(score / c)."""
-    length = query.shape[2]
-    narrow = window is not None and window < length
-    if softcap is None and not narrow:
+class _How(NamedTuple):
+    """Of attention: scores times `scaling` (None: by the width), a `window` of tokens, and
+    `softcap` c, which bounds scores: c tanh(score / c)."""
+
+    scaling: float | None
+    window: int | None
+    softcap: float | None
+
+
+def _row(query: Tensor, key: Tensor, value: Tensor, how: _How) -> Tensor:
+    """Causal attention of one row, [1,A,L,D] each."""
+    length, scaling, softcap = query.shape[2], how.scaling, how.softcap
+    window = length if how.window is None else how.window
+    if softcap is None and window >= length:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
     visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril_()
-    if narrow and window is not None:
+    if window < length:
         visible = visible.triu_(1 - window)
     if softcap is None:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scaling)
@@ -184,38 +173,27 @@ def _row(
 
 
 def _on_cuda(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float | None,
-    window: int | None,
-    softcap: float | None,
-    segments: Segments,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, how: _How, segments: Segments
 ) -> Tensor:
     """FlashAttention's varlen kernel where it is installed and knows the dtype, else FlexAttention
-    by blocks."""
+    by blocks; shapes as in `attend`."""
     flash = _flash_attention() if query.dtype in (torch.float16, torch.bfloat16) else None
     if flash is not None:
         longest = max(segments.lengths)
         stream = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         attended: Tensor = flash(
-            *stream, segments.bounds, segments.bounds, longest, longest, softmax_scale=scaling,
-            causal=True,
-            window_size=(-1 if window is None else window - 1, 0), softcap=softcap or 0.0,
+            *stream, segments.bounds, segments.bounds, longest, longest,
+            softmax_scale=how.scaling, causal=True, softcap=how.softcap or 0.0,
+            window_size=(-1 if how.window is None else how.window - 1, 0),
         )  # fmt: skip
         return attended[None]
-    from transformers.integrations.flex_attention import flex_attention_forward
-
     # Beyond torch's own limit it would go on uncompiled, and hold every score of the stream at
     # once.
-    with torch._dynamo.config.patch(recompile_limit=_FLEX_FORMS):
-        result: Tensor = flex_attention_forward(
-            module, query, key, value, segments.block_mask(window), scaling=scaling,
-            softcap=softcap,
-            kernel_options=dict(_FLEX_OPTIONS),
-        )[0]  # fmt: skip
-    return result
+    with compiled_forms(_FLEX_FORMS):
+        return flex_attention(
+            module, query, key, value, attention_mask=segments.block_mask(how.window),
+            scaling=how.scaling, softcap=how.softcap, kernel_options=dict(_FLEX_OPTIONS),
+        )  # fmt: skip
 
 
 def _flash_attention() -> Any:
@@ -231,7 +209,7 @@ def unlike_configured(hf: nn.Module, segments: Segments) -> str | None:
     it."""
     if attention_of(hf) != ATTENTION or not segments.windows:
         return "the family's attention cannot be exchanged"
-    config: Any = hf.config.get_text_config()  # type: ignore[union-attr, operator]
+    config = text_config(hf)
     if getattr(config, "attention_chunk_size", None) is not None:
         return "the family attends in chunks"
     kinds = getattr(config, "layer_types", None)

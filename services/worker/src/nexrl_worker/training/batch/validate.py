@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nexrl_worker.training.batch.micro_batch import Layout, Masks, Rows, read_masks
+from nexrl_worker.training.batch.layout import Layout, Masks, Rows, read_masks
 from nexrl_worker.training.errors import InvalidValue
 
 _MASKS = ("attention_mask", "loss_mask", "scoring_attention_mask")

@@ -18,15 +18,14 @@ class Correction:
     tokens.
 
     `*_truncate` clips w to [lower, upper], `*_mask` makes it 0 outside them. Multiplies the policy
-    term alone; the denominators stay, unless `drop_rejected` takes what a mask rejects out of the
-    scored tokens. Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL
-    Training", 2025 (truncation); Liu et al., "When Speed Kills Stability", 2025 (masking).
+    term alone; the denominators stay. Yao et al., "Your Efficient RL Framework Secretly Brings You
+    Off-Policy RL Training", 2025 (truncation); Liu et al., "When Speed Kills Stability", 2025
+    (masking).
     """
 
     mode: str
     lower: float
     upper: float
-    drop_rejected: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -37,11 +36,6 @@ class Correction:
     def rejects(self) -> bool:
         """Whether there are tokens of no weight at all."""
         return self.mode.endswith("mask")
-
-    @property
-    def drops(self) -> bool:
-        """Whether rejected tokens are no longer scored."""
-        return self.rejects and self.drop_rejected
 
     def weights(self, old: Tensor, rollout: Tensor, mask: Tensor) -> Tensor:
         """w [n,R], without gradient; what stands where the bool mask [n,R] is False has no

@@ -1,4 +1,4 @@
-"""Policy losses: one pure function each, from values per scored token to a loss per token.
+"""The losses: one pure function each, from values per scored token to a loss per token.
 
 Notation: lp log-probability under the current weights, old the sampler's, r = exp(lp - old), A the
 advantage, sg[.] stop-gradient. Everything that comes in has been selected under the mask, so
@@ -168,3 +168,20 @@ FUNCTIONS: dict[str, Callable[[Tokens, Clip], PerToken]] = {
     "linear": linear,
 }
 """The formula of each loss of :data:`nexrl_contract.losses.LOSSES`."""
+
+
+def value_loss(
+    values: Tensor, returns: Tensor, old: Tensor | None, clip: float
+) -> tuple[Tensor, Tensor]:
+    """0.5 max((v - ret)^2, (clip(v, old - c, old + c) - ret)^2); without old values 0.5 (v -
+    ret)^2: per token, and where the clipped branch won (bool). All shapes [n,R].
+
+    Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage Estimation",
+    2016; the clip is that of OpenAI's PPO (Engstrom et al., "Implementation Matters in Deep Policy
+    Gradients", 2020).
+    """
+    plain = (values - returns).square()
+    if old is None:
+        return 0.5 * plain, torch.zeros_like(plain, dtype=torch.bool)
+    clipped = (torch.clamp(values, old - clip, old + clip) - returns).square()
+    return 0.5 * torch.maximum(plain, clipped), clipped > plain

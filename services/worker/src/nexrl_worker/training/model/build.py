@@ -1,12 +1,14 @@
-"""Builds a sharded, loaded model from a Hugging Face folder: no rank ever holds more than its own
-slices."""
+"""The recipe of a model, from top to bottom: config, meta device, head, what trains, compiled and
+recomputed layers, wrapper, shards, weights. No rank ever holds more than its own slices."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,12 @@ import torch.distributed as dist
 import transformers
 from nexrl_contract.sections import ActorConfig, FsdpConfig, ModelConfig
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from transformers import CONFIG_MAPPING, AutoConfig
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import checkpoint
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from nexrl_worker.training.errors import InvalidValue
-from nexrl_worker.training.fsdp2 import checkpoint_activations, compile_layers, shard
+from nexrl_worker.training.fsdp2 import shard
 from nexrl_worker.training.model.policy import PolicyModel
 from nexrl_worker.training.model.roles import Role
 from nexrl_worker.training.model.weight_sources import (
@@ -28,8 +31,10 @@ from nexrl_worker.training.model.weight_sources import (
     untie,
     weights_of,
 )
-from nexrl_worker.training.model.weights import check_finite, load_parameters
+from nexrl_worker.training.model.weights import check_finite, fill
 from nexrl_worker.training.model.wrapper import ModelWrapper
+from nexrl_worker.training.torch_parts import missing_compiler
+from nexrl_worker.training.transformers_parts import unsplittable
 
 _DTYPES = {
     "float32": torch.float32,
@@ -43,9 +48,9 @@ _DTYPES = {
 class Precision:
     """Dtypes of the master weights, of the computation and of the gradient reduction."""
 
-    model: torch.dtype
-    param: torch.dtype
-    reduce: torch.dtype
+    model: torch.dtype = torch.float32
+    param: torch.dtype = torch.float32
+    reduce: torch.dtype = torch.float32
 
     @classmethod
     def of(cls, fsdp_config: FsdpConfig, device: torch.device) -> Precision:
@@ -54,12 +59,13 @@ class Precision:
         if fsdp_config.model_dtype == "float64":
             return cls(torch.float64, torch.float64, torch.float64)
         mixed = fsdp_config.mixed_precision
-        usual = "bfloat16" if device.type == "cuda" else "float32"
-        return cls(
-            torch.float32,
-            _DTYPES[mixed.param_dtype or usual],
-            _DTYPES[mixed.reduce_dtype or "float32"],
-        )
+        param = mixed.param_dtype or ("bfloat16" if device.type == "cuda" else "float32")
+        return cls(torch.float32, _DTYPES[param], _DTYPES[mixed.reduce_dtype or "float32"])
+
+    @property
+    def batch(self) -> torch.dtype:
+        """Of the numbers that a batch brings."""
+        return torch.float64 if self.model == torch.float64 else torch.float32
 
 
 def export_dtype(model: ModelConfig) -> torch.dtype | None:
@@ -69,61 +75,87 @@ def export_dtype(model: ModelConfig) -> torch.dtype | None:
 
 
 @dataclass(frozen=True)
-class Options:
-    """How layers and head are computed: layers again in the backward, compiled, the head's product
-    in another dtype."""
+class Recipe:
+    """What decides how a model is built, beside its folder.
 
+    `recompute`: layers run again in the backward; `head_dtype`: that of a language model's head,
+    None for the others' own.
+    """
+
+    role: Role
+    device: torch.device
+    precision: Precision = Precision()
     recompute: bool = False
     compiled: bool = False
     head_dtype: torch.dtype | None = None
 
     @classmethod
-    def of(cls, model: ModelConfig) -> Options:
-        """From `actor.model`."""
-        head = None if model.lm_head_dtype is None else _DTYPES[model.lm_head_dtype]
-        return cls(model.enable_gradient_checkpointing, model.use_torch_compile, head)
+    def of(cls, actor: ActorConfig, role: Role, device: torch.device) -> Recipe:
+        """That of a group's configuration."""
+        head = None if actor.model.lm_head_dtype is None else _DTYPES[actor.model.lm_head_dtype]
+        return cls(
+            role,
+            device,
+            Precision.of(actor.fsdp_config, device),
+            actor.model.enable_gradient_checkpointing,
+            actor.model.use_torch_compile,
+            head,
+        )
 
 
-def load_model(
-    actor: ActorConfig, path: str, device: torch.device, role: Role, trainable: bool
-) -> ModelWrapper:
-    """The model of folder `path` over all ranks, computed as `actor` says; raises InvalidValue on a
-    bad folder."""
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    precision = Precision.of(actor.fsdp_config, device)
-    return build_model(path, role, precision, mesh, device, Options.of(actor.model), trainable)
-
-
-def build_model(
-    path: str,
-    role: Role,
-    precision: Precision,
-    mesh: DeviceMesh,
-    device: torch.device,
-    options: Options,
-    trainable: bool,
-) -> ModelWrapper:
-    """The model of folder `path`, sharded over `mesh` and loaded. Collective; raises InvalidValue
-    on a bad folder.
-
-    `lm_head_dtype` concerns language models alone.
-    """
-    model = _assemble(path, role, precision, mesh, device, options, trainable)
-    _materialise(model, device)
-    load_parameters(model.hf, weights_of(path, model.hf, role))
-    check_finite(model.hf)
+def build_model(path: str, recipe: Recipe) -> ModelWrapper:
+    """The model of folder `path`, sharded over all ranks of the default process group and loaded.
+    Collective; raises InvalidValue on a bad folder."""
+    model = _without_weights(path, recipe)
+    _materialise(model, recipe.device)
+    fill(model.weights(), weights_of(path, model, recipe.role))
+    check_finite(model.weights())
     return model
 
 
 def check_build(path: str, role: Role) -> None:
     """Build and shard the model of folder `path` without reading a weight, in a process group of
     one; raises what that does."""
-    mesh = init_device_mesh("cpu", (1,))
-    whole = Precision(torch.float32, torch.float32, torch.float32)
-    _assemble(path, role, whole, mesh, torch.device("cpu"), Options(), role.trains)
+    _without_weights(path, Recipe(role, torch.device("cpu")))
 
 
-def model_config(path: str) -> Any:
+def _without_weights(path: str, recipe: Recipe) -> ModelWrapper:
+    """The sharded model, its parameters on the meta device."""
+    role, precision, device = recipe.role, recipe.precision, recipe.device
+    config = model_config(path)
+    role.check(config)
+    role.prepare(config)
+    _without_dropout(config)
+    hf = _on_meta(recipe, config)
+    own_head = has_own_head(hf, folder_tensors(path))
+    if own_head:
+        untie(config)
+        hf = _on_meta(recipe, config)
+    hf.requires_grad_(role.trains)
+    hf.eval()
+    # Compiled first: the hooks of recomputation and of FSDP stay outside.
+    if recipe.compiled:
+        compile_layers(hf, device)
+    if recipe.recompute:
+        recompute_layers(hf)
+    model = role.wrapper(hf)
+    model.own_head = own_head
+    if recipe.head_dtype is not None and isinstance(model, PolicyModel):
+        model.widen_head(recipe.head_dtype)
+    model.collectives = shard(
+        model,
+        sharded_layers(hf),
+        init_device_mesh(device.type, (dist.get_world_size(),)),
+        None if precision.param == precision.model else precision.param,
+        None if precision.reduce == precision.model else precision.reduce,
+    )
+    return model
+
+
+# -- the folder's configuration
+
+
+def model_config(path: str) -> PretrainedConfig:
     """transformers' configuration of folder `path`; raises InvalidValue where its model is none of
     transformers'."""
     file = Path(path) / "config.json"
@@ -136,20 +168,22 @@ def model_config(path: str) -> Any:
     family = said.get("model_type") if isinstance(said, dict) else None
     if not isinstance(family, str):
         raise InvalidValue(f"{file} names no model_type")
-    lacks = (
-        f"none of model_type {family!r}"
-        if family not in CONFIG_MAPPING
-        else _lacks_class(said.get("auto_map"))
-    )
+    if family in CONFIG_MAPPING:
+        lacks = _lacks_class(said.get("auto_map"))
+    else:
+        lacks = f"none of model_type {family!r}"
     if lacks is not None:
         raise InvalidValue(
             "models with code of their own are not run by this service, and transformers "
             f"{transformers.__version__} has {lacks}; give the folder of a model that it has"
         )
-    return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    config: PretrainedConfig = AutoConfig.from_pretrained(
+        path, local_files_only=True, trust_remote_code=False
+    )
+    return config
 
 
-def _lacks_class(auto_map: Any) -> str | None:
+def _lacks_class(auto_map: object) -> str | None:
     """The class that a folder's own code defines where transformers has none of that name: its
     family is a pretext."""
     known = {name.casefold() for name in transformers.__all__}  # type: ignore[attr-defined] # dir() takes 0.14 s
@@ -160,51 +194,20 @@ def _lacks_class(auto_map: Any) -> str | None:
     return None
 
 
-def _assemble(
-    path: str,
-    role: Role,
-    precision: Precision,
-    mesh: DeviceMesh,
-    device: torch.device,
-    options: Options,
-    trainable: bool,
-) -> ModelWrapper:
-    """The sharded model, its parameters on the meta device."""
-    config = model_config(path)
-    role.check(config)
-    role.prepare(config)
-    _without_dropout(config)
-    hf = _on_meta(role, config, precision)
-    own_head = has_own_head(hf, folder_tensors(path))
-    if own_head:
-        untie(config)
-        hf = _on_meta(role, config, precision)
-    hf.requires_grad_(trainable)
-    hf.eval()
-    if options.compiled:
-        compile_layers(hf, device)
-    if options.recompute:
-        checkpoint_activations(hf)
-    model = role.wrapper(hf)
-    if options.head_dtype is not None and isinstance(model, PolicyModel):
-        model.widen_head(options.head_dtype)
-    compute = None if precision.param == precision.model else precision.param
-    shard(model, mesh, compute, None if precision.reduce == precision.model else precision.reduce)
-    model.own_head = own_head
-    return model
-
-
-def _on_meta(role: Role, config: Any, precision: Precision) -> nn.Module:
-    with _parameters_on_meta():
-        hf: nn.Module = role.auto.from_config(config, dtype=precision.model)
-    hf.tie_weights()  # type: ignore[operator]
-    return hf
-
-
-def _without_dropout(config: Any) -> None:
+def _without_dropout(config: PretrainedConfig) -> None:
     for key, value in config.to_dict().items():
         if "drop" in key and isinstance(value, int | float) and not isinstance(value, bool):
             setattr(config, key, 0.0)
+
+
+# -- on the meta device, and off it
+
+
+def _on_meta(recipe: Recipe, config: PretrainedConfig) -> nn.Module:
+    with _parameters_on_meta():
+        hf = recipe.role.make(config, dtype=recipe.precision.model)
+    hf.tie_weights()  # type: ignore[operator]
+    return hf
 
 
 @contextmanager
@@ -232,3 +235,49 @@ def _materialise(model: ModelWrapper, device: torch.device) -> None:
     model.to_empty(device=device)
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
+
+
+# -- layers
+
+
+def decoder_layers(hf: nn.Module) -> list[nn.Module]:
+    """The blocks that a forward passes one after the other: what the family calls unsplittable,
+    else the first list."""
+    names = unsplittable(hf)
+    lists = [module for module in hf.modules() if isinstance(module, nn.ModuleList)]
+    layers = {module: None for found in lists for module in found if type(module).__name__ in names}
+    if not layers:
+        return list(lists[0]) if lists else []
+    inner = {part for layer in layers for part in layer.modules() if part is not layer}
+    return [layer for layer in layers if layer not in inner]
+
+
+def sharded_layers(hf: nn.Module) -> list[nn.Module]:
+    """The decoder layers that FSDP gathers one by one: those that share no weight with another part
+    (Zamba's blocks do)."""
+    layers = decoder_layers(hf)
+    inner = {part for layer in layers for part in layer.modules()}
+    holders = Counter(param for layer in layers for param in set(layer.parameters()))
+    beside = (part for part in hf.modules() if part not in inner)
+    holders.update(param for part in beside for param in part.parameters(recurse=False))
+    return [layer for layer in layers if all(holders[param] == 1 for param in layer.parameters())]
+
+
+def recompute_layers(hf: nn.Module) -> None:
+    """Recompute every decoder layer in the backward; replaces the layers' forward, so no parameter
+    changes its name."""
+    settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    for layer in decoder_layers(hf):
+        layer.forward = partial(checkpoint, layer.forward, **settings)
+
+
+def compile_layers(hf: nn.Module, device: torch.device) -> None:
+    """Compile every decoder layer's forward; replaces it, so no parameter changes its name. Raises
+    InvalidValue where no compiler is found."""
+    missing = missing_compiler(device)
+    if missing is not None:
+        raise InvalidValue(
+            f"actor.model.use_torch_compile needs {missing}", expected="false", actual="true"
+        )
+    for layer in decoder_layers(hf):
+        layer.forward = torch.compile(layer.forward, dynamic=True)

@@ -15,18 +15,20 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    PrefixChange,
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-    revert_weight_conversion,
-)
 
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.model.weights import FLOAT_DTYPES
+from nexrl_worker.training.transformers_parts import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    conversions_of,
+    dot_natural_key,
+    get_model_conversion_mapping,
+    rename_source_key,
+    revert_weight_conversion,
+    set_conversions,
+)
 
 
 class FolderTensors(Protocol):
@@ -171,16 +173,14 @@ class ExportLayout:
         self._waiting: dict[str, dict[str, Tensor]] = defaultdict(dict)
         if source:
             conversion = Conversion(hf, source)
-            self._hf._weight_conversions = conversion.used
+            set_conversions(hf, conversion.used)
             for (
                 name
             ) in conversion.unused:  # scales of a quantisation say nothing of the weights' dtype
                 del self._source[name]
         else:
             found = get_model_conversion_mapping(self._hf, add_legacy=False)
-            self._hf._weight_conversions = [
-                one for one in found if not isinstance(one, PrefixChange)
-            ]
+            set_conversions(hf, [one for one in found if not isinstance(one, PrefixChange)])
         self._groups, self._renamed = self._sorted(hf)
 
     def take(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -212,9 +212,7 @@ class ExportLayout:
             name for name, _ in hf.named_buffers()
         ]
         saved = hf.state_dict(keep_vars=True).keys()
-        reverse = [
-            transform.reverse_transform() for transform in reversed(self._hf._weight_conversions)
-        ]
+        reverse = [transform.reverse_transform() for transform in reversed(conversions_of(hf))]
         renamings, converters = _split(reverse)
         groups: dict[str, list[str]] = defaultdict(list)
         plain: list[str] = []

@@ -1,9 +1,14 @@
 """Log-probabilities and entropies straight from hidden states: the LM head in chunks of tokens,
-never [T,V] at once."""
+never [T,V] at once.
+
+Liger's and Apple's chunked heads have neither entropies nor float64;
+tests/training/test_kept_logits.py and test_parts.py compare this one with the plain formula.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,33 +45,48 @@ def active_chunks(wanted: Tensor, length: int) -> tuple[bool, ...]:
     return tuple(bool(wanted[at : at + length].any()) for at in range(0, wanted.numel(), length))
 
 
+def at_least_float32(values: Tensor) -> Tensor:
+    """The values, in float32 unless they are in float64."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+@dataclass(frozen=True)
+class HeadCall:
+    """How the head is computed for T tokens, in chunks of `length`: `active` says which chunks are
+    computed at all, `entropy` whether entropies are asked for."""
+
+    labels: Tensor
+    temperature: Temperature
+    length: int
+    active: tuple[bool, ...]
+    entropy: bool
+
+    def parts(self) -> Iterator[slice]:
+        """The active chunks, as slices of the tokens."""
+        for number, used in enumerate(self.active):
+            if used:
+                end = min((number + 1) * self.length, self.labels.shape[0])
+                yield slice(number * self.length, end)
+
+
 def head_log_probs(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    temperature: Temperature,
-    length: int,
-    active: tuple[bool, ...],
-    entropy: bool,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall
 ) -> tuple[Tensor, Tensor]:
     """(log p(label), entropy) of softmax((hidden W^T + b) / temperature), each [T], at least
     float32.
 
-    Shapes: hidden [T,H], weight [V,H], labels [T], temperature a number or [T]. Entropies are 0
-    unless asked for, and so is all of an inactive chunk. Gradients reach hidden, weight and bias;
-    the backward computes again what logits were not kept.
+    Shapes: hidden [T,H], weight [V,H], bias [V]. Entropies are 0 unless asked for, and so is all of
+    an inactive chunk. Gradients reach hidden, weight and bias; the backward computes again what
+    logits were not kept.
     """
-    result: tuple[Tensor, Tensor] = _HeadLogProbs.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, labels, temperature, length, active, entropy
-    )
+    result: tuple[Tensor, Tensor] = _HeadLogProbs.apply(hidden, weight, bias, call)  # type: ignore[no-untyped-call]
     return result
 
 
 def scaled_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Temperature
 ) -> Tensor:
-    """(hidden W^T + b) / temperature [T,V], at least float32."""
+    """(hidden [T,H] W^T + b) / temperature: [T,V], at least float32."""
     return cooled(F.linear(hidden, weight, bias).to(_wide(hidden)), temperature)
 
 
@@ -79,8 +99,8 @@ def cooled(logits: Tensor, temperature: Temperature) -> Tensor:
 
 def divided(logits: Tensor, temperature: Temperature) -> Tensor:
     """A family's own logits [T,V] over the temperature, at least float32; differentiable."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return wide / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
+    by = temperature[:, None] if isinstance(temperature, Tensor) else temperature
+    return at_least_float32(logits) / by
 
 
 def temperature_at(temperature: Temperature, part: slice) -> Temperature:
@@ -91,7 +111,7 @@ def temperature_at(temperature: Temperature, part: slice) -> Temperature:
 def _fill_logits(
     into: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Temperature
 ) -> Tensor:
-    """`scaled_logits`, outside autograd, in memory that is there already."""
+    """`scaled_logits`, outside autograd, in memory [T,V] that is there already."""
     if into.dtype != weight.dtype:
         into.copy_(F.linear(hidden, weight, bias))
     elif bias is None:
@@ -119,68 +139,54 @@ def _workspace(hidden: Tensor, weight: Tensor, length: int) -> Tensor:
 class _HeadLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        temperature: Temperature,
-        length: int,
-        active: tuple[bool, ...],
-        entropy: bool,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall
     ) -> tuple[Tensor, Tensor]:
         log_probs, normaliser, entropies = (
             hidden.new_zeros(hidden.shape[0], dtype=_wide(hidden)) for _ in range(3)
         )
         kept: dict[int, Tensor] = {}
         room = _KEPT.get(hidden.device.type, 0)
-        workspace = _workspace(hidden, weight, length)
-        for part in _parts(hidden.shape[0], length, active):
+        workspace = _workspace(hidden, weight, call.length)
+        for part in call.parts():
+            temperature, labels = temperature_at(call.temperature, part), call.labels[part, None]
             logits, powers = workspace[:, : part.stop - part.start]
             if logits.numel() <= room:
                 kept[part.start] = logits = torch.empty_like(logits)
                 room -= logits.numel()
-            _fill_logits(logits, hidden[part], weight, bias, temperature_at(temperature, part))
+            _fill_logits(logits, hidden[part], weight, bias, temperature)
             highest = logits.amax(dim=-1, keepdim=True)
             mass = torch.sub(logits, highest, out=powers).exp_().sum(dim=-1)
             total = highest.squeeze(1) + mass.log()
-            log_probs[part] = logits.gather(1, labels[part, None]).squeeze(1) - total
+            log_probs[part] = logits.gather(1, labels).squeeze(1) - total
             normaliser[part] = total
-            if entropy:
+            if call.entropy:
                 entropies[part] = total - powers.mul_(logits).sum(dim=-1) / mass
-        ctx.save_for_backward(hidden, weight, bias, labels, normaliser, entropies.clone())
-        ctx.settings = (temperature, length, active)
-        ctx.kept = kept
+        ctx.save_for_backward(hidden, weight, bias, normaliser, entropies.clone())
+        ctx.call, ctx.kept = call, kept
         ctx.set_materialize_grads(False)
         return log_probs, entropies
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         by_log_prob, by_entropy = grads
-        hidden, weight, bias, labels, normaliser, entropies = ctx.saved_tensors
-        temperature, length, active = ctx.settings
-        wide = _wide(hidden)
+        hidden, weight, bias, normaliser, entropies = ctx.saved_tensors
+        call, wide = ctx.call, _wide(hidden)
         hidden_grad = torch.zeros_like(hidden)
         weight_grad = torch.zeros(weight.shape, dtype=wide, device=weight.device)
-        bias_grad = (
-            None if bias is None else torch.zeros(bias.shape, dtype=wide, device=bias.device)
-        )
-        workspace = _workspace(hidden, weight, length)
-        for part in _parts(hidden.shape[0], length, active):
+        bias_grad = None if bias is None else torch.zeros_like(bias, dtype=wide)
+        workspace = _workspace(hidden, weight, call.length)
+        for part in call.parts():
+            temperature, labels = temperature_at(call.temperature, part), call.labels[part, None]
             room, shares = workspace[:, : part.stop - part.start]
-            logits = ctx.kept.pop(
-                part.start, None
-            )  # used up below: a second backward computes it again
+            # Used up below: a second backward computes it again.
+            logits = ctx.kept.pop(part.start, None)
             if logits is None:
-                logits = _fill_logits(
-                    room, hidden[part], weight, bias, temperature_at(temperature, part)
-                )
+                logits = _fill_logits(room, hidden[part], weight, bias, temperature)
             centred = logits.sub_(normaliser[part, None])
             torch.exp(centred, out=shares)
             if by_entropy is not None:  # dH/dz = -p (log p + H)
-                grad = (
-                    centred.add_(entropies[part, None]).mul_(shares).mul_(-by_entropy[part, None])
-                )
+                grad = centred.add_(entropies[part, None]).mul_(shares)
+                grad.mul_(-by_entropy[part, None])
                 if by_log_prob is not None:
                     grad.addcmul_(shares, by_log_prob[part, None], value=-1.0)
             elif by_log_prob is not None:
@@ -188,8 +194,8 @@ class _HeadLogProbs(torch.autograd.Function):
             else:
                 continue
             if by_log_prob is not None:  # dlp/dz = [z is the label's] - p
-                grad.scatter_add_(1, labels[part, None], by_log_prob[part, None])
-            grad = cooled(grad, temperature_at(temperature, part)).to(weight.dtype)
+                grad.scatter_add_(1, labels, by_log_prob[part, None])
+            grad = cooled(grad, temperature).to(weight.dtype)
             hidden_grad[part] = grad @ weight
             if wide == weight.dtype:
                 weight_grad.addmm_(grad.t(), hidden[part])
@@ -198,11 +204,4 @@ class _HeadLogProbs(torch.autograd.Function):
             if bias_grad is not None:
                 bias_grad.add_(grad.sum(dim=0))
         last = None if bias_grad is None else bias_grad.to(bias.dtype)
-        return hidden_grad, weight_grad.to(weight.dtype), last, None, None, None, None, None
-
-
-def _parts(count: int, length: int, active: tuple[bool, ...]) -> Iterator[slice]:
-    """The active chunks, as slices of the tokens."""
-    for number, used in enumerate(active):
-        if used:
-            yield slice(number * length, min((number + 1) * length, count))
+        return hidden_grad, weight_grad.to(weight.dtype), last, None

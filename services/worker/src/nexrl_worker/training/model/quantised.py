@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.model.weights import FLOAT_DTYPES, FolderReader, what_is_wrong
+from nexrl_worker.training.transformers_parts import convert_moe_packed_tensors
 
 NO_WEIGHTS = r"(^|\.)(input|activation|output|prob_output|[kvq]|kv)_scale(_ub|_inv)?$"
 """Scales of activations and of caches: an engine that computes in 8 bits needs them, the weights do

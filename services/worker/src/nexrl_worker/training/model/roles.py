@@ -1,12 +1,14 @@
-"""What a group of each role holds: which transformers class, which model around it, and whether it
-learns."""
+"""What a group of each role holds: which transformers class, which wrapper around it, and whether
+it learns."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import (
@@ -14,45 +16,74 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForMultimodalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PretrainedConfig,
 )
 
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.model.policy import PolicyModel
-from nexrl_worker.training.model.value_head import AutoModelForValues, RewardModel, ValueModel
+from nexrl_worker.training.model.value_head import RewardModel, ValueModel
 from nexrl_worker.training.model.wrapper import ModelWrapper
+from nexrl_worker.training.transformers_parts import class_of, from_class, untied
 
 _NO_LANGUAGE_MODEL = f"transformers {transformers.__version__} has no language model of that family"
+_NO_REWARDS = (
+    f"transformers {transformers.__version__} has no ForSequenceClassification class for it"
+)
 
 
-class AutoModelForText:
-    """A language model of any family; one that also reads images or sound, whole, since it answers
-    to text alone as well."""
+@dataclass(frozen=True)
+class Role:
+    """One row of `ROLES`. `make` builds the transformers model of a configuration and raises
+    InvalidValue where there is no class; `unfit` says why a configuration's model is none for the
+    role.
 
-    @staticmethod
-    def from_config(config: Any, **more: Any) -> nn.Module:
-        """The model of that configuration, as transformers' own classes make it; raises
-        InvalidValue."""
-        family = _text_class(config)
-        if family is None:
-            raise InvalidValue(_NO_LANGUAGE_MODEL)
-        model: nn.Module = family._from_config(config, **more)
-        return model
+    `fresh_head`: a folder without the head's weights starts with zeros, so that a critic's first
+    values are 0.
+    """
+
+    name: str
+    make: Callable[..., nn.Module]
+    wrapper: type[ModelWrapper]
+    trains: bool
+    unfit: Callable[[PretrainedConfig], str | None]
+    fresh_head: bool = False
+    instead: str = "give the folder of a causal language model"
+
+    def prepare(self, config: PretrainedConfig) -> None:
+        """Settle what the folder's configuration leaves open, or says of another head."""
+        if self.fresh_head:
+            config.num_labels = 1
+
+    def check(self, config: PretrainedConfig) -> None:
+        """Raise InvalidValue where a configuration says that its model is none for the role."""
+        reason = self.unfit(config)
+        if reason is not None:
+            raise InvalidValue(f"{reason}; {self.instead}")
 
 
-def _text_class(config: Any) -> Any:
-    """None where transformers has no class."""
-    causal: Any = AutoModelForCausalLM._model_mapping
-    reading: Any = AutoModelForMultimodalLM._model_mapping
-    # Not the family's class for the language model inside: its export would lack what the folder's
+# -- language models
+
+
+def _language_class(config: PretrainedConfig) -> type[nn.Module] | None:
+    """The family's class for text; of one that also reads images or sound the whole class, since it
+    answers to text alone as well. None where transformers has none."""
+    # Not the class of the language model inside: its export would lack what the folder's
     # config.json names.
-    inner = config.get_text_config() is not config
-    for known in (reading, causal) if inner else (causal, reading):
-        if type(config) in known:
-            return known[type(config)]
-    return None
+    causal = class_of(AutoModelForCausalLM, config)
+    reading = class_of(AutoModelForMultimodalLM, config)
+    whole = config.get_text_config() is config
+    return (causal or reading) if whole else (reading or causal)
 
 
-def _needed_beside_text(family: Any) -> str:
+def _language_model(config: PretrainedConfig, **more: Any) -> nn.Module:
+    family = _language_class(config)
+    if family is None:
+        raise InvalidValue(_NO_LANGUAGE_MODEL)
+    return from_class(family, config, **more)
+
+
+def _needed_beside_text(family: type[nn.Module]) -> str:
     """Names of what the family's forward cannot do without, apart from `input_ids`."""
     known = list(inspect.signature(family.forward).parameters.values())[1:]
     free = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
@@ -60,69 +91,94 @@ def _needed_beside_text(family: Any) -> str:
     return ", ".join(name for name in needed if name != "input_ids")
 
 
-@dataclass(frozen=True)
-class Role:
-    """One row of `ROLES`. `fresh_head`: a folder without the head's weights starts with zeros, so
-    that a critic's first values are 0."""
+def _unfit_for_text(config: PretrainedConfig) -> str | None:
+    if config.is_encoder_decoder:
+        return "it has an encoder and a decoder, and rows here are one text"
+    family = _language_class(config)
+    if family is None:
+        return _NO_LANGUAGE_MODEL
+    if needed := _needed_beside_text(family):
+        return f"it does not answer to text alone: it needs {needed}"
+    encodes = any(getattr(config, name, None) is False for name in ("is_decoder", "causal"))
+    # gpt_neox has the key, and is causal all the same
+    if encodes and class_of(AutoModelForMaskedLM, config) is not None:
+        return "it reads a row in both directions, so what it says of a token would know the token"
+    return None
 
-    name: str
-    auto: Any
-    wrapper: type[ModelWrapper]
-    trains: bool
-    fresh_head: bool = False
-    instead: str = "give the folder of a causal language model"
 
-    def prepare(self, config: Any) -> None:
-        """Settle what the folder's configuration leaves open, or says of another head."""
-        if self.fresh_head:
-            config.num_labels = 1
+# -- critics
 
-    def check(self, config: Any) -> None:
-        """Raise InvalidValue where a configuration says that its model is none for the role."""
-        reason = self._unfit(config)
-        if reason is not None:
-            raise InvalidValue(f"{reason}; {self.instead}")
 
-    def _unfit(self, config: Any) -> str | None:
-        known = getattr(self.auto, "_model_mapping", None)
-        if (
-            config.is_encoder_decoder and self.wrapper is not RewardModel
-        ):  # whose answers are measured
-            return "it has an encoder and a decoder, and rows here are one text"
-        if known is not None and type(config) not in known:
-            return (
-                f"transformers {transformers.__version__} has no {self.auto.__name__[9:]} class "
-                "for it"
+def _critic(config: PretrainedConfig, **more: Any) -> nn.Module:
+    """transformers' token classification, where that is a linear layer on the backbone, else the
+    family's language model with `score`, of one output, in the output head's place."""
+    own = class_of(AutoModelForTokenClassification, config)
+    if own is not None:
+        with torch.device("meta"):
+            model: Any = own(config)
+        children = [child for child in model.children() if child is not model.base_model]
+        beside = [child for child in children if list(child.parameters())]
+        if len(beside) == 1 and isinstance(beside[0], nn.Linear):
+            return from_class(own, config, **more)
+    causal = class_of(AutoModelForCausalLM, config)
+    if causal is None:
+        raise InvalidValue(
+            f"no critic can be made of a {config.model_type}: it is no causal language model"
+        )
+    return from_class(_with_value_head(causal), config, **more)
+
+
+def _with_value_head(causal: Any) -> Any:
+    def build(self: Any, config: PretrainedConfig) -> None:
+        causal.__init__(self, config)
+        head = causal.get_output_embeddings(self)
+        names = [name for name, child in self.named_children() if child is head]
+        if not names:
+            raise InvalidValue(
+                f"no critic can be made of a {causal.__name__}: its output head is no part of its "
+                "own"
             )
-        if self.auto is AutoModelForText:
-            family = _text_class(config)
-            if family is None:
-                return _NO_LANGUAGE_MODEL
-            if needed := _needed_beside_text(family):
-                return f"it does not answer to text alone: it needs {needed}"
-        masked: Any = (
-            AutoModelForMaskedLM._model_mapping
-        )  # gpt_neox has the key, and is causal all the same
-        encodes = any(getattr(config, name, None) is False for name in ("is_decoder", "causal"))
-        if self.wrapper is PolicyModel and encodes and type(config) in masked:
-            return (
-                "it reads a row in both directions, so what it says of a token would know the token"
-            )
-        return None
+        delattr(self, names[0])
+        self.score = nn.Linear(head.weight.shape[1], 1)
+        self.post_init()
+
+    name = causal.__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+    return untied(f"{name}ForTokenClassification", causal, build)
+
+
+def _unfit_for_values(config: PretrainedConfig) -> str | None:
+    if config.is_encoder_decoder:
+        return "it has an encoder and a decoder, and rows here are one text"
+    return None
+
+
+# -- reward models
+
+
+def _reward_model(config: PretrainedConfig, **more: Any) -> nn.Module:
+    auto: Any = AutoModelForSequenceClassification
+    model: nn.Module = auto.from_config(config, **more)
+    return model
+
+
+def _unfit_for_rewards(config: PretrainedConfig) -> str | None:
+    """Encoders and decoders are none: what a reward model answers is measured."""
+    return None if class_of(AutoModelForSequenceClassification, config) else _NO_REWARDS
 
 
 ROLES = {
     role.name: role
     for role in (
-        Role("actor", AutoModelForText, PolicyModel, trains=True),
-        Role("ref", AutoModelForText, PolicyModel, trains=False),
-        Role("teacher", AutoModelForText, PolicyModel, trains=False),
-        Role("critic", AutoModelForValues, ValueModel, trains=True, fresh_head=True),
+        Role("actor", _language_model, PolicyModel, True, _unfit_for_text),
+        Role("ref", _language_model, PolicyModel, False, _unfit_for_text),
+        Role("teacher", _language_model, PolicyModel, False, _unfit_for_text),
+        Role("critic", _critic, ValueModel, True, _unfit_for_values, fresh_head=True),
         Role(
             "reward",
-            AutoModelForSequenceClassification,
+            _reward_model,
             RewardModel,
-            trains=False,
+            False,
+            _unfit_for_rewards,
             instead="give the folder of a sequence classification model with one label",
         ),
     )

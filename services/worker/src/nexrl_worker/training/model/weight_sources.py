@@ -22,7 +22,15 @@ from nexrl_worker.training.model.policy import PolicyModel
 from nexrl_worker.training.model.quantised import NO_WEIGHTS, Dequantised, quantisation
 from nexrl_worker.training.model.roles import Role
 from nexrl_worker.training.model.value_head import head_of
-from nexrl_worker.training.model.weights import FLOAT_DTYPES, FolderReader, persistent_buffers
+from nexrl_worker.training.model.weights import FLOAT_DTYPES, FolderReader
+from nexrl_worker.training.model.wrapper import ModelWrapper
+from nexrl_worker.training.transformers_parts import (
+    class_of,
+    ignored_if_missing,
+    ignored_if_unexpected,
+    tied_keys,
+    tied_keys_of,
+)
 
 _OTHER_PARTS = (
     r"(^|\.)(visual|vision\w*|audio\w*|multi_modal_projector|embed_vision|embed_audio|mm_\w+)\."
@@ -45,11 +53,7 @@ def has_own_head(hf: Any, folder: FolderTensors) -> bool:
     differ.
     """
     reader = _converted(hf, folder)
-    tied = [
-        pair
-        for pair in hf.get_expanded_tied_weights_keys(all_submodels=True).items()
-        if pair[0] != pair[1]
-    ]
+    tied = [pair for pair in tied_keys(hf).items() if pair[0] != pair[1]]
     apart = [
         (one, other)
         for one, other in tied
@@ -72,28 +76,28 @@ def untie(config: Any) -> None:
 
 
 class Account:
-    """What a folder has for the model `hf`: a reader of the model's tensors by its names.
+    """What a folder has for the `model`: a reader of the model's tensors by its names.
 
     Raises InvalidValue naming the first tensor that no parameter takes, the first parameter without
     one, the first of another shape or of a dtype that is no weight's. What `role` makes anew is
     zero where the folder lacks it.
     """
 
-    def __init__(self, hf: Any, folder: FolderTensors, role: Role, fresh: bool) -> None:
+    def __init__(self, model: ModelWrapper, folder: FolderTensors, role: Role, fresh: bool) -> None:
+        hf: Any = model.hf
         self._reader = _converted(hf, folder)
-        buffers = dict(persistent_buffers(hf))
-        needed = {
-            name: tuple(tensor.shape) for name, tensor in (*hf.named_parameters(), *buffers.items())
-        }
+        held = list(model.exported())
+        needed = {part.name: part.global_shape for part in held}
+        buffers = {part.name: part.local_tensor for part in held if part.replicated}
         self._same = {
             name: other
-            for one, other in _both_ways(hf.get_expanded_tied_weights_keys(all_submodels=True))
+            for one, other in _both_ways(tied_keys(hf))
             for name in [one]
             if name in needed and not self._reader.has(name) and self._reader.has(other)
         }
         head = _head_names(hf) if fresh else set()
         absent = {name for name in needed if not self._reader.has(name) and name not in self._same}
-        kept = _matching(hf._keys_to_ignore_on_load_missing, absent & buffers.keys())
+        kept = _matching(ignored_if_missing(hf), absent & buffers.keys())
         self._zeros = {name: needed[name] for name in absent & head}
         self._kept = {name: buffers[name] for name in kept}
         _check_left(hf, folder, self._reader.unused, role)
@@ -160,9 +164,9 @@ class Account:
                 )
 
 
-def weights_of(path: str, hf: nn.Module, role: Role) -> Account:
-    """Slices of the folder for the model `hf`, each accounted for."""
-    return Account(hf, folder_tensors(path), role, fresh=role.fresh_head)
+def weights_of(path: str, model: ModelWrapper, role: Role) -> Account:
+    """Slices of the folder for the model, each accounted for."""
+    return Account(model, folder_tensors(path), role, fresh=role.fresh_head)
 
 
 def _converted(hf: Any, folder: FolderTensors) -> ConvertingReader:
@@ -237,7 +241,7 @@ def _left_out(hf: Any, role: Role, quantised: bool) -> set[str]:
     """Patterns of what is rightly left: by transformers' own lists, and what has no part in the
     model's answer."""
     config = hf.config
-    patterns = set(hf._keys_to_ignore_on_load_unexpected or ())
+    patterns = set(ignored_if_unexpected(hf))
     patterns |= {
         r"(^|\.)inv_freq$",
         r"(^|\.)position_ids$",
@@ -259,9 +263,9 @@ def _left_out(hf: Any, role: Role, quantised: bool) -> set[str]:
     if not any(name.endswith("_config") and name != "text_config" for name in config.sub_configs):
         patterns.add(_OTHER_PARTS)  # of a folder whose text part is trained
     if not issubclass(role.wrapper, PolicyModel):  # made of a language model: its output head
-        causal: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
+        causal = class_of(AutoModelForCausalLM, config)
         heads = {"lm_head", "embed_out", "cls"} | {
-            key.rpartition(".")[0] for key in getattr(causal, "_tied_weights_keys", None) or {}
+            key.rpartition(".")[0] for key in tied_keys_of(causal)
         }
         patterns |= {rf"^{head}\." for head in heads if head}
     if quantised:

@@ -4,7 +4,7 @@ cut along dim 0."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,12 +37,13 @@ def dtype_name(code: str) -> str:
 @dataclass(frozen=True)
 class Shard:
     """This rank's rows of a global tensor: `local_tensor` (a view, maybe empty) from row
-    `offset_dim0` on."""
+    `offset_dim0` on. `replicated`: every rank holds all of it, as it does of saved buffers."""
 
     name: str
     local_tensor: Tensor
     global_shape: tuple[int, ...]
     offset_dim0: int
+    replicated: bool = False
 
 
 class Reader(Protocol):
@@ -183,57 +184,40 @@ class MemoryReader:
         return tensor[offset : offset + length] if tensor.ndim else tensor
 
 
-def persistent_buffers(hf: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Buffers that belong to a saved model; every rank holds them whole."""
-    saved = hf.state_dict(keep_vars=True).keys()
-    return ((name, buffer) for name, buffer in hf.named_buffers() if name in saved)
-
-
 def rows_per_rank(total: int, world_size: int) -> int:
     """Rows of every shard but the last ones, as FSDP cuts dim 0."""
     return -(-total // world_size)
 
 
-def parameter_shards(hf: nn.Module) -> Iterator[Shard]:
-    """This rank's part of every parameter, by its Hugging Face name; a tied head appears once."""
-    for name, param in hf.named_parameters():
-        if not isinstance(param, DTensor):
-            raise TypeError(f"parameter {name} is not sharded")
-        local = param.to_local().detach()
-        step = rows_per_rank(param.shape[0], param.device_mesh.size())
-        offset = min(step * param.device_mesh.get_local_rank(), param.shape[0])
-        yield Shard(name, local, tuple(param.shape), offset)
+def shard_of(name: str, param: nn.Parameter) -> Shard:
+    """This rank's part of a parameter that FSDP has sharded; raises TypeError of another one."""
+    if not isinstance(param, DTensor):
+        raise TypeError(f"parameter {name} is not sharded")
+    step = rows_per_rank(param.shape[0], param.device_mesh.size())
+    offset = min(step * param.device_mesh.get_local_rank(), param.shape[0])
+    return Shard(name, param.to_local().detach(), tuple(param.shape), offset)
 
 
 @torch.no_grad()
-def fill(shard: Shard, reader: Reader) -> None:
-    """Overwrite the shard's memory with its rows from the reader; raises InvalidValue on another
-    shape."""
-    shard.local_tensor.copy_(_rows(shard, reader))
+def fill(parts: Iterable[Shard], reader: Reader) -> None:
+    """Overwrite the shards' memory with their rows from the reader, reading no others; raises
+    InvalidValue on another shape."""
+    for part in parts:
+        part.local_tensor.copy_(_rows(part, reader))
 
 
-def _rows(shard: Shard, reader: Reader) -> Tensor:
-    rows = reader.read(shard.name, shard.offset_dim0, shard.local_tensor.shape[0])
-    if rows.shape != shard.local_tensor.shape:
-        expected, actual = str(list(shard.local_tensor.shape)), str(list(rows.shape))
-        raise InvalidValue(
-            f"rows of {shard.name} have shape {actual}, the model needs {expected}",
-            tensor=shard.name,
-        )
+def _rows(part: Shard, reader: Reader) -> Tensor:
+    local = part.local_tensor
+    rows = reader.read(part.name, part.offset_dim0, local.shape[0] if local.ndim else 1)
+    if rows.shape != local.shape:
+        expected, actual = str(list(local.shape)), str(list(rows.shape))
+        message = f"rows of {part.name} have shape {actual}, the model needs {expected}"
+        raise InvalidValue(message, tensor=part.name)
     return rows
 
 
 @torch.no_grad()
-def load_parameters(hf: nn.Module, reader: Reader) -> None:
-    """Fill parameters and saved buffers of the sharded model; reads only this rank's rows."""
-    for part in parameter_shards(hf):
-        fill(part, reader)
-    for name, buffer in persistent_buffers(hf):
-        buffer.copy_(_buffer_rows(name, buffer, reader))
-
-
-@torch.no_grad()
-def check_finite(hf: nn.Module, reader: Reader | None = None) -> None:
+def check_finite(parts: Iterable[Shard], reader: Reader | None = None) -> None:
     """Raise InvalidValue naming the first tensor in which this rank's rows hold NaN or infinity.
     Local.
 
@@ -241,23 +225,17 @@ def check_finite(hf: nn.Module, reader: Reader | None = None) -> None:
     them: float64 beyond float32 is infinity there. A saved buffer may hold infinity: some are
     masks.
     """
-    for part in parameter_shards(hf):
-        rows = (
-            part.local_tensor if reader is None else _rows(part, reader).to(part.local_tensor.dtype)
-        )
+    for part in parts:
+        rows = part.local_tensor if reader is None else _rows(part, reader)
+        if part.replicated:
+            if bool(rows.isnan().any()):
+                raise InvalidValue(f"{part.name} holds NaN", tensor=part.name)
+            continue
+        rows = rows.to(part.local_tensor.dtype)
         if rows.numel() and not all(bool(end.isfinite()) for end in torch.aminmax(rows)):
             bad = int((~rows.isfinite()).reshape(len(rows), -1).any(dim=1).nonzero()[0])
-            raise InvalidValue(
-                f"{part.name} holds NaN or infinity (row {part.offset_dim0 + bad})",
-                tensor=part.name,
-            )
-    for name, buffer in persistent_buffers(hf):
-        if bool((buffer if reader is None else _buffer_rows(name, buffer, reader)).isnan().any()):
-            raise InvalidValue(f"{name} holds NaN", tensor=name)
-
-
-def _buffer_rows(name: str, buffer: Tensor, reader: Reader) -> Tensor:
-    return reader.read(name, 0, buffer.shape[0] if buffer.ndim else 1)
+            message = f"{part.name} holds NaN or infinity (row {part.offset_dim0 + bad})"
+            raise InvalidValue(message, tensor=part.name)
 
 
 @torch.no_grad()
@@ -265,8 +243,8 @@ def gather(part: Shard) -> Tensor | None:
     """The whole tensor on rank 0's device, None on the others. Collective."""
     rank, world = dist.get_rank(), dist.get_world_size()
     local = part.local_tensor
-    if world == 1:
-        return local
+    if world == 1 or part.replicated:
+        return local if rank == 0 else None
     step = rows_per_rank(part.global_shape[0], world)
     padded = local.new_zeros((step, *part.global_shape[1:]))
     padded[: local.shape[0]].copy_(local)

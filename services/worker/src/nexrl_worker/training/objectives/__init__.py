@@ -4,17 +4,22 @@ of both."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
-from nexrl_worker.training.losses.value import ValueLoss
 from nexrl_worker.training.model.policy import PolicyModel
-from nexrl_worker.training.model.value_head import ValueModel
 from nexrl_worker.training.model.wrapper import ModelWrapper
 from nexrl_worker.training.objectives.base import Objective
-from nexrl_worker.training.objectives.policy import PolicyObjective
-from nexrl_worker.training.objectives.top_k import TopKObjective
+from nexrl_worker.training.objectives.policy import PolicyObjective, TopKObjective
 from nexrl_worker.training.objectives.value import ValueObjective
-from nexrl_worker.training.prepare import Prepared, ValueSettings
+from nexrl_worker.training.prepare import LossSettings, Prepared
+
+Make = Callable[[ModelWrapper, LossSettings, tuple[str, ...], Callable[[], PolicyModel]], Objective]
+
+OBJECTIVES: dict[str, Make] = {
+    "labels": PolicyObjective,
+    "candidates": TopKObjective,
+    "values": ValueObjective,
+}
+"""By what a loss's row in :mod:`nexrl_contract.losses` says that it scores."""
 
 
 def objective_of(
@@ -24,7 +29,4 @@ def objective_of(
     it."""
     loss = prepared.loss
     assert loss is not None
-    if isinstance(loss, ValueSettings):
-        return ValueObjective(cast(ValueModel, model), ValueLoss(loss.clip), loss.aggregation)
-    kind = PolicyObjective if loss.top_k is None else TopKObjective
-    return kind(cast(PolicyModel, model), loss, prepared.checked.names, reference)
+    return OBJECTIVES[loss.loss.objective](model, loss, prepared.checked.names, reference)

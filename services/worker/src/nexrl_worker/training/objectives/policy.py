@@ -1,104 +1,139 @@
-"""Policy gradients, supervised learning, and distillation as a policy gradient: a loss of
-losses/policy.py."""
+"""A language model's objectives: policy gradients, supervised learning, distillation as a policy
+gradient (losses/policy.py), and distillation towards a teacher's K most likely tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from nexrl_worker.training.batch.micro_batch import MicroBatch
+from nexrl_worker.training.losses.divergence import kl_terms, top_k_kl
 from nexrl_worker.training.losses.policy import FUNCTIONS, PerToken, Tokens, select_tokens
-from nexrl_worker.training.model.policy import PolicyModel
+from nexrl_worker.training.model.policy import PolicyModel, score_candidates
 from nexrl_worker.training.model.wrapper import ModelWrapper
-from nexrl_worker.training.objectives.base import Evaluated, count_batch
-from nexrl_worker.training.objectives.metrics import MetricAccumulator, Totals
-from nexrl_worker.training.objectives.terms import Terms
+from nexrl_worker.training.objectives.base import Evaluated, MetricAccumulator, Totals
 from nexrl_worker.training.prepare import CURRENT, LossSettings
 
 _QUANTILES = {"min": 0.0, "p01": 0.01, "p50": 0.5, "p99": 0.99, "max": 1.0}
 _NEAR = (0.9, 1.1)
 
 
-class PolicyObjective:
-    """`names` are the tensors that the batch has of those the loss reads."""
+class LanguageObjective:
+    """loss = main - entropy_coeff x entropy + kl_coeff x KL, numerators all, in one mode and over
+    one denominator.
+
+    `names` are the tensors that the batch has of those the loss reads. `frozen` gives the reference
+    model, asked for only where the KL term is on and a batch has no `ref_log_prob`.
+    """
 
     prefix = "actor"
 
     def __init__(
         self,
-        policy: PolicyModel,
-        spec: LossSettings,
+        model: ModelWrapper,
+        settings: LossSettings,
         names: tuple[str, ...],
         frozen: Callable[[], PolicyModel],
     ) -> None:
-        self._policy = policy
-        self._spec = spec
+        self._policy = cast(PolicyModel, model)
+        self._settings = settings
         self._names = names
-        self._terms = Terms(spec, names, frozen)
-        self.models: Sequence[ModelWrapper] = [policy, *self._terms.models]
-        self.aggregation = spec.aggregation
+        own = not settings.uses_kl or "ref_log_prob" in names
+        self._reference = None if own else frozen()
+        self.models: list[ModelWrapper] = [model]
+        if self._reference is not None:
+            self.models.append(self._reference)
+        self.aggregation = settings.aggregation
 
-    def evaluate(self, micro: MicroBatch, accumulator: MetricAccumulator) -> Evaluated:
+    def _with_terms(
+        self,
+        main: Tensor,
+        tokens: Tokens,
+        entropies: Tensor,
+        micro: MicroBatch,
+        into: MetricAccumulator,
+    ) -> Tensor:
+        """The whole loss (0-dim) from `main` (0-dim), the tokens and entropies [n,R]."""
+        mask, settings = micro.mask, self._settings
+        entropy = self.aggregation.numerator(entropies, mask)
+        loss = main - settings.entropy_coeff * entropy if settings.entropy_coeff != 0.0 else main
+        into.add("policy", main)
+        into.add("entropy", entropy)
+        if settings.uses_kl:
+            reference = torch.where(mask, self._reference_of(micro), 0.0)
+            old = tokens.old if settings.kl_times_ratio else None
+            terms = kl_terms(tokens.log_probs, reference, settings.kl_type, old)
+            divergence = self.aggregation.numerator(terms, mask)
+            loss = loss + settings.kl_coeff * divergence
+            into.add("kl", divergence)
+        into.add("loss", loss)
+        into.count(micro, self.aggregation)
+        return loss
+
+    @torch.no_grad()
+    def _reference_of(self, micro: MicroBatch) -> Tensor:
+        """The reference's log-probabilities [n,R]."""
+        if self._reference is None:
+            return micro.values["ref_log_prob"]
+        return self._reference.score(micro, entropy=False, all_labels=False)[0]
+
+    def metrics(self, totals: Totals) -> dict[str, Any]:
+        """See Objective: the parts of the loss, each over its denominator."""
+        whole = self.aggregation.divisor(totals.sums["denominator"])
+        found = {
+            "actor/pg_loss": totals.sums["policy"] / whole,
+            "actor/entropy_loss": totals.sums["entropy"] / whole,
+        }
+        if self._settings.uses_kl:
+            found["actor/kl_loss"] = totals.sums["kl"] / whole
+            found["actor/kl_loss_coef"] = self._settings.kl_coeff
+        return found
+
+
+class PolicyObjective(LanguageObjective):
+    """A loss of the sampled tokens: a formula of losses/policy.py."""
+
+    def evaluate(self, micro: MicroBatch, into: MetricAccumulator) -> Evaluated:
         """See Objective; answers with `log_probs` where the loss is the client's own (`linear`)."""
-        answers = self._spec.loss.weights
+        answers = self._settings.loss.weights
         log_probs, entropies = self._policy.score(micro, entropy=True, all_labels=answers)
-        tokens = self._tokens(log_probs, micro, accumulator)
-        per_token = FUNCTIONS[self._spec.loss.name](tokens, self._spec.clip)
-        weighted = per_token.loss * self._weights(tokens, micro, accumulator)
+        tokens = self._tokens(log_probs, micro, into)
+        per_token = FUNCTIONS[self._settings.loss.name](tokens, self._settings.clip)
+        weighted = per_token.loss * self._weights(tokens, micro, into)
         main = self.aggregation.numerator(weighted, micro.mask)
-        loss = self._terms.add(main, tokens, entropies, micro, accumulator)
-        count_batch(micro, self.aggregation, accumulator)
-        _count_ratios(tokens, per_token, micro.chosen, accumulator)
+        loss = self._with_terms(main, tokens, entropies, micro, into)
+        _count_ratios(tokens, per_token, micro.chosen, into)
         return Evaluated(loss, {"log_probs": log_probs.detach()} if answers else {})
 
     def metrics(self, totals: Totals) -> dict[str, Any]:
         """See Objective; docs/metrics.md says what each means."""
-        found: dict[str, Any] = self._terms.metrics(totals)
-        sums = totals.sums
-        if self._spec.distillation is not None:
-            found["actor/teacher_kl"] = totals.share("teacher_gap", "tokens")
+        found, sums = super().metrics(totals), totals.sums
+        for name, (metric, of) in _SHARES.items():
+            if name in sums:
+                found[f"actor/{metric}"] = totals.share(name, of)
         if "ratio" in sums:
-            found["actor/ratio_mean"] = totals.share("ratio", "tokens")
-            found["actor/ratio_outside"] = totals.share("far", "tokens")
             found |= {
                 f"actor/ratio_{name}": totals.quantile("ratio", level)
                 for name, level in _QUANTILES.items()
             }
-            found["actor/ppo_kl"] = totals.share("approximate_kl", "tokens")
         if "clipped_low" in sums:
-            found["actor/pg_clipfrac_low"] = totals.share("clipped_low", "tokens")
-            found["actor/pg_clipfrac_high"] = totals.share("clipped_high", "tokens")
             found["actor/pg_clipfrac"] = (
                 found["actor/pg_clipfrac_low"] + found["actor/pg_clipfrac_high"]
             )
-        if "clipped_dual" in sums:
-            found["actor/pg_clipfrac_dual"] = totals.share("clipped_dual", "tokens")
-        if "mismatch" in sums:
-            found["actor/mismatch_kl"] = totals.share("mismatch", "compared")
-            found["actor/mismatch_k3"] = totals.share("mismatch_k3", "compared")
-        if "correction" in sums:
-            found["actor/rollout_weight_mean"] = totals.share("correction", "tokens")
-        if "rejected" in sums:
-            found["actor/rollout_rejected_share"] = totals.share("rejected", "compared")
         return found
 
-    def close(self) -> None:
-        """See Objective."""
-        self._terms.close()
-
-    def _tokens(
-        self, log_probs: Tensor, micro: MicroBatch, accumulator: MetricAccumulator
-    ) -> Tokens:
-        values, mask = micro.values, micro.mask
+    def _tokens(self, log_probs: Tensor, micro: MicroBatch, into: MetricAccumulator) -> Tokens:
+        """The tokens of log_probs [n,R]; a teacher's term becomes their advantage."""
+        values, mask, settings = micro.values, micro.mask, self._settings
         advantages = values.get("advantages")
-        if self._spec.distillation is not None:
+        if settings.distillation is not None:
             teacher, current = values["teacher_log_probs"], log_probs.detach()
-            accumulator.add("teacher_gap", torch.where(mask, current - teacher, 0.0).sum())
-            student = current if self._spec.student == CURRENT else values[self._spec.student]
-            scaled = self._spec.distillation * torch.where(mask, teacher - student, 0.0)
+            into.add("teacher_gap", torch.where(mask, current - teacher, 0.0).sum())
+            student = current if settings.student == CURRENT else values[settings.student]
+            scaled = settings.distillation * torch.where(mask, teacher - student, 0.0)
             advantages = scaled if advantages is None else scaled + advantages
         return select_tokens(
             log_probs, mask, values.get("old_log_probs"), advantages, values.get("loss_weights")
@@ -106,10 +141,10 @@ class PolicyObjective:
 
     @torch.no_grad()
     def _weights(
-        self, tokens: Tokens, micro: MicroBatch, accumulator: MetricAccumulator
+        self, tokens: Tokens, micro: MicroBatch, into: MetricAccumulator
     ) -> Tensor | float:
-        """The rollout correction, 1 without one; counts how far the sampler was from `old`, at
-        dropped tokens too."""
+        """The rollout correction [n,R], 1 without one; counts how far the sampler was from `old`,
+        at dropped tokens too."""
         if "rollout_log_probs" not in self._names:
             return 1.0
         sampled, old = micro.mask, tokens.old
@@ -118,34 +153,75 @@ class PolicyObjective:
             old = torch.where(sampled, micro.values["old_log_probs"], 0.0)
         rollout = torch.where(sampled, micro.values["rollout_log_probs"], 0.0)
         gap = rollout - old
-        accumulator.add("compared", sampled.sum())
-        accumulator.add("mismatch", gap.sum())
-        accumulator.add("mismatch_k3", (torch.expm1(-gap) + gap).sum())
-        correction = self._spec.correction
+        into.add("compared", sampled.sum())
+        into.add("mismatch", gap.sum())
+        into.add("mismatch_k3", (torch.expm1(-gap) + gap).sum())
+        correction = self._settings.correction
         if correction is None:
             return 1.0
         if correction.rejects:
-            accumulator.add("rejected", (sampled & ~correction.kept(old, rollout, sampled)).sum())
+            into.add("rejected", (sampled & ~correction.kept(old, rollout, sampled)).sum())
         weights = correction.weights(old, rollout, sampled)
-        accumulator.add("correction", torch.where(micro.mask, weights, 0.0).sum())
+        into.add("correction", torch.where(micro.mask, weights, 0.0).sum())
         return weights
+
+
+_SHARES = {
+    "teacher_gap": ("teacher_kl", "tokens"),
+    "ratio": ("ratio_mean", "tokens"),
+    "far": ("ratio_outside", "tokens"),
+    "approximate_kl": ("ppo_kl", "tokens"),
+    "clipped_low": ("pg_clipfrac_low", "tokens"),
+    "clipped_high": ("pg_clipfrac_high", "tokens"),
+    "clipped_dual": ("pg_clipfrac_dual", "tokens"),
+    "mismatch": ("mismatch_kl", "compared"),
+    "mismatch_k3": ("mismatch_k3", "compared"),
+    "correction": ("rollout_weight_mean", "tokens"),
+    "rejected": ("rollout_rejected_share", "compared"),
+}
+"""By the name of a sum: the metric's, and the sum that it is divided by."""
 
 
 @torch.no_grad()
 def _count_ratios(
-    tokens: Tokens, per_token: PerToken, chosen: Tensor, accumulator: MetricAccumulator
+    tokens: Tokens, per_token: PerToken, chosen: Tensor, into: MetricAccumulator
 ) -> None:
     """`chosen`: the flat places of the scored tokens; to find them in the mask, the device would be
     waited for."""
     mask, ratio = tokens.mask, per_token.ratio
     if ratio is not None:
         kept = ratio.flatten()[chosen]
-        accumulator.add_values("ratio", kept)
-        accumulator.add("ratio", kept.sum())
-        accumulator.add("far", ((kept < _NEAR[0]) | (kept > _NEAR[1])).sum())
-        accumulator.add("approximate_kl", (tokens.old - tokens.log_probs).sum())
+        into.add_values("ratio", kept)
+        into.add("ratio", kept.sum())
+        into.add("far", ((kept < _NEAR[0]) | (kept > _NEAR[1])).sum())
+        into.add("approximate_kl", (tokens.old - tokens.log_probs).sum())
     if per_token.clipped_low is not None and per_token.clipped_high is not None:
-        accumulator.add("clipped_low", (mask & per_token.clipped_low).sum())
-        accumulator.add("clipped_high", (mask & per_token.clipped_high).sum())
+        into.add("clipped_low", (mask & per_token.clipped_low).sum())
+        into.add("clipped_high", (mask & per_token.clipped_high).sum())
     if per_token.clipped_dual is not None:
-        accumulator.add("clipped_dual", (mask & per_token.clipped_dual).sum())
+        into.add("clipped_dual", (mask & per_token.clipped_dual).sum())
+
+
+class TopKObjective(LanguageObjective):
+    """coefficient x KL over the teacher's K tokens and one bucket for the rest; `forward_kl` is
+    KL(teacher||student)."""
+
+    def evaluate(self, micro: MicroBatch, into: MetricAccumulator) -> Evaluated:
+        """See Objective."""
+        mask, settings = micro.mask, self._settings
+        ids = torch.where(mask[..., None], micro.values["teacher_topk_ids"], 0)
+        teacher = torch.where(mask[..., None], micro.values["teacher_topk_log_probs"], 0.0)
+        scores = score_candidates(self._policy, micro, ids)
+        forward = settings.loss.name == "forward_kl"
+        apart = top_k_kl(scores.candidates, scores.rest, teacher, forward)
+        divergence = torch.where(mask, apart, 0.0)
+        into.add("teacher_kl", divergence.sum())
+        assert settings.distillation is not None
+        main = settings.distillation * self.aggregation.numerator(divergence, mask)
+        tokens = select_tokens(scores.labels, mask, micro.values.get("old_log_probs"), None)
+        return Evaluated(self._with_terms(main, tokens, scores.entropies, micro, into))
+
+    def metrics(self, totals: Totals) -> dict[str, Any]:
+        """See Objective; `actor/teacher_kl` is the mean over scored tokens."""
+        teacher = totals.share("teacher_kl", "tokens")
+        return {**super().metrics(totals), "actor/teacher_kl": teacher}

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 
 from nexrl_worker.training.batch.micro_batch import MicroBatch
-from nexrl_worker.training.losses.aggregation import Aggregation
-from nexrl_worker.training.losses.value import ValueLoss
+from nexrl_worker.training.losses.policy import value_loss
+from nexrl_worker.training.model.policy import PolicyModel
 from nexrl_worker.training.model.value_head import ValueModel
 from nexrl_worker.training.model.wrapper import ModelWrapper
-from nexrl_worker.training.objectives.base import Evaluated, count_batch
-from nexrl_worker.training.objectives.metrics import MetricAccumulator, Totals
+from nexrl_worker.training.objectives.base import Evaluated, MetricAccumulator, Totals
+from nexrl_worker.training.prepare import LossSettings
 
 # Of a difference of two float64 means: what is smaller is no variance.
 _ROUNDING = 1e-12
@@ -24,29 +24,35 @@ class ValueObjective:
 
     prefix = "critic"
 
-    def __init__(self, model: ValueModel, loss: ValueLoss, aggregation: Aggregation) -> None:
-        self._model = model
-        self.models: Sequence[ModelWrapper] = [model]
-        self._loss = loss
-        self.aggregation = aggregation
+    def __init__(
+        self,
+        model: ModelWrapper,
+        settings: LossSettings,
+        names: tuple[str, ...],
+        frozen: Callable[[], PolicyModel],
+    ) -> None:
+        self._model = cast(ValueModel, model)
+        self._clip = settings.value_clip
+        self.models: list[ModelWrapper] = [model]
+        self.aggregation = settings.aggregation
 
-    def evaluate(self, micro: MicroBatch, accumulator: MetricAccumulator) -> Evaluated:
+    def evaluate(self, micro: MicroBatch, into: MetricAccumulator) -> Evaluated:
         """See Objective."""
         mask = micro.mask
         values = torch.where(mask, self._model.values(micro), 0.0)
         returns = torch.where(mask, micro.values["returns"], 0.0)
         old = micro.values.get("values")
         kept = None if old is None else torch.where(mask, old, 0.0)
-        per_token, clipped = self._loss(values, returns, kept)
+        per_token, clipped = value_loss(values, returns, kept, self._clip)
         loss = self.aggregation.numerator(per_token, mask)
-        accumulator.add("loss", loss)
-        accumulator.add("values", values.double().sum())
-        accumulator.add("returns", returns.double().sum())
-        accumulator.add("returns_squared", returns.double().square().sum())
-        accumulator.add("error", (returns - values).double().sum())
-        accumulator.add("error_squared", (returns - values).double().square().sum())
-        accumulator.add("clipped", (mask & clipped).sum())
-        count_batch(micro, self.aggregation, accumulator)
+        into.add("loss", loss)
+        into.add("values", values.double().sum())
+        into.add("returns", returns.double().sum())
+        into.add("returns_squared", returns.double().square().sum())
+        into.add("error", (returns - values).double().sum())
+        into.add("error_squared", (returns - values).double().square().sum())
+        into.add("clipped", (mask & clipped).sum())
+        into.count(micro, self.aggregation)
         return Evaluated(loss)
 
     def metrics(self, totals: Totals) -> dict[str, Any]:
@@ -66,6 +72,3 @@ class ValueObjective:
             "critic/returns_mean": totals.share("returns", "tokens"),
             "critic/explained_variance": 1.0 - variance("error") / spread if varies else 0.0,
         }
-
-    def close(self) -> None:
-        """See Objective."""

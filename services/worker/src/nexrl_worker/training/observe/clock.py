@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
-from nexrl_worker.training.observe.memory import is_out_of_memory
+from nexrl_worker.training.fsdp2 import Collective
 
 PARTS = ("forward", "backward", "step")
 COMMUNICATION = "communication"
@@ -74,86 +72,3 @@ class Clock:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         return event
-
-
-class Collective:
-    """The all-gathers or the reduce-scatters of one sharded module, in the place of FSDP2's own.
-
-    It counts them, so that a rank that has left a micro-batch on the way can go through it again,
-    to issue those that the other ranks wait for and no other. `done` says whether a micro-batch
-    finds one done before.
-    """
-
-    def __init__(self, done: Callable[[], bool] = lambda: False) -> None:
-        self._done = done
-        self.measure: Callable[[], AbstractContextManager[None]] = nullcontext
-        self._issued = 0
-        self._skips = 0
-
-    def begin(self) -> None:
-        """A micro-batch begins."""
-        self._issued, self._skips = int(self._done()), 0
-
-    def again(self) -> None:
-        """The same micro-batch begins once more: as many as were issued until now only fill their
-        outputs with 0."""
-        self._skips = self._issued
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory for a buffer."""
-        return torch.empty(*size, dtype=dtype, device=device)
-
-    def _issue(self, output: Tensor, issue: Callable[[], Any]) -> Any:
-        if self._skips:
-            self._skips -= 1
-            output.zero_()
-            return None
-        with self.measure():
-            try:
-                work = issue()
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                raise dist.DistError(
-                    f"out of memory in a collective that may have begun: {error}"
-                ) from error
-        self._issued += 1
-        return work
-
-
-class AllGather(Collective):
-    """As FSDP2 asks of a custom one."""
-
-    def __call__(
-        self,
-        output_tensor: Tensor,
-        input_tensor: Tensor,
-        group: dist.ProcessGroup,
-        async_op: bool = False,
-    ) -> Any:
-        """`input_tensor` of every rank in `output_tensor`."""
-        # torch 2.13 renamed it.
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        return self._issue(
-            output_tensor,
-            lambda: gather(output_tensor, input_tensor, group=group, async_op=async_op),
-        )
-
-
-class ReduceScatter(Collective):
-    """As FSDP2 asks of a custom one."""
-
-    def __call__(
-        self,
-        output_tensor: Tensor,
-        input_tensor: Tensor,
-        group: dist.ProcessGroup,
-        op: Any,
-        async_op: bool = False,
-    ) -> Any:
-        """This rank's part of the sum over ranks in `output_tensor`."""
-        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        return self._issue(
-            output_tensor,
-            lambda: scatter(output_tensor, input_tensor, group=group, op=op, async_op=async_op),
-        )

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -14,14 +15,12 @@ from nexrl_contract.sections import ActorConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nexrl_worker.training.batch.micro_batch import MicroBatch
-from nexrl_worker.training.batch.tiny import TinyRows
+from nexrl_worker.training.batch.micro_batch import MicroBatch, TinyRows
 from nexrl_worker.training.errors import InvalidValue
-from nexrl_worker.training.fsdp2 import decoder_layers, release, sharded_layers
-from nexrl_worker.training.model.build import Precision
+from nexrl_worker.training.fsdp2 import release, sharded_modules
+from nexrl_worker.training.model.build import Recipe, decoder_layers, sharded_layers
 from nexrl_worker.training.model.lm_head import head_bytes
 from nexrl_worker.training.model.policy import PolicyModel
-from nexrl_worker.training.model.weights import parameter_shards
 from nexrl_worker.training.model.wrapper import ModelWrapper
 from nexrl_worker.training.observe.memory import free_mib, held_mib
 
@@ -90,70 +89,57 @@ class Room:
             )
 
 
-def make_room(
-    model: ModelWrapper,
-    actor: ActorConfig,
-    trains: bool,
-    packed: bool,
-    device: torch.device,
-    wide: torch.dtype,
-) -> Room:
+def make_room(model: ModelWrapper, actor: ActorConfig, packed: bool, recipe: Recipe) -> Room:
     """The room of the rank that has least, and the largest estimate of any, on every rank.
     Collective.
 
     What the gradients, the optimizer, gathered weights and a frozen reference will take is left out
     of what is free.
     """
-    activations = measure_activations(
-        model, device, wide, packed, actor.model.enable_gradient_checkpointing
-    )
+    device, precision = recipe.device, recipe.precision
+    activations = measure_activations(model, device, precision.batch, packed, recipe.recompute)
     sizes = Sizes.of(model)
-    compute = Precision.of(actor.fsdp_config, device).param.itemsize
-    later = (
-        (5 if trains else 1) * sizes.own
-        + 3 * sizes.gathered * compute
-        + (sizes.whole * 4 if trains else 0)
-    )
+    later = sizes.own + 3 * sizes.gathered * precision.param.itemsize
+    later += 4 * sizes.own_trained + 4 * sizes.trained
     share = _SHARE.get(device.type, _SHARE["cpu"]) * free_mib(device, dist.get_world_size())
     mib = max(share - later / _MIB, share / 8)
-    step = (
-        1024.0
-        if device.type == "cuda" and mib > 1024.0
-        else 2.0 ** math.floor(math.log2(max(mib, 1.0)))
-    )
-    numbers = [
-        -max(mib // step * step, 1.0),
-        activations.linear,
-        activations.square,
-        activations.passing,
-    ]
+    if device.type == "cuda" and mib > 1024.0:
+        step = 1024.0
+    else:
+        step = 2.0 ** math.floor(math.log2(max(mib, 1.0)))
+    least = max(mib // step * step, 1.0)
+    numbers = [-least, activations.linear, activations.square, activations.passing]
     most = torch.tensor(numbers, dtype=torch.float64, device=device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     least, linear, square, passing = most.tolist()
-    return Room(
-        -least, model, Activations(linear, square, passing, activations.layers), device, packed
-    )
+    largest = Activations(linear, square, passing, activations.layers)
+    return Room(-least, model, largest, device, packed)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the weights: `own` and `whole` bytes as they are held, `gathered` elements at once."""
+    """Of the weights, in bytes as they are held: `own` of this rank and `own_trained` of it,
+    `trained` of all ranks; `gathered` elements at once."""
 
     own: int
-    whole: int
+    own_trained: int
+    trained: int
     gathered: int
 
     @classmethod
     def of(cls, model: ModelWrapper) -> Sizes:
-        """What this rank holds of them, what there is, and what a forward gathers: two layers and
-        the rest."""
+        """What a forward gathers are two layers and the rest."""
         size = next(model.hf.parameters()).element_size()
         layers = [
             sum(param.numel() for param in layer.parameters()) for layer in sharded_layers(model.hf)
         ]
-        whole = sum(param.numel() for param in model.hf.parameters())
-        own = sum(part.local_tensor.numel() for part in parameter_shards(model.hf)) * size
-        return cls(own, whole * size, whole - sum(layers) + 2 * max(layers, default=0))
+        held = [part for part in model.weights() if not part.replicated]
+        whole = sum(math.prod(part.global_shape) for part in held)
+        trained = sum(math.prod(part.global_shape) for part in model.trainable_shards())
+        own_trained = sum(part.local_tensor.numel() for part in model.trainable_shards())
+        own = sum(part.local_tensor.numel() for part in held)
+        gathered = whole - sum(layers) + 2 * max(layers, default=0)
+        return cls(own * size, own_trained * size, trained * size, gathered)
 
 
 def measure_activations(
@@ -164,35 +150,26 @@ def measure_activations(
     saved: list[float] = []
     passing = 0.0
     most = model.positions or max(_LENGTHS)
-    lengths = (
-        [min(length, most) for length in _LENGTHS]
-        if most >= max(_LENGTHS)
-        else [most // 4, most // 2, most]
-    )
+    lengths = _LENGTHS if most >= max(_LENGTHS) else (most // 4, most // 2, most)
     for length in lengths:
         micro = TinyRows(model.vocabulary, (length,)).micro_batch(device, packed, dtype)
         with _outputs(layers[-1]) as outputs, _saved(model) as kept, torch.enable_grad():
-            model(lambda micro=micro: _body(model, micro))
+            model(partial(_body, model, micro))
         release(model)
         saved.append(float(sum(kept.values())))
         passing = sum(outputs) / length
     powers = torch.tensor([[1.0, length, length**2] for length in lengths], dtype=torch.float64)
-    _, linear, square = torch.linalg.solve(
-        powers, torch.tensor(saved, dtype=torch.float64)
-    ).tolist()
+    wanted = torch.tensor(saved, dtype=torch.float64)
+    _, linear, square = torch.linalg.solve(powers, wanted).tolist()
     if recomputes:  # every layer's input is kept, and one layer at a time is computed again
-        linear += (
-            len(layers) * model.text_config.hidden_size * next(model.hf.parameters()).element_size()
-        )
+        size = next(model.hf.parameters()).element_size()
+        linear += len(layers) * model.text_config.hidden_size * size
         passing *= 2
     return Activations(max(linear, 0.0), max(square, 0.0), passing, len(layers))
 
 
 def _body(model: ModelWrapper, micro: MicroBatch) -> Tensor:
-    if model.has_body:
-        return model.hidden(micro, micro.index)
-    logits: Tensor = model.outputs(micro, whole=True).logits.flatten(0, 1)[micro.index]
-    return logits
+    return model.hidden(micro) if model.has_body else model.own_logits(micro)
 
 
 @dataclass(frozen=True)
@@ -221,20 +198,19 @@ def peak_mib(
     whole (beside the gradients of earlier micro-batches), or when the optimizer steps.
     """
     sizes = Sizes.of(model)
-    own, gathered = sizes.own, sizes.gathered * load.compute_bytes
+    gathered = sizes.gathered * load.compute_bytes
     tokens = max((sum(micro) for micro in load.micros), default=0)
     passing = max((activations.of(micro, load.trains) for micro in load.micros), default=0.0)
     passing += _head(model, tokens, device, load.trains)
     stepping = 0
     if load.trains:
-        reduced = (
-            2 if dist.get_world_size() > 1 else 1
-        )  # whole gradients, and their copy for the reduce-scatter
-        passing += reduced * gathered + (own if len(load.micros) > 1 else 0)
-        passing += sizes.whole if load.keeps_gradients else 0
+        # Whole gradients, and their copy for the reduce-scatter.
+        reduced = 2 if dist.get_world_size() > 1 else 1
+        passing += reduced * gathered + (sizes.own_trained if len(load.micros) > 1 else 0)
+        passing += sizes.trained if load.keeps_gradients else 0
         # On CUDA the moments are counted from the start, on the CPU from when they are first
         # touched.
-        stepping = own * (3 if load.first_step and device.type == "cpu" else 1)
+        stepping = sizes.own_trained * (3 if load.first_step and device.type == "cpu" else 1)
     gathered *= 2 if load.reference else 1
     return held_mib(device) + (gathered + max(passing, stepping)) / _MIB
 
@@ -256,19 +232,34 @@ def _saved(model: ModelWrapper) -> Iterator[dict[int, int]]:
     not counted."""
     found: dict[int, int] = {}
     alive: list[Tensor] = []  # an address must not be given to another tensor meanwhile
+    # Of the modules that are gathered now: the addresses of their weights.
+    gathered: dict[nn.Module, set[int]] = {}
+
+    def note(module: nn.Module, args: object) -> None:
+        whole = (param for param in module.parameters() if not isinstance(param, DTensor))
+        gathered[module] = {param.untyped_storage().data_ptr() for param in whole}
+
+    def forget(module: nn.Module, args: object, output: object) -> None:
+        del gathered[module]
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        gathered = (param for param in model.parameters() if not isinstance(param, DTensor))
-        if all(param.untyped_storage().data_ptr() != storage.data_ptr() for param in gathered):
-            found[storage.data_ptr()] = storage.nbytes()
+        address = storage.data_ptr()
+        if not any(address in weights for weights in gathered.values()):
+            found[address] = storage.nbytes()
             alive.append(tensor.detach())
-        return (
-            tensor.detach()
-        )  # a node that kept its own output, graph and all, would never be freed
+        # A node that kept its own output, graph and all, would never be freed.
+        return tensor.detach()
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield found
+    modules: list[nn.Module] = [*sharded_modules(model)]
+    hooks = [module.register_forward_pre_hook(note) for module in modules]
+    hooks += [module.register_forward_hook(forget) for module in modules]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

@@ -6,22 +6,17 @@ from __future__ import annotations
 import ctypes
 import math
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from nexrl_host.processes import memory_groups
 
 _LIBC = ctypes.CDLL(None)
 _MIB = 1024.0 * 1024.0
 _CANNOT_ALLOCATE = ("can't allocate memory", "not enough memory", "out of memory")
-NO_ROOM = (
-    "memory ran out under a single row: send shorter rows, or start the group with "
-    "enable_gradient_checkpointing"
-)
 _RESET_PEAK = "5"  # proc(5): resets the peak resident set size
 
 
@@ -95,14 +90,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(
         words in str(error) for words in _CANNOT_ALLOCATE
     )
-
-
-def lone_row(failed: Sequence[int] | None, device: torch.device) -> int | None:
-    """The row that is alone in a micro-batch that `failed` on some rank, None where none is.
-    Collective."""
-    row = torch.tensor(failed[0] if failed is not None and len(failed) == 1 else -1, device=device)
-    dist.all_reduce(row, op=dist.ReduceOp.MAX)
-    return int(row) if row >= 0 else None
 
 
 def give_back(device: torch.device) -> None:
