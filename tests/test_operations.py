@@ -11,7 +11,7 @@ from nexrl_contract.losses import LOSSES
 from nexrl_contract.operations import OPERATIONS
 from nexrl_worker.rank.operations import IMPLEMENTED
 from nexrl_worker.training.inference import INFERENCE
-from nexrl_worker.training.losses.policy import FUNCTIONS
+from nexrl_worker.training.losses.formulas import FUNCTIONS
 
 NO_OPERATIONS = {
     "health_check",

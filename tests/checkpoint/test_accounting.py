@@ -401,7 +401,7 @@ def test_what_has_no_place_or_no_source_is_refused_by_name(
     group = Group(tmp_path, "actor", str(models / "llama"), ref=Space(model=Space(path=path)))
     before = group.state()
     with pytest.raises(InvalidValue, match=named):
-        group.engine.load_reference()
+        group.engine.frozen.load()
     if (
         "num_hidden_layers" in config or "intermediate_size" in config
     ):  # of the folder's tensors alone, these fit

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from nexrl_worker.training.losses.aggregation import MODES
-from nexrl_worker.training.losses.correction import MODES as CORRECTIONS
-from nexrl_worker.training.losses.divergence import KINDS
+from nexrl_worker.training.losses.aggregation import CORRECTIONS, MODES
+from nexrl_worker.training.losses.formulas import KL_TYPES
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
@@ -68,7 +67,7 @@ DRAWN = st.fixed_dictionaries(
         "temperature": st.sampled_from([0.6, 0.9, 1.3, "of each row"]),
         "mode": st.sampled_from(MODES),
         "entropy": st.sampled_from([0.0, 0.05]),
-        "kl_type": st.sampled_from([None, *KINDS]),
+        "kl_type": st.sampled_from([None, *KL_TYPES]),
         "own_reference": st.booleans(),
         "correction": st.sampled_from([None, None, *CORRECTIONS]),
         "no_decay": st.sampled_from([None, "norms and biases"]),

@@ -13,10 +13,8 @@ from typing import Any
 import pytest
 import torch
 from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOFunction
-from nexrl_worker.training.losses.aggregation import Aggregation
-from nexrl_worker.training.losses.correction import Correction
-from nexrl_worker.training.losses.divergence import kl_terms
-from nexrl_worker.training.losses.policy import FUNCTIONS, Clip, select_tokens
+from nexrl_worker.training.losses.aggregation import Aggregation, Correction
+from nexrl_worker.training.losses.formulas import FUNCTIONS, Clip, kl_terms, select_tokens
 from torch import Tensor
 
 ROWS, WIDTH = 6, 9

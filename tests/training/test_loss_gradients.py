@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 import torch
 from nexrl_contract.losses import LOSSES
-from nexrl_worker.training.losses.aggregation import MODES, Aggregation
-from nexrl_worker.training.losses.correction import MODES as CORRECTIONS
-from nexrl_worker.training.losses.correction import Correction
-from nexrl_worker.training.losses.divergence import KINDS, kl_terms
-from nexrl_worker.training.losses.policy import FUNCTIONS, Clip, select_tokens, value_loss
+from nexrl_worker.training.losses.aggregation import CORRECTIONS, MODES, Aggregation, Correction
+from nexrl_worker.training.losses.formulas import (
+    FUNCTIONS,
+    KL_TYPES,
+    Clip,
+    kl_terms,
+    select_tokens,
+    value_loss,
+)
 from torch import Tensor
 
 from tests.helpers.formulas import Loss, aggregate, correction, policy, weighted_divergence
@@ -136,7 +140,7 @@ def test_policy_losses(variant: str, mode: str, old: bool) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KL_TYPES)
 @pytest.mark.parametrize("weighed", [False, True], ids=["plain", "times-ratio"])
 def test_kl_types(kind: str, mode: str, weighed: bool) -> None:
     """Value and gradient of every KL type in every mode, also times the ratio; k1+ and k3+ have the

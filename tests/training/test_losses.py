@@ -11,10 +11,8 @@ import pytest
 import torch
 from nexrl_contract.losses import LOSSES
 from nexrl_worker.training import InvalidValue
-from nexrl_worker.training.losses.aggregation import Aggregation
-from nexrl_worker.training.losses.correction import Correction
-from nexrl_worker.training.losses.divergence import kl_terms
-from nexrl_worker.training.losses.policy import FUNCTIONS, Clip, select_tokens
+from nexrl_worker.training.losses.aggregation import Aggregation, Correction
+from nexrl_worker.training.losses.formulas import FUNCTIONS, Clip, kl_terms, select_tokens
 
 
 def tokens(log_probs: list[float], old: list[float] | None, gains: list[float]) -> Any:

@@ -13,10 +13,8 @@ from types import SimpleNamespace as Space
 
 import pytest
 import torch
-from nexrl_worker.training.losses.aggregation import Aggregation
-from nexrl_worker.training.losses.correction import Correction
-from nexrl_worker.training.losses.divergence import kl_terms
-from nexrl_worker.training.losses.policy import FUNCTIONS, Clip, select_tokens
+from nexrl_worker.training.losses.aggregation import Aggregation, Correction
+from nexrl_worker.training.losses.formulas import FUNCTIONS, Clip, kl_terms, select_tokens
 from nexrl_worker.training.optim import Schedule, norms_and_biases
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, get_scheduler

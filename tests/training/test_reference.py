@@ -116,7 +116,7 @@ def test_one_that_cannot_be_packed_is_refused(tmp_path: Path) -> None:
 
     ready(packed, "compute_ref_log_prob", rows)
     for _ in range(2):
-        assert packed.reference_ready
+        assert packed.frozen.ready
         with pytest.raises(InvalidValue, match=r"in chunks.*use_remove_padding false"):
             packed.check(prepared, plan)
     with pytest.raises(InvalidValue, match="packed rows"):
@@ -138,7 +138,7 @@ def test_a_frozen_group_is_its_own_reference(tmp_path: Path, role: str) -> None:
     engine = engine_of(path, None, role)
     wanted = attended(plain(path, rows), rows)
     shared = scored(engine, "compute_ref_log_prob", rows)
-    assert engine._reference.model is None
+    assert engine.frozen.model is None
     torch.testing.assert_close(attended(shared, rows), wanted, atol=1e-5, rtol=0)
 
     engine.state.load_shards(

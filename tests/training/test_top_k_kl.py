@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nexrl_worker.training.losses.divergence import top_k_kl
+from nexrl_worker.training.losses.formulas import top_k_kl
 from torch import Tensor
 
 from tests.helpers.formulas import over_candidates

@@ -12,6 +12,7 @@ from nexrl_worker.checkpoint.huggingface import FolderWriter, Stamp, export
 from nexrl_worker.checkpoint.load import inspect
 from nexrl_worker.checkpoint.shards import GroupState, write_shards
 from nexrl_worker.training import Engine
+from nexrl_worker.training.state import rng_state
 
 from tests.helpers.engines import batch, config, planned
 from tests.helpers.rank_processes import be_a_rank
@@ -28,9 +29,7 @@ def save(engine: Engine, folder: Path) -> None:
     update(engine)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     group = GroupState({"scalars": engine.state.scalars()}, folder / "model") if rank == 0 else None
-    write_shards(
-        folder / "staging", rank, world_size, engine.state.shards(), engine.state.rng_state(), group
-    )
+    write_shards(folder / "staging", rank, world_size, engine.state.shards(), rng_state(), group)
 
 
 def load(engine: Engine, folder: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from nexrl_contract.errors import ServiceError
 from nexrl_worker.training import Engine, InvalidValue, Plan
+from nexrl_worker.training.state import rng_state, set_rng_state
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -314,9 +315,9 @@ def state(folder: Path, path: str, rows: MemoryRows, settings: dict[str, Any]) -
         if dist.get_rank() == 0:
             (folder / "state.json").write_text(json.dumps(engine.state.scalars()))
         dist.barrier()
-        random = engine.state.rng_state()
+        random = rng_state()
         drawn = torch.rand(3)
-        engine.state.set_rng_state(json.loads(json.dumps(random)))
+        set_rng_state(json.loads(json.dumps(random)))
         assert torch.equal(drawn, torch.rand(3))
     else:
         engine = build(path, **settings)

@@ -15,9 +15,9 @@ from tests.helpers.ranks.engine import build, collect
 
 def ready(engine: Engine, operation: str, rows: MemoryRows) -> None:
     """Load what the operation lacks, then examine it, as the runtime does."""
-    if engine.uses_reference(engine.prepare(operation, rows, {})) and not engine.reference_ready:
-        engine.load_reference()
-        engine.examine_reference()
+    if engine.uses_reference(engine.prepare(operation, rows, {})) and not engine.frozen.ready:
+        engine.frozen.load()
+        engine.frozen.examine()
 
 
 def frozen(_: Path, group: str, reference: str) -> list[Any]:

@@ -41,8 +41,7 @@ from nexrl_worker.rank.request import Outcome
 from nexrl_worker.settings import GroupFolders, RankSettings
 from nexrl_worker.snapshot import SNAPSHOT_FILE, Snapshot, read_snapshot
 from nexrl_worker.training.errors import InvalidValue
-from nexrl_worker.training.rng import seed_all
-from nexrl_worker.training.state import TrainingState
+from nexrl_worker.training.state import TrainingState, rng_state, seed_all, set_rng_state
 
 if TYPE_CHECKING:
     from nexrl_contract.sections import ActorConfig
@@ -206,7 +205,7 @@ class CheckpointManager:
                     rank,
                     size,
                     model.shards(optimizer=not weight_only),
-                    model.rng_state(),
+                    rng_state(),
                     group,
                     weight_only=weight_only,
                 )
@@ -271,7 +270,7 @@ class CheckpointManager:
             return {**held, "optimizer": "kept", "rng": "kept"}
         model.load_scalars(state["scalars"])
         if rng is not None:
-            model.set_rng_state(rng)
+            set_rng_state(rng)
         else:
             seed_all(int(state["seed"]), self._control.rank)
         return {
@@ -384,15 +383,15 @@ def _usable_rng(
     """Tried before any weight changes."""
     rng = plan.rng(control.rank, control.size)
     if rng is not None:
-        before = model.rng_state()
+        before = rng_state()
         try:
-            model.set_rng_state(rng)
+            set_rng_state(rng)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ServiceError(
                 "CHECKPOINT_INVALID", f"{plan.folder} has no random state: {error}"
             ) from error
         finally:
-            model.set_rng_state(before)
+            set_rng_state(before)
     return rng
 
 

@@ -251,8 +251,8 @@ class Operations:
         opened = self._control.vote(lambda: self._open(engine, request))
         with opened.rows as rows:
             prepared = opened.prepared
-            if engine.uses_reference(prepared) and not engine.reference_ready:
-                engine.examine_reference()
+            if engine.uses_reference(prepared) and not engine.frozen.ready:
+                engine.frozen.examine()
             lengths = None if opened.lengths is None else self._every_length(opened.lengths)
             explains = bool(request.params.get("explain"))
             decided = self._control.decide(
@@ -287,14 +287,14 @@ class Operations:
             self._store, str(request.payload), OPERATIONS[request.operation], request.checksum
         )
         prepared = engine.prepare(request.operation, rows, request.params)
-        if engine.uses_reference(prepared) and not engine.reference_ready:
+        if engine.uses_reference(prepared) and not engine.frozen.ready:
             own = self._config.ref.model.path
             path, key = (
                 own or self._config.model.path,
                 "actor.ref.model.path" if own else "actor.model.path",
             )
             check_model_folder(path, "ref", key)
-            self._reading(path, key, engine.load_reference)
+            self._reading(path, key, engine.frozen.load)
         needed = request.params.get("explain") or engine.needs_lengths(prepared)
         return Opened(rows, prepared, self._lengths(rows) if needed else None)
 

@@ -48,7 +48,8 @@ OLD = "old_log_probs"
 class Engine:
     """A sharded model as a role uses it: prepared operations are planned, checked and run on it.
 
-    `state` is what checkpoints hold of it.
+    `state` is what checkpoints hold of it, `frozen` the reference beside it, which `load` and
+    `examine` make ready before `check`.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Engine:
         self.state = TrainingState(
             self._role, model, self._trainer, self._device, source, export_dtype(actor.model)
         )
-        self._reference = FrozenReference(actor, model, outcome.packs, self._device)
+        self.frozen = FrozenReference(actor, model, outcome.packs, self._device)
 
     @classmethod
     def build(
@@ -138,16 +139,14 @@ class Engine:
         """
         actor, operation = self._actor, prepared.operation
         steps = operation.steps or not operation.trains
+        mini = (actor.ppo_mini_batch_size or 0) * actor.rollout.n
+        seed = f"{actor.seed}:{self.state.optimizer_steps}"
         cut = PlanSettings(
-            mini_rows=actor.ppo_mini_batch_size * actor.rollout.n
-            if steps and actor.ppo_mini_batch_size
-            else None,
+            mini_rows=mini if steps and mini else None,
             epochs=actor.ppo_epochs if operation.steps else 1,
             micro_rows=actor.ppo_micro_batch_size_per_gpu,
             token_budget=actor.ppo_max_token_len_per_gpu if actor.use_dynamic_bsz else None,
-            shuffle_seed=f"{actor.seed}:{self.state.optimizer_steps}"
-            if steps and actor.shuffle
-            else None,
+            shuffle_seed=seed if steps and actor.shuffle else None,
             packed=self._probe.packs,
             fits=lambda lengths: self.room.need_mib(lengths, self._role.trains) <= self.room.mib,
         )
@@ -166,20 +165,14 @@ class Engine:
         last one. Local."""
         rows, layout, steps = prepared.rows, prepared.layout, len(plan.mini_batches)
         if prepared.loss is not None:
-            self._training().check(
-                prepared.loss.aggregation, accumulates=not prepared.operation.steps
-            )
-        if (
-            prepared.loss is not None
-            and prepared.loss.reads_old
-            and steps > 1
-            and not rows.has(OLD)
-        ):
-            message = f"{steps} optimizer steps on one batch need {OLD}"
-            raise InvalidValue(message, tensor=OLD, expected="[B,S] or [B,R]", actual="missing")
+            accumulates = not prepared.operation.steps
+            self._training().check(prepared.loss.aggregation, accumulates)
+            if prepared.loss.reads_old and steps > 1 and not rows.has(OLD):
+                message = f"{steps} optimizer steps on one batch need {OLD}"
+                raise InvalidValue(message, tensor=OLD, expected="[B,S] or [B,R]", actual="missing")
         with_reference = self.uses_reference(prepared)
         if with_reference:
-            self._reference.check()
+            self.frozen.check()
         mine = plan.rows_of(dist.get_rank())
         check_rows(rows, layout, self._limits(with_reference), prepared.checked.names, mine)
         self.room.check_row(*longest(rows, layout, mine), prepared.operation.trains)
@@ -189,19 +182,17 @@ class Engine:
         Collective."""
         packed, config, operation = self._probe.packs, self._actor, prepared.operation
         mine = [micro for mini in plan.mini_batches for micro in mini.ranks[dist.get_rank()]]
+        keeps = config.fsdp_config.gradient_sync == "mini_batch"
         load = Load(
             micros=[computed_lengths(micro, lengths, packed) for micro in mine],
             trains=operation.trains,
             first_step=operation.steps and self.state.optimizer_steps == 0,
-            keeps_gradients=config.fsdp_config.gradient_sync == "mini_batch"
-            and len(plan.mini_batches[0].ranks[0]) > 1,
+            keeps_gradients=keeps and len(plan.mini_batches[0].ranks[0]) > 1,
             reference=self.uses_reference(prepared),
             compute_bytes=self._precision.param.itemsize,
         )
-        peak = torch.tensor(
-            [peak_mib(self._model, self.room.activations, load, self._device)], dtype=torch.float64
-        )
-        peak = peak.to(self._device)
+        mib = peak_mib(self._model, self.room.activations, load, self._device)
+        peak = torch.tensor([mib], dtype=torch.float64, device=self._device)
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)
         return {
             "operation": operation.name,
@@ -266,25 +257,10 @@ class Engine:
         """Whether a model besides the group's own takes part."""
         return prepared.reads_reference and not self._is_reference
 
-    @property
-    def reference_ready(self) -> bool:
-        """Whether `load_reference` and `examine_reference` are done."""
-        return self._reference.ready
-
-    def load_reference(self) -> None:
-        """Read the frozen model; raises InvalidValue where that of `ref.model.path` does not fit.
-        Local."""
-        self._reference.load()
-
-    def examine_reference(self) -> None:
-        """After `load_reference` on all ranks: find out how it may be computed, for `check` to
-        refuse it. Collective."""
-        self._reference.examine()
-
     def reference(self) -> PolicyModel:
         """The frozen model: the group's own while it holds those weights, else one read at first
         use. Collective."""
-        return cast(PolicyModel, self._model) if self._is_reference else self._reference.policy()
+        return cast(PolicyModel, self._model) if self._is_reference else self.frozen.policy()
 
     # -- inside
 
@@ -307,11 +283,8 @@ class Engine:
     def _is_reference(self) -> bool:
         """Whether a group that does not learn still holds the weights that its reference would be
         read from."""
-        return (
-            not self._role.trains
-            and self.state.unchanged
-            and self._reference.path == self._actor.model.path
-        )
+        same = self.frozen.path == self._actor.model.path
+        return same and not self._role.trains and self.state.unchanged
 
     def _reader(self, prepared: Prepared) -> BatchReader:
         return BatchReader(
@@ -326,7 +299,7 @@ class Engine:
         )
 
     def _limits(self, with_reference: bool = False) -> Limits:
-        models = [self._model, *([self._reference.model] if with_reference else [])]
+        models = [self._model, *([self.frozen.model] if with_reference else [])]
         known = [model.positions for model in models if model is not None]
         most = min((one for one in known if one is not None), default=None)
         limits = Limits(self._model.vocabulary, most)

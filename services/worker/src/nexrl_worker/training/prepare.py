@@ -15,9 +15,8 @@ from nexrl_contract.sections import ActorConfig
 
 from nexrl_worker.training.batch.layout import Layout, Rows
 from nexrl_worker.training.errors import InvalidValue
-from nexrl_worker.training.losses.aggregation import MODES, Aggregation
-from nexrl_worker.training.losses.correction import Correction
-from nexrl_worker.training.losses.policy import Clip
+from nexrl_worker.training.losses.aggregation import MODES, Aggregation, Correction
+from nexrl_worker.training.losses.formulas import Clip
 
 _CLIP = Clip()
 CURRENT = "current"  # of distillation_student: what else it may be is the name of a tensor

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import math
+import random
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -26,7 +29,6 @@ from nexrl_worker.training.model.weights import (
     gather,
 )
 from nexrl_worker.training.model.wrapper import ModelWrapper
-from nexrl_worker.training.rng import rng_state, set_rng_state
 from nexrl_worker.training.trainer import Trainer
 
 
@@ -128,14 +130,6 @@ class TrainingState:
             self._trainer.steps = int(scalars["optimizer_steps"])
             self._trainer.optimizer.steps = int(scalars["adamw_steps"])
 
-    def rng_state(self) -> dict[str, Any]:
-        """This rank's generators, JSON-able."""
-        return rng_state()
-
-    def set_rng_state(self, state: dict[str, Any]) -> None:
-        """Restore what `rng_state` returned."""
-        set_rng_state(state)
-
     def full_weights(self) -> Iterator[tuple[str, Tensor | None]]:
         """Names and tensors of the model, one at a time: whole on rank 0's device, None elsewhere.
         Collective.
@@ -230,3 +224,47 @@ def _empty_model(folder: Path, architecture: str | None) -> nn.Module:
             if architecture in (None, type(model).__name__):
                 return model
     raise InvalidValue(f"the checkpoint holds a {architecture}, which nothing here makes")
+
+
+# -- random generators
+
+
+def rng_state() -> dict[str, Any]:
+    """States of torch (CPU and the current CUDA device), NumPy and Python; JSON-able."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    version, internal, gauss_next = random.getstate()
+    state: dict[str, Any] = {
+        "torch": _encode(torch.get_rng_state()),
+        "numpy": [kind, [int(key) for key in keys], int(position), int(has_gauss), float(gauss)],
+        "python": [version, list(internal), gauss_next],
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = _encode(torch.cuda.get_rng_state())
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restore what `rng_state` returned; a CUDA state is ignored where there is no CUDA."""
+    torch.set_rng_state(_decode(state["torch"]))
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_decode(state["cuda"]))
+
+
+def seed_all(seed: int, rank: int) -> None:
+    """Seed every generator from (seed, rank)."""
+    mixed = int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])
+    torch.manual_seed(mixed)
+    np.random.seed(mixed)
+    random.seed(mixed)
+
+
+def _encode(state: torch.Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode("ascii")
+
+
+def _decode(text: str) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.uint8).copy())

@@ -19,7 +19,7 @@ from nexrl_worker.training.batch.layout import (
     read_masks,
 )
 from nexrl_worker.training.batch.packing import Segments, send
-from nexrl_worker.training.losses.correction import Correction
+from nexrl_worker.training.losses.aggregation import Correction
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def check_rows(
     """
     step = max(_CHECKED_TOKENS // layout.sequence, 1)
     for at in range(0, len(indices), step):
-        _check_some(rows, layout, limits, names, list(indices[at : at + step]))
+        _Some(rows, layout, limits, list(indices[at : at + step])).check(names)
 
 
 def longest(rows: Rows, layout: Layout, indices: Sequence[int]) -> tuple[int, int]:
@@ -51,139 +51,122 @@ def longest(rows: Rows, layout: Layout, indices: Sequence[int]) -> tuple[int, in
     return indices[int(counts.argmax())], int(counts.max())
 
 
-def _check_some(
-    rows: Rows, layout: Layout, limits: Limits, names: Sequence[str], indices: list[int]
-) -> None:
-    for name in _MASKS:
-        if rows.has(name):
-            mask = rows.tensor(name, indices)
-            _refuse(name, mask, (mask != 0) & (mask != 1), "0 or 1", indices)
-    masks = read_masks(rows, layout, indices)
-    _check_ids(rows, layout, limits, masks, indices)
-    if rows.has("responses"):
-        _check_responses(rows, layout, masks, indices)
-    _check_positions(rows, limits, masks, indices)
-    if rows.has("temperature"):
-        given = rows.tensor("temperature", indices)
-        wrong = ~(torch.isfinite(given) & (given > 0)) & masks.scored.any(dim=-1)
-        _refuse("temperature", given, wrong, "a positive finite number", indices)
-    for name in names:
-        values = layout.align(rows.tensor(name, indices))
-        scored = masks.scored if values.ndim == 2 else masks.scored[..., None]
-        if name == "teacher_topk_ids":
-            _check_candidates(values, scored, limits, indices)
-        else:
-            _refuse(
-                name,
-                values,
-                ~torch.isfinite(values) & scored,
-                "a finite number under the mask",
-                indices,
+class _Some:
+    """Some rows of a batch, n of them."""
+
+    def __init__(self, rows: Rows, layout: Layout, limits: Limits, indices: list[int]) -> None:
+        self._rows = rows
+        self._layout = layout
+        self._limits = limits
+        self._indices = indices
+
+    def check(self, names: Sequence[str]) -> None:
+        for name in _MASKS:
+            if self._rows.has(name):
+                mask = self._read(name)
+                self._refuse(name, mask, (mask != 0) & (mask != 1), "0 or 1")
+        masks = read_masks(self._rows, self._layout, self._indices)
+        self._check_ids(masks)
+        if self._rows.has("responses"):
+            self._check_responses(masks)
+        self._check_positions(masks)
+        if self._rows.has("temperature"):
+            given = self._read("temperature")
+            wrong = ~(torch.isfinite(given) & (given > 0)) & masks.scored.any(dim=-1)
+            self._refuse("temperature", given, wrong, "a positive finite number")
+        for name in names:
+            values = self._layout.align(self._read(name))
+            scored = masks.scored if values.ndim == 2 else masks.scored[..., None]
+            if name == "teacher_topk_ids":
+                self._check_candidates(values, scored)
+            else:
+                wrong = ~torch.isfinite(values) & scored
+                self._refuse(name, values, wrong, "a finite number under the mask")
+            if name == "teacher_topk_log_probs":
+                self._check_mass(name, values, masks.scored)
+
+    def _read(self, name: str) -> Tensor:
+        return self._rows.tensor(name, self._indices)
+
+    def _check_ids(self, masks: Masks) -> None:
+        ids, layout, most = self._read("input_ids"), self._layout, self._limits.vocabulary
+        if ids.dtype.is_floating_point:
+            message, actual = "input_ids must be integers", str(ids.dtype)
+            raise InvalidValue(message, tensor="input_ids", expected="int64", actual=actual)
+        needed = masks.attention.clone()
+        needed[:, layout.sequence - layout.response :] |= masks.scored
+        outside = ((ids < 0) | (ids >= most)) & needed
+        self._refuse("input_ids", ids, outside, f"token ids from 0 to {most - 1}")
+
+    def _check_responses(self, masks: Masks) -> None:
+        """They say nothing that input_ids do not: where they differ, one of the two is not what was
+        meant."""
+        layout = self._layout
+        given, meant = self._read("responses"), layout.align(self._read("input_ids"))
+        differs = (given != meant) & (layout.align(masks.attention) | masks.scored)
+        if bool(differs.any()):
+            place, column = (int(number) for number in differs.nonzero()[0])
+            row, inside = self._indices[place], layout.sequence - layout.response + column
+            actual, expected = int(given[place, column]), int(meant[place, column])
+            raise InvalidValue(
+                f"responses holds {actual} in row {row}, column {column}, expected {expected}, "
+                f"which stands there in input_ids (column {inside}): responses are its last "
+                "columns",
+                tensor="responses",
+                row=row,
+                column=column,
+                expected=str(expected),
+                actual=str(actual),
             )
-        if name == "teacher_topk_log_probs":
-            _check_mass(name, values, masks.scored, indices)
 
+    def _check_candidates(self, ids: Tensor, scored: Tensor) -> None:
+        """ids [n,R,K] under scored [n,R,1]."""
+        name, most = "teacher_topk_ids", self._limits.vocabulary
+        expected = f"token ids from 0 to {most - 1}, the student's vocabulary"
+        self._refuse(name, ids, ((ids < 0) | (ids >= most)) & scored, expected)
+        ordered = ids.sort(dim=-1).values
+        twice = (ordered[..., 1:] == ordered[..., :-1]) & scored
+        self._refuse(name, ordered[..., 1:], twice, "no id twice at one position")
 
-def _check_ids(
-    rows: Rows, layout: Layout, limits: Limits, masks: Masks, indices: list[int]
-) -> None:
-    ids = rows.tensor("input_ids", indices)
-    if ids.dtype.is_floating_point:
+    def _check_mass(self, name: str, log_probs: Tensor, scored: Tensor) -> None:
+        """Probabilities [n,R,K] add up to 1 at the most; bfloat16 and temperature leave some
+        rounding."""
+        mass = log_probs.double().exp().sum(dim=-1)
+        expected = "log-probabilities whose probabilities add up to at most 1"
+        self._refuse(name, mass, (mass > 1.01) & scored, expected)
+
+    def _check_positions(self, masks: Masks) -> None:
+        most, attended = self._limits.positions, masks.attention
+        if not self._rows.has("position_ids"):
+            self._check_lengths(attended.sum(dim=-1), most)
+            return
+        positions, name = self._read("position_ids"), "position_ids"
+        if self._limits.counts:
+            counted = attended.long().cumsum(dim=-1) - 1
+            wanted = "positions counted from 0 in each row, as this model counts them itself"
+            self._refuse(name, positions, (positions != counted) & attended, wanted)
+        outside, expected = positions < 0, "positions from 0"
+        if most is not None:
+            outside = outside | (positions >= most)
+            expected = f"positions from 0 to {most - 1}, the model's maximum"
+        self._refuse(name, positions, outside & attended, expected)
+
+    def _check_lengths(self, lengths: Tensor, most: int | None) -> None:
+        if most is None or int(lengths.max()) <= most:
+            return
+        place = int((lengths > most).nonzero()[0])
+        row, length = self._indices[place], int(lengths[place])
+        expected = f"at most {most}, as many as the model has positions"
+        message = f"row {row} has {length} attended tokens, expected {expected}"
         raise InvalidValue(
-            "input_ids must be integers",
-            tensor="input_ids",
-            expected="int64",
-            actual=str(ids.dtype),
-        )
-    needed = masks.attention.clone()
-    needed[:, layout.sequence - layout.response :] |= masks.scored
-    outside = ((ids < 0) | (ids >= limits.vocabulary)) & needed
-    _refuse("input_ids", ids, outside, f"token ids from 0 to {limits.vocabulary - 1}", indices)
-
-
-def _check_responses(rows: Rows, layout: Layout, masks: Masks, indices: list[int]) -> None:
-    """They say nothing that input_ids do not: where they differ, one of the two is not what was
-    meant."""
-    given, meant = (
-        rows.tensor("responses", indices),
-        layout.align(rows.tensor("input_ids", indices)),
-    )
-    differs = (given != meant) & (layout.align(masks.attention) | masks.scored)
-    if bool(differs.any()):
-        place, column = (int(number) for number in differs.nonzero()[0])
-        row, actual, expected = indices[place], int(given[place, column]), int(meant[place, column])
-        raise InvalidValue(
-            f"responses holds {actual} in row {row}, column {column}, expected {expected}, which "
-            "stands there in "
-            f"input_ids (column {layout.sequence - layout.response + column}): responses are its "
-            "last columns",
-            tensor="responses",
-            row=row,
-            column=column,
-            expected=str(expected),
-            actual=str(actual),
+            message, tensor="input_ids", row=row, expected=expected, actual=str(length)
         )
 
-
-def _check_candidates(ids: Tensor, scored: Tensor, limits: Limits, indices: list[int]) -> None:
-    name = "teacher_topk_ids"
-    outside = ((ids < 0) | (ids >= limits.vocabulary)) & scored
-    _refuse(
-        name,
-        ids,
-        outside,
-        f"token ids from 0 to {limits.vocabulary - 1}, the student's vocabulary",
-        indices,
-    )
-    ordered = ids.sort(dim=-1).values
-    twice = (ordered[..., 1:] == ordered[..., :-1]) & scored
-    _refuse(name, ordered[..., 1:], twice, "no id twice at one position", indices)
-
-
-def _check_mass(name: str, log_probs: Tensor, scored: Tensor, indices: list[int]) -> None:
-    """Probabilities add up to 1 at the most; bfloat16 and temperature leave some rounding."""
-    mass = log_probs.double().exp().sum(dim=-1)
-    _refuse(
-        name,
-        mass,
-        (mass > 1.01) & scored,
-        "log-probabilities whose probabilities add up to at most 1",
-        indices,
-    )
-
-
-def _check_positions(rows: Rows, limits: Limits, masks: Masks, indices: list[int]) -> None:
-    counted = masks.attention.long().cumsum(dim=-1) - 1
-    if not rows.has("position_ids"):
-        _check_lengths(masks.attention.sum(dim=-1), limits.positions, indices)
-        return
-    positions, name = rows.tensor("position_ids", indices), "position_ids"
-    if limits.counts:
-        wanted = "positions counted from 0 in each row, as this model counts them itself"
-        _refuse(name, positions, (positions != counted) & masks.attention, wanted, indices)
-    outside = positions < 0
-    expected = "positions from 0"
-    if limits.positions is not None:
-        outside = outside | (positions >= limits.positions)
-        expected = f"positions from 0 to {limits.positions - 1}, the model's maximum"
-    _refuse(name, positions, outside & masks.attention, expected, indices)
-
-
-def _check_lengths(lengths: Tensor, most: int | None, indices: list[int]) -> None:
-    if most is None or int(lengths.max()) <= most:
-        return
-    place = int((lengths > most).nonzero()[0])
-    row, length = indices[place], int(lengths[place])
-    expected = f"at most {most}, as many as the model has positions"
-    message = f"row {row} has {length} attended tokens, expected {expected}"
-    raise InvalidValue(message, tensor="input_ids", row=row, expected=expected, actual=str(length))
-
-
-def _refuse(name: str, values: Tensor, bad: Tensor, expected: str, indices: list[int]) -> None:
-    if not bool(bad.any()):
-        return
-    place = bad.nonzero()[0]
-    row = indices[int(place[0])]
-    actual = str(values[tuple(place)].item())
-    message = f"{name} holds {actual} in row {row}, expected {expected}"
-    raise InvalidValue(message, tensor=name, row=row, expected=expected, actual=actual)
+    def _refuse(self, name: str, values: Tensor, bad: Tensor, expected: str) -> None:
+        """Raise InvalidValue for the first of `values` that is `bad`, bool of the same shape."""
+        if not bool(bad.any()):
+            return
+        place = bad.nonzero()[0]
+        row, actual = self._indices[int(place[0])], str(values[tuple(place)].item())
+        message = f"{name} holds {actual} in row {row}, expected {expected}"
+        raise InvalidValue(message, tensor=name, row=row, expected=expected, actual=actual)

@@ -1,5 +1,5 @@
-"""From values per token to one number: numerators that add up over micro-batches and ranks, and one
-denominator."""
+"""From values per token to one number: numerators that add up over micro-batches and ranks, one
+denominator, and weights for tokens whose sampler had other numbers than the trainer."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from nexrl_worker.training.errors import InvalidValue
 
 MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
 @dataclass(frozen=True)
@@ -49,3 +50,50 @@ class Aggregation:
     def divisor(self, count: float) -> float:
         """The denominator of all rows together, from the sum of their counts; never 0."""
         return 1.0 if self.mode == "sum" else max(count, 1.0)
+
+
+@dataclass(frozen=True)
+class Correction:
+    """w = exp(old - rollout) of a token, or for `sequence_*` its product over the row's scored
+    tokens.
+
+    `*_truncate` clips w to [lower, upper], `*_mask` makes it 0 outside them. Multiplies the policy
+    term alone; the denominators stay. Yao et al., "Your Efficient RL Framework Secretly Brings You
+    Off-Policy RL Training", 2025 (truncation); Liu et al., "When Speed Kills Stability", 2025
+    (masking).
+    """
+
+    mode: str
+    lower: float
+    upper: float
+
+    def __post_init__(self) -> None:
+        if self.mode not in CORRECTIONS:
+            message = f"unknown rollout_correction.mode {self.mode!r}"
+            raise InvalidValue(message, expected=", ".join(CORRECTIONS), actual=str(self.mode))
+
+    @property
+    def rejects(self) -> bool:
+        """Whether there are tokens of no weight at all."""
+        return self.mode.endswith("mask")
+
+    def weights(self, old: Tensor, rollout: Tensor, mask: Tensor) -> Tensor:
+        """w [n,R], without gradient; what stands where the bool mask [n,R] is False has no
+        meaning."""
+        weight = self._ratio(old, rollout, mask)
+        if self.rejects:
+            return torch.where(self._inside(weight), weight, 0.0)
+        return weight.clamp(self.lower, self.upper)
+
+    def kept(self, old: Tensor, rollout: Tensor, mask: Tensor) -> Tensor:
+        """Those of the bool mask [n,R] whose w lies within the bounds."""
+        return mask & self._inside(self._ratio(old, rollout, mask))
+
+    def _ratio(self, old: Tensor, rollout: Tensor, mask: Tensor) -> Tensor:
+        gap = torch.where(mask, old - rollout, 0.0).detach()
+        if self.mode.startswith("sequence"):
+            gap = gap.sum(dim=-1, keepdim=True).expand_as(gap)
+        return gap.exp()
+
+    def _inside(self, weight: Tensor) -> Tensor:
+        return (weight >= self.lower) & (weight <= self.upper)

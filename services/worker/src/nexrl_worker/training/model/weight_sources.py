@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.model.conversion import ConvertingReader, FolderTensors
@@ -61,14 +61,21 @@ def has_own_head(hf: Any, folder: FolderTensors) -> bool:
     ]
     if apart and len(apart) < len(tied):
         one, other = apart[0]
-        raise InvalidValue(
-            f"{one} and {other} are one tensor by the configuration, but the files have two",
-            tensor=one,
-        )
+        message = f"{one} and {other} are one tensor by the configuration, but the files have two"
+        raise InvalidValue(message, tensor=one)
     return bool(apart)
 
 
-def untie(config: Any) -> None:
+def _differ(reader: ConvertingReader, one: str, other: str) -> bool:
+    shape = reader.shapes[one]
+    if shape != reader.shapes[other]:
+        return True
+    rows = shape[0] if shape else 1
+    pieces = ((start, min(_ROWS, rows - start)) for start in range(0, rows, _ROWS))
+    return any(not torch.equal(reader.read(one, *at), reader.read(other, *at)) for at in pieces)
+
+
+def untie(config: PretrainedConfig) -> None:
     """Let head and embedding be two."""
     for part in (config, config.get_text_config()):
         if getattr(part, "tie_word_embeddings", None):
@@ -84,16 +91,16 @@ class Account:
     """
 
     def __init__(self, model: ModelWrapper, folder: FolderTensors, role: Role, fresh: bool) -> None:
-        hf: Any = model.hf
+        hf = model.hf
         self._reader = _converted(hf, folder)
         held = list(model.exported())
         needed = {part.name: part.global_shape for part in held}
         buffers = {part.name: part.local_tensor for part in held if part.replicated}
+        ties = [pair for tie in tied_keys(hf).items() for pair in (tie, tie[::-1])]
         self._same = {
-            name: other
-            for one, other in _both_ways(tied_keys(hf))
-            for name in [one]
-            if name in needed and not self._reader.has(name) and self._reader.has(other)
+            one: other
+            for one, other in ties
+            if one in needed and not self._reader.has(one) and self._reader.has(other)
         }
         head = _head_names(hf) if fresh else set()
         absent = {name for name in needed if not self._reader.has(name) and name not in self._same}
@@ -106,23 +113,11 @@ class Account:
             found = self._reader.shapes.get(self._same.get(name, name), shape)
             if found != shape:
                 have, expected = str(list(found)), str(list(shape))
-                raise InvalidValue(
-                    f"{name} has shape {have}, the model needs {expected}",
-                    tensor=name,
-                    expected=expected,
-                    actual=have,
-                )
-        self._check_sources(
-            folder,
-            {
-                name
-                for name, tensor in hf.state_dict(keep_vars=True).items()
-                if tensor.is_floating_point()
-            },
-        )
-        self.shapes = {
-            name: shape for name, shape in needed.items() if name not in head or name not in absent
-        }
+                message = f"{name} has shape {have}, the model needs {expected}"
+                raise InvalidValue(message, tensor=name, expected=expected, actual=have)
+        state = hf.state_dict(keep_vars=True).items()
+        self._check_sources(folder, {name for name, one in state if one.is_floating_point()})
+        self.shapes = {name: shape for name, shape in needed.items() if name not in self._zeros}
 
     def has(self, name: str) -> bool:
         """Whether the folder has the model's tensor."""
@@ -154,14 +149,11 @@ class Account:
                         f"{name} holds numbers of dtype {code} without a scale that is known "
                         "here: no weights to train"
                     )
-                    raise InvalidValue(
-                        message, tensor=name, expected=", ".join(FLOAT_DTYPES), actual=code
-                    )
+                    expected = ", ".join(FLOAT_DTYPES)
+                    raise InvalidValue(message, tensor=name, expected=expected, actual=code)
             if len(names) > 1 and not converted:
-                raise InvalidValue(
-                    f"the files have both {names[0]} and {names[1]} for one tensor, {first}",
-                    tensor=names[1],
-                )
+                message = f"the files have both {names[0]} and {names[1]} for one tensor, {first}"
+                raise InvalidValue(message, tensor=names[1])
 
 
 def weights_of(path: str, model: ModelWrapper, role: Role) -> Account:
@@ -172,30 +164,8 @@ def weights_of(path: str, model: ModelWrapper, role: Role) -> Account:
 def _converted(hf: Any, folder: FolderTensors) -> ConvertingReader:
     try:
         return ConvertingReader(hf, folder)
-    except (
-        RuntimeError,
-        KeyError,
-        IndexError,
-    ) as error:  # shapes or tensors that do not go together
+    except (RuntimeError, KeyError, IndexError) as error:  # shapes or tensors that do not fit
         raise InvalidValue(f"the weights are not those of the configuration: {error}") from error
-
-
-def _both_ways(pairs: Mapping[str, str]) -> list[tuple[str, str]]:
-    return [pair for one, other in pairs.items() for pair in ((one, other), (other, one))]
-
-
-def _differ(reader: ConvertingReader, one: str, other: str) -> bool:
-    shape = reader.shapes[one]
-    if shape != reader.shapes[other]:
-        return True
-    rows = shape[0] if shape else 1
-    return any(
-        not torch.equal(
-            reader.read(one, start, min(_ROWS, rows - start)),
-            reader.read(other, start, min(_ROWS, rows - start)),
-        )
-        for start in range(0, rows, _ROWS)
-    )
 
 
 def _head_names(hf: nn.Module) -> set[str]:
@@ -204,16 +174,15 @@ def _head_names(hf: nn.Module) -> set[str]:
     return {name for name, param in hf.named_parameters() if id(param) in own}
 
 
-def _matching(patterns: Iterable[str] | None, names: Iterable[str]) -> set[str]:
-    known = [re.compile(pattern) for pattern in patterns or ()]
+def _matching(patterns: Iterable[str], names: Iterable[str]) -> set[str]:
+    known = [re.compile(pattern) for pattern in patterns]
     return {name for name in names if any(pattern.search(name) for pattern in known)}
 
 
 def _check_left(hf: Any, folder: FolderTensors, unused: Mapping[str, str], role: Role) -> None:
     """Raise InvalidValue where tensors are left that transformers has no reason to leave."""
-    reasons = _left_out(
-        hf, role, quantised=isinstance(folder, Dequantised) and folder.method is not None
-    )
+    quantised = isinstance(folder, Dequantised) and folder.method is not None
+    reasons = _left_out(hf, role, quantised)
     left = [
         name
         for name, target in unused.items()
@@ -240,33 +209,21 @@ def _check_left(hf: Any, folder: FolderTensors, unused: Mapping[str, str], role:
 def _left_out(hf: Any, role: Role, quantised: bool) -> set[str]:
     """Patterns of what is rightly left: by transformers' own lists, and what has no part in the
     model's answer."""
-    config = hf.config
-    patterns = set(ignored_if_unexpected(hf))
-    patterns |= {
-        r"(^|\.)inv_freq$",
-        r"(^|\.)position_ids$",
-        r"(^|\.)masked_bias$",
-        r"^(\w+\.)*mtp\w*\.",
-    }
+    config, text = hf.config, hf.config.get_text_config()
+    patterns = {*ignored_if_unexpected(hf), r"(^|\.)(inv_freq|position_ids|masked_bias)$"}
+    patterns.add(r"^(\w+\.)*mtp\w*\.")
     saved = hf.state_dict(keep_vars=True).keys()
-    patterns |= {
-        rf"(^|\.){re.escape(name)}$" for name, _ in hf.named_buffers() if name not in saved
-    }
-    text = config.get_text_config()
-    count, more = (
-        getattr(text, "num_hidden_layers", 0),
-        getattr(text, "num_nextn_predict_layers", None) or 0,
-    )
-    patterns |= {
-        rf"(^|\.)layers\.{count + number}\." for number in range(more)
-    }  # they predict further tokens
+    unsaved = (name for name, _ in hf.named_buffers() if name not in saved)
+    patterns |= {rf"(^|\.){re.escape(name)}$" for name in unsaved}
+    # Layers beyond the last predict further tokens.
+    count = getattr(text, "num_hidden_layers", 0)
+    more = getattr(text, "num_nextn_predict_layers", None) or 0
+    patterns |= {rf"(^|\.)layers\.{count + number}\." for number in range(more)}
     if not any(name.endswith("_config") and name != "text_config" for name in config.sub_configs):
         patterns.add(_OTHER_PARTS)  # of a folder whose text part is trained
     if not issubclass(role.wrapper, PolicyModel):  # made of a language model: its output head
-        causal = class_of(AutoModelForCausalLM, config)
-        heads = {"lm_head", "embed_out", "cls"} | {
-            key.rpartition(".")[0] for key in tied_keys_of(causal)
-        }
+        tied = tied_keys_of(class_of(AutoModelForCausalLM, config))
+        heads = {"lm_head", "embed_out", "cls"} | {key.rpartition(".")[0] for key in tied}
         patterns |= {rf"^{head}\." for head in heads if head}
     if quantised:
         patterns.add(NO_WEIGHTS)
@@ -275,14 +232,12 @@ def _left_out(hf: Any, role: Role, quantised: bool) -> set[str]:
 
 def _is_mask(name: str, shape: tuple[int, ...]) -> bool:
     """A causal mask, which older families saved: [1, 1, n, n]."""
-    return (
-        name.endswith((".attn.bias", ".attention.bias")) and len(shape) == 4 and shape[:2] == (1, 1)
-    )
+    named = name.endswith((".attn.bias", ".attention.bias"))
+    return named and len(shape) == 4 and shape[:2] == (1, 1)
 
 
 def _check_missing(absent: list[str], needed: Mapping[str, tuple[int, ...]]) -> None:
     if absent:
         more = f" and {len(absent) - 1} more of {len(needed)} tensors" if len(absent) > 1 else ""
-        raise InvalidValue(
-            f"the files lack {absent[0]}{more}, which the model needs", tensor=absent[0]
-        )
+        message = f"the files lack {absent[0]}{more}, which the model needs"
+        raise InvalidValue(message, tensor=absent[0])

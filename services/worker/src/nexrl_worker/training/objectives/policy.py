@@ -1,5 +1,5 @@
 """A language model's objectives: policy gradients, supervised learning, distillation as a policy
-gradient (losses/policy.py), and distillation towards a teacher's K most likely tokens."""
+gradient (losses/formulas.py), and distillation towards a teacher's K most likely tokens."""
 
 from __future__ import annotations
 
@@ -10,8 +10,14 @@ import torch
 from torch import Tensor
 
 from nexrl_worker.training.batch.micro_batch import MicroBatch
-from nexrl_worker.training.losses.divergence import kl_terms, top_k_kl
-from nexrl_worker.training.losses.policy import FUNCTIONS, PerToken, Tokens, select_tokens
+from nexrl_worker.training.losses.formulas import (
+    FUNCTIONS,
+    PerToken,
+    Tokens,
+    kl_terms,
+    select_tokens,
+    top_k_kl,
+)
 from nexrl_worker.training.model.policy import PolicyModel, score_candidates
 from nexrl_worker.training.model.wrapper import ModelWrapper
 from nexrl_worker.training.objectives.base import Evaluated, MetricAccumulator, Totals
@@ -94,7 +100,7 @@ class LanguageObjective:
 
 
 class PolicyObjective(LanguageObjective):
-    """A loss of the sampled tokens: a formula of losses/policy.py."""
+    """A loss of the sampled tokens: a formula of losses/formulas.py."""
 
     def evaluate(self, micro: MicroBatch, into: MetricAccumulator) -> Evaluated:
         """See Objective; answers with `log_probs` where the loss is the client's own (`linear`)."""

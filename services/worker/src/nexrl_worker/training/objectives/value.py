@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 
 from nexrl_worker.training.batch.micro_batch import MicroBatch
-from nexrl_worker.training.losses.policy import value_loss
+from nexrl_worker.training.losses.formulas import value_loss
 from nexrl_worker.training.model.policy import PolicyModel
 from nexrl_worker.training.model.value_head import ValueModel
 from nexrl_worker.training.model.wrapper import ModelWrapper
