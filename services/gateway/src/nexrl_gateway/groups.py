@@ -21,20 +21,19 @@ from nexrl_contract.records import GroupRecord, JobRecord
 from nexrl_ledger import Fenced, Ledger
 from pydantic import ValidationError
 
-from nexrl_gateway.admission import is_down, without_agent
 from nexrl_gateway.paths import Roots
 from nexrl_gateway.services import Services
-from nexrl_gateway.submit import fingerprint, log_accepted
+from nexrl_gateway.submit import digest, is_down, log_accepted, without_agent
 
 _RACES = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """A checked request for a group; ``settings`` are the effective ``actor`` keys with absolute
+class GroupRequest:
+    """A validated request for a group; ``settings`` are the effective ``actor`` keys with absolute
     model paths.
 
-    ``meant`` are the folders that relative ones stand for, by key.
+    ``paths`` are the folders that relative ones stand for, by key.
     """
 
     identifier: str
@@ -42,12 +41,12 @@ class Wanted:
     world_size: int
     settings: dict[str, Any]
     ignored: list[str]
-    meant: dict[str, str]
+    paths: dict[str, str]
 
     @property
     def said(self) -> dict[str, Any]:
         """What the answer says of relative paths."""
-        return {"paths": self.meant} if self.meant else {}
+        return {"paths": self.paths} if self.paths else {}
 
     def differs(self, group: GroupRecord) -> list[str]:
         """Names of the settings in which ``group`` is another one."""
@@ -55,12 +54,26 @@ class Wanted:
         keys += ["role"] if group.role != self.role else []
         return keys + (["world_size"] if group.world_size != self.world_size else [])
 
+    def record(self, job_id: str) -> GroupRecord:
+        """The record of the group that the job places."""
+        return GroupRecord(
+            identifier=self.identifier,
+            role=self.role,
+            world_size=self.world_size,
+            config=self.settings,
+            ignored=self.ignored,
+            placement_job=job_id,
+            created_at=time.time(),
+        )
+
 
 class _Appeared(Exception):
     """Somebody else made the group in the meantime."""
 
 
-def read_wanted(document: dict[str, Any], identifier: str | None, roots: Roots) -> Wanted:
+def read_group_request(
+    document: dict[str, Any], identifier: str | None, roots: Roots
+) -> GroupRequest:
     """Check ``initialize``'s body; raises INVALID_ARGUMENT, INVALID_CONFIG, PATH_REFUSED or
     IDENTIFIER_REQUIRED."""
     try:
@@ -68,46 +81,29 @@ def read_wanted(document: dict[str, Any], identifier: str | None, roots: Roots) 
     except ValidationError as error:
         raise checked_argument_error(error, list(InitializeParams.model_fields)) from None
     if body.config_path is not None:
-        raise ServiceError(
-            "INVALID_ARGUMENT",
-            "config_path is read by the client; send its content as config_dict",
-            key="config_path",
-        )
+        message = "config_path is read by the client; send its content as config_dict"
+        raise ServiceError("INVALID_ARGUMENT", message, key="config_path")
     if body.config_dict is None:
-        raise ServiceError(
-            "INVALID_ARGUMENT",
-            "config_dict is missing; it needs at least actor.model.path",
-            key="config_dict",
-        )
+        message = "config_dict is missing; it needs at least actor.model.path"
+        raise ServiceError("INVALID_ARGUMENT", message, key="config_dict")
     named = body.config_dict.get("role")
     role = check_role(body.role or named or "actor")
     config = parse_config(body.config_dict, role)
     world_size = body.world_size or config.entry.resource.world_size
     if world_size is None:
-        raise ServiceError(
-            "INVALID_ARGUMENT",
-            "give world_size, or resource.world_size in config_dict",
-            key="world_size",
-        )
-    unused = [
-        name for name in ("zmq_base_port", "dispatch_mode") if getattr(body, name) is not None
-    ]
+        message = "give world_size, or resource.world_size in config_dict"
+        raise ServiceError("INVALID_ARGUMENT", message, key="world_size")
+    unused = [key for key in ("zmq_base_port", "dispatch_mode") if getattr(body, key) is not None]
     unused += ["role"] if named not in (None, role) else []
-    settings, meant = _with_model_paths(config.settings(world_size), roots)
-    return Wanted(
-        identifier=_checked_identifier(
-            body.config_dict.get("identifier") if identifier is None else identifier
-        ),
-        role=role,
-        world_size=world_size,
-        settings=settings,
-        ignored=[*config.ignored, *unused],
-        meant=meant,
+    settings, paths = _with_model_paths(config.settings(world_size), roots)
+    asked = body.config_dict.get("identifier") if identifier is None else identifier
+    return GroupRequest(
+        _checked_identifier(asked), role, world_size, settings, [*config.ignored, *unused], paths
     )
 
 
 def initialize(
-    services: Services, wanted: Wanted, key: str | None
+    services: Services, asked: GroupRequest, key: str | None
 ) -> tuple[GroupRecord, JobRecord | None, bool]:
     """The group, the job that places it (None where that is forgotten), and whether the group was
     there already.
@@ -115,27 +111,21 @@ def initialize(
     Raises GROUP_EXISTS, GROUP_DOWN, NO_SUCH_SLOTS and what the ledger raises.
     """
     ledger = services.ledger
-    mark = fingerprint(
-        INITIALIZE,
-        wanted.identifier,
-        {"wanted": [wanted.role, wanted.world_size, wanted.settings]},
-        "",
-    )
-    first = ledger.replay_of(key, mark)
+    content = {"wanted": [asked.role, asked.world_size, asked.settings]}
+    same = digest(INITIALIZE, asked.identifier, content, "")
+    first = ledger.replay_of(key, same)
     if first is not None:
-        return _group_of(ledger, wanted, first.id), first, False
+        return _group_of(ledger, asked, first.id), first, False
     for _ in range(_RACES):
-        group = ledger.groups.get(wanted.identifier)
+        group = ledger.groups.get(asked.identifier)
         if group is not None and group.state != "destroyed":
-            return _existing(services, group, wanted)
-        waits_for = _slots_awaited(services, wanted)
-        try:
-            return _place(ledger, wanted, key, mark, waits_for)
-        except _Appeared:
-            continue
+            return _existing(services, group, asked)
+        waits_for = _slots_awaited(services, asked)
+        with contextlib.suppress(_Appeared):  # between the look above and the ledger's transaction
+            return _place(ledger, asked, key, same, waits_for)
     raise ServiceError(
         "GROUP_EXISTS",
-        f"group {wanted.identifier!r} is being made and destroyed by others; try again",
+        f"group {asked.identifier!r} is being made and destroyed by others; try again",
     )
 
 
@@ -150,15 +140,13 @@ def destroy_idle(services: Services, job: JobRecord) -> None:
     group = ledger.groups.get(job.identifier)
     if group is None or group.state not in ("placing", "down", "destroyed"):
         return
-    if ledger.require_job(
-        job.id
-    ).final:  # read after the group: while it has not ended, it means that group
+    # The job is read after the group: while it has not ended, it means that group and no later one.
+    if ledger.require_job(job.id).final:
         return
     if group.state == "placing" and not _withdrawn(ledger, group):
         return
-    with contextlib.suppress(
-        Fenced
-    ):  # started meanwhile: its ranks run the job, which is still queued
+    # Fenced: an agent has started the group since the look; its ranks run the job, still queued.
+    with contextlib.suppress(Fenced):
         ledger.groups.mark_destroyed(job.identifier, group.epoch)
 
 
@@ -177,11 +165,8 @@ def _checked_identifier(identifier: Any) -> str:
     if identifier is None:
         raise ServiceError("IDENTIFIER_REQUIRED", "name the new group: ?identifier=student")
     if not isinstance(identifier, str) or not names.valid_identifier(identifier):
-        raise ServiceError(
-            "INVALID_ARGUMENT",
-            f"identifier must match {names.IDENTIFIER_PATTERN}",
-            key="identifier",
-        )
+        message = f"identifier must match {names.IDENTIFIER_PATTERN}"
+        raise ServiceError("INVALID_ARGUMENT", message, key="identifier")
     return identifier
 
 
@@ -189,69 +174,58 @@ def _with_model_paths(
     settings: dict[str, Any], roots: Roots
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The settings with absolute model paths, and what the relative ones among them mean."""
-    given = {
-        "actor.model.path": settings["model"]["path"],
-        "actor.ref.model.path": settings["ref"]["model"]["path"],
-    }
-    paths = {
-        key: roots.model(path, key) if path is not None else None for key, path in given.items()
-    }
-    meant = {
-        key: path
-        for key, path in paths.items()
-        if path is not None and not given[key].startswith("/")
-    }
-    model = {**settings["model"], "path": paths["actor.model.path"]}
-    reference = {**settings["ref"]["model"], "path": paths["actor.ref.model.path"]}
-    return {**settings, "model": model, "ref": {**settings["ref"], "model": reference}}, meant
+    relative: dict[str, str] = {}
+
+    def absolute(model: dict[str, Any], key: str) -> dict[str, Any]:
+        given = model["path"]
+        path = roots.model(given, key) if given is not None else None
+        if path is not None and not given.startswith("/"):
+            relative[key] = path
+        return {**model, "path": path}
+
+    model = absolute(settings["model"], "actor.model.path")
+    reference = absolute(settings["ref"]["model"], "actor.ref.model.path")
+    return {**settings, "model": model, "ref": {**settings["ref"], "model": reference}}, relative
 
 
 def _existing(
-    services: Services, group: GroupRecord, wanted: Wanted
+    services: Services, group: GroupRecord, asked: GroupRequest
 ) -> tuple[GroupRecord, JobRecord | None, bool]:
-    ledger = services.ledger
-    about = {"identifier": group.identifier}
-    differing = wanted.differs(group)
+    ledger, name = services.ledger, group.identifier
+    differing = asked.differs(group)
     if differing:
-        raise ServiceError(
-            "GROUP_EXISTS",
-            (
-                f"group {group.identifier!r} exists with other settings ({', '.join(differing)}); "
-                "destroy it first"
-            ),
-            keys=differing,
-            **about,
-        )
+        settings = ", ".join(differing)
+        message = f"group {name!r} exists with other settings ({settings}); destroy it first"
+        raise ServiceError("GROUP_EXISTS", message, keys=differing, identifier=name)
     if group.state == "down":
         raise is_down(group)
     if group.state == "placing" and not ledger.agents.heard():
-        raise without_agent(services, **about)
+        raise without_agent(services, identifier=name)
     job = ledger.job(group.placement_job) if group.placement_job else None
     if group.state in ("placing", "starting") and (job is None or job.final):
-        raise ServiceError(
-            "GROUP_DOWN", f"group {group.identifier!r} is being started; try again shortly", **about
-        )
+        message = f"group {name!r} is being started; try again shortly"
+        raise ServiceError("GROUP_DOWN", message, identifier=name)
     return group, job, True
 
 
 def _place(
-    ledger: Ledger, wanted: Wanted, key: str | None, mark: str, waits_for: str | None
+    ledger: Ledger, asked: GroupRequest, key: str | None, same: str, waits_for: str | None
 ) -> tuple[GroupRecord, JobRecord, bool]:
     job = JobRecord(
         id=names.new_job_id(),
         operation=INITIALIZE,
-        identifier=wanted.identifier,
+        identifier=asked.identifier,
         queue=names.AGENT_QUEUE,
-        params={"role": wanted.role, "world_size": wanted.world_size, **wanted.said},
-        ignored=wanted.ignored,
+        params={"role": asked.role, "world_size": asked.world_size, **asked.said},
+        ignored=asked.ignored,
         key=key,
-        fingerprint=mark,
+        fingerprint=same,
         waits_for=waits_for,
         created_at=time.time(),
     )
-    recorded, replayed = ledger.submit(job, check=_refuse_living, group=_record(wanted, job.id))
+    recorded, replayed = ledger.submit(job, check=_refuse_living, group=asked.record(job.id))
     log_accepted(recorded, replayed)
-    return _group_of(ledger, wanted, recorded.id), recorded, False
+    return _group_of(ledger, asked, recorded.id), recorded, False
 
 
 def _refuse_living(group: GroupRecord | None) -> None:
@@ -259,34 +233,21 @@ def _refuse_living(group: GroupRecord | None) -> None:
         raise _Appeared
 
 
-def _record(wanted: Wanted, job_id: str) -> GroupRecord:
-    return GroupRecord(
-        identifier=wanted.identifier,
-        role=wanted.role,
-        world_size=wanted.world_size,
-        config=wanted.settings,
-        ignored=wanted.ignored,
-        placement_job=job_id,
-        created_at=time.time(),
-    )
+def _group_of(ledger: Ledger, asked: GroupRequest, job_id: str) -> GroupRecord:
+    return ledger.groups.get(asked.identifier) or asked.record(job_id)
 
 
-def _group_of(ledger: Ledger, wanted: Wanted, job_id: str) -> GroupRecord:
-    return ledger.groups.get(wanted.identifier) or _record(wanted, job_id)
-
-
-def _slots_awaited(services: Services, wanted: Wanted) -> str | None:
+def _slots_awaited(services: Services, asked: GroupRequest) -> str | None:
     """Why the group has to wait, None if it need not; raises NO_SUCH_SLOTS where it would wait for
     ever.
 
     Raises GROUP_DOWN without any agent, which passes only where gateway and agents have just been
     started together. An agent that is kept for a fixed group (``NEXRL_IDENTIFIER``) takes no other.
     """
-    world_size = wanted.world_size
     registered = services.ledger.agents.heard()
     if not registered:
         raise without_agent(services)
-    agents = [agent for agent in registered if agent.identifier in (None, wanted.identifier)]
+    agents = [agent for agent in registered if agent.identifier in (None, asked.identifier)]
     if not agents:
         fixed = sorted({str(agent.identifier) for agent in registered})
         message = (
@@ -294,12 +255,13 @@ def _slots_awaited(services: Services, wanted: Wanted) -> str | None:
             f"{', '.join(fixed)}; use one of these names"
         )
         raise ServiceError("NO_SUCH_SLOTS", message, key="identifier", identifiers=fixed)
+    wanted = asked.world_size
     largest, free = max(agent.slots for agent in agents), max(agent.free for agent in agents)
-    if world_size > largest:
-        message = f"world_size {world_size} is impossible: the largest agent has {largest} slots"
+    if wanted > largest:
+        message = f"world_size {wanted} is impossible: the largest agent has {largest} slots"
         raise ServiceError("NO_SUCH_SLOTS", message, key="world_size", slots=largest)
-    if world_size > free:
-        return f"{world_size} free slots on one agent; at the moment the freest has {free}"
+    if wanted > free:
+        return f"{wanted} free slots on one agent; at the moment the freest has {free}"
     return None
 
 

@@ -23,11 +23,14 @@ from starlette.background import BackgroundTask
 from starlette.responses import Response
 from tensor_codec import RawTensor, to_json
 
-from nexrl_gateway.admission import without_agent
 from nexrl_gateway.intake import StoredFrame, header_bytes, read_frame
 from nexrl_gateway.responses import JobView, json_response
 from nexrl_gateway.services import Services
 from nexrl_gateway.strict_json import finite
+from nexrl_gateway.submit import without_agent
+
+Said = dict[str, Any]
+"""A part of an answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +92,7 @@ def _seconds(text: str) -> float:
 
 
 async def answer(
-    services: Services,
-    job: JobRecord,
-    preferences: Preferences,
-    extra: dict[str, Any] | None = None,
+    services: Services, job: JobRecord, preferences: Preferences, extra: Said | None = None
 ) -> Response:
     """Wait for the job as long as ``preferences`` and the gateway's limit allow, and say what has
     become of it.
@@ -107,26 +107,17 @@ async def answer(
     if job.final:
         return await result_response(services, job, preferences, extra)
     if preferences.respond_async:
-        view = await run_sync(job_view, services.ledger, job)
-        return json_response(
-            view, 202, {"Location": f"/jobs/{job.id}", "Preference-Applied": "respond-async"}
-        )
-    raise ServiceError(
-        "WAIT_LIMIT",
-        (
-            f"job {job.id} is {job.state}; the gateway waits no longer, the job goes on: GET "
-            f"/jobs/{job.id}/result"
-        ),
-        job_id=job.id,
-        identifier=job.identifier,
+        headers = {"Location": f"/jobs/{job.id}", "Preference-Applied": "respond-async"}
+        return json_response(await run_sync(job_view, services.ledger, job), 202, headers)
+    message = (
+        f"job {job.id} is {job.state}; the gateway waits no longer, the job goes on: GET "
+        f"/jobs/{job.id}/result"
     )
+    raise ServiceError("WAIT_LIMIT", message, **_about(job))
 
 
 async def result_response(
-    services: Services,
-    job: JobRecord,
-    preferences: Preferences,
-    extra: dict[str, Any] | None = None,
+    services: Services, job: JobRecord, preferences: Preferences, extra: Said | None = None
 ) -> Response:
     """The answer of an ended job; raises its error, or what :func:`_unfinished` says of one that
     has not ended."""
@@ -147,7 +138,7 @@ def _after_delivery(ledger: Ledger, job_id: str, response: Response) -> None:
             ledger.retention.delivered(job_id)
 
 
-def initialized(group: GroupRecord, ignored: list[str], said: dict[str, Any]) -> Response:
+def initialized(group: GroupRecord, ignored: list[str], said: Said) -> Response:
     """The answer of ``initialize`` for a group that is there already, with what else is ``said`` of
     the request."""
     return json_response(
@@ -176,13 +167,17 @@ def job_view(ledger: Ledger, job: JobRecord) -> JobView:
 def _unfinished(services: Services, job: JobRecord) -> ServiceError:
     """JOB_RUNNING with what the job waits for, or GROUP_DOWN where that does not come by itself;
     the job stays."""
-    about = {"job_id": job.id, "identifier": job.identifier}
     if _lacks_agent(services.ledger, job):
-        error = without_agent(services, **about)
+        error = without_agent(services, **_about(job))
         if not error.retryable:
             return error
     message = f"job {job.id} is {job.state}; ask again, or with ?wait=30"
-    return ServiceError("JOB_RUNNING", message, waits_for=_waits_for(services.ledger, job), **about)
+    waits_for = _waits_for(services.ledger, job)
+    return ServiceError("JOB_RUNNING", message, waits_for=waits_for, **_about(job))
+
+
+def _about(job: JobRecord) -> dict[str, str]:
+    return {"job_id": job.id, "identifier": job.identifier}
 
 
 def _lacks_agent(ledger: Ledger, job: JobRecord) -> bool:
@@ -206,21 +201,13 @@ def _waits_for(ledger: Ledger, job: JobRecord) -> str | None:
 
 
 def _raise_unless_finished(job: JobRecord) -> None:
-    about = {"job_id": job.id, "identifier": job.identifier}
     if job.state == "rolled_back":
-        raise ServiceError(
-            "JOB_ROLLED_BACK",
-            f"job {job.id} was rolled back by a restart: its effect is not in the weights",
-            **about,
-        )
+        message = f"job {job.id} was rolled back by a restart: its effect is not in the weights"
+        raise ServiceError("JOB_ROLLED_BACK", message, **_about(job))
     if job.state != "finished":
         error = ServiceError.from_body(job.error or {"message": f"job {job.id} is {job.state}"})
-        raise ServiceError(
-            error.code,
-            error.message,
-            retryable=error.retryable,
-            **{**about, **{k: v for k, v in error.details.items() if v is not None}},
-        )
+        error.details = {**_about(job), **error.details}
+        raise error
 
 
 class FrameResponse(StreamingResponse):
@@ -237,52 +224,33 @@ class FrameResponse(StreamingResponse):
         self.complete = True
 
 
-def _response(services: Services, job: JobRecord, frame: bool, extra: dict[str, Any]) -> Response:
+def _response(services: Services, job: JobRecord, frame: bool, extra: Said) -> Response:
     stored = _stored(services, job)
-    result = {**_document(stored), **(job.result or {})}
+    beside = envelope.read(stored.header.metadata) if stored else {}
+    result = {**beside, **(job.result or {})}
     if not OPERATIONS[job.operation].takes_batch:
-        ignored = {"ignored": job.ignored} if job.ignored or job.operation == INITIALIZE else {}
-        return json_response(
-            {
-                "status": "success",
-                "identifier": job.identifier,
-                "job_id": job.id,
-                **ignored,
-                **_placed(job),
-                **result,
-                **extra,
-            }
-        )
+        placed = {"already": False, **job.params} if job.operation == INITIALIZE else {}
+        ignored = {"ignored": job.ignored} if job.ignored or placed else {}
+        done = {"status": "success", "identifier": job.identifier, "job_id": job.id}
+        return json_response({**done, **ignored, **placed, **result, **extra})
     metrics, meta_info = result.pop("metrics", {}), _meta_info(job, result)
     if frame and stored is not None and stored.header.tensors:
-        return _frame_response(stored, {"metrics": metrics, "meta_info": meta_info})
+        said = {"metrics": metrics, "meta_info": meta_info}
+        # The stored tensors under a header of our own, which says what only the ledger knows.
+        head = header_bytes(stored.header, envelope.written(finite(said)))
+        return FrameResponse(chain([head], stored.body), len(head) + stored.nbytes)
     batch = _json_tensors(stored) if stored else {}
     return json_response(
         {"batch": batch, "metrics": metrics, "meta_info": {"metrics": metrics, **meta_info}}
     )
 
 
-def _placed(job: JobRecord) -> dict[str, Any]:
-    if job.operation != INITIALIZE:
-        return {}
-    return {"already": False, **job.params}
-
-
-def _meta_info(job: JobRecord, result: dict[str, Any]) -> dict[str, Any]:
+def _meta_info(job: JobRecord, result: Said) -> Said:
     """What the ranks said besides metrics, and what the ledger knows of the job."""
-    said: dict[str, Any] = result.pop("meta_info", {}) or {}
-    started, ended = job.started_at or job.created_at, job.finished_at or 0.0
-    timing = {
-        "queued_s": started - job.created_at,
-        "run_s": ended - started,
-        **said.get("timing", {}),
-    }
-    known = {
-        "job_id": job.id,
-        "identifier": job.identifier,
-        "operation": job.operation,
-        "ignored": job.ignored,
-    }
+    said: Said = result.pop("meta_info", {}) or {}
+    began, ended = job.started_at or job.created_at, job.finished_at or 0.0
+    timing = {"queued_s": began - job.created_at, "run_s": ended - began, **said.get("timing", {})}
+    known = {**_about(job), "operation": job.operation, "ignored": job.ignored}
     return {**said, **result, **known, "timing": timing}
 
 
@@ -305,12 +273,11 @@ def _stored(services: Services, job: JobRecord) -> StoredFrame | None:
 
 
 def _expired(services: Services, job: JobRecord) -> ServiceError:
-    kept = services.settings.result_kept_s
     message = (
-        f"the result of job {job.id} is gone: it is kept for a day, or for {kept:g} s after it "
-        "was fetched"
+        f"the result of job {job.id} is gone: it is kept for a day, or for "
+        f"{services.settings.result_kept_s:g} s after it was fetched"
     )
-    return ServiceError("EXPIRED", message, job_id=job.id, identifier=job.identifier)
+    return ServiceError("EXPIRED", message, **_about(job))
 
 
 def _damaged(job: JobRecord) -> ServiceError:
@@ -319,25 +286,12 @@ def _damaged(job: JobRecord) -> ServiceError:
         f"the result of job {job.id} changed while it was stored, on disk, in memory or in Redis: "
         f"{effect}"
     )
-    return ServiceError(
-        "PAYLOAD_DAMAGED", message, retryable=False, job_id=job.id, identifier=job.identifier
-    )
+    return ServiceError("PAYLOAD_DAMAGED", message, retryable=False, **_about(job))
 
 
-def _document(stored: StoredFrame | None) -> dict[str, Any]:
-    """What was said beside a result's tensors."""
-    return envelope.read(stored.header.metadata) if stored else {}
-
-
-def _json_tensors(stored: StoredFrame) -> dict[str, Any]:
+def _json_tensors(stored: StoredFrame) -> Said:
     data = memoryview(b"".join(stored.body))
     return {
         name: to_json(RawTensor(info.dtype, info.shape, data[info.start : info.end]))
         for name, info in stored.header.tensors.items()
     }
-
-
-def _frame_response(stored: StoredFrame, document: dict[str, Any]) -> Response:
-    """The stored tensors under a header of our own, which says what only the ledger knows."""
-    head = header_bytes(stored.header, envelope.written(finite(document)))
-    return FrameResponse(chain([head], stored.body), len(head) + stored.nbytes)

@@ -158,7 +158,7 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def settle(params: dict[str, Any], roots: Roots) -> dict[str, Any]:
+def resolve_paths(params: dict[str, Any], roots: Roots) -> dict[str, Any]:
     """The parameters of a checkpoint operation with absolute paths; raises as
     :meth:`Roots.checkpoint` does."""
     if params.get("hdfs_path") is not None:

@@ -10,13 +10,12 @@ from fastapi import APIRouter, Depends, Query, Request
 from nexrl_contract.operations import DESTROY, INITIALIZE, OPERATIONS, Operation
 from starlette.responses import Response
 
-from nexrl_gateway.admission import named_identifier
 from nexrl_gateway.bodies import content_kind, json_body
-from nexrl_gateway.groups import destroy_idle, initialize, read_wanted
+from nexrl_gateway.groups import destroy_idle, initialize, read_group_request
 from nexrl_gateway.jobs import Preferences, answer, initialized, read_preferences
 from nexrl_gateway.openapi import operation_responses, refused, request_body
 from nexrl_gateway.services import Here
-from nexrl_gateway.submit import submit_operation
+from nexrl_gateway.submit import named_identifier, submit_operation
 
 Identifier = Annotated[
     str | None, Query(description="The worker group; may be left out while there is only one.")
@@ -32,12 +31,12 @@ async def _initialize(
     ``already: true``."""
     content_kind(request, frames=False)
     async with json_body(request, tensors=False) as document:
-        wanted = await run_sync(
-            read_wanted, document, named_identifier(identifier, document), services.roots
+        asked = await run_sync(
+            read_group_request, document, named_identifier(identifier, document), services.roots
         )
-    group, job, already = await run_sync(initialize, services, wanted, preferences.key)
+    group, job, already = await run_sync(initialize, services, asked, preferences.key)
     if job is None or (already and job.final):
-        return initialized(group, wanted.ignored, wanted.said)
+        return initialized(group, asked.ignored, asked.said)
     return await answer(services, job, preferences, {"already": True} if already else None)
 
 

@@ -19,7 +19,6 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.responses import PlainTextResponse, Response
 
-from nexrl_gateway.admission import resolve
 from nexrl_gateway.openapi import answered, refused, unavailable
 from nexrl_gateway.responses import (
     GroupList,
@@ -36,6 +35,7 @@ from nexrl_gateway.responses import (
 from nexrl_gateway.routes.operations import Identifier
 from nexrl_gateway.services import Here, Services
 from nexrl_gateway.settings import Settings
+from nexrl_gateway.submit import find_group
 
 STALE_S = 20.0
 """A live group beats every few seconds; older than this it is not believed to be well."""
@@ -109,7 +109,7 @@ async def get_models(services: Here) -> Response:
 )
 async def get_worker_info(services: Here, identifier: Identifier = None) -> Response:
     """The group's record, and what its ranks say of themselves."""
-    group = await run_sync(resolve, services.ledger, identifier)
+    group = await run_sync(find_group, services.ledger, identifier)
     return json_response(WorkerInfo.model_validate(group))
 
 
