@@ -11,17 +11,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from nexrl_contract.config import checked_argument_error
-from nexrl_contract.errors import ServiceError
+from nexrl_contract.errors import ServiceError, argument_error
 from nexrl_contract.losses import LOSSES
-from nexrl_contract.operations import DISTILLATION, SCORED, TOP_K, Operation
+from nexrl_contract.operations import OPERATIONS, SCORED, SETTINGS, TOP_K, Operation
 from nexrl_contract.sections import ActorConfig, RolloutCorrectionConfig
 from nexrl_contract.tensors import TENSORS, Described, invalid_tensor, sizes_of
 
-_DISTILLATION_METADATA = ("distillation_coeff", "entropy_coeff", "loss_agg_mode")
-SETTINGS = ("temperature", *_DISTILLATION_METADATA)
-"""Metadata of a batch that changes what is computed; all but the temperature in distillation
-alone."""
 TENSOR_SECTION, VALUE_SECTION, METADATA_SECTION = (
     ("tensors", "batch"),
     ("values", "non_tensor_batch"),
@@ -64,7 +59,8 @@ def check_params(
     try:
         return operation.params.model_validate(given).model_dump(mode="json")
     except ValidationError as error:
-        raise checked_argument_error(error, [*operation.params.model_fields, *beside]) from None
+        known = [*operation.params.model_fields, *beside]
+        raise argument_error(error.errors(), known) from None
 
 
 def check_batch(
@@ -107,17 +103,19 @@ def reads_of(
     given: Collection[str],
 ) -> Reads:
     """What the loss of this operation reads of a batch that holds ``given``."""
-    if operation.name == "update_critic":
-        return Reads(("returns",), ("values",))
-    if not operation.trains:
+    if operation.learns is None:
         return Reads()
-    if operation.name == DISTILLATION:
+    if operation.learns == "values":
+        own = [name for name in operation.reads if name not in SCORED]
+        required = tuple(name for name in own if name in operation.required)
+        return Reads(required, tuple(name for name in own if name not in required))
+    if operation.learns == "distillation":
         return _of_distillation(params, actor)
     name = params.get("loss") or (actor.policy_loss if actor is not None else None)
     if name is None:
         return Reads()
     loss, corrects = LOSSES[name], actor.rollout_correction if actor is not None else None
-    required: tuple[str, ...] = ("loss_weights",) if loss.weights else ()
+    required = ("loss_weights",) if loss.weights else ()
     optional: tuple[str, ...] = _of_kl(actor)
     if loss.advantages:
         required += ("advantages", *_of_correction(corrects))
@@ -142,10 +140,10 @@ def unread_metadata(operation: str, metadata: Mapping[str, Any]) -> list[str]:
     """Keys of a batch's metadata that seem meant to change what is computed, and do nothing in this
     operation.
 
-    Those that distillation alone reads, and names close to one that is read. Trainers send many
-    others.
+    Those that another operation alone reads, and names close to one that is read. Trainers send
+    many others.
     """
-    read = {"temperature", *(_DISTILLATION_METADATA if operation == DISTILLATION else ())}
+    read = {"temperature", *OPERATIONS[operation].settings}
     return [
         name
         for name in itertools.islice(metadata, _LOOKED_AT)

@@ -6,18 +6,15 @@
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Iterator, Mapping
-from typing import Any, get_args
+from collections.abc import Iterator
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from nexrl_contract.aliases import ALIASES, normalise
-from nexrl_contract.effects import keys_without_effect, takes_warmup_ratio
-from nexrl_contract.errors import ServiceError
-from nexrl_contract.losses import LOSSES, AggregationMode
+from nexrl_contract.errors import ServiceError, literals_of, nearest
+from nexrl_contract.losses import LOSSES
 from nexrl_contract.operations import ROLES
+from nexrl_contract.recipe_keys import ALIASES, ignored_keys, normalise, takes_warmup_ratio
 from nexrl_contract.sections import (
     ActorConfig,
     Section,
@@ -64,7 +61,7 @@ def parse_config(config: dict[str, Any], role: str = "actor") -> GroupConfig:
         entry = ServiceEntry.model_validate(ours)
     except ValidationError as error:
         raise _refused_value(error) from None
-    ignored = [*dropped, *keys_without_effect(config, entry, role)]
+    ignored = [*dropped, *ignored_keys(config, entry, role)]
     entry = entry.model_copy(update={"actor": _with_warmup(entry.actor)})
     _refuse_contradictions(entry.actor, role)
     _refuse_not_offered(entry, "")
@@ -74,40 +71,11 @@ def parse_config(config: dict[str, Any], role: str = "actor") -> GroupConfig:
 def _refused_value(error: ValidationError) -> ServiceError:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
-    close = nearest(str(first["input"])[:100], _known_values(first))
+    close = nearest(str(first["input"])[:100], literals_of(first))
     hint = f"; did you mean {close}?" if close else ""
     return ServiceError(
         "INVALID_CONFIG", f"config key {key}: {first['msg']}{hint}", key=key, nearest=close
     )
-
-
-def argument_error(errors: Any, known: Any = ()) -> ServiceError:
-    """INVALID_ARGUMENT for the first of pydantic's errors, naming the argument and the nearest of
-    ``known``."""
-    first = errors[0]
-    key = ".".join(map(str, first["loc"]))
-    if first["type"] == "literal_error":
-        values, given = _known_values(first), str(first["input"])[:100]
-        message = f"{key} {given!a} is not one of {', '.join(values)}"
-        return ServiceError("INVALID_ARGUMENT", message, key=key, nearest=nearest(given, values))
-    if first["type"] != "extra_forbidden":
-        return ServiceError("INVALID_ARGUMENT", f"{key}: {first['msg']}", key=key)
-    close = nearest(key, known)
-    hint = f"did you mean {close}?" if close else f"known are {', '.join(known) or 'none'}"
-    return ServiceError(
-        "INVALID_ARGUMENT", f"unknown argument {key[:100]!a}; {hint}", key=key[:100], nearest=close
-    )
-
-
-def checked_argument_error(error: ValidationError, known: Any) -> ServiceError:
-    """As :func:`argument_error`, from a model's ValidationError."""
-    return argument_error(error.errors(include_url=False, include_context=False), known)
-
-
-def _known_values(error: Mapping[str, Any]) -> list[str]:
-    """The values that one of pydantic's errors names, where it is about a value that is none of
-    them."""
-    return re.findall("'([^']+)'", error["msg"]) if error["type"] == "literal_error" else []
 
 
 def check_role(role: Any) -> str:
@@ -160,17 +128,6 @@ def differing_keys(left: dict[str, Any], right: dict[str, Any], prefix: str = ""
     return names
 
 
-def nearest(word: str, known: Any) -> str | None:
-    """The known word that ``word`` abbreviates to (``learning_rate``: ``lr``) or resembles most,
-    None when nothing is close."""
-    words = [str(name) for name in known]
-    initials = "".join(part[:1] for part in word.split("_"))
-    if len(initials) > 1 and initials in words:
-        return initials
-    matches = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
-    return matches[0] if matches else None
-
-
 def _with_warmup(actor: ActorConfig) -> ActorConfig:
     optim = actor.optim
     if not takes_warmup_ratio(optim):
@@ -211,14 +168,10 @@ def _refuse_contradictions(actor: ActorConfig, role: str) -> None:
 
 def _refuse_other_losses_keys(actor: ActorConfig) -> None:
     """Keys that the group's loss has no use for, where that would go unnoticed."""
-    loss, fixed = LOSSES[actor.policy_loss], LOSSES[actor.policy_loss].aggregation
-    left_out = (
-        fixed
-        if fixed in get_args(AggregationMode)
-        else ActorConfig.model_fields["loss_agg_mode"].default
-    )
-    if fixed is not None and actor.loss_agg_mode != left_out:
-        message = f"policy_loss {loss.name!r} is always {fixed}; leave loss_agg_mode out"
+    loss = LOSSES[actor.policy_loss]
+    left_out = loss.loss_agg_mode or ActorConfig.model_fields["loss_agg_mode"].default
+    if loss.aggregation is not None and actor.loss_agg_mode != left_out:
+        message = f"policy_loss {loss.name!r} is always {loss.aggregation}; leave loss_agg_mode out"
         raise _contradiction("loss_agg_mode", message)
     if not loss.advantages and actor.rollout_correction is not None:
         message = f"policy_loss {loss.name!r} has no ratio to correct; leave rollout_correction out"

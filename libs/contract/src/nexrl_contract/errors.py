@@ -8,6 +8,9 @@ and not otherwise. Every error a user meets is a :class:`ServiceError`; its
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -162,3 +165,38 @@ class ServiceError(Exception):
 
 def _rebuild(code: str, message: str, retryable: bool, details: dict[str, Any]) -> ServiceError:
     return ServiceError(code, message, retryable=retryable, **details)
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that ``word`` abbreviates to (``learning_rate``: ``lr``) or resembles most,
+    None when nothing is close."""
+    words = list(known)
+    initials = "".join(part[:1] for part in word.split("_"))
+    if len(initials) > 1 and initials in words:
+        return initials
+    matches = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def argument_error(errors: Sequence[Mapping[str, Any]], known: Iterable[str] = ()) -> ServiceError:
+    """INVALID_ARGUMENT for the first of pydantic's errors, naming the argument and the nearest of
+    ``known``."""
+    first, known = errors[0], list(known)
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] == "literal_error":
+        values, given = literals_of(first), str(first["input"])[:100]
+        message = f"{key} {given!a} is not one of {', '.join(values)}"
+        return ServiceError("INVALID_ARGUMENT", message, key=key, nearest=nearest(given, values))
+    if first["type"] != "extra_forbidden":
+        return ServiceError("INVALID_ARGUMENT", f"{key}: {first['msg']}", key=key)
+    close = nearest(key, known)
+    hint = f"did you mean {close}?" if close else f"known are {', '.join(known) or 'none'}"
+    return ServiceError(
+        "INVALID_ARGUMENT", f"unknown argument {key[:100]!a}; {hint}", key=key[:100], nearest=close
+    )
+
+
+def literals_of(error: Mapping[str, Any]) -> list[str]:
+    """The values that one of pydantic's errors names, where it is about a value that is none of
+    them."""
+    return re.findall("'([^']+)'", error["msg"]) if error["type"] == "literal_error" else []

@@ -4,7 +4,7 @@ worker, under the same names."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 LossName = Literal[
     "ppo", "grpo", "gspo", "cispo", "importance_sampling", "reinforce", "cross_entropy", "linear"
@@ -38,6 +38,12 @@ class Loss:
     dual_clip: bool = False
     """``clip_ratio_c`` bounds it."""
 
+    @property
+    def loss_agg_mode(self) -> str | None:
+        """The ``loss_agg_mode`` that is the one way of summing it has; None where it takes any, or
+        has a way of its own."""
+        return self.aggregation if self.aggregation in get_args(AggregationMode) else None
+
 
 # "grpo" differs from "ppo" in how the trainer makes the advantages (Shao et al., "DeepSeekMath",
 # 2024), not here.
@@ -64,3 +70,21 @@ TOP_K_LOSSES: dict[str, Loss] = {
 
 VALUE_LOSS = Loss("value", "values", advantages=False)
 """``update_critic``."""
+
+
+@dataclass(frozen=True, slots=True)
+class DatedLoss:
+    """A policy loss of NexRL 1.x, which called them by date: "ppo" with what that one fixed."""
+
+    dual_clip: float | None = None
+    """Its ``clip_ratio_c`` where none is given; None: it never read one, and its recipes set one as
+    a matter of course."""
+    symmetric: bool = False
+    """It clips by ``clip_ratio`` alone and is always token-mean."""
+
+
+DATED_LOSSES: dict[str, DatedLoss] = {
+    "NX_20250515": DatedLoss(),
+    "NX_20250515_v2": DatedLoss(dual_clip=3.0),
+    "NX_20241031": DatedLoss(symmetric=True),
+}

@@ -13,8 +13,6 @@ from nexrl_contract.losses import DistillationLoss, LossName
 from nexrl_contract.sections import Given
 
 ROLES: tuple[str, ...] = ("actor", "ref", "teacher", "critic", "reward")
-FORWARD_ROLES = ("ref", "teacher", "reward")
-"""Groups that never train: no optimizer is made for them."""
 
 
 class Params(Given):
@@ -106,6 +104,7 @@ class ConvertParams(Params):
 
 
 Changes = Literal["nothing", "gradients", "weights", "files", "group"]
+Learned = Literal["policy", "distillation", "values"]
 _TEXT = (
     "input_ids",
     "attention_mask",
@@ -133,6 +132,10 @@ class Operation:
     roles: tuple[str, ...] = ROLES
     changes: Changes = "nothing"
     """What of the group is another afterwards."""
+    learns: Learned | None = None
+    """What the gradients are for that it makes of a batch; None: it makes none."""
+    settings: tuple[str, ...] = ()
+    """Keys of a batch's metadata that change what it computes, besides ``temperature``."""
     reads: tuple[str, ...] = ()
     """Tensors of TENSORS that it knows; which of them its loss reads, :mod:`nexrl_contract.batch`
     says."""
@@ -162,12 +165,12 @@ class Operation:
     @property
     def trains(self) -> bool:
         """Whether it makes gradients of a batch."""
-        return self.takes_batch and self.changes != "nothing"
+        return self.learns is not None
 
     @property
     def steps(self) -> bool:
         """Whether it makes gradients of a batch and takes optimizer steps with them."""
-        return self.takes_batch and self.changes == "weights"
+        return self.trains and self.changes == "weights"
 
 
 INITIALIZE, DESTROY = "initialize_worker", "destroy"
@@ -197,6 +200,7 @@ OPERATIONS: dict[str, Operation] = {
             "One policy update on a batch: forward, backward, optimizer steps",
             BatchParams,
             roles=("actor",),
+            learns="policy",
             changes="weights",
             reads=(*_POLICY, "loss_weights"),
             required=_IDS,
@@ -208,6 +212,8 @@ OPERATIONS: dict[str, Operation] = {
             "One update towards a teacher's log-probabilities",
             DistillParams,
             roles=("actor",),
+            learns="distillation",
+            settings=("distillation_coeff", "entropy_coeff", "loss_agg_mode"),
             changes="weights",
             reads=(*_POLICY, "teacher_log_probs", *TOP_K),
             required=_IDS,
@@ -218,6 +224,7 @@ OPERATIONS: dict[str, Operation] = {
             "Accumulate gradients of a batch",
             LossParams,
             roles=("actor",),
+            learns="policy",
             changes="gradients",
             reads=(*_POLICY, "loss_weights"),
             required=_IDS,
@@ -267,6 +274,7 @@ OPERATIONS: dict[str, Operation] = {
             "One update of a critic towards returns",
             BatchParams,
             roles=("critic",),
+            learns="values",
             changes="weights",
             reads=(*_TEXT, "values", "returns"),
             required=(*_IDS, "returns"),
@@ -320,3 +328,15 @@ OPERATIONS: dict[str, Operation] = {
         ),
     )
 }
+
+FORWARD_ROLES = tuple(
+    role
+    for role in ROLES
+    if not any(role in row.roles for row in OPERATIONS.values() if row.trains)
+)
+"""Groups that never train: no optimizer is made for them."""
+SETTINGS = (
+    "temperature",
+    *dict.fromkeys(name for row in OPERATIONS.values() for name in row.settings),
+)
+"""Keys of a batch's metadata that change what some operation computes."""

@@ -3,11 +3,12 @@ default and meaning.
 
 A key marked :func:`_inert` is known, so that existing recipes are accepted, and does nothing in
 this service. One with ``exclude`` says another key's value in another way, and is no setting of its
-own.
+own. Keys that groups of some roles alone read say which; those of a section hold for all in it.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -16,7 +17,12 @@ from pydantic_core import PydanticCustomError
 from nexrl_contract.losses import AggregationMode, DistillationLoss, LossName
 
 Dtype = Literal["float32", "bfloat16", "float64"]
+KlEstimator = Literal["k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl", "k1+", "k3+"]
 _INERT: Any = {"inert": True}
+_policy: Any = partial(Field, json_schema_extra={"roles": ("actor",)})
+_critic: Any = partial(Field, json_schema_extra={"roles": ("critic",)})
+_trained: Any = partial(Field, json_schema_extra={"roles": ("actor", "critic")})
+_language: Any = partial(Field, json_schema_extra={"roles": ("actor", "ref", "teacher")})
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Steps = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -70,7 +76,7 @@ class ModelConfig(Section):
         min_length=1,
         description="Folder of a Hugging Face model: a causal one, or as the role needs.",
     )
-    enable_gradient_checkpointing: bool = Field(
+    enable_gradient_checkpointing: bool = _trained(
         default=False, description="Recompute layers in the backward pass."
     )
     use_remove_padding: bool = Field(
@@ -82,7 +88,7 @@ class ModelConfig(Section):
     use_torch_compile: bool = Field(
         default=False, description="Compile every decoder layer with torch.compile."
     )
-    lm_head_dtype: Literal["float32"] | None = Field(
+    lm_head_dtype: Literal["float32"] | None = _language(
         default=None,
         description="Dtype of the output head's product; null takes that of the computation.",
     )
@@ -118,11 +124,12 @@ class FsdpConfig(Section):
         default="float32", description="Dtype of the master weights."
     )
     mixed_precision: MixedPrecisionConfig = MixedPrecisionConfig()
-    gradient_sync: Literal["micro_batch", "mini_batch"] = Field(
+    gradient_sync: Literal["micro_batch", "mini_batch"] = _trained(
         default="micro_batch",
-        description="When ranks add up gradients; mini_batch communicates less and keeps whole "
-        "gradients "
-        "on every rank.",
+        description=(
+            "When ranks add up gradients; mini_batch communicates less and keeps whole gradients "
+            "on every rank."
+        ),
     )
     fsdp_size: Any = _inert()
     wrap_policy: Any = _inert()
@@ -144,9 +151,9 @@ class OptimConfig(Section):
     )
     no_decay: Literal["norms and biases"] | None = Field(
         default=None,
-        description="Parameters that weight_decay spares, chosen as transformers' Trainer does; "
-        "null: "
-        "none.",
+        description=(
+            "Parameters that weight_decay spares, chosen as transformers' Trainer does; null: none."
+        ),
     )
     lr_warmup_steps: Steps = Field(
         default=0, description="The first step of a warm-up of n uses lr/n."
@@ -178,7 +185,7 @@ class RolloutConfig(Section):
     n: Count = Field(
         default=1, description="Responses per prompt; a mini-batch is ppo_mini_batch_size x n rows."
     )
-    temperature: float = Field(
+    temperature: float = _language(
         default=1.0, gt=0, description="Used where a batch has no temperature."
     )
     log_prob_micro_batch_size: Any = _inert()
@@ -192,7 +199,7 @@ class RolloutConfig(Section):
 class RefModelConfig(Section):
     """``actor.ref.model``: the weights of ``compute_ref_log_prob``."""
 
-    path: str | None = Field(default=None, description="Null takes actor.model.path.")
+    path: str | None = _language(default=None, description="Null takes actor.model.path.")
 
 
 class RefConfig(Section):
@@ -209,18 +216,19 @@ class RolloutCorrectionConfig(Section):
     numbers differ."""
 
     mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = Field(
-        description="Weights of tokens, or their product over a row; clipped to the bounds, or "
-        "zero "
-        "outside them."
+        description=(
+            "Weights of tokens, or their product over a row; clipped to the bounds, or zero "
+            "outside them."
+        )
     )
     lower: float = Field(default=0.0, ge=0, description="Lower bound of the weight.")
     upper: float = Field(default=2.0, gt=0, description="Upper bound of the weight.")
     drop_rejected: bool = Field(
         default=False,
-        description="With *_mask: rejected tokens are not scored, so they leave the "
-        "denominators, entropy "
-        "and KL too. "
-        "Needs old_log_probs in every batch.",
+        description=(
+            "With *_mask: rejected tokens are not scored, so they leave the denominators, entropy "
+            "and KL too. Needs old_log_probs in every batch."
+        ),
     )
 
     @property
@@ -238,27 +246,27 @@ class ActorConfig(Section):
     """``actor``: the model and how it is trained."""
 
     model: ModelConfig
-    optim: OptimConfig = OptimConfig()
+    optim: OptimConfig = _trained(default=OptimConfig())
     fsdp_config: FsdpConfig = FsdpConfig()
     rollout: RolloutConfig = RolloutConfig()
     ref: RefConfig = RefConfig()
-    policy_loss: LossName = Field(default="ppo", description="Also accepted as loss_func_type.")
-    loss_agg_mode: AggregationMode = Field(
+    policy_loss: LossName = _policy(default="ppo", description="Also accepted as loss_func_type.")
+    loss_agg_mode: AggregationMode = _trained(
         default="token-mean",
         description="How tokens are summed; one denominator for the whole mini-batch.",
     )
-    loss_scale_factor: float | None = Field(
+    loss_scale_factor: float | None = _trained(
         default=None,
         gt=0,
         description="Divides the loss in seq-mean-token-sum-norm, which needs it.",
     )
-    rollout_correction: RolloutCorrectionConfig | None = Field(
+    rollout_correction: RolloutCorrectionConfig | None = _policy(
         default=None, description="Needs rollout_log_probs in every batch."
     )
-    clip_ratio: float = Field(
+    clip_ratio: float = _policy(
         default=0.2, ge=0, description="The ratio is clipped to 1 - low, 1 + high."
     )
-    clip_ratio_low: float | None = Field(
+    clip_ratio_low: float | None = _policy(
         default=None,
         ge=0,
         le=1,
@@ -266,58 +274,60 @@ class ActorConfig(Section):
             "Null takes clip_ratio; with gspo 0.0003 unless clip_ratio is changed; cispo has none."
         ),
     )
-    clip_ratio_high: float | None = Field(
+    clip_ratio_high: float | None = _policy(
         default=None,
         ge=0,
         description="Null takes clip_ratio; with gspo 0.0004 unless clip_ratio is changed.",
     )
-    clip_ratio_c: float | None = Field(
+    clip_ratio_c: float | None = _policy(
         default=None, gt=1, description="Dual clip for negative advantages; off by default."
     )
-    entropy_coeff: float = Field(
+    entropy_coeff: float = _policy(
         default=0.0, description="The loss is lowered by this times the entropy."
     )
-    use_kl_loss: bool = Field(
+    use_kl_loss: bool = _policy(
         default=False, description="Add the KL term, against ref_log_prob or the frozen reference."
     )
-    kl_loss_coef: float = Field(default=0.001, description="Weight of the KL term.")
-    kl_loss_type: Literal["k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl", "k1+", "k3+"] = Field(
+    kl_loss_coef: float = _policy(default=0.001, description="Weight of the KL term.")
+    kl_loss_type: KlEstimator = _policy(
         default="low_var_kl",
-        description="Estimator; kl is k1, mse is k2, low_var_kl is k3. k1's gradient has zero "
-        "mean, k3's "
-        "is that of "
-        "KL(ref||policy), k2's that of KL(policy||ref); k1+ and k3+ have k2's gradient.",
+        description=(
+            "Estimator; kl is k1, mse is k2, low_var_kl is k3. k1's gradient has zero mean, k3's "
+            "is that of KL(ref||policy), k2's that of KL(policy||ref); k1+ and k3+ have k2's "
+            "gradient."
+        ),
     )
-    use_bias_correction_kl: bool = Field(
+    use_bias_correction_kl: bool = _policy(
         default=False,
-        description="Multiply the KL of a token by its ratio exp(lp - old_log_probs), which the "
-        "gradient "
-        "goes through.",
+        description=(
+            "Multiply the KL of a token by its ratio exp(lp - old_log_probs), which the gradient "
+            "goes through."
+        ),
     )
-    distillation_loss: DistillationLoss = Field(
+    distillation_loss: DistillationLoss = _policy(
         default="policy_gradient",
         description="From teacher_log_probs, or a KL over the teacher's top k tokens.",
     )
-    distillation_student: Literal["current", "old_log_probs", "rollout_log_probs"] = Field(
+    distillation_student: Literal["current", "old_log_probs", "rollout_log_probs"] = _policy(
         default="current",
-        description="The student's numbers in the policy gradient's advantage: under the weights "
-        "as they "
-        "are, or the "
-        "batch's tensor of that name, which stays the same over all steps.",
+        description=(
+            "The student's numbers in the policy gradient's advantage: under the weights as they "
+            "are, or the batch's tensor of that name, which stays the same over all steps."
+        ),
     )
-    use_distillation_clipping: bool = Field(
+    use_distillation_clipping: bool = _policy(
         default=False, description="Clip the ratio of the policy gradient."
     )
-    distillation_cliprange: float = Field(
+    distillation_cliprange: float = _policy(
         default=0.2, ge=0, description="Clipped to 1 - low, 1 + high."
     )
-    distillation_cliprange_low: float | None = Field(
+    distillation_cliprange_low: float | None = _policy(
         default=None, ge=0, le=1, description="Null takes distillation_cliprange."
     )
-    distillation_cliprange_high: float | None = Field(
+    distillation_cliprange_high: float | None = _policy(
         default=None, ge=0, description="Null takes distillation_cliprange."
     )
-    cliprange_value: float = Field(
+    cliprange_value: float = _critic(
         default=0.5,
         gt=0,
         description="Critic: new values are clipped to this around the batch's values.",
@@ -325,7 +335,7 @@ class ActorConfig(Section):
     ppo_mini_batch_size: Count | None = Field(
         default=None, description="Prompts per optimizer step; null: all."
     )
-    ppo_epochs: int = Field(
+    ppo_epochs: int = _trained(
         default=1, ge=1, le=1000, description="Passes over the batch in one update."
     )
     shuffle: bool = Field(
@@ -336,16 +346,18 @@ class ActorConfig(Section):
     )
     ppo_micro_batch_size_per_gpu: Count | None = Field(
         default=None,
-        description="Rows per forward of each rank; null: by ppo_micro_batch_size, else as many "
-        "as fit "
-        "into memory.",
+        description=(
+            "Rows per forward of each rank; null: by ppo_micro_batch_size, else as many as fit "
+            "into memory."
+        ),
     )
     ppo_micro_batch_size: Count | None = Field(
         default=None,
         exclude=True,
-        description="Rows per forward of all ranks together: each takes this / world size, "
-        "rounded down, "
-        "at least 1.",
+        description=(
+            "Rows per forward of all ranks together: each takes this / world size, rounded down, "
+            "at least 1."
+        ),
     )
     use_dynamic_bsz: bool = Field(
         default=False,
@@ -356,7 +368,7 @@ class ActorConfig(Section):
     ppo_max_token_len_per_gpu: Count = Field(
         default=16384, description="That budget; a longer row stands alone."
     )
-    grad_clip: float | None = Field(
+    grad_clip: float | None = _trained(
         default=1.0,
         gt=0,
         description="Largest gradient norm (L2, all parameters); null: no clipping.",
@@ -411,6 +423,12 @@ def reason_against(info: Any) -> str:
 def is_not_offered(info: Any) -> bool:
     """Whether ``true`` is refused for a field."""
     return "not_offered" in (info.json_schema_extra or {})
+
+
+def roles_of(info: Any) -> tuple[str, ...]:
+    """The roles of the groups that read a field; empty where it does not say."""
+    roles: tuple[str, ...] = (info.json_schema_extra or {}).get("roles", ())
+    return roles
 
 
 def means_null(info: Any) -> bool:

@@ -95,6 +95,9 @@ TENSORS: dict[str, TensorSpec] = {
     )
 }
 
+MASKS = tuple(name for name, spec in TENSORS.items() if "bools" in spec.values)
+"""Tensors of which only zero or not counts."""
+
 
 def sizes_of(tensors: Mapping[str, Described]) -> tuple[int, int, int]:
     """B, S and R of a batch with ``input_ids``; raises INVALID_TENSOR where its shape or that of

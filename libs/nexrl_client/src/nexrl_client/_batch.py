@@ -7,13 +7,12 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Self
 
 import numpy as np
+from nexrl_contract.tensors import MASKS
 from numpy.typing import NDArray
 
 from . import layout
 from ._tensors import append_zero_rows, is_tensor, own_kind, taken, to_numpy
 from .errors import InvalidBatch
-
-_MASKS = ("attention_mask", "loss_mask", "scoring_attention_mask")
 
 
 class Batch(MutableMapping[str, Any]):
@@ -91,7 +90,7 @@ class Batch(MutableMapping[str, Any]):
         if multiple < 1:
             raise InvalidBatch(f"multiple is {multiple}; give 1 or more")
         count = -self.rows % multiple
-        if count and not any(name in self._tensors for name in _MASKS):
+        if count and not any(name in self._tensors for name in MASKS):
             raise InvalidBatch(
                 "the batch has no mask, which is what makes added rows weigh nothing; add "
                 "attention_mask"

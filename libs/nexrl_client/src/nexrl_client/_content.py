@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from nexrl_contract.batch import METADATA_SECTION, SETTINGS, TENSOR_SECTION, VALUE_SECTION
-from nexrl_contract.operations import DISTILLATION, Operation
+from nexrl_contract.batch import METADATA_SECTION, TENSOR_SECTION, VALUE_SECTION
+from nexrl_contract.operations import SETTINGS, Operation
 
 from ._batch import Batch
 from ._tensors import is_tensor, taken
@@ -73,7 +73,7 @@ def _without_placeholders(
     dropped = [n for n in (_OLD, _STUDENT) if n in kept and _is_placeholder(kept[n], kept)]
     for name in dropped:
         del kept[name]
-    if operation.name == DISTILLATION and _STUDENT in kept and _OLD not in kept:
+    if operation.learns == "distillation" and _STUDENT in kept and _OLD not in kept:
         kept[_OLD] = kept.pop(_STUDENT)
     dropped += [name for name in kept if name not in operation.reads]
     return {n: tensor for n, tensor in kept.items() if n in operation.reads}, dropped

@@ -10,12 +10,11 @@ from typing import Any
 from nexrl_contract import names
 from nexrl_contract.config import (
     check_role,
-    checked_argument_error,
     completed,
     differing_keys,
     parse_config,
 )
-from nexrl_contract.errors import ServiceError
+from nexrl_contract.errors import ServiceError, argument_error
 from nexrl_contract.operations import INITIALIZE, InitializeParams
 from nexrl_contract.records import GroupRecord, JobRecord
 from nexrl_ledger import Fenced, Ledger
@@ -79,7 +78,7 @@ def read_group_request(
     try:
         body = InitializeParams.model_validate(document)
     except ValidationError as error:
-        raise checked_argument_error(error, list(InitializeParams.model_fields)) from None
+        raise argument_error(error.errors(), InitializeParams.model_fields) from None
     if body.config_path is not None:
         message = "config_path is read by the client; send its content as config_dict"
         raise ServiceError("INVALID_ARGUMENT", message, key="config_path")

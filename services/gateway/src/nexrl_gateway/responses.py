@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal
 import redis
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from nexrl_contract.config import argument_error
-from nexrl_contract.errors import RETRY_AFTER_S, ServiceError
+from nexrl_contract.errors import RETRY_AFTER_S, ServiceError, argument_error
 from nexrl_contract.names import JSON_TYPE, REQUEST_ID_HEADER
 from nexrl_contract.records import GroupState, JobState, Share
 from nexrl_contract.results import JOB_ID, ModelInfo

@@ -10,7 +10,7 @@ from typing import Any
 
 from nexrl_contract.batch import CheckedBatch, check_batch
 from nexrl_contract.losses import LOSSES, TOP_K_LOSSES, VALUE_LOSS, Loss
-from nexrl_contract.operations import DISTILLATION, OPERATIONS, Operation
+from nexrl_contract.operations import OPERATIONS, Operation
 from nexrl_contract.sections import ActorConfig
 
 from nexrl_worker.training.batch.layout import Layout, Rows
@@ -96,7 +96,7 @@ def prepare(actor: ActorConfig, operation: str, rows: Rows, params: Mapping[str,
     row = OPERATIONS[operation]
     checked = check_batch(rows.header, row, params, actor)
     loss: LossSettings | None = None
-    if operation == "update_critic":
+    if row.learns == "values":
         aggregation = _aggregation(actor.loss_agg_mode, actor.loss_scale_factor)
         loss = LossSettings(VALUE_LOSS, aggregation, value_clip=actor.cliprange_value)
     elif row.trains:
@@ -109,7 +109,7 @@ def loss_settings(
 ) -> LossSettings:
     """The settings of this operation; `params` (`loss`, of distillation its settings) win over
     `actor`."""
-    distils = operation == DISTILLATION
+    distils = OPERATIONS[operation].learns == "distillation"
     settings: Mapping[str, Any] = rows.metadata if distils else {}
     loss = _distillation_loss(actor, rows, params) if distils else _policy_loss(actor, params)
     mode = loss.aggregation or settings.get("loss_agg_mode") or actor.loss_agg_mode

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from nexrl_contract.tensors import MASKS
 from torch import Tensor
 
 from nexrl_worker.training.batch.layout import Layout, Masks, Rows, read_masks
 from nexrl_worker.training.errors import InvalidValue
 
-_MASKS = ("attention_mask", "loss_mask", "scoring_attention_mask")
 _CHECKED_TOKENS = 1 << 17
 
 
@@ -61,7 +61,7 @@ class _Some:
         self._indices = indices
 
     def check(self, names: Sequence[str]) -> None:
-        for name in _MASKS:
+        for name in MASKS:
             if self._rows.has(name):
                 mask = self._read(name)
                 self._refuse(name, mask, (mask != 0) & (mask != 1), "0 or 1")

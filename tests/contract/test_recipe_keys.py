@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 from nexrl_contract.config import GroupConfig, completed, differing_keys, parse_config
-from nexrl_contract.effects import WITHOUT_EFFECT
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.operations import ROLES
+from nexrl_contract.sections import Section, ServiceEntry, roles_of, section_of
 
 _BIAS_CORRECTED = {"use_kl_loss": True, "use_bias_correction_kl": True}
 
@@ -110,14 +110,16 @@ def test_a_default_is_never_named(role: str) -> None:
     assert parse(parse({}).settings() | {"ref": {}}, role).ignored == ()
 
 
-def test_every_key_of_the_table_of_roles_is_one() -> None:
-    """A misspelt name in it would never be found."""
-    for role, names in WITHOUT_EFFECT.items():
-        assert role in ROLES
-        for name in names:
-            found: Any = parse({}).settings()
-            for part in name.split("."):
-                found = found[part]
+def test_every_role_that_a_key_names_is_one() -> None:
+    """A misspelt role in it would never be a group's."""
+    sections: list[type[Section]] = [ServiceEntry]
+    named = set[str]()
+    while sections:
+        for info in sections.pop().model_fields.values():
+            named |= {*roles_of(info)}
+            sections += [inner for inner in [section_of(info)] if inner is not None]
+
+    assert named == {*ROLES} - {"reward"}
 
 
 def test_a_critic_adds_up_its_loss_as_it_is_told() -> None:
