@@ -1,4 +1,5 @@
-"""What the OpenAPI page shows as answers is what a group of real ranks answers."""
+"""What the OpenAPI page shows as answers, and the models it is made of, are what a group of real
+ranks answers."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 import requests
 from nexrl_client import HTTPTrainServiceClient
 from nexrl_contract.operations import OPERATIONS
+from nexrl_gateway.openapi import ANSWERS
 
 from tests.helpers.gateway import keys_of
 from tests.helpers.stack import Stack
@@ -31,13 +33,14 @@ def test_the_answers_shown_have_the_keys_of_real_ones(
         ]
         request = content["tensors" if operation.takes_batch else "typical"]["value"]
         text = json.dumps(request).replace("ckpt/step_1", f"openapi/{tmp_path.name}")
-        assert_as_shown(
-            paths, f"/{name}", call(stack, student, "POST", f"/{name}", json=json.loads(text))
-        )
+        answer = call(stack, student, "POST", f"/{name}", json=json.loads(text))
+        ANSWERS[name].model_validate_json(json.dumps(answer), strict=True)
+        assert_as_shown(paths, f"/{name}", answer)
     config = {"actor": {"model": {"path": str(tiny_model)}, "optim": {"lr": 1e-3}}}
     found = call(
         stack, student, "POST", "/initialize", json={"config_dict": config, "world_size": 2}
     )
+    ANSWERS["initialize_worker"].model_validate_json(json.dumps(found), strict=True)
     assert_as_shown(paths, "/initialize", found)
     for path in ("/health", "/ready", "/worker_info", "/jobs"):
         assert_as_shown(paths, path, call(stack, student, "GET", path), "get")

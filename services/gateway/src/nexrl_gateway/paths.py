@@ -62,15 +62,12 @@ class Roots:
         """
         path = _path(given, key, self.checkpoints[0])
         if not _below(path, self.checkpoints) or not _below(_resolved(path, key), self.checkpoints):
-            named = ", ".join(map(str, self.checkpoints))
-            raise _refused(
-                key,
-                given,
-                f"it is not below a checkpoint root ({named}); a relative path means below the "
-                "first, and "
-                "`nexrl up --checkpoint-root DIR` adds one (Compose: NEXRL_DATA is the "
-                f"root){self._model_hint(path)}",
+            reason = (
+                f"it is not below a checkpoint root ({', '.join(map(str, self.checkpoints))}); a "
+                "relative path means below the first, and `nexrl up --checkpoint-root DIR` adds "
+                f"one (Compose: NEXRL_DATA is the root){self._model_hint(path)}"
             )
+            raise _refused(key, given, reason)
         self._refuse_own(path, given, key)
         _refuse_long(path, given, key, longest_name)
         return str(path)
@@ -86,11 +83,8 @@ class Roots:
                 break
         for folder in (path, *path.parents):
             version = _VERSION.fullmatch(folder.name)
-            if (
-                version is not None
-                and _is_file(folder / EXPORT)
-                and _below(folder, self.checkpoints)
-            ):
+            exported = version is not None and _is_file(folder / EXPORT)
+            if version is not None and exported and _below(folder, self.checkpoints):
                 sync = folder.with_name(version[1])
                 reason = f"{sync} is a weight-sync folder, replaced whole by the next save"
                 raise _refused(key, given, f"{reason}; choose a path outside of it")
@@ -103,33 +97,22 @@ class Roots:
         A relative one means below the first model root; without roots it would mean wherever the
         service was started.
         """
-        if (
-            self.models is None
-            and not given.startswith(("/", *_NOT_EXPANDED))
-            and "://" not in given
-        ):
-            raise _refused(
-                key,
-                given,
-                f"it is not absolute; give the whole path of a folder{self._relative_hint(given)}",
-            )
+        relative = not given.startswith(("/", *_NOT_EXPANDED)) and "://" not in given
+        if self.models is None and relative:
+            hint = self._relative_hint(given)
+            raise _refused(key, given, f"it is not absolute; give the whole path of a folder{hint}")
         path = _path(given, key, self.models[0] if self.models else Path("/"))
         if self.models is not None and not _below(_resolved(path, key), self.models):
-            named = ", ".join(map(str, self.models))
-            raise _refused(
-                key,
-                given,
-                f"it is not below a model root ({named}); `nexrl up --model-root DIR` sets one "
-                "(Compose: NEXRL_MODELS)",
+            reason = (
+                f"it is not below a model root ({', '.join(map(str, self.models))}); "
+                "`nexrl up --model-root DIR` sets one (Compose: NEXRL_MODELS)"
             )
+            raise _refused(key, given, reason)
         self._refuse_own(path, given, key)
         if not _is_file(path / "config.json"):
-            raise ServiceError(
-                "INVALID_CONFIG",
-                f"{key}: there is no model folder with a config.json at "
-                f"{path}{_folder_hint(path, given)}",
-                key=key,
-            )
+            hint = _folder_hint(path, given)
+            message = f"{key}: there is no model folder with a config.json at {path}{hint}"
+            raise ServiceError("INVALID_CONFIG", message, key=key)
         return str(path)
 
     def _relative_hint(self, given: str) -> str:
@@ -162,11 +145,8 @@ def resolve_paths(params: dict[str, Any], roots: Roots) -> dict[str, Any]:
     """The parameters of a checkpoint operation with absolute paths; raises as
     :meth:`Roots.checkpoint` does."""
     if params.get("hdfs_path") is not None:
-        raise ServiceError(
-            "HDFS_NOT_CONFIGURED",
-            "hdfs_path: this service has no HDFS; leave it out",
-            key="hdfs_path",
-        )
+        message = "hdfs_path: this service has no HDFS; leave it out"
+        raise ServiceError("HDFS_NOT_CONFIGURED", message, key="hdfs_path")
     place = {"path": roots.checkpoint, "local_path": roots.target}
     return {
         name: place[name](value, name) if name in place else value for name, value in params.items()
@@ -175,18 +155,14 @@ def resolve_paths(params: dict[str, Any], roots: Roots) -> dict[str, Any]:
 
 def _path(given: str, key: str, base: Path) -> Path:
     if given.startswith("hdfs://"):
-        raise ServiceError(
-            "HDFS_NOT_CONFIGURED", f"{key}: this service has no HDFS; give a local path", key=key
-        )
+        message = f"{key}: this service has no HDFS; give a local path"
+        raise ServiceError("HDFS_NOT_CONFIGURED", message, key=key)
     unmeant = next((letter for letter in given if unicodedata.category(letter) in _UNMEANT), None)
     if unmeant is not None:
         raise _refused(key, given, f"it holds the character {unmeant!a}")
     if given.startswith(_NOT_EXPANDED):
-        raise _refused(
-            key,
-            given,
-            f"{given[0]} is not expanded here, since the service has another home; write it out",
-        )
+        reason = "is not expanded here, since the service has another home; write it out"
+        raise _refused(key, given, f"{given[0]} {reason}")
     path = base / given
     if "://" in given or path.name in ("", ".."):
         raise _refused(key, given, "it is not the path of a folder")
@@ -200,11 +176,9 @@ def _folder_hint(path: Path, given: str) -> str:
     with contextlib.suppress(OSError):
         for config in path.glob("snapshots/*/config.json"):
             return f"; it is a cache of the Hugging Face hub: give {config.parent}"
-    return (
-        ""
-        if given.startswith("/")
-        else f" (a relative path means below the first model root){_hub_hint(given)}"
-    )
+    if given.startswith("/"):
+        return ""
+    return f" (a relative path means below the first model root){_hub_hint(given)}"
 
 
 def _hub_hint(given: str) -> str:
@@ -222,20 +196,11 @@ def _resolved(path: Path, key: str) -> Path:
 
 
 def _refuse_long(path: Path, given: str, key: str, longest_name: int) -> None:
-    for part, longest in (
-        (path.name, longest_name),
-        *((part, LONGEST_PART) for part in path.parts),
-    ):
-        if len(os.fsencode(part)) > longest:
-            raise _refused(
-                key,
-                given,
-                f"a name in it has {len(os.fsencode(part))} bytes; {longest} are possible",
-            )
-    if len(os.fsencode(path)) > LONGEST_PATH:
-        raise _refused(
-            key, given, f"it has {len(os.fsencode(path))} bytes; {LONGEST_PATH} are possible"
-        )
+    limits = [("a name in it", path.name, longest_name)]
+    limits += [("a name in it", part, LONGEST_PART) for part in path.parts]
+    for what, part, longest in [*limits, ("it", str(path), LONGEST_PATH)]:
+        if (nbytes := len(os.fsencode(part))) > longest:
+            raise _refused(key, given, f"{what} has {nbytes} bytes; {longest} are possible")
 
 
 def _below(path: Path, roots: tuple[Path, ...]) -> bool:

@@ -243,13 +243,10 @@ _BY_STATUS = {404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}
 def add_error_handlers(app: FastAPI) -> None:
     """Every error leaves ``app`` as ``{"error": {...}}``; what nobody expected the server logs with
     its traceback."""
-    app.add_exception_handler(ServiceError, _answer)
-    app.add_exception_handler(CodecError, _answer)
-    app.add_exception_handler(RequestValidationError, _answer)
-    app.add_exception_handler(HTTPException, _answer)
-    app.add_exception_handler(ClientDisconnect, _answer)
+    known = (ServiceError, CodecError, RequestValidationError, HTTPException, ClientDisconnect)
+    for kind in (*known, Exception):
+        app.add_exception_handler(kind, _answer)
     app.add_exception_handler(redis.exceptions.RedisError, _answer_for_redis)
-    app.add_exception_handler(Exception, _answer)
 
 
 async def _answer(request: Request, error: Exception) -> Response:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 GIB = 1024**3
 
@@ -40,26 +41,15 @@ class Settings:
 
     @classmethod
     def from_env(cls) -> Self:
-        """Raises ValueError naming the variable that does not fit."""
+        """A variable that is not set, or empty, leaves the default above. Raises ValueError naming
+        the variable that does not fit."""
         data = Path(os.environ.get("NEXRL_DATA") or "data").absolute()
-        return cls(
-            data=data,
-            payloads=os.environ.get("NEXRL_PAYLOADS") or f"file://{data}/.nexrl/payloads",
-            redis_url=os.environ.get("NEXRL_REDIS_URL") or "redis://127.0.0.1:6379/0",
-            checkpoint_roots=_folders("NEXRL_CHECKPOINT_ROOTS"),
-            model_roots=_folders("NEXRL_MODEL_ROOTS"),
-            fsync=os.environ.get("NEXRL_FSYNC", "0") == "1",
-            host=os.environ.get("NEXRL_HOST") or "127.0.0.1",
-            port=_integer("NEXRL_PORT", 8000, 0),
-            wait_limit_s=_integer("NEXRL_WAIT_LIMIT_S", 600, 1),
-            max_body_bytes=_integer("NEXRL_MAX_BODY_BYTES", 4 * GIB, 1),
-            max_connections=_integer("NEXRL_MAX_CONNECTIONS", 2000, 1),
-            allowed_hosts=_hosts("NEXRL_ALLOWED_HOSTS"),
-            result_kept_s=_integer("NEXRL_RESULT_KEPT_S", 300, 1),
-            upload_kept_s=_integer("NEXRL_UPLOAD_KEPT_S", 600, 1),
-            jobs_kept=_integer("NEXRL_JOBS_KEPT", 10_000, 0),
-            jobs_kept_s=_integer("NEXRL_JOBS_KEPT_S", 600, 1),
-        )
+        given: dict[str, Any] = {
+            name: read(variable)
+            for name, read in _READERS.items()
+            if os.environ.get(variable := f"NEXRL_{name.upper()}")
+        }
+        return cls(**{"data": data, "payloads": f"file://{data}/.nexrl/payloads", **given})
 
     @property
     def own_folder(self) -> Path:
@@ -73,25 +63,36 @@ class Settings:
 
 
 def _folders(name: str) -> tuple[Path, ...]:
-    return tuple(
-        Path(part).absolute() for part in os.environ.get(name, "").split(os.pathsep) if part
-    )
+    return tuple(Path(part).absolute() for part in os.environ[name].split(os.pathsep) if part)
 
 
 def _hosts(name: str) -> tuple[str, ...]:
-    hosts = tuple(
-        part.strip("[]").lower() for part in re.split(r"[\s,]+", os.environ.get(name, "")) if part
-    )
+    parts = re.split(r"[\s,]+", os.environ[name])
+    hosts = tuple(part.strip("[]").lower() for part in parts if part)
     for host in hosts:
         if not re.fullmatch(r"\*|(\*\.)?[a-z0-9_.:-]+", host) or re.fullmatch(r"[^:]*:[^:]*", host):
-            raise ValueError(
-                f"{name} lists host names or addresses without ports, and not {host!r}"
-            )
+            message = f"{name} lists host names or addresses without ports, and not {host!r}"
+            raise ValueError(message)
     return hosts
 
 
-def _integer(name: str, default: int, least: int) -> int:
-    text = os.environ.get(name) or str(default)
-    if not text.isascii() or not text.isdigit() or int(text) < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, not {text!r}")
-    return int(text)
+def _integer(least: int) -> Callable[[str], int]:
+    def read(name: str) -> int:
+        text = os.environ[name]
+        if not text.isascii() or not text.isdigit() or int(text) < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, not {text!r}")
+        return int(text)
+
+    return read
+
+
+_READERS: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(("payloads", "redis_url", "host"), os.environ.__getitem__),
+    **dict.fromkeys(("checkpoint_roots", "model_roots"), _folders),
+    **dict.fromkeys(("port", "jobs_kept"), _integer(0)),
+    **dict.fromkeys(("wait_limit_s", "max_body_bytes", "max_connections"), _integer(1)),
+    **dict.fromkeys(("result_kept_s", "upload_kept_s", "jobs_kept_s"), _integer(1)),
+    "allowed_hosts": _hosts,
+    "fsync": lambda name: os.environ[name] == "1",
+}
+"""How the variable of each field is read."""

@@ -34,7 +34,7 @@ def parse_object(
     """The JSON object in ``raw``, which is UTF-8; raises MALFORMED. ``constant`` reads NaN and the
     infinities, if they may be."""
     try:
-        skeleton, texts = _cut(raw)
+        skeleton, texts = _cut_out(raw)
         document = json.loads(
             skeleton.decode("utf-8-sig"),
             object_pairs_hook=_unique,
@@ -46,7 +46,7 @@ def parse_object(
             raise ServiceError(
                 "MALFORMED", f"{what} must be a JSON object, not {type(document).__name__}"
             )
-        _settle(document, texts, surrogates=b"\\ud" in skeleton or b"\\uD" in skeleton)
+        _restore(document, texts, surrogates=b"\\ud" in skeleton or b"\\uD" in skeleton)
     except UnicodeEncodeError:
         raise ServiceError(
             "MALFORMED", f"{what} has half a surrogate pair, which is no text"
@@ -56,7 +56,7 @@ def parse_object(
     return document
 
 
-def _cut(raw: bytes | bytearray) -> tuple[bytearray, dict[str, str]]:
+def _cut_out(raw: bytes | bytearray) -> tuple[bytearray, dict[str, str]]:
     """``raw`` with a short name for each long text, and these by name; raises ValueError where a
     limit is exceeded."""
     _count(raw, 0, len(raw), b"\\", 0, MAX_ESCAPES, "escapes in its texts")
@@ -102,7 +102,7 @@ def _closing(raw: bytes | bytearray, start: int) -> int:
     raise ValueError(f"the text that begins at byte {start} does not end")
 
 
-def _settle(document: dict[str, Any], texts: dict[str, str], *, surrogates: bool) -> None:
+def _restore(document: dict[str, Any], texts: dict[str, str], *, surrogates: bool) -> None:
     """Put the long texts back; raises ValueError for what is too deep, or no text. Not recursive,
     as what it looks for is."""
     level: list[Any] = [document]
