@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from nexrl_contract import names
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVICES = {"nexrl_gateway", "nexrl_worker", "nexrl_checkpointer", "nexrl_stack"}
@@ -158,6 +160,13 @@ def test_modules_and_classes_stay_small() -> None:
 
 @pytest.mark.parametrize("part", sorted(SERVICES))
 def test_nobody_but_the_ledger_talks_to_its_redis(part: str) -> None:
-    """What a service wants of the records is a method with a name."""
+    """What a service wants of the records is a method with a name; no service knows a key."""
+    keys = "|".join(
+        name
+        for name in vars(names)
+        if name.lower().endswith(("_key", "_channel")) and not name.startswith("valid")
+    )
     for path in modules(part):
-        assert "ledger.client" not in path.read_text(), path
+        known = rf"ledger\.client|nexrl:\w|names\.(?:{keys})\b|import .*\b(?:{keys})\b"
+        found = re.findall(known, path.read_text())
+        assert found == [], path

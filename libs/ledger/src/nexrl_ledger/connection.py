@@ -1,18 +1,23 @@
-"""Redis clients without hidden retries: a lost reply must surface, because a repeated command may
-act twice."""
+"""Redis clients without hidden retries, and what to do while Redis is away.
+
+A lost reply must surface, because a repeated command may act twice.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import redis
+from nexrl_contract.names import ENDED_CHANNEL
 from redis.backoff import NoBackoff
 from redis.exceptions import BusyLoadingError, OutOfMemoryError, ReadOnlyError
 from redis.retry import Retry
 
 Answer = TypeVar("Answer")
+_LISTEN_S = 0.5
 _AWAY = (
     redis.exceptions.ConnectionError,
     redis.exceptions.TimeoutError,
@@ -91,3 +96,30 @@ def until_redis(
                 raise
             while_waiting()
             time.sleep(0.5)
+
+
+def follow_ended(
+    redis_url: str,
+    stopping: threading.Event,
+    *,
+    on_ended: Callable[[str], None],
+    on_gap: Callable[[], None],
+) -> None:
+    """Call ``on_ended(job_id)`` for each job that ends, until ``stopping`` is set.
+
+    ``on_gap()`` is called where jobs may have ended while nobody listened: at the beginning, and
+    each time that Redis was away.
+    """
+    client = connect(redis_url)
+    while not stopping.is_set():
+        try:
+            with client.pubsub(ignore_subscribe_messages=True) as channel:  # type: ignore[no-untyped-call]
+                channel.subscribe(ENDED_CHANNEL)
+                on_gap()
+                while not stopping.is_set():
+                    message = channel.get_message(timeout=_LISTEN_S)
+                    if message is not None:
+                        on_ended(message["data"])
+        except redis.exceptions.RedisError:
+            stopping.wait(_LISTEN_S)
+    client.close()

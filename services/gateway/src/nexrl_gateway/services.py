@@ -16,9 +16,8 @@ import redis
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from fastapi import Depends, Request
-from nexrl_contract.names import ENDED_CHANNEL
 from nexrl_contract.records import JobRecord
-from nexrl_ledger import Ledger, connect
+from nexrl_ledger import Ledger, connect, follow_ended
 from nexrl_payloads import PayloadStore, open_store
 
 from nexrl_gateway.paths import Roots
@@ -48,11 +47,19 @@ class CompletionWaiter:
 
     def __init__(self, ledger: Ledger, redis_url: str) -> None:
         self._ledger = ledger
-        self._redis_url = redis_url
         self._loop = asyncio.get_running_loop()
         self._events: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._listen, name="completions", daemon=True)
+        self._thread = threading.Thread(
+            target=follow_ended,
+            args=(redis_url, self._stopping),
+            kwargs={
+                "on_ended": lambda job_id: self._in_loop(partial(self._wake, job_id)),
+                "on_gap": lambda: self._in_loop(self._wake_all),
+            },
+            name="completions",
+            daemon=True,
+        )
         self._thread.start()
 
     async def final(self, job_id: str, timeout_s: float) -> JobRecord:
@@ -110,24 +117,6 @@ class CompletionWaiter:
     def _wake_all(self) -> None:
         for job_id in self._events:
             self._wake(job_id)
-
-    def _listen(self) -> None:
-        client = connect(self._redis_url)
-        while not self._stopping.is_set():
-            try:
-                with client.pubsub(ignore_subscribe_messages=True) as channel:  # type: ignore[no-untyped-call]
-                    channel.subscribe(ENDED_CHANNEL)
-                    self._in_loop(self._wake_all)  # jobs may have ended while nobody listened
-                    self._relay(channel)
-            except redis.exceptions.RedisError:
-                self._stopping.wait(_LISTEN_S)
-        client.close()
-
-    def _relay(self, channel: redis.client.PubSub) -> None:
-        while not self._stopping.is_set():
-            message = channel.get_message(timeout=_LISTEN_S)
-            if message is not None:
-                self._in_loop(partial(self._wake, message["data"]))
 
     def _in_loop(self, act: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits any more
