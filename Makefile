@@ -4,6 +4,7 @@ PYTHON ?= python3
 EXAMPLE ?= grpo
 MODEL ?= tiny
 ARGS ?=
+JOBS ?= 2
 BIN := .venv/bin
 PARTS := $(sort $(patsubst %/pyproject.toml,%,$(wildcard libs/*/pyproject.toml services/*/pyproject.toml)))
 STAMP := .venv/.installed
@@ -36,13 +37,14 @@ $(STAMP): constraints.txt requirements-dev.txt $(OLDER) $(addsuffix /pyproject.t
 demo: $(STAMP) ## train through the whole stack (EXAMPLE=grpo|ppo|distill; MODEL=smollm2: a few steps of a real model)
 	@$(BIN)/python scripts/demo.py --example $(EXAMPLE) $(if $(filter grpo,$(EXAMPLE)),--model $(MODEL)) $(ARGS)
 
-test: $(STAMP) ## all tests (ARGS=... goes to pytest)
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP) ## all tests (ARGS=... goes to pytest; JOBS=1: one by one)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-fast: $(STAMP) ## the tests that take seconds and need no Docker
-	@$(BIN)/python -m pytest -m "not slow and not docker" $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not docker" $(ARGS)
 
-check: format-check lint types test ## what CI runs: format, lint, types, tests
+check: format-check lint types ## what CI runs: format, lint, types, all tests, the coverage floor
+	@$(MAKE) --no-print-directory test ARGS="--cov --cov-report= $(ARGS)"
 
 docs: $(STAMP) ## write the generated pages again (docs/configuration.md, docs/client-api.md)
 	@$(BIN)/python scripts/configuration_docs.py

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
+import psutil
 import pytest
 import redis
 
@@ -15,6 +17,24 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Threads that wait for each other at every operation of a tiny model cost more than they save.
 # Ranks of a stack have their own.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """After the last test nothing runs that works in a folder of the tests or for one."""
+    folder = tmp_path_factory.getbasetemp()
+    yield
+    assert [process for process in psutil.process_iter() if _works_below(folder, process)] == []
+
+
+def _works_below(folder: Path, process: psutil.Process) -> bool:
+    try:
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        places = (process.cwd(), process.environ().get("NEXRL_DATA", "/"))
+    except psutil.Error:
+        return False
+    return any(Path(place).is_relative_to(folder) for place in places)
 
 
 @pytest.fixture(scope="session")
