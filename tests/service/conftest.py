@@ -19,8 +19,8 @@ from tests.helpers.stack import Stack
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """A stack with six slots."""
-    stack = Stack(tmp_path_factory.mktemp("service") / "data", "--slots", "6")
+    """A stack with eight slots: all groups of a module together leave two."""
+    stack = Stack(tmp_path_factory.mktemp("service") / "data", "--slots", "8")
     try:
         yield stack.until_ready()
     finally:

@@ -96,6 +96,8 @@ def test_a_timeout_names_the_job_which_goes_on(
 ) -> None:
     impatient = HTTPTrainServiceClient(stack.url, "student")
     impatient.request_timeout = 0.001
+    for _ in range(3):  # the group is busy, however quick it is
+        student.submit("compute_log_prob", make_batch(rows=64, length=64, responses=32))
 
     with pytest.raises(ServiceTimeout) as caught:
         impatient.compute_log_prob(make_batch(rows=64, length=64, responses=32))

@@ -1,8 +1,5 @@
 """Critic, reward, reference and teacher groups through the client: their numbers are transformers'
-own, their limits are said.
-
-The tests that need two ranks more come first: all the groups together fill the stack's slots.
-"""
+own, their limits are said."""
 
 from __future__ import annotations
 
