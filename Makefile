@@ -70,5 +70,5 @@ bench: $(STAMP) ## measure against the baselines; non-zero exit where a target i
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## remove .venv and caches; data/ and runs/ stay
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .coverage .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find libs services tests examples scripts -name __pycache__ -type d -prune -exec rm -rf {} +
