@@ -62,6 +62,15 @@ class Header:
     data_start: int
     total_size: int
 
+    def with_metadata(self, metadata: Mapping[str, str]) -> bytes:
+        """Prefix, JSON and padding of the same tensors with other metadata. Raises HeaderTooLarge
+        and InvalidMetadata."""
+        entries = sorted(self.tensors.items(), key=lambda entry: (entry[1].start, entry[1].end))
+        return write_header(
+            [(name, info.dtype, info.shape, info.nbytes) for name, info in entries],
+            check_metadata(metadata),
+        )
+
 
 def header_length(first8: bytes | bytearray | memoryview) -> int:
     """Bytes of prefix and JSON together, from a frame's first eight bytes.

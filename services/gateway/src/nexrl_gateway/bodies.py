@@ -25,6 +25,7 @@ CONTROL_LIMIT_BYTES = 1024**2
 """Largest JSON body of arguments alone."""
 _WHOLE_BODY_S = 120
 _PATIENCE_S = 20
+_TENSOR_FIELDS = frozenset({"data", "shape", "dtype", "encoding"})
 _AS_FRAME = f"send tensors as the binary frame ({FRAME_TYPE}) instead, as nexrl_client does"
 
 
@@ -153,7 +154,6 @@ def _too_large(nbytes: int, limit: int, advice: str) -> ServiceError:
     )
 
 
-_FIELDS = frozenset({"data", "shape", "dtype", "encoding"})
 BATCH_KEYS = (*TENSOR_SECTION, *VALUE_SECTION, *METADATA_SECTION, "payload", "parts")
 """What a body with a batch may hold besides the operation's arguments."""
 
@@ -187,58 +187,40 @@ def read_batch(document: dict[str, Any]) -> BatchDocument | PartsDocument:
     tensors = _take(rest, TENSOR_SECTION)
     values = list(_take(rest, VALUE_SECTION) or {})
     metadata = _take(rest, METADATA_SECTION) or {}
-    if "payload" in rest:
-        return _parts(rest, values, metadata, tensors)
-    if tensors is None:
-        tensors = {name: rest.pop(name) for name in list(rest) if _is_tensor(rest[name])}
-    return BatchDocument(tensors, values, metadata, rest)
-
-
-def _parts(
-    rest: dict[str, Any],
-    values: list[str],
-    metadata: dict[str, Any],
-    tensors: dict[str, Any] | None,
-) -> PartsDocument:
+    if "payload" not in rest:
+        if tensors is None:
+            tensors = {name: rest.pop(name) for name in list(rest) if _is_tensor(rest[name])}
+        return BatchDocument(tensors, values, metadata, rest)
     payload, parts = rest.pop("payload"), rest.pop("parts", None)
     if tensors:
-        raise ServiceError(
-            "INVALID_ARGUMENT",
-            "send the tensors or the id of an uploaded payload, not both",
-            key="payload",
-        )
+        raise _invalid("payload", "send the tensors or the id of an uploaded payload, not both")
     if not isinstance(payload, str):
-        raise ServiceError(
-            "INVALID_ARGUMENT", "payload must be the id of an uploaded payload", key="payload"
-        )
+        raise _invalid("payload", "payload must be the id of an uploaded payload")
     if not isinstance(parts, int) or isinstance(parts, bool) or parts < 1:
-        raise ServiceError(
-            "INVALID_ARGUMENT", "parts must say how many parts were uploaded, from 1", key="parts"
-        )
+        raise _invalid("parts", "parts must say how many parts were uploaded, from 1")
     return PartsDocument(payload, parts, values, metadata, rest)
 
 
 def _take(rest: dict[str, Any], spellings: tuple[str, str]) -> dict[str, Any] | None:
+    """Take a section out of the document, by either name."""
     found = [name for name in spellings if name in rest]
     if len(found) == 2:
-        raise ServiceError(
-            "INVALID_ARGUMENT",
-            f"{found[0]} and {found[1]} are two names of one thing; send one",
-            key=found[1],
-        )
+        raise _invalid(found[1], f"{found[0]} and {found[1]} are two names of one thing; send one")
     if not found:
         return None
     value = rest.pop(found[0])
     if value is not None and not isinstance(value, dict):
-        raise ServiceError(
-            "INVALID_ARGUMENT",
-            f"{found[0]} must be an object, not {type(value).__name__}",
-            key=found[0],
-        )
+        raise _invalid(found[0], f"{found[0]} must be an object, not {type(value).__name__}")
     return value
+
+
+def _invalid(key: str, message: str) -> ServiceError:
+    return ServiceError("INVALID_ARGUMENT", message, key=key)
 
 
 def _is_tensor(value: Any) -> bool:
     """Whether somebody meant a tensor, well-formed or not: no argument is a list, or has one of
     these fields."""
-    return isinstance(value, list) or (isinstance(value, dict) and not _FIELDS.isdisjoint(value))
+    return isinstance(value, list) or (
+        isinstance(value, dict) and not _TENSOR_FIELDS.isdisjoint(value)
+    )

@@ -1,22 +1,22 @@
 """Connections: large bodies straight from their socket, and an end to what is endless, stalled or
 too much.
 
-A thread reads, checks and stores a large body through one kept buffer.
-
-uvicorn hands a body over in messages that its event loop has copied four times: two thirds of an
-upload's time. So :class:`DirectProtocol` (``http=`` of ``uvicorn.Config``) parses heads as uvicorn
-does, and offers the rest of a body of known length in ``scope["extensions"]``; who takes it gets a
-second descriptor of the paused connection. Another server, TLS or a chunked body offers nothing,
-and the body comes by ASGI messages.
+uvicorn hands a body over in messages that its event loop has copied four times: an upload takes
+nearly twice as long (decision 0008). So :class:`DirectProtocol` (``http=`` of ``uvicorn.Config``)
+parses heads as uvicorn does, and offers the rest of a body of known length in
+``scope["extensions"]``. Who takes it gets a second descriptor of the paused connection, and a
+thread that reads it. Another server, TLS or a chunked body offers nothing, and the body comes by
+ASGI messages.
 
 uvicorn bounds neither a head's bytes nor the time that a head or a body takes, and above
 ``limit_concurrency`` it refuses whoever comes, while idle connections stay. So the protocol does: a
 head has ``HEAD_BYTES`` and ``HEAD_S``, a body its :class:`Pace`, and above ``limit_concurrency``
 connections the idle ones go first.
 
-This relies on uvicorn's ``HttpToolsProtocol`` (as of 0.54): on its callbacks, and that a
-connection's state is ``cycle``, ``flow`` and ``parser``. The parser is made anew for the next
-request, because httptools cannot be told to skip bytes.
+What relies on uvicorn's ``HttpToolsProtocol`` is here alone, and is listed in
+``tests/gateway/test_uvicorn_contract.py``.
+The parser is made anew for the next request, because httptools cannot be told to skip
+bytes.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ STALL_BYTES = 64 * 1024
 its answer."""
 ALWAYS_ANSWERED = ("/health", "/ready", "/metrics")
 _EXTENSION = "nexrl.body"
-_BUFFER_BYTES = 1024 * 1024
-_SMALL_BUFFER_BYTES = 64 * 1024
-_LARGE_BUFFERS = 32
+_BUFFER_BYTES = 256 * 1024  # larger ones are no faster
 _SLICE_S = 0.05  # a stop, and others who wait for a thread, need not wait longer
 _PATIENCE_S = 0.002  # going to sleep on the event loop and back costs about as much
+_kept = threading.local()
+"""A buffer for each thread, so that a stalled upload holds none."""
 
 
 class Pace:
@@ -89,8 +89,7 @@ class Pace:
 
 
 class DirectBody:
-    """The rest of one request's body; ``remaining`` bytes of it have not been handed to the
-    application."""
+    """The rest of one request's body: the bytes that the parser has not passed on."""
 
     def __init__(self, protocol: DirectProtocol, cycle: RequestResponseCycle, nbytes: int) -> None:
         self._protocol = protocol
@@ -117,112 +116,75 @@ class DirectBody:
         Raises ClientDisconnect, and what ``write`` raises; the connection stays usable after the
         latter.
         """
-        transport = self._protocol.transport
-        descriptor = os.dup(
-            transport.get_extra_info("socket").fileno()
-        )  # may fail, so before anything is changed
+        protocol, cycle = self._protocol, self._cycle
+        transport = protocol.transport
+        # This may fail, so it comes before anything is changed.
+        descriptor = os.dup(transport.get_extra_info("socket").fileno())
         with socket.socket(fileno=descriptor) as connection:
-            self._protocol.flow.pause_reading()
-            if self._cycle.waiting_for_100_continue:
+            connection.settimeout(_PATIENCE_S)
+            # From here to go_on_after the event loop reads nothing of this connection, so what the
+            # parser has passed on and what is left in the socket are all there is.
+            protocol.flow.pause_reading()
+            if cycle.waiting_for_100_continue:
                 transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-                self._cycle.waiting_for_100_continue = False
-            here, self._cycle.body = self._cycle.body, bytearray()
-            self._protocol.parser = self._protocol.make_parser()
-            flow, pace = _Flow(connection, self._unparsed, write), Pace()
+                cycle.waiting_for_100_continue = False
+            here, cycle.body = cycle.body, bytearray()
+            protocol.parser = protocol.make_parser()
             try:
-                await run_sync(flow.begin, head, here)
-                while not await self._go_on(flow, pace):
-                    with anyio.move_on_after(pace.left_s()) as patience:
-                        await anyio.wait_readable(connection)
-                    if patience.cancelled_caught:
-                        raise pace.too_slow()
+                await run_sync(_write_all, write, head, here)
+                await self._copy_rest(connection, write)
             except ClientDisconnect:
-                self._cycle.disconnected = True
+                cycle.disconnected = True
                 transport.close()
                 raise
             finally:
-                flow.close()
-                self._unparsed = 0
-                self._protocol.go_on_after(flow.remaining)
+                unread, self._unparsed = self._unparsed, 0
+                protocol.go_on_after(unread)
 
-    async def _go_on(self, flow: _Flow, pace: Pace) -> bool:
-        before = flow.remaining
-        try:
-            return await run_sync(flow.go_on)
-        finally:
-            pace.saw(before - flow.remaining)
-
-
-class _Flow:
-    """From a socket through a buffer, filled before it is written, to ``write``."""
-
-    _large = threading.Semaphore(_LARGE_BUFFERS)
-    """What a process holds for uploads is bounded, however many stall with theirs half full."""
-
-    def __init__(
-        self, connection: socket.socket, remaining: int, write: Callable[[memoryview], None]
+    async def _copy_rest(
+        self, connection: socket.socket, write: Callable[[memoryview], None]
     ) -> None:
-        connection.settimeout(_PATIENCE_S)
-        self.remaining = remaining
-        self._connection = connection
-        self._write = write
-        self._is_large = self._large.acquire(blocking=False)
-        self._buffer = memoryview(
-            bytearray(_BUFFER_BYTES if self._is_large else _SMALL_BUFFER_BYTES)
-        )
-        self._filled = 0
+        pace = Pace()
+        while self._unparsed:
+            before = self._unparsed
+            await run_sync(self._take, connection, write)
+            pace.saw(before - self._unparsed)
+            if self._unparsed:
+                with anyio.move_on_after(pace.left_s()) as patience:
+                    await anyio.wait_readable(connection)
+                if patience.cancelled_caught:
+                    raise pace.too_slow()
 
-    def close(self) -> None:
-        """Give the buffer back."""
-        if self._is_large:
-            self._large.release()
-
-    def begin(self, *pieces: bytes | bytearray) -> None:
-        """Put what was read before in front."""
-        for piece in pieces:
-            view = memoryview(piece)
-            while view.nbytes:
-                count = min(view.nbytes, self._buffer.nbytes - self._filled)
-                self._buffer[self._filled : self._filled + count] = view[:count]
-                view = view[count:]
-                self._advance(count)
-            view.release()
-            if isinstance(piece, bytearray):
-                piece.clear()  # whoever gave it keeps it as long as the upload lasts
-
-    def go_on(self) -> bool:
-        """Take what is there; True once the whole body has been written."""
-        end = time.monotonic() + _SLICE_S
-        while self.remaining and time.monotonic() < end:
+    def _take(self, connection: socket.socket, write: Callable[[memoryview], None]) -> None:
+        """Write what comes within a moment; in a thread, one at a time."""
+        if not hasattr(_kept, "buffer"):
+            _kept.buffer = memoryview(bytearray(_BUFFER_BYTES))
+        buffer, filled, end = _kept.buffer, 0, time.monotonic() + _SLICE_S
+        while self._unparsed and time.monotonic() < end:
             try:
-                count = self._connection.recv_into(
-                    self._buffer[self._filled : self._filled + self.remaining]
-                )
+                count = connection.recv_into(buffer[filled : filled + self._unparsed])
             except TimeoutError:
                 break
             except OSError as error:
                 raise ClientDisconnect from error
             if count == 0:
                 raise ClientDisconnect
-            self.remaining -= count
-            self._advance(count)
-        return self._finish()
-
-    def _advance(self, count: int) -> None:
-        self._filled += count
-        if self._filled == self._buffer.nbytes:
-            self._flush()
-
-    def _flush(self) -> None:
-        filled, self._filled = self._filled, 0
+            # Counted before it is written: a write that fails leaves the rest to be dropped.
+            self._unparsed -= count
+            filled += count
+            if filled == _BUFFER_BYTES:
+                write(buffer)
+                filled = 0
         if filled:
-            self._write(self._buffer[:filled])
+            write(buffer[:filled])
 
-    def _finish(self) -> bool:
-        if self.remaining:
-            return False
-        self._flush()
-        return True
+
+def _write_all(write: Callable[[memoryview], None], *pieces: bytes | bytearray) -> None:
+    for piece in pieces:
+        with memoryview(piece) as view:
+            write(view)
+        if isinstance(piece, bytearray):
+            piece.clear()  # whoever gave it keeps it as long as the upload lasts
 
 
 class DirectProtocol(HttpToolsProtocol):
@@ -245,7 +207,6 @@ class DirectProtocol(HttpToolsProtocol):
         self._most, self.limit_concurrency = self.limit_concurrency, None
 
     # -- connections
-    # ----------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -332,7 +293,6 @@ class DirectProtocol(HttpToolsProtocol):
             self._watch_answer(left)
 
     # -- messages
-    # ----------------------------------------------------------------------------------------------
 
     def make_parser(self) -> httptools.HttpRequestParser:
         """A parser at the start of a request, as uvicorn makes it."""

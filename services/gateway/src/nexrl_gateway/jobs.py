@@ -23,11 +23,11 @@ from starlette.background import BackgroundTask
 from starlette.responses import Response
 from tensor_codec import RawTensor, to_json
 
-from nexrl_gateway.intake import StoredFrame, header_bytes, read_frame
 from nexrl_gateway.responses import JobView, json_response
 from nexrl_gateway.services import Services
 from nexrl_gateway.strict_json import finite
 from nexrl_gateway.submit import without_agent
+from nexrl_gateway.uploads import StoredFrame, read_frame
 
 Said = dict[str, Any]
 """A part of an answer."""
@@ -237,7 +237,7 @@ def _response(services: Services, job: JobRecord, frame: bool, extra: Said) -> R
     if frame and stored is not None and stored.header.tensors:
         said = {"metrics": metrics, "meta_info": meta_info}
         # The stored tensors under a header of our own, which says what only the ledger knows.
-        head = header_bytes(stored.header, envelope.written(finite(said)))
+        head = stored.header.with_metadata(envelope.written(finite(said)))
         return FrameResponse(chain([head], stored.body), len(head) + stored.nbytes)
     batch = _json_tensors(stored) if stored else {}
     return json_response(

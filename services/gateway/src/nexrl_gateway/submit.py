@@ -25,9 +25,9 @@ from nexrl_contract.records import GroupRecord, JobRecord, PayloadRef
 from nexrl_contract.tensors import Described
 from nexrl_ledger import Ledger
 from nexrl_payloads import StoredPayload
-from tensor_codec import Header
+from tensor_codec import Header, encode
 
-from nexrl_gateway import intake
+from nexrl_gateway import uploads
 from nexrl_gateway.bodies import (
     BATCH_KEYS,
     BatchDocument,
@@ -124,12 +124,12 @@ class _Submission:
         """A batch that is the body; it is streamed into the store."""
 
         def check(header: Header) -> Validated:
-            envelope = intake.envelope_of(header)
+            envelope = uploads.envelope_of(header)
             params = self._params(envelope.params)
             return self._validated(params, header.tensors, envelope.metadata)
 
         job_id, limit = names.new_job_id(), self.services.settings.max_body_bytes
-        validated, ref = await intake.store_frame(request, self.services, job_id, limit, check)
+        validated, ref = await uploads.store_frame(request, self.services, job_id, limit, check)
         same = self._digest(validated.params, ref.checksum)
         return PendingJob(job_id, same, validated, ref, own_payload=True)
 
@@ -137,11 +137,11 @@ class _Submission:
         """A batch as base64; tensors that the operation does not know are not stored."""
         params = self._params(batch.params)
         read = {name: each for name, each in batch.tensors.items() if name in self.operation.reads}
-        tensors = intake.decode_tensors(read)
+        tensors = uploads.decode_tensors(read)
         dropped = [*(batch.tensors.keys() - read.keys()), *batch.values]
         validated = self._validated(params, tensors, batch.metadata, dropped)
         job_id, envelope = names.new_job_id(), Envelope(batch.metadata, batch.params)
-        ref = intake.store_tensors(self.services.store, job_id, tensors, envelope)
+        ref = self.services.store.put(job_id, encode(tensors, envelope.frame_metadata()))
         return PendingJob(
             job_id, self._digest(params, ref.checksum), validated, ref, own_payload=True
         )
@@ -180,14 +180,14 @@ class _Submission:
         ref = store.assemble(batch.payload, batch.parts)
         with store.open(batch.payload, ref.checksum) as payload:
             header = payload.header
-        envelope = intake.envelope_of(header)
+        envelope = uploads.envelope_of(header)
         params = self._params({**envelope.params, **batch.params})
         metadata = {**envelope.metadata, **batch.metadata}
         validated = self._validated(params, header.tensors, metadata, batch.values)
         job_id, copied = names.new_job_id(), metadata != envelope.metadata
         if copied:
             merged = {**header.metadata, **Envelope(metadata, envelope.params).frame_metadata()}
-            ref = intake.store_with_metadata(store, ref, job_id, merged)
+            ref = uploads.store_with_metadata(store, ref, job_id, merged)
         return PendingJob(job_id, same, validated, ref, own_payload=copied)
 
     def _params(self, given: dict[str, Any]) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from nexrl_contract.names import CHECKSUM_HEADER
 from starlette.responses import Response
 
 from nexrl_gateway.openapi import answered, refused
-from nexrl_gateway.parts import list_parts, store_part
 from nexrl_gateway.responses import PartView, PayloadView, json_response
 from nexrl_gateway.services import Here
+from nexrl_gateway.uploads import store_part
 
 PayloadId = Annotated[
     str, Path(pattern="^[0-9a-f]{32}$", description="32 hex digits, made by the client.")
@@ -56,4 +56,9 @@ async def put_part(
 )
 async def show_payload(services: Here, payload_id: PayloadId) -> Response:
     """The numbers of the parts, and their bytes so far."""
-    return json_response(await run_sync(list_parts, services, payload_id))
+
+    def look() -> dict[str, object]:
+        nbytes = services.store.nbytes(payload_id)
+        return {"payload": payload_id, "parts": services.store.parts(payload_id), "nbytes": nbytes}
+
+    return json_response(await run_sync(look))
