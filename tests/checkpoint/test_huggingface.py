@@ -106,7 +106,7 @@ def test_a_failing_writer_does_not_leave_the_gather(tmp_path: Path) -> None:
             yield item
 
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "part-00001").symlink_to("/dev/full")
+    (tmp_path / "out" / ".part-00001.tmp").symlink_to("/dev/full")
     writer = FolderWriter(
         tmp_path / "out", source, Stamp("student", 0, 0, "0" * 16), shard_bytes=20_000
     )

@@ -14,11 +14,10 @@ from nexrl_contract.names import group_key
 from nexrl_contract.records import GroupRecord
 from nexrl_gateway.paths import LONGEST_NAME
 from nexrl_ledger import Ledger, connect
-from nexrl_storage import files as durable
+from nexrl_storage import local as durable
 from nexrl_storage.manifest import Export, write_manifest
-from nexrl_worker.checkpoint.publish import PlainPath, VersionedPath
-from nexrl_worker.rank.control_group import ControlGroup
-from nexrl_worker.rank.request import Refused
+from nexrl_storage.publish import Replacement, Versions
+from nexrl_worker.rank.control_group import ControlGroup, Refused
 
 from tests.helpers.toy_checkpoints import loads, make_request, make_state
 
@@ -49,8 +48,8 @@ def test_a_sharded_save_of_the_longest_name(
 @pytest.mark.parametrize("ending", ["", "-hf"], ids=["weight-sync", "conversion"])
 def test_a_hugging_face_save_of_the_longest_name(tmp_path: Path, ending: str) -> None:
     """With the longest identifier, version after version."""
-    kind = PlainPath if ending else VersionedPath
-    target = kind(tmp_path / ("n" * LONGEST_NAME + ending), IDENTIFIER)
+    path = tmp_path / ("n" * LONGEST_NAME + ending)
+    target = Replacement(path, IDENTIFIER, Export) if ending else Versions(path, IDENTIFIER)
     for version in range(12):
         target.check()
         fields = {
@@ -62,7 +61,7 @@ def test_a_hugging_face_save_of_the_longest_name(tmp_path: Path, ending: str) ->
         }
         write_manifest(target.begin(), Export.model_validate(fields))
         target.commit()
-    assert f'"weight_version": {11}' in (target.path / "nexrl.json").read_text()
+    assert f'"weight_version": {11}' in (path / "nexrl.json").read_text()
 
 
 def test_a_name_too_long_found_by_a_rank_is_the_callers_error(tmp_path: Path) -> None:

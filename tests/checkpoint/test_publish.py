@@ -19,14 +19,13 @@ from typing import Any
 
 import pytest
 import redis
-from nexrl_checkpointer.publish import publish
-from nexrl_checkpointer.request import PublishRequest
+from nexrl_checkpointer.publish import PublishRequest, publish
 from nexrl_checkpointer.retention import replace_previous
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.names import CHECKPOINTS_KEY, GROUPS_KEY, group_key
 from nexrl_contract.records import GroupRecord, Share
 from nexrl_ledger import Ledger, connect
-from nexrl_storage import files as durable
+from nexrl_storage import local as durable
 from nexrl_storage.manifest import describe, published, read_manifest
 
 from tests.helpers.toy_checkpoints import leftovers, loads, make_request, make_state

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nexrl_checkpointer.publish import publish
 from nexrl_storage.manifest import Export, published, write_manifest
-from nexrl_worker.checkpoint.publish import VersionedPath
+from nexrl_storage.publish import Versions
 
 from tests.helpers.toy_checkpoints import make_request, make_state, stage
 
@@ -16,7 +16,7 @@ def test_the_list_holds_what_is_published_once(tmp_path: Path) -> None:
     """Sharded and weight-sync ones by the path a user knows; neither staging, hidden versions, nor
     damaged ones."""
     publish(make_request(tmp_path, tmp_path / "run" / "ckpt" / "step_1", step=1), lambda: None)
-    sync = VersionedPath(tmp_path / "run" / "sync", "student")
+    sync = Versions(tmp_path / "run" / "sync", "student")
     files = {
         "identifier": "student",
         "step": 0,

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from nexrl_checkpointer.publish import publish
-from nexrl_checkpointer.request import PublishRequest
+from nexrl_checkpointer.publish import PublishRequest, publish
 from nexrl_contract.names import new_job_id
 from transformers import AutoModelForCausalLM
 

@@ -11,8 +11,8 @@ from nexrl_checkpointer.publish import publish
 from nexrl_contract.errors import ServiceError
 from nexrl_storage.manifest import read_manifest
 from nexrl_worker.checkpoint.load import inspect
-from nexrl_worker.checkpoint.readers import ShardReader
-from nexrl_worker.checkpoint.shards import prepare_staging, write_shards
+from nexrl_worker.checkpoint.manager import empty_folder
+from nexrl_worker.checkpoint.shards import ShardReader, write_shards
 from safetensors import safe_open
 
 from tests.helpers.toy_checkpoints import cut, equal, make_request, make_state, read_all, stage
@@ -115,7 +115,7 @@ def test_rows_that_nobody_wrote_are_noticed_before_reading(tmp_path: Path) -> No
 
 def test_a_full_disk_is_no_space_and_leaves_nothing(tmp_path: Path) -> None:
     """The kernel's own "no space left" becomes NO_SPACE, and the rank's files are gone."""
-    (tmp_path / "optim.rank0-of-1.safetensors").symlink_to("/dev/full")
+    (tmp_path / ".optim.rank0-of-1.safetensors.tmp").symlink_to("/dev/full")
     with pytest.raises(ServiceError, match="NO_SPACE"):
         write_shards(tmp_path, 0, 1, cut(make_state(), 0, 1), {}, None)
     assert list(tmp_path.iterdir()) == []
@@ -124,5 +124,5 @@ def test_a_full_disk_is_no_space_and_leaves_nothing(tmp_path: Path) -> None:
 def test_staging_starts_empty(tmp_path: Path) -> None:
     """A second attempt at the same save finds nothing of the first."""
     folder = stage(tmp_path, "a" * 32, make_state())
-    prepare_staging(folder)
+    empty_folder(folder)
     assert list(folder.iterdir()) == []

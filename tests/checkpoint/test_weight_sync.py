@@ -7,19 +7,27 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from nexrl_checkpointer.publish import publish
 from nexrl_contract.errors import ServiceError
-from nexrl_storage import files as durable
+from nexrl_storage import local as durable
 from nexrl_storage.manifest import Export, describe, read_manifest, write_manifest
-from nexrl_worker.checkpoint.publish import PlainPath, VersionedPath
+from nexrl_storage.publish import Replacement, Versions
 
 from tests.helpers.toy_checkpoints import make_request
 
+Kind = Callable[[Path, str], Replacement[Export]]
 
-def put(target: VersionedPath | PlainPath, number: int, identifier: str = "student") -> None:
+
+def plain(path: Path, identifier: str) -> Replacement[Export]:
+    """A folder of its own, not a link to versions."""
+    return Replacement(path, identifier, Export)
+
+
+def put(target: Replacement[Export], number: int, identifier: str = "student") -> None:
     """Publish a version that says its number in two files."""
     target.check()
     fill(target.begin(), number, identifier)
@@ -44,7 +52,7 @@ def fill(folder: Path, number: int, identifier: str = "student") -> None:
 def test_a_reader_sees_one_whole_version_at_every_moment(tmp_path: Path) -> None:
     """While versions fly by, the path is never missing, and who resolves it once reads files of one
     version."""
-    target = VersionedPath(tmp_path / "sync", "student")
+    target = Versions(tmp_path / "sync", "student")
     put(target, 0)
     current, stop, seen, mixed = [0], threading.Event(), set(), []
 
@@ -74,7 +82,7 @@ def test_a_reader_sees_one_whole_version_at_every_moment(tmp_path: Path) -> None
 
 def test_the_last_two_versions_stay(tmp_path: Path) -> None:
     """Older ones go, and so does what a killed save of the same group left."""
-    target = VersionedPath(tmp_path / "sync", "student")
+    target = Versions(tmp_path / "sync", "student")
     (target.begin() / "half").write_text("killed here")
     for number in range(4):
         put(target, number)
@@ -84,7 +92,7 @@ def test_the_last_two_versions_stay(tmp_path: Path) -> None:
 
 def test_a_discarded_version_leaves_nothing(tmp_path: Path) -> None:
     """A failed save leaves the path as it was."""
-    target = VersionedPath(tmp_path / "sync", "student")
+    target = Versions(tmp_path / "sync", "student")
     put(target, 1)
     target.begin()
     target.discard()
@@ -94,7 +102,7 @@ def test_a_discarded_version_leaves_nothing(tmp_path: Path) -> None:
 def test_two_groups_on_one_path_are_told_apart(tmp_path: Path) -> None:
     """The second is refused by the first one's name, even where it began before; nothing of it
     stays."""
-    first, second = VersionedPath(tmp_path / "sync", "one"), VersionedPath(tmp_path / "sync", "two")
+    first, second = Versions(tmp_path / "sync", "one"), Versions(tmp_path / "sync", "two")
     fill(first.begin(), 8, "one")
     put(second, 7, "two")
     for refused in (first.check, first.commit):
@@ -107,10 +115,8 @@ def test_two_groups_on_one_path_are_told_apart(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [".sync.v1", "sync"]
 
 
-@pytest.mark.parametrize("kind", [VersionedPath, PlainPath])
-def test_what_we_did_not_write_is_refused(
-    tmp_path: Path, kind: type[VersionedPath | PlainPath]
-) -> None:
+@pytest.mark.parametrize("kind", [Versions, plain])
+def test_what_we_did_not_write_is_refused(tmp_path: Path, kind: Kind) -> None:
     """Folders, files and links of others, and checkpoints of the other kind, stay as they are."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
@@ -126,13 +132,13 @@ def test_what_we_did_not_write_is_refused(
 def test_an_empty_folder_or_an_export_of_ours_is_replaced(tmp_path: Path) -> None:
     """Trainers make the folder beforehand; a plain export may become a weight-sync path."""
     (tmp_path / "empty").mkdir()
-    put(VersionedPath(tmp_path / "empty", "student"), 1)
-    put(PlainPath(tmp_path / "ckpt-hf", "student"), 2)
-    put(PlainPath(tmp_path / "ckpt-hf", "student"), 3)
+    put(Versions(tmp_path / "empty", "student"), 1)
+    put(plain(tmp_path / "ckpt-hf", "student"), 2)
+    put(plain(tmp_path / "ckpt-hf", "student"), 3)
     assert (tmp_path / "ckpt-hf" / "a").read_text() == "3" and not (
         tmp_path / "ckpt-hf"
     ).is_symlink()
-    put(VersionedPath(tmp_path / "ckpt-hf", "student"), 4)
+    put(Versions(tmp_path / "ckpt-hf", "student"), 4)
     assert (tmp_path / "ckpt-hf").is_symlink()
     assert json.loads((tmp_path / "ckpt-hf" / "nexrl.json").read_bytes())["ours"] is True
     assert (tmp_path / "empty" / "b").read_text() == "1"
@@ -141,7 +147,7 @@ def test_an_empty_folder_or_an_export_of_ours_is_replaced(tmp_path: Path) -> Non
 def test_a_version_goes_without_what_others_put_into_it(tmp_path: Path) -> None:
     """A checkpoint that somebody saved below the path stays when its version's time has come, and
     ever after."""
-    target = VersionedPath(tmp_path / "model", "student")
+    target = Versions(tmp_path / "model", "student")
     put(target, 1)
     publish(make_request(tmp_path, tmp_path / ".model.v1" / "step_1"), lambda: None)
     for number in range(2, 6):
@@ -155,13 +161,11 @@ def test_a_version_goes_without_what_others_put_into_it(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("kind", [VersionedPath, PlainPath])
-def test_an_export_that_others_use_is_not_replaced(
-    tmp_path: Path, kind: type[VersionedPath | PlainPath]
-) -> None:
+@pytest.mark.parametrize("kind", [Versions, plain])
+def test_an_export_that_others_use_is_not_replaced(tmp_path: Path, kind: Kind) -> None:
     """The refusal names what is in the way, at the start and again where it came while the export
     was written."""
-    put(PlainPath(tmp_path / "export", "student"), 1)
+    put(plain(tmp_path / "export", "student"), 1)
     target = kind(tmp_path / "export", "student")
     target.check()
     fill(target.begin(), 2)
@@ -181,9 +185,9 @@ def test_an_export_that_others_use_is_not_replaced(
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
-@pytest.mark.parametrize("kind", [VersionedPath, PlainPath])
+@pytest.mark.parametrize("kind", [Versions, plain])
 def test_what_comes_in_the_moment_of_the_swap_stays(
-    tmp_path: Path, kind: type[VersionedPath | PlainPath], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under another name, where no later save removes it."""
     exchange = durable._exchange
@@ -193,7 +197,7 @@ def test_what_comes_in_the_moment_of_the_swap_stays(
             (right / "README.md").write_text("mine")
         return exchange(left, right)
 
-    put(PlainPath(tmp_path / "export", "student"), 1)
+    put(plain(tmp_path / "export", "student"), 1)
     monkeypatch.setattr(durable, "_exchange", others_first)
     put(kind(tmp_path / "export", "student"), 2)
     monkeypatch.undo()
@@ -202,13 +206,11 @@ def test_what_comes_in_the_moment_of_the_swap_stays(
     assert [path.read_text() for path in tmp_path.rglob("README.md")] == ["mine"]
 
 
-@pytest.mark.parametrize("kind", [VersionedPath, PlainPath])
+@pytest.mark.parametrize("kind", [Versions, plain])
 @pytest.mark.parametrize(
     "name", ["file/x", "n" * 245, "n" * 300], ids=["through-a-file", "245", "300"]
 )
-def test_a_path_that_cannot_be_is_refused(
-    tmp_path: Path, kind: type[VersionedPath | PlainPath], name: str
-) -> None:
+def test_a_path_that_cannot_be_is_refused(tmp_path: Path, kind: Kind, name: str) -> None:
     """422 PATH_REFUSED that names the path, and nothing is left behind."""
     (tmp_path / "file").write_text("x")
     target = kind(tmp_path / name, "student")
@@ -224,7 +226,7 @@ def test_a_version_without_its_link_does_not_stay(tmp_path: Path) -> None:
     """A name with room for a version but not for the link that is swapped in: no complete hidden
     model remains."""
     name = "n" * (255 - len("..new-student.lin"))
-    target = VersionedPath(tmp_path / name, "student")
+    target = Versions(tmp_path / name, "student")
     with pytest.raises(ServiceError, match="PATH_REFUSED"):
         put(target, 1)
     target.discard()

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nexrl_checkpointer.publish import publish
-from nexrl_checkpointer.request import PublishRequest
+from nexrl_checkpointer.publish import PublishRequest, publish
 from nexrl_contract.names import new_job_id
 from nexrl_worker.checkpoint.manager import CheckpointManager
 from nexrl_worker.checkpoint.shards import OPTIMIZER_PREFIX

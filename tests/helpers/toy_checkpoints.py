@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nexrl_checkpointer.request import PublishRequest
+from nexrl_checkpointer.publish import PublishRequest
 from nexrl_contract.names import CHECKPOINT_QUEUE, new_job_id, train_queue
 from nexrl_contract.records import GroupRecord, JobRecord
 from nexrl_ledger import Ledger, drop_queue
-from nexrl_storage.manifest import read_manifest, verify_files
-from nexrl_worker.checkpoint.load import inspect
-from nexrl_worker.checkpoint.readers import TensorReader
-from nexrl_worker.checkpoint.shards import GroupState, staging_folder, write_shards
+from nexrl_storage.manifest import read_manifest, staging_folder, verify_files
+from nexrl_worker.checkpoint.load import TensorReader, inspect
+from nexrl_worker.checkpoint.shards import GroupState, write_shards
 from nexrl_worker.training.model.weights import Shard, rows_per_rank
 from torch import Tensor
 

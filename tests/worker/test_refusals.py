@@ -14,8 +14,7 @@ import pytest
 import torch
 from nexrl_contract import names
 from nexrl_contract.records import JobRecord
-from nexrl_storage.manifest import Manifest, describe, write_manifest
-from nexrl_worker.checkpoint.shards import staging_folder
+from nexrl_storage.manifest import Manifest, describe, staging_folder, write_manifest
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig
 

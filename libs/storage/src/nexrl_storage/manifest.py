@@ -8,15 +8,15 @@ name.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from nexrl_contract.errors import ServiceError
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
-from nexrl_storage.files import write_file
+from nexrl_storage import at
+from nexrl_storage.protocol import Uri, invalid, join
 
 MANIFEST = "manifest.json"
 EXPORT = "nexrl.json"
@@ -85,7 +85,30 @@ class Export(_Checkpoint):
     master_fingerprint: str | None = None
 
 
+Checkpoint = Manifest | Export
 AnyCheckpoint = TypeVar("AnyCheckpoint", Manifest, Export)
+AnyRecord = TypeVar("AnyRecord", bound=BaseModel)
+
+
+class Rows(Described):
+    """Where rows ``offset`` to ``offset + rows`` of a tensor lie; a 0-dim tensor has one row."""
+
+    file: str
+    dtype: str
+    global_shape: tuple[int, ...]
+    offset: int
+    rows: int
+
+
+class RankIndex(Described):
+    """What one rank wrote of a sharded checkpoint: its files, the rows in them by tensor, and the
+    state of its random generators."""
+
+    rank: int
+    world_size: int
+    files: tuple[FileEntry, ...]
+    tensors: dict[str, Rows] = {}
+    rng: dict[str, Any] = {}
 
 
 class Published(Described):
@@ -95,8 +118,13 @@ class Published(Described):
     checkpoint: Manifest | Export
 
 
+def staging_folder(data: Path, job_id: str) -> Path:
+    """Where the ranks of a save write, outside every path that a request may name."""
+    return data / ".nexrl" / "staging" / job_id
+
+
 def index_name(rank: int, world_size: int) -> str:
-    """The file in which a rank lists its tensors and (``files``) what it wrote."""
+    """The file of a :class:`RankIndex`."""
     return f"rank{rank}-of-{world_size}.json"
 
 
@@ -105,92 +133,121 @@ def fingerprint_text(fingerprint: int) -> str:
     return f"{fingerprint % (1 << 64):016x}"
 
 
-def describe(folder: Path, name: str) -> FileEntry:
-    """Size and sha256 of a file, read from the disk; raises OSError."""
-    with open(folder / name, "rb") as file:
+def describe(folder: Uri, name: str) -> FileEntry:
+    """Size and sha256 of a file, read from the storage; raises OSError."""
+    with at(folder).open(join(folder, name)) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileEntry(name=name, size=os.fstat(file.fileno()).st_size, sha256=digest)
+        return FileEntry(name=name, size=file.tell(), sha256=digest)
 
 
-def write_manifest(folder: Path, manifest: Manifest | Export) -> None:
-    """Write the file that makes ``folder`` a checkpoint, synced; the last thing to do before the
-    rename."""
-    name = MANIFEST if isinstance(manifest, Manifest) else EXPORT
-    write_file(folder / name, manifest.model_dump_json(indent=1).encode())
+def write_file(folder: Uri, name: str, content: bytes) -> FileEntry:
+    """Write a whole small file; returns what a manifest says of it."""
+    written = at(folder).write(join(folder, name), (content,))
+    return FileEntry(name=name, **written._asdict())
 
 
-def read_manifest(folder: Path) -> Manifest | None:
+def write_manifest(folder: Uri, manifest: Checkpoint) -> None:
+    """Write the file that makes ``folder`` a checkpoint; the last thing to do before the rename."""
+    write_file(folder, record_name(manifest), manifest.model_dump_json(indent=1).encode())
+
+
+def record_name(checkpoint: Checkpoint) -> str:
+    """The file that says what a checkpoint is."""
+    return MANIFEST if isinstance(checkpoint, Manifest) else EXPORT
+
+
+def file_names(checkpoint: Checkpoint) -> list[str]:
+    """All of a checkpoint's files; the one that says so last."""
+    return [*(entry.name for entry in checkpoint.files), record_name(checkpoint)]
+
+
+def read_manifest(folder: Uri, name: str = MANIFEST) -> Manifest | None:
     """The manifest of a sharded checkpoint, None where there is none.
 
     Raises ``CHECKPOINT_INVALID`` for an unreadable one.
     """
-    return _read(folder / MANIFEST, Manifest)
+    return _read(join(folder, name), Manifest)
 
 
-def read_export(folder: Path) -> Export | None:
-    """The record of a Hugging Face folder of ours, None where there is none; raises
+def read_export(folder: Uri) -> Export | None:
+    """The record of a Hugging Face folder of ours; None and raises as :func:`read_manifest`."""
+    return _read(join(folder, EXPORT), Export)
+
+
+def read_record(folder: Uri) -> Checkpoint | None:
+    """What a folder says that it is, None where it is no checkpoint; raises
     ``CHECKPOINT_INVALID``."""
-    return _read(folder / EXPORT, Export)
+    return read_manifest(folder) or read_export(folder)
 
 
-def _read(path: Path, model: type[AnyCheckpoint]) -> AnyCheckpoint | None:
+def read_index(folder: Uri, rank: int, world_size: int) -> RankIndex:
+    """One rank's index; raises ``CHECKPOINT_INVALID`` when it is missing or no such thing."""
+    name = join(folder, index_name(rank, world_size))
+    index = _read(name, RankIndex)
+    if index is None:
+        message = f"rank {rank} of {world_size} saved nothing: {name} is missing"
+        raise invalid(message)
+    if (index.rank, index.world_size) != (rank, world_size):
+        message = f"{name} is the index of rank {index.rank} of {index.world_size}"
+        raise invalid(message)
+    return index
+
+
+def staged_files(folder: Uri, world_size: int) -> Iterator[FileEntry]:
+    """What all ranks wrote, and their indexes; raises as :func:`read_index` does."""
+    for rank in range(world_size):
+        yield from read_index(folder, rank, world_size).files
+        yield describe(folder, index_name(rank, world_size))
+
+
+def _read(uri: str, model: type[AnyRecord]) -> AnyRecord | None:
     try:
-        return model.model_validate_json(path.read_bytes())
+        with at(uri).open(uri) as file:
+            return model.model_validate_json(file.read())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ServiceError(
-            "CHECKPOINT_INVALID", f"{path}: {where + ': ' if where else ''}{first['msg']}"
-        ) from None
+        raise invalid(f"{uri}: {where + ': ' if where else ''}{first['msg']}") from None
 
 
-def verify_files(folder: Path, files: Iterable[FileEntry]) -> None:
-    """Compare files with what was written about them; raises ``CHECKPOINT_INVALID`` naming the
-    first that differs."""
+def verify_files(folder: Uri, files: Iterable[FileEntry], *, hashes: bool = True) -> None:
+    """Compare files with what was written about them; without ``hashes`` their sizes alone.
+
+    Raises ``CHECKPOINT_INVALID`` naming the first that differs.
+    """
     for entry in files:
-        check_size(folder, entry)
-        if describe(folder, entry.name).sha256 != entry.sha256:
-            raise ServiceError(
-                "CHECKPOINT_INVALID",
-                f"{folder / entry.name} is corrupt: its sha256 is not the recorded one",
-            )
+        name = join(folder, entry.name)
+        try:
+            with at(folder).open(name) as file:
+                size = file.seek(0, 2)
+        except (FileNotFoundError, NotADirectoryError):
+            raise invalid(f"{name} is missing") from None
+        if size != entry.size:
+            message = f"{name} has {size} bytes; {entry.size} were written"
+            raise invalid(message)
+        if hashes and describe(folder, entry.name).sha256 != entry.sha256:
+            message = f"{name} is corrupt: its sha256 is not the recorded one"
+            raise invalid(message)
 
 
-def check_size(folder: Path, entry: FileEntry) -> None:
-    """The cheap half of :func:`verify_files`: the file is there and has its size."""
-    path = folder / entry.name
-    try:
-        size = path.stat().st_size
-    except (FileNotFoundError, NotADirectoryError):
-        raise ServiceError("CHECKPOINT_INVALID", f"{path} is missing") from None
-    if size != entry.size:
-        raise ServiceError(
-            "CHECKPOINT_INVALID", f"{path} has {size} bytes; {entry.size} were written"
-        )
-
-
-def published(roots: Iterable[Path]) -> list[Published]:
+def published(roots: Iterable[Uri]) -> list[Published]:
     """Every published checkpoint under ``roots`` (hidden folders and what lies deeper than four
     levels left out), oldest first.
     """
-    found = {item.path: item for root in roots for item in _scan(root, _SCAN_DEPTH)}
+    found = {item.path: item for root in roots for item in _scan(join(root), _SCAN_DEPTH)}
     return sorted(found.values(), key=lambda item: (item.checkpoint.created, item.path))
 
 
-def _scan(folder: Path, depth: int) -> Iterator[Published]:
+def _scan(folder: str, depth: int) -> Iterator[Published]:
     try:
-        checkpoint = read_manifest(folder) or read_export(folder)
-        children = (
-            sorted(folder.iterdir())
-            if checkpoint is None and depth and not folder.is_symlink()
-            else []
-        )
+        checkpoint = read_record(folder)
+        there = at(folder).look(folder) if checkpoint is None and depth else None
     except (OSError, ServiceError):
         return
     if checkpoint is not None:
-        yield Published(path=str(folder), checkpoint=checkpoint)
-    for child in children:
-        if not child.name.startswith(".") and child.is_dir():
-            yield from _scan(child, depth - 1)
+        yield Published(path=folder, checkpoint=checkpoint)
+    for name, kind in sorted(there.inside.items()) if there else ():
+        if not name.startswith(".") and kind != "file":
+            yield from _scan(join(folder, name), depth - 1)

@@ -6,8 +6,7 @@ from __future__ import annotations
 import logging
 import signal
 
-from nexrl_checkpointer.service import Checkpointer
-from nexrl_checkpointer.settings import Settings
+from nexrl_checkpointer.service import Checkpointer, Settings
 
 
 def main() -> None:

@@ -9,45 +9,74 @@ system) -> destination (swapped in one step).
 from __future__ import annotations
 
 import errno
-import logging
-import os
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from io import BufferedIOBase
 from pathlib import Path
+from typing import Any, Literal, Self
 
 from nexrl_contract.errors import ServiceError
-from nexrl_storage.files import (
-    first_few,
-    remove_folder,
-    remove_listed,
-    replace_folder,
-    sync_folder,
-    unlisted,
-)
+from nexrl_contract.records import JobRecord
+from nexrl_storage import at
 from nexrl_storage.manifest import (
-    MANIFEST,
-    FileEntry,
     Manifest,
-    describe,
-    index_name,
-    read_manifest,
+    staged_files,
+    staging_folder,
     verify_files,
     write_manifest,
 )
-from pydantic import BaseModel, ValidationError
+from nexrl_storage.protocol import invalid, join, place_of_the_caller, sibling
+from nexrl_storage.publish import Replacement
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from nexrl_checkpointer.request import PublishRequest
-
-_log = logging.getLogger(__name__)
+_COPIED_BYTES = 8 << 20
 
 
-class _RankIndex(BaseModel):
-    """The part of a rank's index that concerns files."""
+class PublishRequest(BaseModel):
+    """The second half of a save, as rank 0 hands it over in the job's params.
 
-    rank: int
-    world_size: int
-    files: tuple[FileEntry, ...]
+    ``staging`` and ``path`` are absolute; ``result`` is merged into what the caller of the save
+    gets.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    job_id: str
+    attempt: int
+    order: int = 0
+    identifier: str
+    staging: Path
+    path: Path
+    step: int
+    seq: int
+    kind: Literal["sharded"]
+    weight_only: bool
+    remove_previous: bool
+    world_size: int = Field(ge=1)
+    config_hash: str = ""
+    fingerprint: str | None = None
+    result: dict[str, Any] = {}
+
+    @classmethod
+    def of(cls, job: JobRecord, data: Path) -> Self:
+        """Raises ``INTERNAL`` for params that no rank of ours wrote: the staging folder is deleted
+        in the end."""
+        of_the_job = job.model_dump(include={"attempt", "order", "identifier"})
+        try:
+            request = cls.model_validate({**job.params, **of_the_job, "job_id": job.id})
+        except ValidationError as error:
+            message = f"the publish request is malformed: {error.errors()[0]['msg']}"
+            raise ServiceError("INTERNAL", message) from None
+        expected = staging_folder(data, job.id)
+        if request.staging.resolve() != expected.resolve() or not request.path.is_absolute():
+            message = f"{request.staging} is not the staging folder of job {job.id}"
+            raise ServiceError("INTERNAL", message)
+        return request
+
+    def place(self) -> Replacement[Manifest]:
+        """Where it is published; each attempt has a hidden folder of its own there: one that was
+        paused and replaced finds nothing to publish when it wakes."""
+        return Replacement(self.path, self.job_id, Manifest, self.identifier, self.attempt)
 
 
 def publish(request: PublishRequest, check_claim: Callable[[], None]) -> Manifest:
@@ -57,204 +86,70 @@ def publish(request: PublishRequest, check_claim: Callable[[], None]) -> Manifes
     Raises ``CHECKPOINT_INVALID``, ``PATH_REFUSED``, ``NO_SPACE`` or OSError; the destination is
     then what it was.
     """
-    manifest = _of_this_job(request, request.path)
+    place = request.place()
+    with place_of_the_caller(place.path):
+        manifest = _of_this_job(request, place.path)
     if manifest is None:
-        check_destination(request)
-        manifest = _prepare(request)
+        place.check()
+        manifest = _prepare(request, place)
         check_claim()
-        check_destination(request)  # long ago since the first time: others may have come meanwhile
-        replace_folder(
-            _sibling(request), request.path, lambda old: _remove_replaced(old, request.path)
-        )
+        place.commit()
     discard(request)
     return manifest
 
 
 def discard(request: PublishRequest) -> None:
     """Remove what this and earlier attempts left outside the destination, as far as that goes."""
-    for folder in (*_siblings(request), request.staging):
-        try:
-            record = _manifest(folder)
-            if record is not None and record.job_id != request.job_id:
-                _remove_replaced(folder, request.path)
-            else:
-                remove_folder(folder)
-        except OSError as error:
-            _log.warning("leftover.kept path=%s reason=%s", folder, error.strerror)
+    request.place().discard(request.staging)
 
 
-def _remove_replaced(old: Path, path: Path) -> None:
-    """``old`` was at ``path`` until now. What others put into it in the very last moment goes back
-    to its place."""
-    record = _manifest(old)
-    if record is None:
-        old.rmdir()
-        return
-    for name in foreign_entries(old, record):
-        if os.path.lexists(path / name):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path / name))
-        os.rename(old / name, path / name)
-    remove_listed(old, file_names(record), MANIFEST)
-
-
-def check_destination(request: PublishRequest) -> None:
-    """Only an empty folder, or a sharded checkpoint of the same group and nothing else, is
-    replaced.
-
-    Raises ``PATH_REFUSED``.
-    """
-    path = request.path
-    if not os.path.lexists(path):
-        return
-    record = None if path.is_symlink() else _manifest(path)
-    if record is None:
-        if path.is_symlink() or not path.is_dir() or any(path.iterdir()):
-            raise _refused(
-                path, "holds something that is no sharded checkpoint of this service", "remove it"
-            )
-        return
-    if record.identifier != request.identifier:
-        raise _refused(
-            path,
-            f"holds a checkpoint of group {record.identifier!r}",
-            "remove it if nobody needs it",
-        )
-    if others := foreign_entries(path, record):
-        raise _refused(
-            path,
-            f"holds more than the checkpoint to be replaced ({first_few(others)})",
-            "move that elsewhere",
-        )
-
-
-def file_names(manifest: Manifest) -> list[str]:
-    """The files of a checkpoint besides its manifest."""
-    return [entry.name for entry in manifest.files]
-
-
-def foreign_entries(folder: Path, manifest: Manifest) -> list[str]:
-    """What others put into the folder of a checkpoint."""
-    return unlisted(folder, [*file_names(manifest), MANIFEST])
-
-
-def _refused(path: Path, why: str, way_out: str) -> ServiceError:
-    return ServiceError(
-        "PATH_REFUSED", f"{path} {why}; choose another path, or {way_out}", key="local_path"
-    )
-
-
-def _sibling(request: PublishRequest) -> Path:
-    """Each attempt has its own: one that was paused and replaced finds nothing to publish when it
-    wakes."""
-    return request.path.with_name(f".{request.path.name}.new-{request.job_id}-{request.attempt}")
-
-
-def _siblings(request: PublishRequest) -> list[Path]:
-    """Of all attempts, and what :func:`replace_folder` puts aside."""
-    prefix = f".{request.path.name}.new-{request.job_id}-"
-    try:
-        return [path for path in request.path.parent.iterdir() if path.name.startswith(prefix)]
-    except OSError:
-        return []
-
-
-def _manifest(folder: Path) -> Manifest | None:
-    """None where there is none that can be read."""
-    try:
-        return read_manifest(folder)
-    except ServiceError:
-        return None
-
-
-def _of_this_job(request: PublishRequest, folder: Path) -> Manifest | None:
-    manifest = _manifest(folder)
+def _of_this_job(request: PublishRequest, folder: Path | str) -> Manifest | None:
+    manifest = request.place().record(folder)
     return manifest if manifest is not None and manifest.job_id == request.job_id else None
 
 
-def _prepare(request: PublishRequest) -> Manifest:
-    """Make the sibling: the complete checkpoint, manifest and all, beside its destination."""
-    sibling = _sibling(request)
-    for earlier in _siblings(request):
+def _prepare(request: PublishRequest, place: Replacement[Manifest]) -> Manifest:
+    """Fill the hidden folder: the complete checkpoint, manifest and all, beside its destination."""
+    storage = at(place.path)
+    for earlier in place.leftovers():
         manifest = _of_this_job(request, earlier)
         if manifest is not None:
-            os.rename(earlier, sibling)
+            storage.move(earlier, place.new)
             return manifest
     manifest = _of_this_job(request, request.staging) or _verified(request)
-    _make_parents(request.path)
+    with place_of_the_caller(sibling(place.path, "")):
+        storage.make(sibling(place.path, ""))
     try:
-        os.rename(request.staging, sibling)
+        with place_of_the_caller(place.path):
+            storage.move(request.staging, place.new)
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        _copy(request.staging, sibling, manifest)
-    sync_folder(sibling.parent)
+        _copy(request.staging, place.new, manifest)
     return manifest
 
 
-def _make_parents(path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise ServiceError(
-            "PATH_REFUSED", f"{path.parent} cannot be made: {error.strerror}", key="local_path"
-        ) from None
-
-
 def _verified(request: PublishRequest) -> Manifest:
+    """Compare staging with what the ranks say that they wrote; its manifest, written last."""
     if not request.staging.is_dir():
-        raise ServiceError(
-            "CHECKPOINT_INVALID", f"the staging folder {request.staging} is gone; save again"
-        )
-    files: list[FileEntry] = []
-    for rank in range(request.world_size):
-        index = _rank_index(request, rank)
-        verify_files(request.staging, index.files)
-        files += [*index.files, describe(request.staging, index_name(rank, request.world_size))]
-    manifest = Manifest(
-        identifier=request.identifier,
-        job_id=request.job_id,
-        step=request.step,
-        seq=request.seq,
-        world_size=request.world_size,
-        config_hash=request.config_hash,
-        weight_only=request.weight_only,
-        fingerprint=request.fingerprint,
-        created=time.time(),
-        files=tuple(files),
-    )
+        raise invalid(f"the staging folder {request.staging} is gone; save again")
+    files = tuple(staged_files(request.staging, request.world_size))
+    verify_files(request.staging, files)
+    taken = request.model_dump(include=set(Manifest.model_fields) - {"kind"})
+    manifest = Manifest(**taken, created=time.time(), files=files)
     write_manifest(request.staging, manifest)
     return manifest
 
 
-def _rank_index(request: PublishRequest, rank: int) -> _RankIndex:
-    path = request.staging / index_name(rank, request.world_size)
-    try:
-        index = _RankIndex.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise ServiceError(
-            "CHECKPOINT_INVALID",
-            f"rank {rank} of {request.world_size} saved nothing: {path} is missing",
-        ) from None
-    except ValidationError as error:
-        raise ServiceError(
-            "CHECKPOINT_INVALID", f"{path} is not the index of a rank: {error.errors()[0]['msg']}"
-        ) from None
-    if (index.rank, index.world_size) != (rank, request.world_size):
-        raise ServiceError(
-            "CHECKPOINT_INVALID", f"{path} is the index of rank {index.rank} of {index.world_size}"
-        )
-    return index
-
-
-def _copy(source: Path, target: Path, manifest: Manifest) -> None:
-    """To another file system: each file synced and hashed again, the manifest last."""
+def _copy(source: Path, target: str, manifest: Manifest) -> None:
+    """To another file system: each file read back and hashed again, the manifest last."""
     for entry in manifest.files:
-        destination = target / entry.name
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        with open(source / entry.name, "rb") as reader, open(destination, "wb") as writer:
-            shutil.copyfileobj(reader, writer, 8 << 20)
-            writer.flush()
-            os.fsync(writer.fileno())
-        sync_folder(destination.parent)
+        with at(source).open(join(source, entry.name)) as file:
+            at(target).write(join(target, entry.name), _pieces(file))
     verify_files(target, manifest.files)
     write_manifest(target, manifest)
+
+
+def _pieces(file: BufferedIOBase) -> Iterator[bytes]:
+    while piece := file.read(_COPIED_BYTES):
+        yield piece

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-from pathlib import Path
 
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.records import LatestCheckpoint
 from nexrl_ledger import Ledger
-from nexrl_storage.files import remove_listed, sync_folder
-from nexrl_storage.manifest import MANIFEST, Manifest, read_manifest
-from pydantic import ValidationError
+from nexrl_storage import at
+from nexrl_storage.manifest import MANIFEST, Manifest, file_names, read_manifest
+from nexrl_storage.protocol import join, sibling
+from nexrl_storage.publish import others_in, remove_listed
 
-from nexrl_checkpointer.publish import file_names, foreign_entries
-from nexrl_checkpointer.request import PublishRequest
+from nexrl_checkpointer.publish import PublishRequest
 
 _log = logging.getLogger(__name__)
 
 
-def _kind(request: PublishRequest) -> str:
+def _key(request: PublishRequest) -> str:
     """Full and weight-only checkpoints do not replace one another."""
     return request.kind + (":weight_only" if request.weight_only else "")
 
@@ -36,19 +34,12 @@ def replace_previous(ledger: Ledger, request: PublishRequest, submitted: float) 
     group = ledger.groups.get(request.identifier)
     if group is None or group.state == "destroyed" or submitted < group.created_at:
         return
-    previous = ledger.checkpoints.latest(request.identifier, _kind(request))
-    if (
-        previous is not None
-        and previous.group_created_at == group.created_at
-        and previous.order > request.order
-    ):
-        return
-    if (
-        request.remove_previous
-        and previous is not None
-        and previous.group_created_at == group.created_at
-    ):
-        _remove(previous, request)
+    previous = ledger.checkpoints.latest(request.identifier, _key(request))
+    if previous is not None and previous.group_created_at == group.created_at:
+        if previous.order > request.order:
+            return
+        if request.remove_previous:
+            _remove(previous, request)
     new = LatestCheckpoint(
         path=request.path,
         step=request.step,
@@ -56,7 +47,7 @@ def replace_previous(ledger: Ledger, request: PublishRequest, submitted: float) 
         group_created_at=group.created_at,
         order=request.order,
     )
-    ledger.checkpoints.record(request.identifier, _kind(request), new)
+    ledger.checkpoints.record(request.identifier, _key(request), new)
 
 
 def _remove(previous: LatestCheckpoint, request: PublishRequest) -> None:
@@ -65,49 +56,48 @@ def _remove(previous: LatestCheckpoint, request: PublishRequest) -> None:
     That of its folder; of its manifest alone where others put something into the folder, which
     stays. So does what cannot be removed: the new one is safe.
     """
-    path = previous.path
-    aside = path.with_name(f".{path.name}.old-{request.job_id}")
-    hidden = path / f".{MANIFEST}.old-{request.job_id}"
+    path = str(previous.path)
+    aside = sibling(path, f".{previous.path.name}.old-{request.job_id}")
+    hidden = f".{MANIFEST}.old-{request.job_id}"
+    storage = at(path)
     try:
         manifest = _removable(previous, request)
         if manifest is not None:
-            os.rename(
-                *((path / MANIFEST, hidden) if foreign_entries(path, manifest) else (path, aside))
-            )
-            sync_folder(path.parent)
+            if others_in(path, file_names(manifest)):
+                storage.move(join(path, MANIFEST), join(path, hidden))
+            else:
+                storage.move(path, aside)
             _log.info("previous.removed path=%s step=%d", path, previous.step)
         _remove_files(path, hidden)
-        _remove_files(aside, aside / MANIFEST)
+        _remove_files(aside, MANIFEST)
         with contextlib.suppress(OSError):
-            aside.rmdir()
-        if aside.is_dir() and not os.path.lexists(
-            path
-        ):  # others put something into it at the very last moment
-            os.rename(aside, path)
+            storage.remove(aside)
+        if storage.look(aside) is not None and storage.look(path) is None:
+            # Others put something into it between the look inside and the rename: back with it.
+            storage.move(aside, path)
     except OSError as error:
         _log.warning("previous.kept path=%s reason=%s", path, error.strerror)
 
 
-def _remove_files(folder: Path, record: Path) -> None:
+def _remove_files(folder: str, record: str) -> None:
     """Delete what ``record``, the manifest under its present name, lists; a killed removal left it
     to be found."""
-    try:
-        manifest = Manifest.model_validate_json(record.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValidationError):
-        return
-    remove_listed(folder, file_names(manifest), record.name)
+    manifest = None
+    with contextlib.suppress(ServiceError):
+        manifest = read_manifest(folder, record)
+    if manifest is not None:
+        remove_listed(folder, [*file_names(manifest)[:-1], record])
 
 
 def _removable(previous: LatestCheckpoint, request: PublishRequest) -> Manifest | None:
     """Only what this service published there for this group, and nothing that holds the new one."""
-    if previous.path.is_symlink() or request.path.is_relative_to(previous.path):
+    there = at(previous.path).look(previous.path)
+    if there is None or there.kind == "link" or request.path.is_relative_to(previous.path):
         return None
     try:
         manifest = read_manifest(previous.path)
     except (OSError, ServiceError):
         return None
-    ours = manifest is not None and (manifest.identifier, manifest.job_id) == (
-        request.identifier,
-        previous.job_id,
-    )
-    return manifest if ours else None
+    if manifest is None or manifest.job_id != previous.job_id:
+        return None
+    return manifest if manifest.identifier == request.identifier else None

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
+import os
+import socket
 import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 import redis
 from nexrl_contract.errors import ServiceError
@@ -13,15 +17,33 @@ from nexrl_contract.names import CHECKPOINT_QUEUE
 from nexrl_contract.records import JobRecord
 from nexrl_ledger import Fenced, Ledger, QueueConsumer, connect
 from nexrl_storage.manifest import Manifest
+from nexrl_storage.protocol import full_disk
 
 from nexrl_checkpointer.heartbeat import LEASE_S, Heartbeat
-from nexrl_checkpointer.publish import discard, publish
-from nexrl_checkpointer.request import PublishRequest
+from nexrl_checkpointer.publish import PublishRequest, discard, publish
 from nexrl_checkpointer.retention import replace_previous
-from nexrl_checkpointer.settings import Settings
 
-_NO_SUCH_PLACE = (errno.ENAMETOOLONG, errno.ENOTDIR)
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the environment says. ``data`` is the absolute data folder; ``name`` is unique among
+    living checkpointers."""
+
+    redis_url: str
+    data: Path
+    name: str
+
+    @classmethod
+    def from_env(cls) -> Self:
+        """Every variable has a default."""
+        return cls(
+            redis_url=os.environ.get("NEXRL_REDIS_URL", "redis://127.0.0.1:6379/0"),
+            data=Path(os.environ.get("NEXRL_DATA", "data")).absolute(),
+            name=os.environ.get("NEXRL_CHECKPOINTER_NAME")
+            or f"{socket.gethostname()}-{os.getpid()}",
+        )
 
 
 class Checkpointer:
@@ -40,9 +62,7 @@ class Checkpointer:
 
     def run(self) -> None:
         """Consume until stopped; waits wherever Redis is away."""
-        _log.info(
-            "checkpointer.started name=%s staging=%s", self._settings.name, self._settings.staging
-        )
+        _log.info("checkpointer.started name=%s data=%s", self._settings.name, self._settings.data)
         self._heartbeat.start()
         try:
             self._consumer.run()
@@ -89,8 +109,9 @@ class Checkpointer:
             self._consumer.until_redis(lambda: self._heartbeat.check_claim(job))
 
         try:
-            request = PublishRequest.of(job, self._settings.staging)
-            manifest = publish(request, check_claim)
+            request = PublishRequest.of(job, self._settings.data)
+            with full_disk(request.path):
+                manifest = publish(request, check_claim)
         except Fenced:
             raise
         except Exception as error:
@@ -123,17 +144,6 @@ def _as_service_error(error: Exception, job: JobRecord) -> ServiceError:
     if isinstance(error, ServiceError):
         return ServiceError(error.code, error.message, **{**error.details, **about})
     _log.exception("publish.failed job_id=%s", job.id)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ServiceError(
-            "NO_SPACE",
-            "no space is left to publish the checkpoint; free some and save again",
-            **about,
-        )
-    if isinstance(error, OSError) and error.errno in _NO_SUCH_PLACE:
-        message = (
-            f"the checkpoint cannot be published at {job.params.get('path')}: {error.strerror}"
-        )
-        return ServiceError("PATH_REFUSED", message, key="local_path", **about)
     reason = error.strerror if isinstance(error, OSError) else type(error).__name__
     return ServiceError(
         "OPERATION_FAILED", f"the checkpoint could not be published: {reason}", **about

@@ -18,7 +18,7 @@ from nexrl_contract import names
 from nexrl_contract.records import GroupRecord
 from nexrl_ledger import Fenced, Ledger
 from nexrl_payloads import RESULT_SUFFIX, PayloadStore
-from nexrl_storage.files import write_file
+from nexrl_storage.manifest import write_file
 
 from nexrl_gateway.settings import Settings
 
@@ -91,7 +91,11 @@ class Watch:
         if mark != {name: value for name, value in self._seen.items() if name != "at"}:
             with contextlib.suppress(OSError):
                 self._file.parent.mkdir(parents=True, exist_ok=True)
-                write_file(self._file, json.dumps({**mark, "at": time.time()}).encode())
+                write_file(
+                    self._file.parent,
+                    self._file.name,
+                    json.dumps({**mark, "at": time.time()}).encode(),
+                )
         self._seen = {**mark, "at": time.time()}
         return mark.get("emptied")
 

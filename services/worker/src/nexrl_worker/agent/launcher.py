@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from nexrl_contract.records import GroupRecord
 from nexrl_host.processes import die_with_parent, memory_groups
-from nexrl_storage.files import remove_folder
+from nexrl_storage import at
 
 from nexrl_worker.settings import AgentSettings, GroupFolders
 
@@ -54,7 +54,7 @@ class GroupProcess:
         self.folders = GroupFolders(settings.data, group.identifier)
         if not group.initialised:
             self.forget_state()  # of a former group of that name
-        remove_folder(self.folders.run)
+        at(self.folders.run).remove(self.folders.run, recursive=True)
         self.folders.run.mkdir(parents=True)
         self.folders.logs.mkdir(parents=True, exist_ok=True)
         environment = _environment(settings, group, epoch, gpus)

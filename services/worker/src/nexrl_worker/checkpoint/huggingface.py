@@ -4,30 +4,33 @@ transformers load."""
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from nexrl_contract.errors import ServiceError
-from nexrl_storage.files import sync_folder, write_file
+from nexrl_storage import at
 from nexrl_storage.manifest import (
     Export,
     FileEntry,
     describe,
     fingerprint_text,
+    write_file,
     write_manifest,
 )
+from nexrl_storage.protocol import full_disk, invalid
 from torch import Tensor
 
-from nexrl_worker.checkpoint.model_files import CONFIG, copy_model_files, set_dtype
-from nexrl_worker.checkpoint.tensor_file import no_space, set_metadata, write_tensors
+from nexrl_worker.checkpoint.model_files import CONFIG, copy_model_files
+from nexrl_worker.checkpoint.tensor_file import set_metadata, write_tensors
 from nexrl_worker.training.model.fingerprint import partial_fingerprint, weight_table
 from nexrl_worker.training.model.weights import WEIGHTS, WEIGHTS_INDEX
+
+if TYPE_CHECKING:
+    from nexrl_worker.training.model.conversion import ExportLayout
 
 SHARD_BYTES = 5_000_000_000
 
@@ -40,14 +43,6 @@ class Stamp:
     step: int
     weight_version: int
     fingerprint: str
-
-
-class Layout(Protocol):
-    """What :class:`nexrl_worker.training.model.conversion.ExportLayout` is: the folder's tensors
-    from the model's."""
-
-    def take(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]: ...
-    def check_complete(self) -> None: ...
 
 
 class FolderWriter:
@@ -66,7 +61,7 @@ class FolderWriter:
         stamp: Stamp,
         shard_bytes: int = SHARD_BYTES,
         config_changes: Mapping[str, Any] = MappingProxyType({}),
-        layout: Layout | None = None,
+        layout: ExportLayout | None = None,
     ) -> None:
         self._folder = folder
         self._config_changes = config_changes
@@ -106,23 +101,27 @@ class FolderWriter:
             self._dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
 
     def finish(self) -> Export:
-        """Write what is left, the configuration, the tokenizer, and last the record of it all,
-        synced."""
-        try:
+        """Write what is left, the configuration, the tokenizer, and last the record of it all."""
+        with full_disk(self._folder):
             if self._layout is not None:
                 self._layout.check_complete()
             self._flush(self._fingerprint)
             weights = self._name_shards()
-            small = copy_model_files(self._source, self._folder, self._config_changes)
-            if CONFIG not in small:
-                raise ServiceError(
-                    "CHECKPOINT_INVALID",
-                    f"the model's folder {self._source} has no config.json any more",
-                )
-            set_dtype(self._folder, self._dtypes.most_common(1)[0][0], self._dtypes.keys())
-            return self._record(weights, small)
-        except OSError as error:
-            raise no_space(error, self._folder) from error
+            dtypes = [name for name, _ in self._dtypes.most_common()]
+            small = copy_model_files(self._source, self._folder, self._config_changes, dtypes)
+            if not any(entry.name == CONFIG for entry in small):
+                raise invalid(f"the model's folder {self._source} has no config.json any more")
+            export = Export(
+                identifier=self._stamp.identifier,
+                step=self._stamp.step,
+                fingerprint=fingerprint_text(self._fingerprint),
+                master_fingerprint=self._stamp.fingerprint or None,
+                created=time.time(),
+                files=(*weights, *small),
+                weight_version=self._stamp.weight_version,
+            )
+            write_manifest(self._folder, export)
+        return export
 
     def _flush(self, fingerprint: int) -> None:
         """Write what is held; 0 stands for a fingerprint that only :meth:`_name_shards` knows."""
@@ -143,7 +142,7 @@ class FolderWriter:
         count, entries, where = len(self._shards), [], {}
         for number, (entry, names) in enumerate(self._shards, 1):
             final = WEIGHTS if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            os.rename(self._folder / entry.name, self._folder / final)
+            at(self._folder).move(self._folder / entry.name, self._folder / final)
             if number < count:
                 set_metadata(
                     self._folder / final, "fingerprint", fingerprint_text(self._fingerprint)
@@ -157,23 +156,9 @@ class FolderWriter:
                 "metadata": {"total_size": self._total},
                 "weight_map": dict(sorted(where.items())),
             }
-            write_file(self._folder / WEIGHTS_INDEX, json.dumps(index, indent=2).encode())
-            entries.append(describe(self._folder, WEIGHTS_INDEX))
+            text = json.dumps(index, indent=2).encode()
+            entries.append(write_file(self._folder, WEIGHTS_INDEX, text))
         return entries
-
-    def _record(self, weights: list[FileEntry], small: list[str]) -> Export:
-        export = Export(
-            identifier=self._stamp.identifier,
-            step=self._stamp.step,
-            fingerprint=fingerprint_text(self._fingerprint),
-            master_fingerprint=self._stamp.fingerprint or None,
-            created=time.time(),
-            files=(*weights, *(describe(self._folder, name) for name in small)),
-            weight_version=self._stamp.weight_version,
-        )
-        write_manifest(self._folder, export)
-        sync_folder(self._folder)
-        return export
 
 
 def export(

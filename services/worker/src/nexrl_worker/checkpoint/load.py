@@ -5,34 +5,50 @@ Everything that can go wrong, before any weight changes. All local.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from nexrl_contract.errors import ServiceError
-from nexrl_storage.manifest import (
-    Export,
-    Manifest,
-    check_size,
-    read_export,
-    read_manifest,
-    verify_files,
-)
+from nexrl_storage import local_folder
+from nexrl_storage.manifest import Checkpoint, Manifest, read_index, read_record, verify_files
+from nexrl_storage.protocol import Uri, invalid
+from torch import Tensor
 
 from nexrl_worker.checkpoint.model_files import CONFIG
-from nexrl_worker.checkpoint.readers import (
-    HuggingFaceReader,
-    ShardReader,
-    TensorReader,
-    weight_files,
-)
-from nexrl_worker.checkpoint.shards import OPTIMIZER_PREFIX, STATE, read_index
+from nexrl_worker.checkpoint.shards import OPTIMIZER_PREFIX, STATE, ShardReader
+from nexrl_worker.training.errors import InvalidValue
+from nexrl_worker.training.model.quantised import Dequantised
+from nexrl_worker.training.model.weight_sources import folder_tensors
+from nexrl_worker.training.model.weights import weight_files
 
 # What transformers calls the heads of models that are no language models.
 _HEADS = ("score", "classifier", "qa_outputs")
+
+
+class TensorReader(Protocol):
+    """What the engine loads from; ``shapes`` are the global ones, by name."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def has(self, name: str) -> bool: ...
+    def check(self, name: str) -> None: ...
+    def read(self, name: str, offset: int, length: int) -> Tensor: ...
+    def close(self) -> None: ...
+
+
+@contextlib.contextmanager
+def invalid_folder(folder: Path) -> Iterator[None]:
+    """What is wrong with a model's tensors is ``CHECKPOINT_INVALID`` and names their folder."""
+    try:
+        yield
+    except InvalidValue as error:
+        placed = error.message if str(folder) in error.message else f"{folder}: {error.message}"
+        raise ServiceError("CHECKPOINT_INVALID", placed, **error.details()) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +57,7 @@ class LoadPlan:
     made."""
 
     folder: Path
-    record: Manifest | Export | None
+    record: Checkpoint | None
 
     @property
     def kind(self) -> str:
@@ -71,10 +87,8 @@ class LoadPlan:
     def check_unchanged(self, mark: str) -> None:
         """Raises ``CHECKPOINT_INVALID`` where the folder is not (any more) what the rank that gave
         ``mark`` saw."""
-        if LoadPlan(self.folder, _record(self.folder)).mark != mark:
-            raise ServiceError(
-                "CHECKPOINT_INVALID", f"{self.folder} was replaced while it was read; load it again"
-            )
+        if LoadPlan(self.folder, read_record(self.folder)).mark != mark:
+            raise invalid(f"{self.folder} was replaced while it was read; load it again")
 
     def verify(self, rank: int, world_size: int) -> None:
         """Hash this rank's share of the files (``files[rank::world_size]``).
@@ -84,13 +98,12 @@ class LoadPlan:
         if self.record is not None:
             verify_files(self.folder, self.record.files[rank::world_size])
 
-    def reader(self) -> TensorReader:
+    def reader(self) -> ShardReader | Dequantised:
         """Opens the tensors; raises ``CHECKPOINT_INVALID``. Close it after loading."""
-        return (
-            ShardReader(self.folder, self.record)
-            if isinstance(self.record, Manifest)
-            else HuggingFaceReader(self.folder)
-        )
+        if isinstance(self.record, Manifest):
+            return ShardReader(self.folder, self.record)
+        with invalid_folder(self.folder):
+            return folder_tensors(self.folder)
 
     def check_fits(
         self,
@@ -107,51 +120,29 @@ class LoadPlan:
         Raises ``CHECKPOINT_INVALID`` where it is another model's checkpoint. Afterwards every file
         that will be read is open.
         """
-        self._check_head(reader, needed, architecture)
+        saved = self._architecture()
+        if saved is not None and saved != architecture:
+            raise invalid(f"{self.folder} holds a {saved}, the group's model is a {architecture}")
+        others = sorted(reader.shapes.keys() - needed.keys())
+        # A model with a tied head needs nothing that a critic's checkpoint lacks: what is too much
+        # tells them apart.
+        if head := next((name for name in others if name.split(".")[0] in _HEADS), None):
+            reason = f"{head}, a head that the group's {architecture} does not have"
+            raise invalid(f"{self.folder} holds {reason}", tensor=head)
         for name, shape in needed.items():
             if name.startswith(OPTIMIZER_PREFIX) and not self.has_optimizer:
                 continue
             if not reader.has(name):
-                raise ServiceError(
-                    "CHECKPOINT_INVALID",
-                    f"{self.folder} has no tensor {name}: it is of another model",
-                    tensor=name,
-                )
-            if reader.shapes[name] != tuple(shape):
-                raise ServiceError(
-                    "CHECKPOINT_INVALID",
-                    (
-                        f"{self.folder}: {name} has shape {list(reader.shapes[name])}, the model's "
-                        f"has {list(shape)}"
-                    ),
-                    tensor=name,
-                )
+                reason = f"has no tensor {name}: it is of another model"
+                raise invalid(f"{self.folder} {reason}", tensor=name)
+            if (found := reader.shapes[name]) != tuple(shape):
+                reason = f"{name} has shape {list(found)}, the model's has {list(shape)}"
+                raise invalid(f"{self.folder}: {reason}", tensor=name)
             reader.check(name)
-        others = reader.shapes.keys() - needed.keys() if whole else ()
-        for name in sorted(name for name in others if not name.startswith(OPTIMIZER_PREFIX)):
-            message = (
-                f"{self.folder} holds {name}, for which the group's {architecture} has no place"
-            )
-            raise ServiceError("CHECKPOINT_INVALID", message, tensor=name)
-
-    def _check_head(
-        self, reader: TensorReader, needed: Mapping[str, tuple[int, ...]], architecture: str
-    ) -> None:
-        """A model with a tied head needs nothing that a critic's checkpoint lacks: what is too much
-        tells them apart."""
-        saved = self._architecture()
-        if saved is not None and saved != architecture:
-            raise ServiceError(
-                "CHECKPOINT_INVALID",
-                f"{self.folder} holds a {saved}, the group's model is a {architecture}",
-            )
-        for name in sorted(reader.shapes.keys() - needed.keys()):
-            if name.split(".")[0] in _HEADS:
-                message = (
-                    f"{self.folder} holds {name}, a head that the group's {architecture} does not "
-                    "have"
-                )
-                raise ServiceError("CHECKPOINT_INVALID", message, tensor=name)
+        for name in others if whole else ():
+            if not name.startswith(OPTIMIZER_PREFIX):
+                reason = f"{name}, for which the group's {architecture} has no place"
+                raise invalid(f"{self.folder} holds {reason}", tensor=name)
 
     def _architecture(self) -> str | None:
         """The class of the model that a group saved; None where it is not known."""
@@ -161,9 +152,7 @@ class LoadPlan:
         try:
             saved = json.loads(path.read_bytes()).get("architecture")
         except (OSError, ValueError, AttributeError):
-            raise ServiceError(
-                "CHECKPOINT_INVALID", f"{path} is not the state of a group"
-            ) from None
+            raise invalid(f"{path} is not the state of a group") from None
         return None if saved is None else str(saved)
 
     def state(self) -> dict[str, Any]:
@@ -178,9 +167,7 @@ class LoadPlan:
             scalars = {name: _count(value) for name, value in dict(state["scalars"]).items()}
             return {**state, "scalars": scalars, "seed": _count(state.get("seed", 0))}
         except (OSError, KeyError, ValueError, TypeError):
-            raise ServiceError(
-                "CHECKPOINT_INVALID", f"{path} is not the state of a group"
-            ) from None
+            raise invalid(f"{path} is not the state of a group") from None
 
     def rng(self, rank: int, world_size: int) -> dict[str, Any] | None:
         """The rank's saved random state, None where another world size wrote it (reseed from the
@@ -190,50 +177,37 @@ class LoadPlan:
         """
         if not isinstance(self.record, Manifest) or self.record.world_size != world_size:
             return None
-        return dict(read_index(self.folder, rank, world_size)["rng"])
+        return read_index(self.folder, rank, world_size).rng
 
 
-def inspect(path: Path) -> LoadPlan:
+def inspect(path: Uri) -> LoadPlan:
     """Find out what lies at ``path`` (a link is followed once); raises ``CHECKPOINT_INVALID`` with
     what is wrong.
 
     Looks at names, sizes and headers; :meth:`LoadPlan.verify` hashes.
     """
-    folder = path.resolve()
+    folder = local_folder(path)
+    reason = ""
     try:
         there = folder.is_dir()
     except OSError as error:  # a name too long, a folder that may not be entered
-        raise ServiceError(
-            "CHECKPOINT_INVALID", f"there is no checkpoint at {path}: {error.strerror}"
-        ) from None
+        there, reason = False, f": {error.strerror}"
     if not there:
-        raise ServiceError("CHECKPOINT_INVALID", f"there is no checkpoint at {path}")
-    record = _record(folder)
-    for entry in record.files if record is not None else ():
-        check_size(folder, entry)
-    if record is None:
-        _check_foreign(folder)
+        raise invalid(f"there is no checkpoint at {path}{reason}")
+    record = read_record(folder)
+    if record is not None:
+        verify_files(folder, record.files, hashes=False)
+    elif any(folder.glob("model.rank*-of-*.safetensors")):
+        raise invalid(f"{folder} has shards but no manifest: its save was never finished")
+    elif not (folder / CONFIG).is_file():
+        raise invalid(f"{folder} has neither a manifest nor a Hugging Face config.json")
+    else:
+        with invalid_folder(folder):
+            weight_files(folder)
     return LoadPlan(folder, record)
-
-
-def _record(folder: Path) -> Manifest | Export | None:
-    return read_manifest(folder) or read_export(folder)
 
 
 def _count(value: Any) -> int:
     if not isinstance(value, int) or not 0 <= value < 1 << 63:
         raise ValueError(value)
     return value
-
-
-def _check_foreign(folder: Path) -> None:
-    if any(folder.glob("model.rank*-of-*.safetensors")):
-        raise ServiceError(
-            "CHECKPOINT_INVALID",
-            f"{folder} has shards but no manifest: its save was never finished",
-        )
-    if not (folder / CONFIG).is_file():
-        raise ServiceError(
-            "CHECKPOINT_INVALID", f"{folder} has neither a manifest nor a Hugging Face config.json"
-        )
-    weight_files(folder)

@@ -3,48 +3,45 @@ collective in between."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from nexrl_contract.errors import ServiceError
-from nexrl_storage.files import replace_folder, write_file
+from nexrl_storage import at, local_folder
 from nexrl_storage.manifest import (
-    FileEntry,
+    Export,
     Manifest,
-    describe,
     fingerprint_text,
-    index_name,
+    staged_files,
+    staging_folder,
+    write_file,
     write_manifest,
 )
+from nexrl_storage.protocol import full_disk, invalid
+from nexrl_storage.publish import Replacement, Versions
 
 from nexrl_worker.checkpoint.huggingface import FolderWriter, Stamp, export
-from nexrl_worker.checkpoint.load import LoadPlan, inspect
-from nexrl_worker.checkpoint.publish import PlainPath, VersionedPath
-from nexrl_worker.checkpoint.readers import HuggingFaceReader, ShardReader, TensorReader
-from nexrl_worker.checkpoint.shards import (
-    MODEL_FILES,
-    GroupState,
-    discard_staging,
-    prepare_staging,
-    read_index,
-    staging_folder,
-    write_shards,
-)
+from nexrl_worker.checkpoint.load import LoadPlan, TensorReader, inspect, invalid_folder
+from nexrl_worker.checkpoint.shards import MODEL_FILES, GroupState, ShardReader, write_shards
 from nexrl_worker.rank.control_group import ControlGroup
 from nexrl_worker.rank.request import Outcome
 from nexrl_worker.settings import GroupFolders, RankSettings
 from nexrl_worker.snapshot import SNAPSHOT_FILE, Snapshot, read_snapshot
-from nexrl_worker.training.errors import InvalidValue
+from nexrl_worker.training.model.quantised import Dequantised
+from nexrl_worker.training.model.weights import dtype_name
 from nexrl_worker.training.state import TrainingState, rng_state, seed_all, set_rng_state
 
 if TYPE_CHECKING:
     from nexrl_contract.sections import ActorConfig
+
+
+Answer = TypeVar("Answer")
 
 
 class CheckpointManager:
@@ -62,22 +59,16 @@ class CheckpointManager:
     def save(self, model: TrainingState, job_id: str, params: dict[str, Any], seq: int) -> Outcome:
         """Sharded: into staging, the checkpointer publishes. Hugging Face: published here, complete
         on return."""
-        step, path = int(params["global_step"]), Path(params["local_path"])
+        step, path = int(params["global_step"]), str(params["local_path"])
         if not params["saved_fully_shared_ckpt"]:
-            return Outcome(
-                {
-                    "path": str(path),
-                    "kind": "huggingface",
-                    **self._export(model, VersionedPath(path, self._name), step),
-                }
-            )
+            return self._export(model, Versions(path, self._name), step)
         staging = staging_folder(self._settings.data, job_id)
         weight_only = bool(params["save_weight_only"]) or not model.learns
         self._write_sharded(model, staging, step, seq, weight_only=weight_only)
         return Outcome(
             publish={
                 "staging": str(staging),
-                "path": str(path),
+                "path": path,
                 "step": step,
                 "kind": "sharded",
                 "weight_only": weight_only,
@@ -92,99 +83,74 @@ class CheckpointManager:
     def convert(self, model: TrainingState, params: dict[str, Any]) -> Outcome:
         """A published sharded checkpoint becomes its sibling ``-hf``; a path that does not exist
         yet gets the current weights."""
-        path = Path(params["local_path"])
-        if not self._from_rank_0({"there": os.path.lexists(path)})["there"]:
-            step = model.optimizer_steps
-            return Outcome(
-                {
-                    "path": str(path),
-                    "kind": "huggingface",
-                    **self._export(model, PlainPath(path, self._name), step),
-                }
-            )
-        target = path.with_name(f"{path.name}-hf")
-        self._control.vote(
-            lambda: (
-                self._convert_folder(model, path, PlainPath(target, self._name))
-                if self._control.rank == 0
-                else None
-            )
-        )
-        return Outcome({"path": str(target), "kind": "huggingface"})
+        path = str(params["local_path"])
+        there = self._control.decide(lambda: {"there": at(path).look(path) is not None})["there"]
+        if not there:
+            return self._export(model, Replacement(path, self._name, Export), model.optimizer_steps)
+        target = Replacement(f"{path}-hf", self._name, Export)
+        self._on_rank_0(lambda: self._convert_folder(model, path, target))
+        return Outcome({"path": target.path, "kind": "huggingface"})
 
-    def _export(
-        self, model: TrainingState, path: VersionedPath | PlainPath, step: int
-    ) -> dict[str, Any]:
+    def _export(self, model: TrainingState, target: Replacement[Export], step: int) -> Outcome:
         """Gather every tensor to rank 0, which writes and publishes the folder."""
-        first = self._control.rank == 0
-        self._control.vote(path.check if first else _nothing)
+        self._on_rank_0(target.check)
         fingerprint = fingerprint_text(model.fingerprint())
         stamp = Stamp(self._name, step, model.weight_version, fingerprint)
-
-        def begin() -> FolderWriter | None:
-            if not first:
-                return None
-            layout = model.layout()
-            return FolderWriter(
-                path.begin(),
+        writer = self._on_rank_0(
+            lambda: FolderWriter(
+                target.begin(),
                 self._source,
                 stamp,
                 config_changes=model.config_changes(),
-                layout=layout,
+                layout=model.layout(),
             )
-
-        writer = self._control.vote(begin)
+        )
         failure = export(model.full_weights(), writer)
 
         def publish() -> dict[str, Any]:
             if failure is not None:
                 raise failure
-            if writer is None:
-                return {}
+            assert writer is not None
             record = writer.finish()
-            path.commit()
-            return {
-                "fingerprint": record.fingerprint,
-                "master_fingerprint": record.master_fingerprint,
-            }
+            target.commit()
+            return record.model_dump(include={"fingerprint", "master_fingerprint"})
 
         try:
-            marks = self._from_rank_0(self._control.vote(publish))
+            marks = self._control.decide(publish)
         except ServiceError:
-            if first:
-                path.discard()
+            if self._control.rank == 0:
+                target.discard()
             raise
-        return {"global_step": step, "weight_version": model.weight_version, **marks}
+        about = {"path": target.path, "kind": "huggingface", "global_step": step}
+        return Outcome({**about, "weight_version": model.weight_version, **marks})
 
-    def _convert_folder(self, model: TrainingState, path: Path, target: PlainPath) -> None:
+    def _convert_folder(self, model: TrainingState, path: str, target: Replacement[Export]) -> None:
         plan = inspect(path)
-        if not isinstance(plan.record, Manifest):
-            raise ServiceError(
-                "CHECKPOINT_INVALID",
-                f"{path} is no sharded checkpoint of this service; there is nothing to convert",
-            )
+        record, source = plan.record, plan.folder / MODEL_FILES
+        if not isinstance(record, Manifest):
+            reason = "is no sharded checkpoint of this service; there is nothing to convert"
+            raise invalid(f"{path} {reason}")
         plan.verify(0, 1)
         target.check()
-        stamp = Stamp(
-            plan.record.identifier, plan.record.step, plan.record.seq, plan.record.fingerprint or ""
-        )
+        stamp = Stamp(record.identifier, record.step, record.seq, record.fingerprint or "")
+        reader = ShardReader(plan.folder, record)
         try:
-            with ShardReader(plan.folder, plan.record) as reader:
-                layout = model.layout_of(plan.folder / MODEL_FILES, reader.shapes, plan.state())
-                writer = FolderWriter(
-                    target.begin(), plan.folder / MODEL_FILES, stamp, layout=layout
-                )
-                for name, tensor in reader.weights():
-                    writer.add(name, tensor)
-                writer.finish()
+            layout = model.layout_of(source, reader.shapes, plan.state())
+            writer = FolderWriter(target.begin(), source, stamp, layout=layout)
+            for name, tensor in reader.weights():
+                writer.add(name, tensor)
+            writer.finish()
             target.commit()
         except BaseException:
             target.discard()
             raise
+        finally:
+            reader.close()
 
     def _write_sharded(
         self, model: TrainingState, folder: Path, step: int, seq: int, *, weight_only: bool
     ) -> None:
+        """Every rank writes its rows into ``folder``, which is emptied first."""
         rank, size = self._control.rank, self._control.size
         state = {
             "architecture": model.architecture(),
@@ -197,7 +163,7 @@ class CheckpointManager:
             "torch": torch.__version__,
         }
         group = GroupState(state, self._source, model.config_changes()) if rank == 0 else None
-        self._control.vote(lambda: prepare_staging(folder) if rank == 0 else None)
+        self._on_rank_0(lambda: empty_folder(folder))
         try:
             self._control.vote(
                 lambda: write_shards(
@@ -212,7 +178,8 @@ class CheckpointManager:
             )
         except ServiceError:
             if rank == 0:
-                discard_staging(folder)
+                with contextlib.suppress(OSError):
+                    at(folder).remove(folder, recursive=True)
             raise
 
     # --- loading ---
@@ -220,10 +187,9 @@ class CheckpointManager:
     def load(self, model: TrainingState, params: dict[str, Any]) -> Outcome:
         """Everything is verified on all ranks before the first weight changes; any world size
         loads."""
-        first = self._control.rank == 0
-        resolved = self._control.vote(lambda: str(Path(params["path"]).resolve()) if first else "")
-        folder = Path(self._from_rank_0({"folder": resolved})["folder"])
-        plan = self._control.vote(lambda: inspect(folder))
+        # Rank 0 follows the link for all of them: it may lead elsewhere a moment later.
+        found = self._control.decide(lambda: {"folder": str(local_folder(params["path"]))})
+        plan = self._control.vote(lambda: inspect(found["folder"]))
         self._control.vote(lambda: plan.verify(self._control.rank, self._control.size))
         restored = self._load(
             model, plan, weight_only=bool(params["load_weight_only"]) or not model.learns
@@ -241,7 +207,7 @@ class CheckpointManager:
 
         ``kept``: it is the group's own state, which comes back whatever its numbers are.
         """
-        mark = self._from_rank_0({"mark": plan.mark})["mark"]
+        mark = self._control.broadcast({"mark": plan.mark})["mark"]
         opened = self._control.vote(plan.reader)
         reader = self._control.vote(lambda: _accounted(model, plan, opened))
         try:
@@ -253,19 +219,13 @@ class CheckpointManager:
                 self._control.vote(lambda: _check_numbers(model, plan, reader, full))
             self._control.vote(lambda: plan.check_unchanged(mark))
             state = self._control.vote(lambda: _usable_state(model, plan)) if full else {}
-            rng = (
-                self._control.vote(lambda: _usable_rng(model, plan, self._control))
-                if full
-                else None
-            )
+            rng = self._control.vote(lambda: self._usable_rng(plan)) if full else None
             model.load_shards(reader, optimizer=full)
         finally:
             reader.close()
-        held = (
-            {"dtype": ", ".join(sorted(opened.weight_dtypes))}
-            if isinstance(opened, HuggingFaceReader)
-            else {}
-        )
+        held = {}
+        if not isinstance(opened, ShardReader):
+            held["dtype"] = ", ".join(sorted({dtype_name(code) for code in opened.stored.values()}))
         if not full:
             return {**held, "optimizer": "kept", "rng": "kept"}
         model.load_scalars(state["scalars"])
@@ -279,10 +239,22 @@ class CheckpointManager:
             "rng": "restored" if rng is not None else "reseeded",
         }
 
-    def _from_rank_0(self, seen: dict[str, Any]) -> dict[str, Any]:
-        """What rank 0 sees of the file system, on every rank: it may look different a moment
-        later."""
-        return self._control.broadcast(seen)
+    def _usable_rng(self, plan: LoadPlan) -> dict[str, Any] | None:
+        """Tried before any weight changes."""
+        rng = plan.rng(self._control.rank, self._control.size)
+        if rng is not None:
+            before = rng_state()
+            try:
+                set_rng_state(rng)
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise invalid(f"{plan.folder} has no random state: {error}") from error
+            finally:
+                set_rng_state(before)
+        return rng
+
+    def _on_rank_0(self, act: Callable[[], Answer]) -> Answer | None:
+        """What a vote gives of a local ``act`` of rank 0 alone."""
+        return self._control.vote(act if self._control.rank == 0 else lambda: None)
 
     # --- clean stop and start ---
 
@@ -297,10 +269,13 @@ class CheckpointManager:
 
         def publish() -> None:
             write_manifest(folder, self._suspended_manifest(folder, kept.seq))
-            write_file(folder / SNAPSHOT_FILE, json.dumps(kept._asdict()).encode())
-            replace_folder(folder, state)
+            write_file(folder, SNAPSHOT_FILE, json.dumps(kept._asdict()).encode())
+            former = at(folder).move(folder, state, replace=True)
+            if former is not None:
+                with contextlib.suppress(OSError):
+                    at(folder).remove(former, recursive=True)
 
-        self._control.vote(publish if self._control.rank == 0 else _nothing)
+        self._on_rank_0(publish)
 
     def resume(self, model: TrainingState) -> Snapshot:
         """Load what :meth:`suspend` kept, if anything, and say what that is."""
@@ -311,13 +286,6 @@ class CheckpointManager:
         return kept
 
     def _suspended_manifest(self, folder: Path, seq: int) -> Manifest:
-        files: list[FileEntry] = []
-        for rank in range(self._control.size):
-            files += [
-                FileEntry(**entry)
-                for entry in read_index(folder, rank, self._control.size)["files"]
-            ]
-            files.append(describe(folder, index_name(rank, self._control.size)))
         return Manifest(
             identifier=self._name,
             job_id="suspended",
@@ -327,7 +295,7 @@ class CheckpointManager:
             config_hash=self._config_hash(),
             weight_only=False,
             created=time.time(),
-            files=tuple(files),
+            files=tuple(staged_files(folder, self._control.size)),
         )
 
     @property
@@ -343,56 +311,33 @@ class CheckpointManager:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _accounted(model: TrainingState, plan: LoadPlan, opened: TensorReader) -> TensorReader:
+def empty_folder(folder: Path) -> None:
+    """Make an empty folder; a second attempt at the same save finds nothing of the first."""
+    with full_disk(folder):
+        at(folder).remove(folder, recursive=True)
+        at(folder).make(folder)
+
+
+def _accounted(
+    model: TrainingState, plan: LoadPlan, opened: ShardReader | Dequantised
+) -> TensorReader:
     """Of a Hugging Face folder every tensor's place in the model, and that none holds NaN."""
-    if not isinstance(opened, HuggingFaceReader):
+    if isinstance(opened, ShardReader):
         return opened
-    try:
+    with invalid_folder(plan.folder):
         return model.account(opened)
-    except InvalidValue as error:
-        raise ServiceError(
-            "CHECKPOINT_INVALID", f"{plan.folder}: {error.message}", **error.details()
-        ) from None
 
 
 def _check_numbers(model: TrainingState, plan: LoadPlan, reader: TensorReader, full: bool) -> None:
     """Of a sharded checkpoint; a Hugging Face folder's are part of its account. Its files were
     hashed a moment ago."""
-    if plan.kind != "sharded":
-        return
-    try:
-        model.check_finite(reader, full)
-    except InvalidValue as error:
-        raise ServiceError(
-            "CHECKPOINT_INVALID", f"{plan.folder}: {error.message}", **error.details()
-        ) from None
+    if plan.kind == "sharded":
+        with invalid_folder(plan.folder):
+            model.check_finite(reader, full)
 
 
 def _usable_state(model: TrainingState, plan: LoadPlan) -> dict[str, Any]:
     state = plan.state()
     if missing := model.scalars().keys() - state["scalars"].keys():
-        raise ServiceError(
-            "CHECKPOINT_INVALID", f"the state in {plan.folder} lacks {', '.join(sorted(missing))}"
-        )
+        raise invalid(f"the state in {plan.folder} lacks {', '.join(sorted(missing))}")
     return state
-
-
-def _usable_rng(
-    model: TrainingState, plan: LoadPlan, control: ControlGroup
-) -> dict[str, Any] | None:
-    """Tried before any weight changes."""
-    rng = plan.rng(control.rank, control.size)
-    if rng is not None:
-        before = rng_state()
-        try:
-            set_rng_state(rng)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ServiceError(
-                "CHECKPOINT_INVALID", f"{plan.folder} has no random state: {error}"
-            ) from error
-        finally:
-            set_rng_state(before)
-    return rng
-
-
-_nothing: Callable[[], None] = lambda: None  # noqa: E731 - what a rank without work does in a vote

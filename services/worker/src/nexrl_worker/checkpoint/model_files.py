@@ -4,13 +4,12 @@ weights or code."""
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from nexrl_storage.files import write_file
-from nexrl_storage.manifest import EXPORT, MANIFEST
+from nexrl_storage.manifest import EXPORT, MANIFEST, FileEntry, write_file
 
 CONFIG = "config.json"
 MOST_BYTES = 128 * 1024 * 1024  # a tokenizer of a large vocabulary has some 40 MB
@@ -50,27 +49,32 @@ _LEFT_OUT = (
 )
 
 
-def copy_model_files(source: Path, folder: Path, changes: Mapping[str, Any]) -> list[str]:
-    """Copy what ``source`` has of them into ``folder`` (made if need be), synced; returns the
-    names. Raises OSError.
+def copy_model_files(
+    source: Path, folder: Path, changes: Mapping[str, Any], dtypes: Sequence[str] = ()
+) -> list[FileEntry]:
+    """Copy what ``source`` has of them into ``folder``; returns what was written. Raises OSError.
 
     That is every file of at most ``MOST_BYTES`` that is no weights, code or record of other
     weights, and additional chat templates. ``changes`` replace keys of ``config.json``: a critic
     has another head than the model that it was made of. A quantisation is not named there any more.
+    ``dtypes``: those of the weights beside it, the main one first. Loaders go by the configuration.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    names = sorted(_small_files(source))
-    for name in names:
-        (folder / name).parent.mkdir(exist_ok=True)
-        write_file(folder / name, (source / name).read_bytes())
-    if CONFIG in names:
-        config = _read_config(folder)
-        changed = _of_these_weights(
-            {**config, **changes}, tied="tie_word_embeddings" not in changes
-        )
-        if changed != config:
-            _write_config(folder, changed)
-    return names
+    written = []
+    for name in sorted(_small_files(source)):
+        content = (source / name).read_bytes()
+        if name == CONFIG:
+            config: dict[str, Any] = json.loads(content)
+            changed = _of_these_weights(
+                {**config, **changes}, tied="tie_word_embeddings" not in changes
+            )
+            if dtypes:
+                changed = _agreeing(changed, dtypes)
+                if not {"dtype", "torch_dtype"} & changed.keys():
+                    changed["dtype"] = dtypes[0]
+            if dtypes or changed != config:
+                content = json.dumps(changed, indent=2).encode()
+        written.append(write_file(folder, name, content))
+    return written
 
 
 def _of_these_weights(config: dict[str, Any], tied: bool) -> dict[str, Any]:
@@ -100,33 +104,13 @@ def _travels(path: Path) -> bool:
     return path.is_file() and path.stat().st_size <= MOST_BYTES
 
 
-def set_dtype(folder: Path, main: str, written: Collection[str]) -> None:
-    """Let ``config.json`` name a dtype that weights beside it have: loaders go by the
-    configuration.
-
-    What it and its parts (``text_config`` and the like) say becomes ``main`` where it is none of
-    ``written``.
-    """
-    config = _agreeing(_read_config(folder), main, written)
-    _write_config(
-        folder, config if {"dtype", "torch_dtype"} & config.keys() else {**config, "dtype": main}
-    )
-
-
-def _agreeing(config: dict[str, Any], main: str, written: Collection[str]) -> dict[str, Any]:
+def _agreeing(config: dict[str, Any], dtypes: Sequence[str]) -> dict[str, Any]:
+    """What it and its parts (``text_config`` and the like) say of a dtype becomes the main one
+    where it is none of ``dtypes``."""
     changed: dict[str, Any] = {}
     for key, value in config.items():
         if key in ("dtype", "torch_dtype"):
-            changed[key] = value if value in written else main
+            changed[key] = value if value in dtypes else dtypes[0]
         else:
-            changed[key] = _agreeing(value, main, written) if isinstance(value, dict) else value
+            changed[key] = _agreeing(value, dtypes) if isinstance(value, dict) else value
     return changed
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / CONFIG).read_bytes())
-    return config
-
-
-def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    write_file(folder / CONFIG, json.dumps(config, indent=2).encode())

@@ -1,18 +1,17 @@
-"""Writes one safetensors file in a single pass: tensors go to the disk one by one, hashed on the
+"""Writes one safetensors file in a single pass: tensors go to the storage one by one, hashed on the
 way."""
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from nexrl_contract.errors import ServiceError
+from nexrl_storage import at
 from nexrl_storage.manifest import FileEntry
+from nexrl_storage.protocol import full_disk
 from torch import Tensor
 
 _CODES = {
@@ -27,36 +26,42 @@ _CODES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> FileEntry:
-    """Write and sync ``path``; the entry's name is the file's own. Tensors come to the CPU one at a
-    time.
+    """Write ``path``; the entry's name is the file's own. Tensors come to the CPU one at a time.
 
-    Raises ``NO_SPACE`` on a full disk; what was written stays for the caller to remove.
+    Raises ``NO_SPACE`` on a full disk.
     """
-    order = sorted(
-        tensors, key=lambda name: (-tensors[name].element_size(), name)
-    )  # keeps every tensor aligned
-    header = _header([(name, tensors[name]) for name in order], metadata)
-    digest = hashlib.sha256(header)
-    size = len(header)
-    try:
-        with open(path, "wb") as file:
-            file.write(header)
-            for name in order:
-                view = _bytes_of(tensors[name])
-                digest.update(view)
-                file.write(view)
-                size += view.nbytes
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise no_space(error, path) from error
-    return FileEntry(name=path.name, size=size, sha256=digest.hexdigest())
+    with full_disk(path):
+        return FileEntry(
+            name=path.name, **at(path).write(path, _pieces(tensors, metadata))._asdict()
+        )
+
+
+def _pieces(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> Iterator[bytes | memoryview]:
+    """The file's header, then each tensor's bytes; the widest come first, so that all are
+    aligned."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    table: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in order:
+        start, end = end, end + tensors[name].nbytes
+        table[name] = {
+            "dtype": _CODES[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in order:
+        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+        yield flat.view(torch.uint8).numpy().data if flat.numel() else b""
 
 
 def set_metadata(path: Path, key: str, value: str) -> None:
@@ -73,32 +78,3 @@ def set_metadata(path: Path, key: str, value: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def no_space(error: OSError, path: Path) -> Exception:
-    """``NO_SPACE`` for a full disk or quota, else the error itself."""
-    if error.errno in _NO_SPACE:
-        return ServiceError(
-            "NO_SPACE", f"no space is left to write {path}; free some and save again"
-        )
-    return error
-
-
-def _header(tensors: list[tuple[str, Tensor]], metadata: Mapping[str, str]) -> bytes:
-    table: dict[str, object] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name, tensor in tensors:
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        table[name] = {
-            "dtype": _CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
