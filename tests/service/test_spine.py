@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
+import re
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
-from nexrl_client import GroupExists, HTTPTrainServiceClient, create_train_service_client
+from nexrl_client import GroupExists, HTTPTrainServiceClient
 from transformers import AutoModelForCausalLM
 
 from tests.helpers.service import StartGroup, fingerprint, make_batch
 from tests.helpers.stack import Stack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+README = Path(__file__).parents[2] / "README.md"
 
 
-def test_the_lines_of_the_readme_work_as_they_stand(stack: Stack, tiny_model: Path) -> None:
-    client = create_train_service_client(backend="self-hosted", url=stack.url, identifier="readme")
-    client.initialize_worker(
-        config_dict={"actor": {"model": {"path": str(tiny_model)}, "optim": {"lr": 1e-3}}},
-        role="actor",
-        world_size=2,
-    )
-    client.init_model()
-    batch = make_batch()
-    batch["tensors"]["old_log_probs"] = client.compute_log_prob(batch)["batch"]["old_log_probs"]
-    result = client.update_actor(batch)
-    saved = client.save_checkpoint(local_path="ckpt/step_1", global_step=1)
+def test_the_lines_of_the_readme_work_as_they_stand(
+    stack: Stack, tiny_model: Path, tmp_path: Path
+) -> None:
+    (lines,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    for written, ours in (
+        ("http://127.0.0.1:8000", stack.url),
+        ("/models/tiny", str(tiny_model)),
+        ("student", "readme"),
+    ):
+        assert written in lines
+        lines = lines.replace(written, ours)
+    (program := tmp_path / "readme.py").write_text(lines)
+    names = runpy.run_path(str(program), {"batch": make_batch()})
+    batch, result = names["batch"], names["result"]
 
     assert batch["tensors"]["old_log_probs"].shape == (5, 6)
     assert batch["tensors"]["old_log_probs"].dtype == torch.float32
     assert result["metrics"] is result["meta_info"]["metrics"]
     assert result["metrics"]["actor/grad_norm"] > 0
     assert result["metrics"]["actor/ratio_mean"] == 1.0, "the first ratio is exactly 1"
-    assert saved["path"] == str(stack.data / "ckpt" / "step_1")
     assert (stack.data / "ckpt" / "step_1" / "manifest.json").is_file()
-    client.destroy()
+    names["client"].destroy()
 
 
 def test_log_probs_are_transformers_own_in_row_order(
