@@ -37,31 +37,11 @@ from .layout import (
 )
 
 __all__ = [
-    "Batch",
-    "HTTPTrainServiceClient",
-    "HTTPTransport",
-    "JobHandle",
-    "MockTrainServiceClient",
-    "Part",
-    "Request",
-    "Response",
-    "TrainServiceClient",
-    "TrainServiceClients",
-    "Transport",
-    "create_train_service_client",
-    "create_train_service_clients",
-    "data_to_tensor",
-    "gae",
-    "group_relative_advantages",
-    "left_pad",
-    "load_service_config",
-    "loss_mask_after_prompts",
-    "position_ids",
-    "response_mask",
-    "right_pad",
-    "scoring_mask",
-    "split_for_requests",
-    "tensor_to_data",
-    "whiten",
-]
+    "Batch", "HTTPTrainServiceClient", "HTTPTransport", "JobHandle", "MockTrainServiceClient",
+    "Part", "Request", "Response", "TrainServiceClient", "TrainServiceClients", "Transport",
+    "create_train_service_client", "create_train_service_clients", "data_to_tensor", "gae",
+    "group_relative_advantages", "left_pad", "load_service_config", "loss_mask_after_prompts",
+    "position_ids", "response_mask", "right_pad", "scoring_mask", "split_for_requests",
+    "tensor_to_data", "whiten",
+]  # fmt: skip
 __all__ += errors.__all__

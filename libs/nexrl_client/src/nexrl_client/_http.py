@@ -132,11 +132,9 @@ class HTTPTrainServiceClient(TrainServiceClient):
         return JobHandle(job_id, str(self.job_view(job_id).get("operation", "")), self)
 
     def job_view(self, job_id: str) -> dict[str, Any]:
-        """The job's record; see JobHandle.status."""
         return self._json("GET", f"/jobs/{job_id}")
 
     def cancel_job(self, job_id: str) -> dict[str, Any]:
-        """See JobHandle.cancel."""
         return self._json("DELETE", f"/jobs/{job_id}")
 
     def job_result(self, job: JobHandle, budget: Budget) -> dict[str, Any] | None:
