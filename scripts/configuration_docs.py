@@ -4,6 +4,7 @@ not current."""
 from __future__ import annotations
 
 import sys
+import textwrap
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,12 +59,14 @@ def document() -> str:
         HEAD
         + "".join(rows)
         + INERT
-        + ", ".join(inert)
-        + "\n"
+        + _filled(inert)
         + NOT_OFFERED
-        + ", ".join(not_offered)
-        + "\n"
+        + _filled(not_offered)
     )
+
+
+def _filled(keys: list[str]) -> str:
+    return textwrap.fill(", ".join(keys), 100, break_on_hyphens=False) + "\n"
 
 
 def _keys(section: type[Section], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
