@@ -55,14 +55,7 @@ def document() -> str:
         else:
             meaning = (info.description or "").replace("|", r"\|")
             rows.append(f"| `{key}` | {_type(info.annotation)} | {_default(info)} | {meaning} |\n")
-    return (
-        HEAD
-        + "".join(rows)
-        + INERT
-        + _filled(inert)
-        + NOT_OFFERED
-        + _filled(not_offered)
-    )
+    return HEAD + "".join(rows) + INERT + _filled(inert) + NOT_OFFERED + _filled(not_offered)
 
 
 def _filled(keys: list[str]) -> str:

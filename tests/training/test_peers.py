@@ -24,7 +24,11 @@ from tests.helpers.plain_loop import get_decayed
 from tests.helpers.single_rank import build, compute, update
 
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
-ROWS = {cells[1].strip(): line for line in PAGE.splitlines() if len(cells := line.split("|")) == 7}
+ROWS = {
+    item.partition(".** ")[0]: " ".join(item.partition("\n\n")[0].split())
+    for item in PAGE.split("\n- **")
+    if ".** " in item
+}
 FAMILIES = (
     "llama qwen2 qwen3 gpt2 gpt_neox opt bloom gemma2 gemma3_text cohere olmo2 phi stablelm "
     "mixtral qwen3_moe falcon"
