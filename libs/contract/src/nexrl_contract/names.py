@@ -16,6 +16,7 @@ CHECKSUM_HEADER = "X-Checksum-XXH3-128"
 REQUEST_ID_HEADER = "X-NexRL-Request-ID"
 """A request's own mark, which its answer repeats: so an answer is known to be of its request."""
 
+DEFAULT_REDIS_URL = "redis://127.0.0.1:6379/0"
 AGENT_QUEUE = "agents"
 CHECKPOINT_QUEUE = "checkpoints"
 

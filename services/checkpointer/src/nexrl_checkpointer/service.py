@@ -13,7 +13,7 @@ from typing import Self
 
 import redis
 from nexrl_contract.errors import ServiceError
-from nexrl_contract.names import CHECKPOINT_QUEUE
+from nexrl_contract.names import CHECKPOINT_QUEUE, DEFAULT_REDIS_URL
 from nexrl_contract.records import JobRecord
 from nexrl_ledger import Fenced, Ledger, QueueConsumer, connect
 from nexrl_storage.manifest import Manifest
@@ -39,7 +39,7 @@ class Settings:
     def from_env(cls) -> Self:
         """Every variable has a default."""
         return cls(
-            redis_url=os.environ.get("NEXRL_REDIS_URL", "redis://127.0.0.1:6379/0"),
+            redis_url=os.environ.get("NEXRL_REDIS_URL", DEFAULT_REDIS_URL),
             data=Path(os.environ.get("NEXRL_DATA", "data")).absolute(),
             name=os.environ.get("NEXRL_CHECKPOINTER_NAME")
             or f"{socket.gethostname()}-{os.getpid()}",

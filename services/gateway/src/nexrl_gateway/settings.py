@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from nexrl_contract.names import DEFAULT_REDIS_URL
+
 GIB = 1024**3
 
 
@@ -24,7 +26,7 @@ class Settings:
 
     data: Path
     payloads: str = field(repr=False)
-    redis_url: str = field(default="redis://127.0.0.1:6379/0", repr=False)
+    redis_url: str = field(default=DEFAULT_REDIS_URL, repr=False)
     checkpoint_roots: tuple[Path, ...] = ()
     model_roots: tuple[Path, ...] = ()
     fsync: bool = False

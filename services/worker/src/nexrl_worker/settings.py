@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from nexrl_contract.names import DEFAULT_REDIS_URL
 from nexrl_host.machine import CPU_SLOTS, visible_gpus
 from nexrl_host.processes import log_limit
 
@@ -49,7 +50,7 @@ class AgentSettings:
             )
         return cls(
             name=os.environ.get("NEXRL_AGENT_NAME") or socket.gethostname(),
-            redis_url=os.environ.get("NEXRL_REDIS_URL", "redis://127.0.0.1:6379/0"),
+            redis_url=os.environ.get("NEXRL_REDIS_URL", DEFAULT_REDIS_URL),
             data=data,
             payloads=os.environ.get("NEXRL_PAYLOADS") or f"file://{data}/.nexrl/payloads",
             slots=slots,
