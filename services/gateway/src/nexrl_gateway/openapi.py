@@ -81,7 +81,8 @@ def request_body(operation: Operation) -> dict[str, Any]:
         fields = operation.params.model_fields.items()
         example = {name: info.examples[0] for name, info in fields if info.examples}
         examples: Schema = {"typical": {"value": example}}
-        return {"content": {JSON_TYPE: {"schema": schema, "examples": examples}}}
+        content = {JSON_TYPE: {"schema": schema, "examples": examples}}
+        return {"required": bool(example), "content": content}
     loss = reads_of(operation, {}, _DEFAULT, _TENSORS)
     read = {*SCORED, *loss.required, *loss.optional}
     tensors = {name: _TENSORS[name] for name in operation.reads if name in _TENSORS.keys() & read}
@@ -93,9 +94,17 @@ def request_body(operation: Operation) -> dict[str, Any]:
     }
     description = "A safetensors file; see libs/tensor_codec/SPEC.md"
     frame = {"type": "string", "format": "binary", "description": description}
-    schema = {**schema, "additionalProperties": True}
-    json = {"schema": schema, "examples": examples}
-    return {"required": True, "content": {JSON_TYPE: json, FRAME_TYPE: {"schema": frame}}}
+    tensor = {name: {"type": "object", "description": _described(name)} for name in operation.reads}
+    described = {"type": "object", "properties": tensor, "required": [*operation.required]}
+    properties = {**schema["properties"], "tensors": described}
+    json = {**schema, "properties": properties, "additionalProperties": True}
+    content = {JSON_TYPE: {"schema": json, "examples": examples}, FRAME_TYPE: {"schema": frame}}
+    return {"required": True, "content": content}
+
+
+def _described(tensor: str) -> str:
+    spec = TENSORS[tensor]
+    return f"{' or '.join(spec.shapes)}, {spec.values}. {spec.meaning}."
 
 
 def answer_model(operation: Operation) -> type[BaseModel]:
@@ -106,7 +115,7 @@ def answer_model(operation: Operation) -> type[BaseModel]:
     always = answers_of(operation, {}, None)
     tensors: dict[str, Any] = {}
     for tensor in operation.answers:
-        described = f"{TENSORS[tensor].answered} {TENSORS[tensor].meaning}"
+        described = f"{TENSORS[tensor].answered} {TENSORS[tensor].meaning}."
         if tensor in always:
             shown = Field(description=described, examples=[_TENSORS[tensor]])
             tensors[tensor] = (JSONTensor, shown)

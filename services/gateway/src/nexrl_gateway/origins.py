@@ -64,11 +64,7 @@ class OwnOrigin:
         if parts is None:
             return False
         host = _canonical(parts[1] or parts[2].removesuffix("."))
-        if (
-            _is_loopback(host)
-            or host == _canonical(served)
-            or not self._hosts.isdisjoint((host, "*"))
-        ):
+        if _is_loopback(host) or host == _canonical(served) or self._hosts & {host, "*"}:
             return True
         return any(host.endswith(name[1:]) for name in self._hosts if name.startswith("*."))
 
@@ -98,19 +94,17 @@ def _same(origin: str, host: str) -> bool:
 
 
 def _host_refused(host: str) -> ServiceError:
-    return ServiceError(
-        "HOST_REFUSED",
+    message = (
         f"this gateway does not answer for Host {host[:100]!a}, only for loopback and the address "
-        "it serves; "
-        "where the name is its own, list it in NEXRL_ALLOWED_HOSTS (comma-separated) of the "
-        "gateway",
+        "it serves; where the name is its own, list it in NEXRL_ALLOWED_HOSTS (comma-separated) of "
+        "the gateway"
     )
+    return ServiceError("HOST_REFUSED", message)
 
 
 def _foreign(origin: str) -> ServiceError:
-    return ServiceError(
-        "FOREIGN_ORIGIN",
-        f"a browser sent this for {origin[:100]!a}, and only programs and this gateway's own "
-        "pages may ask it; "
-        "type its address into the browser, or call it from a program",
+    message = (
+        f"a browser sent this for {origin[:100]!a}, and only programs and this gateway's own pages "
+        "may ask it; type its address into the browser, or call it from a program"
     )
+    return ServiceError("FOREIGN_ORIGIN", message)

@@ -280,12 +280,10 @@ def as_service_error(error: Exception, request: Request) -> ServiceError:
             return ServiceError(code, f"{asked}: {error.detail}; /docs lists what there is")
         case ClientDisconnect():
             return ServiceError("MALFORMED", "the connection ended before the body did")
-    if isinstance(error, redis.exceptions.AuthenticationError):
-        return ServiceError(
-            "REDIS_UNAVAILABLE", "Redis does not take the gateway's password", retryable=False
-        )
+        case redis.exceptions.AuthenticationError():
+            message = "Redis does not take the gateway's password"
+            return ServiceError("REDIS_UNAVAILABLE", message, retryable=False)
     if is_away(error):
         return ServiceError("REDIS_UNAVAILABLE", "Redis does not answer; try again shortly")
-    return ServiceError(
-        "INTERNAL", "something unexpected went wrong in the gateway; its log has the details"
-    )
+    message = "something unexpected went wrong in the gateway; its log has the details"
+    return ServiceError("INTERNAL", message)
