@@ -7,33 +7,20 @@ import contextlib
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nexrl_contract.records import FINAL_STATES
 
 from ._exchange import MAX_WAIT_S, Budget
 
+if TYPE_CHECKING:
+    from ._http import HTTPTrainServiceClient
+    from ._mock import MockTrainServiceClient
+
 Value = TypeVar("Value")
 FIRST_WAIT_S = 1.0
 """How long an awaited result is first asked for: a thread outlives a cancelled await by no more
 than its request."""
-
-
-class JobSource(Protocol):
-    """What a handle asks: a client."""
-
-    def job_view(self, job_id: str) -> dict[str, Any]:
-        """The job's record."""
-        ...
-
-    def job_result(self, job: JobHandle, budget: Budget) -> dict[str, Any] | None:
-        """The job's result, asked for once; None where it has not ended, ServiceTimeout where the
-        budget has."""
-        ...
-
-    def cancel_job(self, job_id: str) -> dict[str, Any]:
-        """Cancel it."""
-        ...
 
 
 class JobHandle:
@@ -44,12 +31,16 @@ class JobHandle:
     """
 
     def __init__(
-        self, job_id: str, operation: str, source: JobSource, ignored: tuple[str, ...] = ()
+        self,
+        job_id: str,
+        operation: str,
+        client: HTTPTrainServiceClient | MockTrainServiceClient,
+        ignored: tuple[str, ...] = (),
     ) -> None:
         self.id = job_id
         self.operation = operation
         self.ignored = ignored
-        self._source = source
+        self._client = client
 
     def __repr__(self) -> str:
         return f"JobHandle(id={self.id!r}, operation={self.operation!r})"
@@ -60,7 +51,7 @@ class JobHandle:
         "state" is "queued", "running", "finished", "failed", "cancelled" or "rolled_back". Others
         are "waits_for", "error" and times in seconds since 1970.
         """
-        return self._source.job_view(self.id)
+        return self._client.job_view(self.id)
 
     def done(self) -> bool:
         """Whether the job has ended, well or not. Asks the service."""
@@ -83,7 +74,7 @@ class JobHandle:
         budget = Budget(timeout, longest_wait_s=FIRST_WAIT_S)
         try:
             while (
-                result := await in_thread(partial(self._source.job_result, self, budget))
+                result := await in_thread(partial(self._client.job_result, self, budget))
             ) is None:
                 budget.longest_wait_s = min(2 * budget.longest_wait_s, MAX_WAIT_S)
             return result
@@ -92,13 +83,13 @@ class JobHandle:
 
     def result_within(self, budget: Budget) -> dict[str, Any]:
         """As result, of what is left of a call's time."""
-        while (result := self._source.job_result(self, budget)) is None:
+        while (result := self._client.job_result(self, budget)) is None:
             pass
         return result
 
     def cancel(self) -> dict[str, Any]:
         """Cancel a job that has not begun. Raises JobRunning or JobFinal where that is too late."""
-        return self._source.cancel_job(self.id)
+        return self._client.cancel_job(self.id)
 
 
 async def in_thread(call: Callable[[], Value]) -> Value:

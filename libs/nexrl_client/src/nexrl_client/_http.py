@@ -15,10 +15,9 @@ from typing import Any, Self, TypeAlias
 from nexrl_contract.names import CHECKSUM_HEADER, FRAME_TYPE, JSON_TYPE
 from tensor_codec import Encoded
 
-from ._answers import checked, read_json, read_result
 from ._api import BatchLike, TrainServiceClient
 from ._call import MAX_REQUEST_BYTES, Call, prepare, split_for_requests
-from ._exchange import Budget, exchange
+from ._exchange import Budget, checked, exchange, read_json, read_result
 from ._handle import JobHandle
 from ._transport import Body, HTTPTransport, Request, Response, Transport, normalise_url
 from .errors import (
@@ -138,8 +137,8 @@ class HTTPTrainServiceClient(TrainServiceClient):
         return self._json("DELETE", f"/jobs/{job_id}")
 
     def job_result(self, job: JobHandle, budget: Budget) -> dict[str, Any] | None:
-        """See JobSource.job_result; an outage is borne for request_timeout seconds where the budget
-        has no end."""
+        """The job's result, asked for once; None where it has not ended, ServiceTimeout where the
+        budget has. Of an endless budget an outage is borne for request_timeout seconds."""
         outage = budget
         if budget.endless:
             outage = Budget(self.request_timeout, budget, longest_wait_s=budget.longest_wait_s)

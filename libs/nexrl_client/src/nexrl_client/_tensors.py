@@ -1,9 +1,8 @@
-"""Tensors of torch and NumPy: the kind that the caller has, dense data of either, arithmetic in
-NumPy. Torch is imported late."""
+"""Tensors of torch or NumPy, in and out. Arithmetic is NumPy's; torch is imported late."""
 
 from __future__ import annotations
 
-import concurrent.futures.thread  # noqa: F401 - torch imports it: too late for its lock where a fork waits for that
+import concurrent.futures.thread  # noqa: F401 - torch imports it, too late for a waiting fork
 import os
 import sys
 import threading
@@ -17,6 +16,8 @@ from numpy.typing import NDArray
 from tensor_codec import Frame, JSONTensor
 
 from .errors import InvalidBatch
+
+_HIDES = "hides some of its values; fill them, and send a mask"
 
 
 def tensor_to_data(tensor: Any) -> JSONTensor:
@@ -94,9 +95,7 @@ def to_numpy(value: Any) -> NDArray[Any]:
     if isinstance(value, list | tuple):
         value = [to_numpy(item) if is_tensor(item) else item for item in value]
     if np.ma.is_masked(value):
-        raise InvalidBatch(
-            "an array is masked and hides some of its values; fill them, and send a mask"
-        )
+        raise InvalidBatch(f"an array is masked and {_HIDES}")
     if is_torch(value):
         if value.is_nested:
             raise InvalidBatch("a tensor is nested; pad its rows to one length (to_padded_tensor)")
@@ -113,31 +112,22 @@ def taken(name: str, value: Any) -> Any:
     """
     if isinstance(value, list | tuple):
         return _from_rows(name, value)
+    reason = None
     if not is_tensor(value):
-        raise _refused(
-            name,
-            f"is {type(value).__name__}; give a torch tensor, a NumPy array or lists of numbers",
-        )
-    if isinstance(value, np.ndarray):
+        kind = type(value).__name__
+        reason = f"is {kind}; give a torch tensor, a NumPy array or lists of numbers"
+    elif isinstance(value, np.ndarray):
         if value.dtype == object:
-            raise _refused(
-                name, "is a NumPy array of objects; pad its rows to one length, and give numbers"
-            )
-        if np.ma.is_masked(value):
-            raise _refused(
-                name, "is a masked array that hides some of its values; fill them, and send a mask"
-            )
-        return value
-    if value.is_nested:
-        raise _refused(
-            name,
-            "is a nested tensor; pad its rows to one length (to_padded_tensor), and send masks",
-        )
-    if value.layout is not sys.modules["torch"].strided or value.is_meta:
+            reason = "is a NumPy array of objects; pad its rows to one length, and give numbers"
+        elif np.ma.is_masked(value):
+            reason = f"is a masked array that {_HIDES}"
+    elif value.is_nested:
+        reason = "is a nested tensor; pad its rows to one length (to_padded_tensor), and send masks"
+    elif value.layout is not sys.modules["torch"].strided or value.is_meta:
         kind = f"layout {value.layout}, device {value.device}"
-        raise _refused(
-            name, f"is no dense tensor with data ({kind}): use full_tensor() or to_dense()"
-        )
+        reason = f"is no dense tensor with data ({kind}): use full_tensor() or to_dense()"
+    if reason is not None:
+        raise _refused(name, reason)
     return value
 
 
@@ -146,16 +136,13 @@ def _from_rows(name: str, rows: Sequence[Any]) -> NDArray[Any]:
     for number, length in enumerate(lengths):
         if length != lengths[0]:
             found = "is a number" if length is None else f"has {length} values"
-            raise _refused(
-                name,
-                f"has rows of several lengths: row {number} {found}, row 0 {lengths[0]}; pad them",
-            )
+            where = f"row {number} {found}, row 0 {lengths[0]}"
+            raise _refused(name, f"has rows of several lengths: {where}; pad them")
     try:
         array = np.asarray([_inner(name, row) for row in rows])
     except (ValueError, TypeError, OverflowError, RuntimeError) as error:
-        raise _refused(
-            name, f"cannot be made of these lists: {str(error).splitlines()[0]}"
-        ) from None
+        said = str(error).splitlines()[0]
+        raise _refused(name, f"cannot be made of these lists: {said}") from None
     if array.dtype.kind not in "biuf":
         raise _refused(name, f"holds what is no number ({array.dtype}); give lists of numbers")
     return array
@@ -163,8 +150,7 @@ def _from_rows(name: str, rows: Sequence[Any]) -> NDArray[Any]:
 
 def _length(name: str, row: Any) -> int | None:
     if is_tensor(row):
-        checked = taken(name, row)
-        return len(checked) if checked.ndim else None
+        return len(row) if taken(name, row).ndim else None
     return len(row) if hasattr(row, "__len__") else None
 
 
@@ -189,11 +175,8 @@ def restore(array: NDArray[Any], *given: Any) -> Any:
     if not torch_tensors:
         if array.dtype.kind != "f":
             return array
-        floats = [
-            value.dtype
-            for value in given
-            if isinstance(value, np.ndarray) and value.dtype.kind == "f"
-        ]
+        arrays = [value for value in given if isinstance(value, np.ndarray)]
+        floats = [value.dtype for value in arrays if value.dtype.kind == "f"]
         return array.astype(floats[0] if floats else np.float32)
     torch: Any = sys.modules["torch"]
     tensor = torch.from_numpy(array).to(torch_tensors[0].device)
@@ -214,10 +197,8 @@ def append_zero_rows(tensor: Any, count: int) -> Any:
 def check_shapes(arrays: Mapping[str, NDArray[Any]], dimensions: int) -> None:
     """Refuse arrays that are not all of one shape with so many dimensions; raises InvalidBatch with
     their names."""
-    if (
-        len({array.shape for array in arrays.values()}) != 1
-        or next(iter(arrays.values())).ndim != dimensions
-    ):
+    found = {array.shape for array in arrays.values()}
+    if len(found) != 1 or len(found.pop()) != dimensions:
         shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
         expected = ("[B]", "[B, R]")[dimensions - 1]
         raise InvalidBatch(
