@@ -7,7 +7,6 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator
 from importlib.metadata import version
-from typing import Any
 
 import redis
 from anyio.to_thread import run_sync
@@ -22,6 +21,7 @@ from nexrl_gateway.responses import add_error_handlers, marked
 from nexrl_gateway.routes import jobs, operations, payloads, status
 from nexrl_gateway.services import Services
 from nexrl_gateway.settings import Settings
+from nexrl_gateway.strict_json import JSON
 
 _DESCRIPTION = """\
 Training of language models on worker groups: make a group, load a model, send batches.
@@ -41,7 +41,7 @@ class _Application(FastAPI):
             scope, receive, marked(scope, send) if scope["type"] == "http" else send
         )
 
-    def openapi(self) -> dict[str, Any]:
+    def openapi(self) -> JSON:
         if not self.openapi_schema:
             self.openapi_schema = with_examples(super().openapi())
         return self.openapi_schema

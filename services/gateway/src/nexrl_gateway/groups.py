@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from nexrl_gateway.paths import Roots
 from nexrl_gateway.services import Services
+from nexrl_gateway.strict_json import JSON
 from nexrl_gateway.submit import digest, is_down, log_accepted, without_agent
 
 _RACES = 5
@@ -38,12 +39,12 @@ class GroupRequest:
     identifier: str
     role: str
     world_size: int
-    settings: dict[str, Any]
+    settings: JSON
     ignored: list[str]
     paths: dict[str, str]
 
     @property
-    def said(self) -> dict[str, Any]:
+    def said(self) -> JSON:
         """What the answer says of relative paths."""
         return {"paths": self.paths} if self.paths else {}
 
@@ -70,9 +71,7 @@ class _Appeared(Exception):
     """Somebody else made the group in the meantime."""
 
 
-def read_group_request(
-    document: dict[str, Any], identifier: str | None, roots: Roots
-) -> GroupRequest:
+def read_group_request(document: JSON, identifier: str | None, roots: Roots) -> GroupRequest:
     """Check ``initialize``'s body; raises INVALID_ARGUMENT, INVALID_CONFIG, PATH_REFUSED or
     IDENTIFIER_REQUIRED."""
     try:
@@ -169,13 +168,11 @@ def _checked_identifier(identifier: Any) -> str:
     return identifier
 
 
-def _with_model_paths(
-    settings: dict[str, Any], roots: Roots
-) -> tuple[dict[str, Any], dict[str, str]]:
+def _with_model_paths(settings: JSON, roots: Roots) -> tuple[JSON, dict[str, str]]:
     """The settings with absolute model paths, and what the relative ones among them mean."""
     relative: dict[str, str] = {}
 
-    def absolute(model: dict[str, Any], key: str) -> dict[str, Any]:
+    def absolute(model: JSON, key: str) -> JSON:
         given = model["path"]
         path = roots.model(given, key) if given is not None else None
         if path is not None and not given.startswith("/"):

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import Annotated, Any
+from typing import Annotated
 
 import redis
 from anyio.to_thread import run_sync
@@ -25,12 +25,9 @@ from tensor_codec import RawTensor, to_json
 
 from nexrl_gateway.responses import JobView, json_response
 from nexrl_gateway.services import Services
-from nexrl_gateway.strict_json import finite
+from nexrl_gateway.strict_json import JSON, finite
 from nexrl_gateway.submit import without_agent
 from nexrl_gateway.uploads import StoredFrame, read_frame
-
-Said = dict[str, Any]
-"""A part of an answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +89,7 @@ def _seconds(text: str) -> float:
 
 
 async def answer(
-    services: Services, job: JobRecord, preferences: Preferences, extra: Said | None = None
+    services: Services, job: JobRecord, preferences: Preferences, extra: JSON | None = None
 ) -> Response:
     """Wait for the job as long as ``preferences`` and the gateway's limit allow, and say what has
     become of it.
@@ -117,7 +114,7 @@ async def answer(
 
 
 async def result_response(
-    services: Services, job: JobRecord, preferences: Preferences, extra: Said | None = None
+    services: Services, job: JobRecord, preferences: Preferences, extra: JSON | None = None
 ) -> Response:
     """The answer of an ended job; raises its error, or what :func:`_unfinished` says of one that
     has not ended."""
@@ -138,7 +135,7 @@ def _after_delivery(ledger: Ledger, job_id: str, response: Response) -> None:
             ledger.retention.delivered(job_id)
 
 
-def initialized(group: GroupRecord, ignored: list[str], said: Said) -> Response:
+def initialized(group: GroupRecord, ignored: list[str], said: JSON) -> Response:
     """The answer of ``initialize`` for a group that is there already, with what else is ``said`` of
     the request."""
     return json_response(
@@ -224,7 +221,7 @@ class FrameResponse(StreamingResponse):
         self.complete = True
 
 
-def _response(services: Services, job: JobRecord, frame: bool, extra: Said) -> Response:
+def _response(services: Services, job: JobRecord, frame: bool, extra: JSON) -> Response:
     stored = _stored(services, job)
     beside = envelope.read(stored.header.metadata) if stored else {}
     result = {**beside, **(job.result or {})}
@@ -245,9 +242,9 @@ def _response(services: Services, job: JobRecord, frame: bool, extra: Said) -> R
     )
 
 
-def _meta_info(job: JobRecord, result: Said) -> Said:
+def _meta_info(job: JobRecord, result: JSON) -> JSON:
     """What the ranks said besides metrics, and what the ledger knows of the job."""
-    said: Said = result.pop("meta_info", {}) or {}
+    said: JSON = result.pop("meta_info", {}) or {}
     began, ended = job.started_at or job.created_at, job.finished_at or 0.0
     timing = {"queued_s": began - job.created_at, "run_s": ended - began, **said.get("timing", {})}
     known = {**_about(job), "operation": job.operation, "ignored": job.ignored}
@@ -259,6 +256,7 @@ def _stored(services: Services, job: JobRecord) -> StoredFrame | None:
         return None
     store = services.store
     try:
+        # Held before it is read: the janitor may be about to remove it.
         if not services.ledger.retention.hold_result(job.id):
             raise _expired(services, job)
         for _ in store.stream(job.result_payload.id, job.result_payload.checksum):
@@ -289,7 +287,7 @@ def _damaged(job: JobRecord) -> ServiceError:
     return ServiceError("PAYLOAD_DAMAGED", message, retryable=False, **_about(job))
 
 
-def _json_tensors(stored: StoredFrame) -> Said:
+def _json_tensors(stored: StoredFrame) -> JSON:
     data = memoryview(b"".join(stored.body))
     return {
         name: to_json(RawTensor(info.dtype, info.shape, data[info.start : info.end]))

@@ -20,9 +20,9 @@ from pydantic import BaseModel, Field, create_model
 from tensor_codec import RawTensor, to_json
 
 from nexrl_gateway.responses import ErrorBody, JobView
+from nexrl_gateway.strict_json import JSON
 
-Responses = dict[int | str, dict[str, Any]]
-Schema = dict[str, Any]
+Responses = dict[int | str, JSON]
 
 _CODES: defaultdict[int, list[str]] = defaultdict(list)
 for _code, _kind in ERRORS.items():
@@ -57,7 +57,7 @@ def _floats(*values: float, width: int | None = None) -> Any:
     return to_json(RawTensor("F32", shape, struct.pack(f"<{len(values)}f", *values)))
 
 
-_TENSORS: dict[str, Any] = {
+_TENSORS: JSON = {
     "input_ids": _integers(5, 6, 7, 8, 5, 6, 9, 8, width=4),
     "attention_mask": _integers(*[1] * 8, width=4),
     "responses": _integers(7, 8, 9, 8, width=2),
@@ -73,14 +73,14 @@ _TENSORS: dict[str, Any] = {
 _DEFAULT = ActorConfig.model_validate({"model": {"path": "/models/tiny"}})
 
 
-def request_body(operation: Operation) -> dict[str, Any]:
+def request_body(operation: Operation) -> JSON:
     """What the operation takes, with requests that may be sent as they are: a batch is what it
     reads in a group of the default configuration."""
     schema = operation.params.model_json_schema()
     if not operation.takes_batch:
         fields = operation.params.model_fields.items()
         example = {name: info.examples[0] for name, info in fields if info.examples}
-        examples: Schema = {"typical": {"value": example}}
+        examples: JSON = {"typical": {"value": example}}
         content = {JSON_TYPE: {"schema": schema, "examples": examples}}
         return {"required": bool(example), "content": content}
     loss = reads_of(operation, {}, _DEFAULT, _TENSORS)
@@ -113,7 +113,7 @@ def answer_model(operation: Operation) -> type[BaseModel]:
         return operation.answer
     name = operation.name.title().replace("_", "")
     always = answers_of(operation, {}, None)
-    tensors: dict[str, Any] = {}
+    tensors: JSON = {}
     for tensor in operation.answers:
         described = f"{TENSORS[tensor].answered} {TENSORS[tensor].meaning}."
         if tensor in always:
@@ -171,14 +171,14 @@ def refused(*statuses: int) -> Responses:
     return {status: _refusal(status) for status in (*statuses, 503)}
 
 
-def _refusal(status: int) -> dict[str, Any]:
+def _refusal(status: int) -> JSON:
     described = "; ".join(f"{code}: {ERRORS[code].meaning}" for code in _CODES[status])
     headers = {"headers": _RETRY_AFTER} if status in (429, 503) else {}
     body = {JSON_TYPE: {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}  # of /metrics too
     return {"model": ErrorBody, "description": described, "content": body, **headers}
 
 
-def with_examples(page: Schema) -> Schema:
+def with_examples(page: JSON) -> JSON:
     """The page with an example of each JSON answer, and one of each code that a status may mean."""
     schemas = page["components"]["schemas"]
     for methods in page["paths"].values():
@@ -199,7 +199,7 @@ def with_examples(page: Schema) -> Schema:
 _SIMPLE = {"string": "text", "integer": 1, "number": 0.5, "boolean": False, "null": None}
 
 
-def _example(schema: Schema, schemas: Schema, named: Schema) -> Any:
+def _example(schema: JSON, schemas: JSON, named: JSON) -> Any:
     """A value that the schema allows: its first example, else the least; ``named`` are values of
     properties."""
     match schema:

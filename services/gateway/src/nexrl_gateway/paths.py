@@ -9,12 +9,13 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from nexrl_contract.errors import ServiceError
 from nexrl_storage.manifest import EXPORT
 
 from nexrl_gateway.settings import Settings
+from nexrl_gateway.strict_json import JSON
 
 LONGEST_NAME = 180
 """Bytes in the name of a checkpoint's folder: hidden siblings add up to 74 (``..new-``, an
@@ -141,7 +142,7 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def resolve_paths(params: dict[str, Any], roots: Roots) -> dict[str, Any]:
+def resolve_paths(params: JSON, roots: Roots) -> JSON:
     """The parameters of a checkpoint operation with absolute paths; raises as
     :meth:`Roots.checkpoint` does."""
     if params.get("hdfs_path") is not None:

@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 
 from nexrl_contract.errors import ServiceError
 
+JSON = dict[str, Any]
+"""A JSON object."""
 MAX_DEPTH = 64
 MAX_MARKS = 100_000
 """Lists, objects, commas and texts together."""
@@ -30,7 +32,7 @@ _BACKSLASH = ord("\\")
 
 def parse_object(
     raw: bytes | bytearray, what: str = "the body", constant: Callable[[str], Any] | None = None
-) -> dict[str, Any]:
+) -> JSON:
     """The JSON object in ``raw``, which is UTF-8; raises MALFORMED. ``constant`` reads NaN and the
     infinities, if they may be."""
     try:
@@ -102,7 +104,7 @@ def _closing(raw: bytes | bytearray, start: int) -> int:
     raise ValueError(f"the text that begins at byte {start} does not end")
 
 
-def _restore(document: dict[str, Any], texts: dict[str, str], *, surrogates: bool) -> None:
+def _restore(document: JSON, texts: dict[str, str], *, surrogates: bool) -> None:
     """Put the long texts back; raises ValueError for what is too deep, or no text. Not recursive,
     as what it looks for is."""
     level: list[Any] = [document]
@@ -123,7 +125,7 @@ def _restore(document: dict[str, Any], texts: dict[str, str], *, surrogates: boo
         raise ValueError(f"it is nested in more than {MAX_DEPTH} levels")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> JSON:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)

@@ -38,6 +38,7 @@ from nexrl_gateway.bodies import (
 )
 from nexrl_gateway.paths import resolve_paths
 from nexrl_gateway.services import Services
+from nexrl_gateway.strict_json import JSON
 
 _START_S = 10.0
 """A gateway younger than that may be there before the agents of its stack."""
@@ -50,7 +51,7 @@ _log = logging.getLogger(__name__)
 class Validated:
     """A request's arguments with defaults, its batch's rows, and what of it does nothing."""
 
-    params: dict[str, Any]
+    params: JSON
     rows: int | None = None
     ignored: list[str] = field(default_factory=list)
 
@@ -79,7 +80,8 @@ async def submit_operation(
     """The job of this request, or the first one of its key; raises ServiceError for whatever is
     refused.
 
-    The group is found and asked before the body is read, where the query names it.
+    The group is found and asked before the body is read, where the query names it. It may change
+    while the body comes, so the ledger's transaction asks it again.
     """
     kind = content_kind(request, frames=operation.takes_batch)
     admitted = partial(_Submission.admitted, services, operation, key)
@@ -146,7 +148,7 @@ class _Submission:
             job_id, self._digest(params, ref.checksum), validated, ref, own_payload=True
         )
 
-    def from_arguments(self, document: dict[str, Any]) -> PendingJob:
+    def from_arguments(self, document: JSON) -> PendingJob:
         """An operation without a batch."""
         params = resolve_paths(self._params(document), self.services.roots)
         return PendingJob(names.new_job_id(), self._digest(params, ""), Validated(params))
@@ -190,14 +192,14 @@ class _Submission:
             ref = uploads.store_with_metadata(store, ref, job_id, merged)
         return PendingJob(job_id, same, validated, ref, own_payload=copied)
 
-    def _params(self, given: dict[str, Any]) -> dict[str, Any]:
+    def _params(self, given: JSON) -> JSON:
         """The operation's arguments with defaults; raises INVALID_ARGUMENT."""
         beside = BATCH_KEYS if self.operation.takes_batch else ()
         return check_params(self.operation, dict(islice(given.items(), _MOST_PARAMS)), beside)
 
     def _validated(
         self,
-        params: dict[str, Any],
+        params: JSON,
         tensors: Mapping[str, Described],
         metadata: Mapping[str, Any],
         dropped: Iterable[str] = (),
@@ -267,7 +269,7 @@ def digest(operation: str, identifier: str, params: Mapping[str, Any], content: 
     return str(xxhash.xxh3_128_hexdigest(text.encode()))
 
 
-def named_identifier(query: str | None, document: dict[str, Any]) -> str | None:
+def named_identifier(query: str | None, document: JSON) -> str | None:
     """The identifier of the query, else of the body, which loses it; raises INVALID_ARGUMENT where
     they differ."""
     inner = document.pop("identifier", None)

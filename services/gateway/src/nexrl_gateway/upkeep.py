@@ -11,7 +11,6 @@ import uuid
 from collections.abc import Hashable, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import redis
 from nexrl_contract import names
@@ -21,6 +20,7 @@ from nexrl_payloads import RESULT_SUFFIX, PayloadStore
 from nexrl_storage.manifest import write_file
 
 from nexrl_gateway.settings import Settings
+from nexrl_gateway.strict_json import JSON
 
 WATCH_PERIOD_S = 5.0
 QUIET_S = 20.0
@@ -56,7 +56,7 @@ class Watch:
         """The mark of the Redis that was seen last is kept in ``folder``, for the next gateway."""
         self._ledger = ledger
         self._file = folder / "ledger.json"
-        self._seen: dict[str, Any] = {}
+        self._seen: JSON = {}
         with contextlib.suppress(OSError, ValueError):
             self._seen = json.loads(self._file.read_text())
         self._since = _Since()
@@ -99,7 +99,7 @@ class Watch:
         self._seen = {**mark, "at": time.time()}
         return mark.get("emptied")
 
-    def _mark(self) -> dict[str, Any]:
+    def _mark(self) -> JSON:
         """Redis' mark, made where it has none; ``emptied`` says that there was another one
         before."""
         known = self._seen.get("id")
@@ -123,12 +123,12 @@ class Watch:
         _log.error("redis.emptied %s", reason)
         return {"emptied": reason}
 
-    def _read(self) -> dict[str, Any] | None:
+    def _read(self) -> JSON | None:
         text = self._ledger.mark()
-        mark: dict[str, Any] | None = json.loads(text) if text else None
+        mark: JSON | None = json.loads(text) if text else None
         return mark
 
-    def _write(self, mark: dict[str, Any], *, only_new: bool) -> None:
+    def _write(self, mark: JSON, *, only_new: bool) -> None:
         with contextlib.suppress(redis.exceptions.ResponseError):  # it takes no writes now
             self._ledger.set_mark(json.dumps(mark), only_new=only_new)
 
@@ -162,12 +162,14 @@ def sweep(settings: Settings, ledger: Ledger, store: PayloadStore) -> list[str]:
     so; the ids of the payloads removed."""
     if not ledger.retention.may_sweep(sweep_period_s(settings)):
         return []
+    # A payload that is stored after this look is spared by its age.
     in_use = ledger.payloads_in_use()
     removed = store.sweep(
         in_use, result_age_s=names.RESULT_TTL_S, upload_age_s=settings.upload_kept_s
     )
     dropped = ledger.retention.drop_finished(settings.jobs_kept, settings.jobs_kept_s)
     groups = ledger.retention.drop_destroyed(settings.jobs_kept_s)
+    # No reader begins on a due result any more.
     due = ledger.retention.take_due_results(settings.result_kept_s)
     for job_id in due:
         store.delete(f"{job_id}{RESULT_SUFFIX}")
