@@ -14,7 +14,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from nexrl_contract.errors import ServiceError, literals_of, nearest
 from nexrl_contract.losses import LOSSES
 from nexrl_contract.operations import ROLES
-from nexrl_contract.recipe_keys import ALIASES, ignored_keys, normalise, takes_warmup_ratio
+from nexrl_contract.recipe_keys import (
+    ALIASES,
+    given_keys,
+    ignored_keys,
+    normalise,
+    takes_warmup_ratio,
+)
 from nexrl_contract.sections import (
     ActorConfig,
     Section,
@@ -56,14 +62,15 @@ def parse_config(config: dict[str, Any], role: str = "actor") -> GroupConfig:
     _refuse_interpolation(config)
     config = _without_nulls(config, ServiceEntry)
     ours, dropped = normalise(config, role)
-    _refuse_unknown(ours, ServiceEntry, "")
+    _refuse_unknown(ours)
     try:
         entry = ServiceEntry.model_validate(ours)
     except ValidationError as error:
         raise _refused_value(error) from None
     ignored = [*dropped, *ignored_keys(config, entry, role)]
     entry = entry.model_copy(update={"actor": _with_warmup(entry.actor)})
-    _refuse_contradictions(entry.actor, role)
+    for key, message in _contradictions(entry.actor, role):
+        raise ServiceError("INVALID_CONFIG", message, key=f"actor.{key}")
     _refuse_not_offered(entry, "")
     return GroupConfig(entry=entry, ignored=tuple(dict.fromkeys(ignored)))
 
@@ -97,13 +104,9 @@ def effective(section: Section) -> dict[str, Any]:
         if is_inert(info) or is_not_offered(info) or info.exclude:
             continue
         value = getattr(section, name)
-        values[name] = (
-            effective(value)
-            if isinstance(value, Section)
-            else list(value)
-            if isinstance(value, tuple)
-            else value
-        )
+        if isinstance(value, Section):
+            value = effective(value)
+        values[name] = list(value) if isinstance(value, tuple) else value
     return values
 
 
@@ -136,62 +139,40 @@ def _with_warmup(actor: ActorConfig) -> ActorConfig:
     return actor.model_copy(update={"optim": optim.model_copy(update={"lr_warmup_steps": steps})})
 
 
-def _refuse_contradictions(actor: ActorConfig, role: str) -> None:
-    """Keys that are fine each by itself and not together."""
-    optim, correction = actor.optim, actor.rollout_correction
-    if (
-        optim.lr_scheduler != "constant"
-        and (optim.total_training_steps or 0) <= optim.lr_warmup_steps
-    ):
-        message = (
-            f"lr_scheduler {optim.lr_scheduler!r} needs total_training_steps above lr_warmup_steps"
-        )
-        raise _contradiction("optim.total_training_steps", message)
+def _contradictions(actor: ActorConfig, role: str) -> Iterator[tuple[str, str]]:
+    """Keys of ``actor`` that are fine each by itself and not together, each with a message."""
+    optim, correction, norm = actor.optim, actor.rollout_correction, "seq-mean-token-sum-norm"
+    total, warmup = optim.total_training_steps or 0, optim.lr_warmup_steps
+    if optim.lr_scheduler != "constant" and total <= warmup:
+        needs = "needs total_training_steps above lr_warmup_steps"
+        yield "optim.total_training_steps", f"lr_scheduler {optim.lr_scheduler!r} {needs}"
     if role == "actor":
-        _refuse_other_losses_keys(actor)
-    scaled = actor.loss_agg_mode == "seq-mean-token-sum-norm"
-    if scaled and actor.loss_scale_factor is None:
-        raise _contradiction(
-            "loss_scale_factor", "loss_agg_mode 'seq-mean-token-sum-norm' needs loss_scale_factor"
-        )
-    if not scaled and actor.loss_scale_factor is not None:
-        raise _contradiction(
-            "loss_scale_factor",
-            "only loss_agg_mode 'seq-mean-token-sum-norm' has a loss_scale_factor",
-        )
+        yield from _unused_by_loss(actor)
+    if actor.loss_agg_mode == norm and actor.loss_scale_factor is None:
+        yield "loss_scale_factor", f"loss_agg_mode {norm!r} needs loss_scale_factor"
+    if actor.loss_agg_mode != norm and actor.loss_scale_factor is not None:
+        yield "loss_scale_factor", f"only loss_agg_mode {norm!r} has a loss_scale_factor"
     if correction is not None and correction.lower > correction.upper:
-        raise _contradiction(
-            "rollout_correction.lower", "rollout_correction.lower is above rollout_correction.upper"
-        )
-    _refuse_mixed_float64(actor)
+        key = "rollout_correction.lower"
+        yield key, f"{key} is above rollout_correction.upper"
+    # float64 is for exact comparisons; computing such weights in less would not be one.
+    for name in ("param_dtype", "reduce_dtype"):
+        value = getattr(actor.fsdp_config.mixed_precision, name)
+        if actor.fsdp_config.model_dtype == "float64" and value not in (None, "float64"):
+            key = f"fsdp_config.mixed_precision.{name}"
+            yield key, f"{key} {value!r} contradicts model_dtype 'float64'; leave it out"
 
 
-def _refuse_other_losses_keys(actor: ActorConfig) -> None:
+def _unused_by_loss(actor: ActorConfig) -> Iterator[tuple[str, str]]:
     """Keys that the group's loss has no use for, where that would go unnoticed."""
     loss = LOSSES[actor.policy_loss]
     left_out = loss.loss_agg_mode or ActorConfig.model_fields["loss_agg_mode"].default
     if loss.aggregation is not None and actor.loss_agg_mode != left_out:
-        message = f"policy_loss {loss.name!r} is always {loss.aggregation}; leave loss_agg_mode out"
-        raise _contradiction("loss_agg_mode", message)
+        always = f"is always {loss.aggregation}; leave loss_agg_mode out"
+        yield "loss_agg_mode", f"policy_loss {loss.name!r} {always}"
     if not loss.advantages and actor.rollout_correction is not None:
-        message = f"policy_loss {loss.name!r} has no ratio to correct; leave rollout_correction out"
-        raise _contradiction("rollout_correction", message)
-
-
-def _refuse_mixed_float64(actor: ActorConfig) -> None:
-    """float64 is for exact comparisons; computing such weights in less would not be one."""
-    mixed = actor.fsdp_config.mixed_precision
-    for name in ("param_dtype", "reduce_dtype"):
-        value = getattr(mixed, name)
-        if actor.fsdp_config.model_dtype == "float64" and value not in (None, "float64"):
-            key = f"fsdp_config.mixed_precision.{name}"
-            raise _contradiction(
-                key, f"{key} {value!r} contradicts model_dtype 'float64'; leave it out"
-            )
-
-
-def _contradiction(key: str, message: str) -> ServiceError:
-    return ServiceError("INVALID_CONFIG", message, key=f"actor.{key}")
+        without = "has no ratio to correct; leave rollout_correction out"
+        yield "rollout_correction", f"policy_loss {loss.name!r} {without}"
 
 
 def _refuse_not_offered(section: Section, prefix: str) -> None:
@@ -206,22 +187,18 @@ def _refuse_not_offered(section: Section, prefix: str) -> None:
 
 
 def _refuse_interpolation(config: dict[str, Any]) -> None:
-    pending: list[tuple[str, Any]] = [
-        ("", config)
-    ]  # no recursion: the depth is the sender's choice
+    # No recursion: how deep it goes is the sender's choice.
+    pending: list[tuple[str, Any]] = [("", config)]
     while pending:
         path, value = pending.pop()
         if isinstance(value, dict):
-            pending += [
-                (f"{path}.{name}" if path else str(name), inner) for name, inner in value.items()
-            ]
+            prefix = f"{path}." if path else ""
+            pending += [(f"{prefix}{name}", inner) for name, inner in value.items()]
         elif isinstance(value, list):
             pending += [(f"{path}[{index}]", inner) for index, inner in enumerate(value)]
         elif isinstance(value, str) and "${" in value:
-            message = (
-                f"config key {path}: interpolation {value!r} is not resolved here; write the value"
-            )
-            raise ServiceError("INVALID_CONFIG", message, key=path)
+            what = f"interpolation {value!r} is not resolved here; write the value"
+            raise ServiceError("INVALID_CONFIG", f"config key {path}: {what}", key=path)
 
 
 def _nearest_key(name: str, section: type[Section], prefix: str) -> str | None:
@@ -258,25 +235,15 @@ def _without_nulls(config: dict[str, Any], section: type[Section]) -> dict[str, 
         inner = section_of(info) if info is not None else None
         if inner is not None and isinstance(value, dict):
             kept[name] = _without_nulls(value, inner)
-        elif (
-            value is not None
-            or (info is None and name not in ALIASES)
-            or (info is not None and means_null(info))
-        ):
+        elif value is not None or (name not in ALIASES if info is None else means_null(info)):
             kept[name] = value
     return kept
 
 
-def _refuse_unknown(config: dict[str, Any], section: type[Section], prefix: str) -> None:
-    for name, value in config.items():
-        info = section.model_fields.get(name)
+def _refuse_unknown(config: dict[str, Any]) -> None:
+    for prefix, name, info, section in given_keys(config, ServiceEntry):
         if info is None:
-            close = _nearest_key(str(name), section, prefix)
+            close = _nearest_key(name, section, prefix)
             hint = f"; did you mean {close}?" if close else ""
-            key = f"{prefix}{name}"
-            raise ServiceError(
-                "INVALID_CONFIG", f"unknown config key {key}{hint}", key=key, nearest=close
-            )
-        inner = section_of(info)
-        if inner is not None and isinstance(value, dict):
-            _refuse_unknown(value, inner, f"{prefix}{name}.")
+            message = f"unknown config key {prefix}{name}{hint}"
+            raise ServiceError("INVALID_CONFIG", message, key=f"{prefix}{name}", nearest=close)

@@ -109,21 +109,26 @@ def ignored_keys(config: Mapping[str, Any], entry: ServiceEntry, role: str) -> l
     A key that repeats its default is not named for its role: leaving it out would change nothing
     either.
     """
-    inert = [name for name in _inert(config, ServiceEntry, "") if name not in _ROUTING]
+    inert = [
+        f"{prefix}{name}"
+        for prefix, name, info, _ in given_keys(config, ServiceEntry)
+        if info is not None and is_inert(info) and (prefix or name not in _ROUTING)
+    ]
     unread = _unread(config["actor"], entry.actor, role, "", ())
     return [*inert, *(f"actor.{name}" for name in (*unread, *_superseded(entry.actor, role)))]
 
 
-def _inert(config: Mapping[str, Any], section: type[Section], prefix: str) -> Iterator[str]:
+def given_keys(
+    config: Mapping[str, Any], section: type[Section], prefix: str = ""
+) -> Iterator[tuple[str, str, Any, type[Section]]]:
+    """What stands before a key of ``config`` and its name, its field (None where there is none) and
+    its section; a section's own key comes before those in it."""
     for name, value in config.items():
         info = section.model_fields.get(name)
-        if info is None:  # another name of a key that has an effect
-            continue
-        inner = section_of(info)
-        if is_inert(info):
-            yield f"{prefix}{name}"
-        elif inner is not None and isinstance(value, Mapping):
-            yield from _inert(value, inner, f"{prefix}{name}.")
+        yield prefix, str(name), info, section
+        inner = section_of(info) if info is not None else None
+        if inner is not None and isinstance(value, Mapping):
+            yield from given_keys(value, inner, f"{prefix}{name}.")
 
 
 def _unread(
