@@ -1,5 +1,4 @@
-"""Names that cross a process boundary: Redis keys, queues, content types,
-patterns."""
+"""Names that cross a process boundary: Redis keys, queues, content types, patterns."""
 
 from __future__ import annotations
 
