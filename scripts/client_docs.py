@@ -28,8 +28,11 @@ Every public name of `nexrl_client`: what it takes, with shapes, what it answers
 what to do about errors. This page is generated from the docstrings by `scripts/client_docs.py`.
 
 Shapes: B rows; S columns of `input_ids`; R columns of `responses`, the last R of the S; K tokens of
-the vocabulary at each of the R. `BatchLike` is any form of a batch, `Entry` one group's
-configuration as a dict.
+the vocabulary at each of the R.
+
+Types: `TensorLike` is a torch tensor, a NumPy array or nested lists; `Tensor` is a torch tensor or
+a NumPy array, whichever was given; `BatchLike` is any form of a batch; `Entry` is one group's
+configuration as a dict; `Estimator` is `"grpo"`, `"rloo"` or `"dr_grpo"`.
 """
 METHODS = {
     "Setting up": ("initialize_worker", "init_model", "barrier", "destroy"),

@@ -11,11 +11,19 @@ from nexrl_contract.tensors import MASKS
 from numpy.typing import NDArray
 
 from . import layout
-from ._tensors import append_zero_rows, is_tensor, own_kind, taken, to_numpy
+from ._tensors import (
+    Tensor,
+    TensorLike,
+    append_zero_rows,
+    is_tensor,
+    own_kind,
+    taken,
+    to_numpy,
+)
 from .errors import InvalidBatch
 
 
-class Batch(MutableMapping[str, Any]):
+class Batch(MutableMapping[str, Tensor]):
     """Tensors of B rows by name, as a mapping that every method of a client takes.
 
     batch["advantages"] = advantages adds a tensor. batch.extras are lists of B values that are no
@@ -25,12 +33,12 @@ class Batch(MutableMapping[str, Any]):
 
     def __init__(
         self,
-        tensors: Mapping[str, Any],
+        tensors: Mapping[str, TensorLike],
         extras: Mapping[str, Sequence[Any]] | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
         """Raises InvalidBatch for what is no tensor, and where numbers of rows differ."""
-        self._tensors: dict[str, Any] = {}
+        self._tensors: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             self[name] = tensor
         self.extras = {name: list(values) for name, values in (extras or {}).items()}
@@ -107,10 +115,10 @@ class Batch(MutableMapping[str, Any]):
             "meta_info": dict(self.metadata),
         }
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
 
-    def __setitem__(self, name: str, tensor: Any) -> None:
+    def __setitem__(self, name: str, tensor: TensorLike) -> None:
         if isinstance(tensor, list | tuple) or is_tensor(tensor):
             tensor = taken(name, tensor)
         if not is_tensor(tensor) or tensor.ndim == 0:
@@ -141,7 +149,7 @@ class Batch(MutableMapping[str, Any]):
 
 def _tensors_of(
     rows: Sequence[_Row], pad_token_id: int, prompt_length: int, response_length: int
-) -> dict[str, Any]:
+) -> dict[str, NDArray[Any]]:
     left = max(prompt_length, 1, *(row.prompt for row in rows))
     right = max(response_length, 1, *(row.tokens.size - row.prompt for row in rows))
     heads, tails = zip(*((r.tokens[: r.prompt], r.tokens[r.prompt :]) for r in rows), strict=True)
@@ -295,7 +303,7 @@ def _read(fields: dict[str, Any], number: int) -> _Row:
 
 
 def _by_token(
-    log_probs: Any, scored: NDArray[np.bool_], first: int, number: int
+    log_probs: TensorLike, scored: NDArray[np.bool_], first: int, number: int
 ) -> NDArray[np.float64]:
     """Log-probabilities [n] of those of all n tokens, of those from the first scored one on, or of
     the scored ones."""

@@ -7,26 +7,33 @@ import os
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import numpy as np
 import tensor_codec
 import tensor_codec._convert  # now, and not by the first call, which a fork may interrupt
 from numpy.typing import NDArray
-from tensor_codec import Frame, JSONTensor
+from tensor_codec import AnyTensor, Frame, JSONTensor
 
 from .errors import InvalidBatch
 
+if TYPE_CHECKING:
+    import torch
+
+TensorLike: TypeAlias = "NDArray[Any] | torch.Tensor | Sequence[Any]"
+"""A torch tensor, a NumPy array, or nested lists of numbers."""
+Tensor: TypeAlias = Any
+"""A torch tensor or a NumPy array, whichever the caller has."""
 _HIDES = "hides some of its values; fill them, and send a mask"
 
 
-def tensor_to_data(tensor: Any) -> JSONTensor:
+def tensor_to_data(tensor: AnyTensor) -> JSONTensor:
     """A torch or NumPy tensor as JSON: {"data", "shape", "dtype", "encoding": "base64"}. Raises
     CodecError."""
     return tensor_codec.to_json(tensor)
 
 
-def data_to_tensor(data: object) -> Any:
+def data_to_tensor(data: object) -> Tensor:
     """The inverse of tensor_to_data: a writable CPU tensor, of torch where that is installed, else
     of NumPy.
 
@@ -36,12 +43,12 @@ def data_to_tensor(data: object) -> Any:
     return raw.torch() if has_torch() else raw.numpy(widen=True).copy()
 
 
-def frame_tensor(frame: Frame, name: str) -> Any:
+def frame_tensor(frame: Frame, name: str) -> Tensor:
     """A tensor of a frame, viewing its memory."""
     return frame.torch(name) if has_torch() else frame.numpy(name, widen=True)
 
 
-def own_kind(array: NDArray[Any]) -> Any:
+def own_kind(array: NDArray[Any]) -> Tensor:
     """The array as a tensor of torch, sharing its memory, where that is installed."""
     if not has_torch():
         return array
@@ -50,12 +57,12 @@ def own_kind(array: NDArray[Any]) -> Any:
     return torch.from_numpy(array)
 
 
-def is_tensor(value: object) -> bool:
+def is_tensor(value: object) -> TypeGuard[Tensor]:
     """Whether the value is a NumPy array or a torch tensor."""
     return isinstance(value, np.ndarray) or is_torch(value)
 
 
-def is_torch(value: Any) -> bool:
+def is_torch(value: object) -> TypeGuard[torch.Tensor]:
     """Whether the value is a torch tensor."""
     # A tensor cannot exist before torch was imported; another thread may be importing it just now.
     kind: Any = getattr(sys.modules.get("torch"), "Tensor", None)
@@ -86,7 +93,7 @@ os.register_at_fork(
 )
 
 
-def to_numpy(value: Any) -> NDArray[Any]:
+def to_numpy(value: TensorLike | float) -> NDArray[Any]:
     """A torch tensor (from any device), an array or nested lists as an array; floats become
     float64.
 
@@ -105,7 +112,7 @@ def to_numpy(value: Any) -> NDArray[Any]:
     return array.astype(np.float64) if array.dtype.kind == "f" else array
 
 
-def taken(name: str, value: Any) -> Any:
+def taken(name: str, value: Any) -> Tensor:
     """The value as a dense tensor with data: lists of equal lengths become an array.
 
     Raises InvalidBatch naming the tensor.
@@ -164,7 +171,7 @@ def _refused(name: str, reason: str) -> InvalidBatch:
     return InvalidBatch(f"tensor {name!r} {reason}", details={"tensor": name})
 
 
-def restore(array: NDArray[Any], *given: Any) -> Any:
+def restore(array: NDArray[Any], *given: object) -> Tensor:
     """The array in the kind of what was given: torch, on its device, where any of that is torch,
     else NumPy.
 
@@ -186,7 +193,7 @@ def restore(array: NDArray[Any], *given: Any) -> Any:
     return tensor.to(floats[0] if floats else torch.float32)
 
 
-def append_zero_rows(tensor: Any, count: int) -> Any:
+def append_zero_rows(tensor: Tensor, count: int) -> Tensor:
     """A copy of the tensor with count rows of zeros after its own."""
     if is_torch(tensor):
         torch: Any = sys.modules["torch"]

@@ -9,12 +9,12 @@ NaN included, and comes back as 0.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ._tensors import check_shapes, is_tensor, restore, to_numpy
+from ._tensors import Tensor, TensorLike, check_shapes, is_tensor, restore, to_numpy
 from .errors import ClientError, InvalidBatch
 
 __all__ = ["Estimator", "gae", "group_relative_advantages", "whiten"]
@@ -25,13 +25,13 @@ _WHITEN_EPS = 1e-8
 
 
 def group_relative_advantages(
-    scores: Any,
-    groups: Sequence[Hashable] | Any,
-    mask: Any = None,
+    scores: TensorLike,
+    groups: Sequence[Hashable] | Tensor,
+    mask: TensorLike | None = None,
     *,
     estimator: Estimator = "grpo",
     eps: float = 1e-6,
-) -> Any:
+) -> Tensor:
     """Advantages of scores [B] against the other answers to the same prompt.
 
     groups are B hashable names or integers: equal ones are one group, in any order. Returns [B], or
@@ -74,8 +74,13 @@ def group_relative_advantages(
 
 
 def gae(
-    rewards: Any, values: Any, mask: Any, *, gamma: float = 1.0, lam: float = 0.95
-) -> tuple[Any, Any]:
+    rewards: TensorLike,
+    values: TensorLike,
+    mask: TensorLike,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al., arXiv 1506.02438).
 
     rewards, values and mask are [B, R]. Returns advantages and returns, [B, R] each. Of a scored
@@ -108,7 +113,7 @@ def gae(
     return restore(advantages, rewards, values, mask), restore(returns, rewards, values, mask)
 
 
-def whiten(advantages: Any, mask: Any) -> Any:
+def whiten(advantages: TensorLike, mask: TensorLike) -> Tensor:
     """Advantages [B, R] with mean 0 and variance 1 over the scored tokens of the whole batch.
 
     Each is (A - mean) / sqrt(variance + 1e-8) where mask [B, R] is not 0, and 0 elsewhere. The
@@ -127,7 +132,7 @@ def whiten(advantages: Any, mask: Any) -> Any:
     return restore(whitened, advantages, mask)
 
 
-def _numbered(groups: Any, rows: int) -> NDArray[np.int64]:
+def _numbered(groups: Sequence[Hashable] | Tensor, rows: int) -> NDArray[np.int64]:
     """Each row's group as a number from 0."""
     names = to_numpy(groups).tolist() if is_tensor(groups) else list(groups)
     if len(names) != rows:

@@ -8,11 +8,10 @@ that they got.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from ._tensors import check_shapes, restore, to_numpy
+from ._tensors import Tensor, TensorLike, check_shapes, restore, to_numpy
 from .errors import InvalidBatch
 
 __all__ = [
@@ -25,7 +24,9 @@ __all__ = [
 ]
 
 
-def left_pad(rows: Sequence[Any], value: float, width: int | None = None) -> tuple[Any, Any]:
+def left_pad(
+    rows: Sequence[TensorLike], value: float, width: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Rows of several lengths at the right edge of one tensor, value before them.
 
     rows are B tensors, arrays or lists [n]. width None takes the longest row's length. Integers
@@ -36,12 +37,14 @@ def left_pad(rows: Sequence[Any], value: float, width: int | None = None) -> tup
     return _pad(rows, value, width, left=True)
 
 
-def right_pad(rows: Sequence[Any], value: float, width: int | None = None) -> tuple[Any, Any]:
+def right_pad(
+    rows: Sequence[TensorLike], value: float, width: int | None = None
+) -> tuple[Tensor, Tensor]:
     """As left_pad, with each row at the left edge and value after it."""
     return _pad(rows, value, width, left=False)
 
 
-def position_ids(attention_mask: Any) -> Any:
+def position_ids(attention_mask: TensorLike) -> Tensor:
     """Positions [B, S] int64 of an attention_mask [B, S].
 
     They are clip(cumsum - 1, 0) of each row: its first attended token has position 0.
@@ -51,7 +54,7 @@ def position_ids(attention_mask: Any) -> Any:
     return restore(np.maximum(np.cumsum(attended, axis=1, dtype=np.int64) - 1, 0), attention_mask)
 
 
-def response_mask(mask: Any, responses: int) -> Any:
+def response_mask(mask: Tensor, responses: int) -> Tensor:
     """The last columns of a mask [B, S]: [B, R] with R = responses. Raises InvalidBatch where R is
     not 1 to S."""
     columns = int(mask.shape[1])
@@ -62,7 +65,7 @@ def response_mask(mask: Any, responses: int) -> Any:
     return mask[:, columns - responses :]
 
 
-def loss_mask_after_prompts(attention_mask: Any, prompt_lengths: Any) -> Any:
+def loss_mask_after_prompts(attention_mask: TensorLike, prompt_lengths: TensorLike) -> Tensor:
     """A loss_mask [B, S] int32 of an attention_mask [B, S] and prompt_lengths [B].
 
     It is 1 on every attended token after a row's first prompt_lengths attended ones. This is for
@@ -78,7 +81,7 @@ def loss_mask_after_prompts(attention_mask: Any, prompt_lengths: Any) -> Any:
     return restore((attended & (seen > lengths[:, None])).astype(np.int32), attention_mask)
 
 
-def scoring_mask(loss_mask: Any, attention_mask: Any) -> Any:
+def scoring_mask(loss_mask: TensorLike, attention_mask: TensorLike) -> Tensor:
     """The scoring_attention_mask [B, S] int32 of a loss_mask [B, S] and an attention_mask [B, S].
 
     It is 1 where both are not 0.
@@ -88,7 +91,9 @@ def scoring_mask(loss_mask: Any, attention_mask: Any) -> Any:
     return restore((loss & attended).astype(np.int32), loss_mask, attention_mask)
 
 
-def _pad(rows: Sequence[Any], value: float, width: int | None, *, left: bool) -> tuple[Any, Any]:
+def _pad(
+    rows: Sequence[TensorLike], value: float, width: int | None, *, left: bool
+) -> tuple[Tensor, Tensor]:
     arrays = [to_numpy(row) for row in rows]
     longest = max((array.size for array in arrays), default=0)
     room = longest if width is None else width
