@@ -1,24 +1,34 @@
-"""The application: routes, error handlers, and what lives as long as the process."""
+"""The application: who may ask it, its routes, and what lives as long as the process.
+
+Programs may ask, and pages of the gateway's own origin, under a name that is the gateway's. A
+browser carries the requests of any page to this machine, bodiless ones without asking, and whoever
+owns a domain may point its name here (DNS rebinding), so that his page's origin looks like ours. An
+address in ``Host`` cannot be pointed elsewhere.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+import re
+import socket
+from collections.abc import AsyncIterator, Callable, Coroutine
 from importlib.metadata import version
+from ipaddress import IPv6Address, ip_address
 
 import redis
+from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from fastapi import FastAPI
 from nexrl_contract.errors import ServiceError
-from starlette.types import Receive, Scope, Send
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nexrl_gateway import upkeep
 from nexrl_gateway.openapi import with_examples
-from nexrl_gateway.origins import OwnOrigin
-from nexrl_gateway.responses import add_error_handlers, marked
-from nexrl_gateway.routes import jobs, operations, payloads, status
+from nexrl_gateway.responses import add_error_handlers, error_response, marked
+from nexrl_gateway.routes import operations, payloads, status
 from nexrl_gateway.services import Services
 from nexrl_gateway.settings import Settings
 from nexrl_gateway.strict_json import JSON
@@ -30,6 +40,9 @@ Every operation answers when it is done; `Prefer: respond-async` answers 202 wit
 An `Idempotency-Key` makes a repeated request the same job. Errors have one shape: `{"error":
 {"code", "message", ...}}`. Whatever is asked, pages of another origin get 403, another `Host` 421,
 and a request whose bytes stop coming 408."""
+_AUTHORITY = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9_.-]+))(:[0-9]{0,5})?")
+_OWN_FETCHES = ("same-origin", "none")
+_DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 _log = logging.getLogger(__name__)
 
 
@@ -54,7 +67,7 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         services = Services.start(settings)
         app.state.services = services
-        tasks = [asyncio.create_task(_keep_clean(services)), asyncio.create_task(_look(services))]
+        tasks = [asyncio.create_task(work) for work in _upkeep(services)]
         try:
             yield
         finally:
@@ -71,31 +84,126 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.add_middleware(OwnOrigin, settings=settings)
     add_error_handlers(app)
-    for routes in (operations, jobs, payloads, status):
-        app.include_router(routes.router)
+    for router in (operations.router, operations.jobs, payloads.router, status.router):
+        app.include_router(router)
     return app
 
 
-async def _keep_clean(services: Services) -> None:
-    """Sweep once a period until cancelled; a store or Redis that is away is tried again the next
-    time."""
-    lost = upkeep.LostGroups(services.ledger)
+def _upkeep(services: Services) -> tuple[Coroutine[None, None, None], ...]:
+    settings, ledger, watch = services.settings, services.ledger, services.watch
+    lost = upkeep.LostGroups(ledger)
+
+    def clean() -> None:
+        upkeep.sweep(settings, ledger, services.store)
+        lost.look()
+
+    period_s = upkeep.sweep_period_s(settings)
+    return (
+        _repeat("janitor", period_s, clean, lost.forget),
+        _repeat("watch", upkeep.WATCH_PERIOD_S, watch.look, watch.forget, services.room.looking),
+    )
+
+
+async def _repeat(
+    name: str,
+    period_s: float,
+    look: Callable[[], None],
+    forget: Callable[[], None],
+    threads: CapacityLimiter | None = None,
+) -> None:
+    """Look once a period until cancelled; a store or Redis that is away is tried again the next
+    time, and what was seen before is forgotten."""
     while True:
         try:
-            await run_sync(upkeep.sweep, services.settings, services.ledger, services.store)
-            await run_sync(lost.look)
+            await run_sync(look, limiter=threads)
         except (redis.exceptions.RedisError, ServiceError) as error:
-            lost.forget()
-            _log.warning("janitor.failed error=%s", error)
-        await asyncio.sleep(upkeep.sweep_period_s(services.settings))
+            forget()
+            _log.warning("%s.failed error=%s", name, error)
+        await asyncio.sleep(period_s)
 
 
-async def _look(services: Services) -> None:
-    """Look for what is stuck once a period until cancelled."""
-    while True:
-        try:
-            await run_sync(services.watch.look, limiter=services.room.looking)
-        except redis.exceptions.RedisError as error:
-            services.watch.forget()
-            _log.warning("watch.failed error=%s", error)
-        await asyncio.sleep(upkeep.WATCH_PERIOD_S)
+class OwnOrigin:
+    """ASGI middleware: refuses, on every verb, foreign pages and hosts that are not ours;
+    ``settings`` names further hosts."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app = app
+        names = {"localhost", _canonical(settings.host.lower()), *settings.allowed_hosts}
+        if not settings.on_loopback:
+            names.add(socket.gethostname().lower())
+        self._hosts = frozenset(names)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                self._check(scope)
+            except ServiceError as error:
+                await error_response(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _check(self, scope: Scope) -> None:
+        headers = Headers(scope=scope)
+        hosts = [value.strip().lower() for value in headers.getlist("host")]
+        if len(hosts) > 1 or (not hosts and scope["http_version"] != "1.0"):
+            raise ServiceError("MALFORMED", f"a request has one Host header, not {len(hosts)}")
+        served = str((scope.get("server") or ("",))[0])
+        if hosts and not self._is_ours(hosts[0], served):
+            raise _host_refused(hosts[0])
+        if headers.get("sec-fetch-site", "none").lower() not in _OWN_FETCHES:
+            raise _foreign(headers.get("origin", f"{headers['sec-fetch-site']} pages"))
+        for origin in headers.getlist("origin"):
+            if not hosts or not _same(origin.lower(), hosts[0]):
+                raise _foreign(origin)
+
+    def _is_ours(self, authority: str, served: str) -> bool:
+        """Whether ``authority`` names loopback, the address at which the request came in, or a host
+        of the list."""
+        parts = _AUTHORITY.fullmatch(authority)
+        if parts is None:
+            return False
+        host = _canonical(parts[1] or parts[2].removesuffix("."))
+        if _is_loopback(host) or host == _canonical(served) or self._hosts & {host, "*"}:
+            return True
+        return any(host.endswith(name[1:]) for name in self._hosts if name.startswith("*."))
+
+
+def _canonical(host: str) -> str:
+    """One text for every spelling of an address; names stay as they are."""
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return host
+    return str((address.ipv4_mapped if isinstance(address, IPv6Address) else None) or address)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _same(origin: str, host: str) -> bool:
+    """Whether a page of ``origin`` was served under ``host``; behind a proxy that ends TLS its
+    scheme is another one."""
+    scheme, _, authority = origin.partition("://")
+    port = _DEFAULT_PORTS.get(scheme)
+    return port is not None and authority.removesuffix(port) == host.removesuffix(port)
+
+
+def _host_refused(host: str) -> ServiceError:
+    message = (
+        f"this gateway does not answer for Host {host[:100]!a}, only for loopback and the address "
+        "it serves; where the name is its own, list it in NEXRL_ALLOWED_HOSTS (comma-separated) of "
+        "the gateway"
+    )
+    return ServiceError("HOST_REFUSED", message)
+
+
+def _foreign(origin: str) -> ServiceError:
+    message = (
+        f"a browser sent this for {origin[:100]!a}, and only programs and this gateway's own pages "
+        "may ask it; type its address into the browser, or call it from a program"
+    )
+    return ServiceError("FOREIGN_ORIGIN", message)
