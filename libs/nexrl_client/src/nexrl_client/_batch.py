@@ -156,7 +156,8 @@ def _tensors_of(
     prompts, before = layout.left_pad(heads, pad_token_id, left)
     responses, after = layout.right_pad(tails, pad_token_id, right)
     attention = np.concatenate([before, after], axis=1)
-    scored = _responses_of(rows, [row.scored for row in rows], right).astype(np.int32)
+    ends = [row.scored[row.prompt :] for row in rows]
+    scored = layout.right_pad(ends, 0, right)[0].astype(np.int32)
     loss_mask = np.concatenate([np.zeros_like(before), scored], axis=1)
     tensors = {
         "input_ids": np.concatenate([prompts, responses], axis=1),
@@ -168,20 +169,10 @@ def _tensors_of(
     }
     if rows[0].reward is not None:
         tensors["token_level_scores"] = _on_last(scored, [row.reward or 0.0 for row in rows])
-    if rows[0].log_probs is not None:
-        tensors["rollout_log_probs"] = _responses_of(
-            rows, [row.log_probs for row in rows], right
-        ).astype(np.float32)
+    log_probs = [row.log_probs[row.prompt :] for row in rows if row.log_probs is not None]
+    if log_probs:
+        tensors["rollout_log_probs"] = layout.right_pad(log_probs, 0, right)[0].astype(np.float32)
     return tensors
-
-
-def _responses_of(rows: Sequence[_Row], by_token: Sequence[Any], width: int) -> NDArray[np.float64]:
-    """The responses' part of something by token, each [n], as [B, R] with R = width, 0 after it."""
-    padded = np.zeros((len(rows), width))
-    for number, row in enumerate(rows):
-        part = by_token[number][row.prompt :]
-        padded[number, : part.size] = part
-    return padded
 
 
 def _on_last(scored: NDArray[Any], rewards: Sequence[float]) -> NDArray[np.float32]:
