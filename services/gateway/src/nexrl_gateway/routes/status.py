@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import redis
@@ -14,8 +14,7 @@ from nexrl_contract import names
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.records import GroupRecord
 from nexrl_host.machine import lack_of_room
-from prometheus_client import Metric, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.responses import PlainTextResponse, Response
 
@@ -85,7 +84,7 @@ async def show_ready(services: Here) -> Response:
 )
 async def show_metrics(services: Here) -> Response:
     """Prometheus' text format."""
-    text = await run_sync(generate_latest, _Gauges(services))
+    text = await run_sync(_metrics, services)
     return PlainTextResponse(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
@@ -155,40 +154,29 @@ def _ready(services: Services) -> NotReady:
     )
 
 
-class _Gauges:
-    """What Prometheus collects, looked up when it asks. Times are seconds."""
+def _metrics(services: Services) -> bytes:
+    """Gauges as Prometheus' text, looked up when it asks. Times are seconds."""
+    registry = CollectorRegistry()
 
-    def __init__(self, services: Services) -> None:
-        self._services = services
+    def gauge(name: str, meaning: str, *labels: str) -> Gauge:
+        return Gauge(f"nexrl_{name}", meaning, labels, registry=registry)
 
-    def collect(self) -> Iterator[Metric]:
-        """Every gauge."""
-        ledger = self._services.ledger
-        groups, agents = ledger.groups.living(), ledger.agents.heard()
-        queues = {group.identifier: names.train_queue(group.identifier) for group in groups}
-        queues |= {"agents": names.AGENT_QUEUE, "checkpoints": names.CHECKPOINT_QUEUE}
-        up = time.time() - self._services.started_at
-        yield GaugeMetricFamily(
-            "nexrl_gateway_uptime_seconds", "Since this gateway started.", value=up
-        )
-        jobs = GaugeMetricFamily(
-            "nexrl_jobs", "Jobs that have not ended.", labels=["queue", "state"]
-        )
-        counted = Counter(
-            (name, job.state) for name, queue in queues.items() for job in ledger.waiting(queue)
-        )
-        for labels, number in sorted(counted.items()):
-            jobs.add_metric(labels, number)
-        yield jobs
-        states = GaugeMetricFamily(
-            "nexrl_group_state", "1 for the state of a group.", labels=["identifier", "state"]
-        )
-        for group in groups:
-            states.add_metric([group.identifier, group.state], 1)
-        yield states
-        total, free = sum(agent.slots for agent in agents), sum(agent.free for agent in agents)
-        yield GaugeMetricFamily("nexrl_slots_total", "Slots of all agents.", value=total)
-        yield GaugeMetricFamily("nexrl_slots_free", "Slots without a rank.", value=free)
+    ledger = services.ledger
+    groups, agents = ledger.groups.living(), ledger.agents.heard()
+    queues = {group.identifier: names.train_queue(group.identifier) for group in groups}
+    queues |= {"agents": names.AGENT_QUEUE, "checkpoints": names.CHECKPOINT_QUEUE}
+    waiting = [(name, job.state) for name, at in queues.items() for job in ledger.waiting(at)]
+    up_s = time.time() - services.started_at
+    gauge("gateway_uptime_seconds", "Since this gateway started.").set(up_s)
+    jobs = gauge("jobs", "Jobs that have not ended.", "queue", "state")
+    for labels, number in sorted(Counter(waiting).items()):
+        jobs.labels(*labels).set(number)
+    states = gauge("group_state", "1 for the state of a group.", "identifier", "state")
+    for group in groups:
+        states.labels(group.identifier, group.state).set(1)
+    gauge("slots_total", "Slots of all agents.").set(sum(agent.slots for agent in agents))
+    gauge("slots_free", "Slots without a rank.").set(sum(agent.free for agent in agents))
+    return generate_latest(registry)
 
 
 def _by_name(groups: list[GroupRecord]) -> dict[str, GroupView]:
