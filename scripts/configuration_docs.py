@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nexrl_contract.sections import Section, ServiceEntry, is_inert, is_not_offered, section_of
+from nexrl_contract.sections import Section, ServiceEntry, is_inert, reason_against, section_of
 from pydantic.fields import FieldInfo
 
 TARGET = Path(__file__).parents[1] / "docs" / "configuration.md"
@@ -50,7 +50,7 @@ def document() -> str:
     for key, info in _keys(ServiceEntry, ""):
         if is_inert(info):
             inert += [f"`{key}`"] if "." in key else []  # the others say which group is meant
-        elif is_not_offered(info):
+        elif reason_against(info):
             not_offered.append(f"`{key}`")
         else:
             meaning = (info.description or "").replace("|", r"\|")

@@ -26,7 +26,6 @@ from nexrl_contract.sections import (
     Section,
     ServiceEntry,
     is_inert,
-    is_not_offered,
     means_null,
     reason_against,
     section_of,
@@ -101,7 +100,7 @@ def effective(section: Section) -> dict[str, Any]:
     """The keys of a section that have an effect, recursively, as JSON values."""
     values: dict[str, Any] = {}
     for name, info in type(section).model_fields.items():
-        if is_inert(info) or is_not_offered(info) or info.exclude:
+        if is_inert(info) or reason_against(info) or info.exclude:
             continue
         value = getattr(section, name)
         if isinstance(value, Section):
@@ -180,10 +179,9 @@ def _refuse_not_offered(section: Section, prefix: str) -> None:
         value = getattr(section, name)
         if isinstance(value, Section):
             _refuse_not_offered(value, f"{prefix}{name}.")
-        elif value and is_not_offered(info):
-            key = f"{prefix}{name}"
-            message = f"config key {key}: {reason_against(info)}; leave it false"
-            raise ServiceError("INVALID_CONFIG", message, key=key)
+        elif value and (reason := reason_against(info)):
+            message = f"config key {prefix}{name}: {reason}; leave it false"
+            raise ServiceError("INVALID_CONFIG", message, key=f"{prefix}{name}")
 
 
 def _refuse_interpolation(config: dict[str, Any]) -> None:
@@ -218,7 +216,7 @@ def _nearest_key(name: str, section: type[Section], prefix: str) -> str | None:
 
 def _keys_with_effect(section: type[Section], prefix: str) -> Iterator[str]:
     for name, info in section.model_fields.items():
-        if is_inert(info) or is_not_offered(info):
+        if is_inert(info) or reason_against(info):
             continue
         yield f"{prefix}{name}"
         inner = section_of(info)

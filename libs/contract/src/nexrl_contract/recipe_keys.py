@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pydantic.fields import FieldInfo
+
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.losses import DATED_LOSSES, LOSSES
 from nexrl_contract.operations import FORWARD_ROLES
@@ -120,7 +122,7 @@ def ignored_keys(config: Mapping[str, Any], entry: ServiceEntry, role: str) -> l
 
 def given_keys(
     config: Mapping[str, Any], section: type[Section], prefix: str = ""
-) -> Iterator[tuple[str, str, Any, type[Section]]]:
+) -> Iterator[tuple[str, str, FieldInfo | None, type[Section]]]:
     """What stands before a key of ``config`` and its name, its field (None where there is none) and
     its section; a section's own key comes before those in it."""
     for name, value in config.items():

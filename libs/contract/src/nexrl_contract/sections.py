@@ -1,7 +1,7 @@
 """The configuration keys of a worker group: every key that recipes in the field use, with its
 default and meaning.
 
-A key marked :func:`_inert` is known, so that existing recipes are accepted, and does nothing in
+A key of the type ``Ignored`` is known, so that existing recipes are accepted, and does nothing in
 this service. One with ``exclude`` says another key's value in another way, and is no setting of its
 own. Keys that groups of some roles alone read say which; those of a section hold for all in it.
 """
@@ -12,24 +12,21 @@ from functools import partial
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from nexrl_contract.losses import AggregationMode, DistillationLoss, LossName
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 KlEstimator = Literal["k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl", "k1+", "k3+"]
-_INERT: Any = {"inert": True}
 _policy: Any = partial(Field, json_schema_extra={"roles": ("actor",)})
 _critic: Any = partial(Field, json_schema_extra={"roles": ("critic",)})
 _trained: Any = partial(Field, json_schema_extra={"roles": ("actor", "critic")})
 _language: Any = partial(Field, json_schema_extra={"roles": ("actor", "ref", "teacher")})
+Ignored = Annotated[Any, Field(json_schema_extra={"inert": True})]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Steps = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-
-
-def _inert() -> Any:
-    return Field(default=None, json_schema_extra=_INERT)
 
 
 def _not_offered(reason: str = "") -> Any:
@@ -99,9 +96,9 @@ class ModelConfig(Section):
     trust_remote_code: bool = _not_offered(
         "models with code of their own are not run by this service"
     )
-    use_liger: Any = _inert()
-    override_config: Any = _inert()
-    external_lib: Any = _inert()
+    use_liger: Ignored = None
+    override_config: Ignored = None
+    external_lib: Ignored = None
 
 
 class MixedPrecisionConfig(Section):
@@ -114,7 +111,7 @@ class MixedPrecisionConfig(Section):
     reduce_dtype: Dtype | None = Field(
         default=None, description="Dtype in which gradients are reduced over ranks."
     )
-    buffer_dtype: Any = _inert()
+    buffer_dtype: Ignored = None
 
 
 class FsdpConfig(Section):
@@ -131,8 +128,8 @@ class FsdpConfig(Section):
             "on every rank."
         ),
     )
-    fsdp_size: Any = _inert()
-    wrap_policy: Any = _inert()
+    fsdp_size: Ignored = None
+    wrap_policy: Ignored = None
     param_offload: bool = _not_offered()
     grad_offload: bool = _not_offered()
     optimizer_offload: bool = _not_offered()
@@ -176,7 +173,7 @@ class OptimConfig(Section):
     min_lr_ratio: float = Field(
         default=0.0, ge=0, le=1, description="Where linear and cosine end, as a share of lr."
     )
-    warmup_style: Any = _inert()
+    warmup_style: Ignored = None
 
 
 class RolloutConfig(Section):
@@ -188,12 +185,12 @@ class RolloutConfig(Section):
     temperature: float = _language(
         default=1.0, gt=0, description="Used where a batch has no temperature."
     )
-    log_prob_micro_batch_size: Any = _inert()
-    log_prob_micro_batch_size_per_gpu: Any = _inert()
-    tensor_model_parallel_size: Any = _inert()
-    use_weight_provider: Any = _inert()
-    rollout_standalone: Any = _inert()
-    dtype: Any = _inert()
+    log_prob_micro_batch_size: Ignored = None
+    log_prob_micro_batch_size_per_gpu: Ignored = None
+    tensor_model_parallel_size: Ignored = None
+    use_weight_provider: Ignored = None
+    rollout_standalone: Ignored = None
+    dtype: Ignored = None
 
 
 class RefModelConfig(Section):
@@ -206,9 +203,9 @@ class RefConfig(Section):
     """``actor.ref``: the frozen reference."""
 
     model: RefModelConfig = RefModelConfig()
-    log_prob_micro_batch_size: Any = _inert()
-    fsdp_config: Any = _inert()
-    ulysses_sequence_parallel_size: Any = _inert()
+    log_prob_micro_batch_size: Ignored = None
+    fsdp_config: Ignored = None
+    ulysses_sequence_parallel_size: Ignored = None
 
 
 class RolloutCorrectionConfig(Section):
@@ -373,20 +370,20 @@ class ActorConfig(Section):
         gt=0,
         description="Largest gradient norm (L2, all parameters); null: no clipping.",
     )
-    ulysses_sequence_parallel_size: Any = _inert()
-    use_ring_sequence_parallel: Any = _inert()
-    do_old_log_prob_compute: Any = _inert()
-    do_old_student_log_prob_compute: Any = _inert()
-    train_token_start_pct: Any = _inert()
-    train_token_end_pct: Any = _inert()
-    advantage_start_pct: Any = _inert()
-    advantage_end_pct: Any = _inert()
-    entropy_start_pct: Any = _inert()
-    entropy_end_pct: Any = _inert()
-    distillation_epochs: Any = _inert()
-    checkpoint_manager: Any = _inert()
-    enable_memory_tracing: Any = _inert()
-    debug: Any = _inert()
+    ulysses_sequence_parallel_size: Ignored = None
+    use_ring_sequence_parallel: Ignored = None
+    do_old_log_prob_compute: Ignored = None
+    do_old_student_log_prob_compute: Ignored = None
+    train_token_start_pct: Ignored = None
+    train_token_end_pct: Ignored = None
+    advantage_start_pct: Ignored = None
+    advantage_end_pct: Ignored = None
+    entropy_start_pct: Ignored = None
+    entropy_end_pct: Ignored = None
+    distillation_epochs: Ignored = None
+    checkpoint_manager: Ignored = None
+    enable_memory_tracing: Ignored = None
+    debug: Ignored = None
 
 
 class ResourceConfig(Section):
@@ -395,8 +392,8 @@ class ResourceConfig(Section):
     world_size: Count | None = Field(
         default=None, description="Ranks, where initialize_worker names no world_size."
     )
-    gpus_per_pod: Any = _inert()
-    memory_per_gpu: Any = _inert()
+    gpus_per_pod: Ignored = None
+    memory_per_gpu: Ignored = None
 
 
 class ServiceEntry(Section):
@@ -404,39 +401,38 @@ class ServiceEntry(Section):
 
     actor: ActorConfig
     resource: ResourceConfig = ResourceConfig()
-    identifier: Any = _inert()
-    role: Any = _inert()
-    backend: Any = _inert()
-    url: Any = _inert()
+    identifier: Ignored = None
+    role: Ignored = None
+    backend: Ignored = None
+    url: Ignored = None
 
 
-def is_inert(info: Any) -> bool:
+def is_inert(info: FieldInfo) -> bool:
     """Whether a field is known and does nothing."""
-    return bool(info.json_schema_extra == _INERT)
+    return "inert" in _marks(info)
 
 
-def reason_against(info: Any) -> str:
-    """Why ``true`` is refused for a field of which :func:`is_not_offered` says so."""
-    return str(info.json_schema_extra["not_offered"] or "not offered by this service")
+def reason_against(info: FieldInfo) -> str | None:
+    """Why ``true`` is refused for a field; None where it is not."""
+    reason = _marks(info).get("not_offered")
+    return reason if reason is None else str(reason or "not offered by this service")
 
 
-def is_not_offered(info: Any) -> bool:
-    """Whether ``true`` is refused for a field."""
-    return "not_offered" in (info.json_schema_extra or {})
-
-
-def roles_of(info: Any) -> tuple[str, ...]:
+def roles_of(info: FieldInfo) -> tuple[str, ...]:
     """The roles of the groups that read a field; empty where it does not say."""
-    roles: tuple[str, ...] = (info.json_schema_extra or {}).get("roles", ())
-    return roles
+    return tuple(_marks(info).get("roles", ()))
 
 
-def means_null(info: Any) -> bool:
+def _marks(info: FieldInfo) -> dict[str, Any]:
+    return info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+
+
+def means_null(info: FieldInfo) -> bool:
     """Whether null says something that leaving the key out does not."""
     return type(None) in get_args(info.annotation) and info.default is not None
 
 
-def section_of(info: Any) -> type[Section] | None:
+def section_of(info: FieldInfo) -> type[Section] | None:
     """The section that a field holds, if it holds one."""
     for kind in (info.annotation, *get_args(info.annotation)):
         if isinstance(kind, type) and issubclass(kind, Section):
