@@ -11,15 +11,7 @@ from nexrl_contract.tensors import MASKS
 from numpy.typing import NDArray
 
 from . import layout
-from ._tensors import (
-    Tensor,
-    TensorLike,
-    append_zero_rows,
-    is_tensor,
-    own_kind,
-    taken,
-    to_numpy,
-)
+from ._tensors import Tensor, TensorLike, append_zero_rows, is_tensor, own_kind, taken, to_numpy
 from .errors import InvalidBatch
 
 

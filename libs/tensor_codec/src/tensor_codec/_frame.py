@@ -10,14 +10,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeAlias
 
-from ._checks import (
-    ITEMSIZE,
-    MAX_TENSORS,
-    PREFIX_BYTES,
-    check_metadata,
-    check_name,
-    show,
-)
+from ._checks import ITEMSIZE, MAX_TENSORS, PREFIX_BYTES, check_metadata, check_name, show
 from ._errors import FrameClosed, HeaderTruncated, InvalidRows, TooManyTensors, UnknownTensor
 from ._header import Header, TensorInfo, parse_header, write_header
 from ._raw import AnyTensor, to_raw

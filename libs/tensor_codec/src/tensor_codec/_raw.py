@@ -12,15 +12,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
-from ._checks import (
-    CODES,
-    ITEMSIZE,
-    LONG_NAMES,
-    check_dtype,
-    check_nbytes,
-    check_shape,
-    show,
-)
+from ._checks import CODES, ITEMSIZE, LONG_NAMES, check_dtype, check_nbytes, check_shape, show
 from ._errors import (
     InvalidBase64,
     InvalidTensorEntry,
