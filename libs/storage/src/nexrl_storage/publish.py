@@ -14,7 +14,7 @@ import os
 import posixpath
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Generic
 
@@ -28,7 +28,7 @@ from nexrl_storage.manifest import (
     file_names,
     read_record,
 )
-from nexrl_storage.protocol import Uri, first_few, join, place_of_the_caller, refused, sibling
+from nexrl_storage.protocol import Kind, Uri, first_few, join, place_of_the_caller, refused, sibling
 
 KEPT_VERSIONS = 2
 VERSION = re.compile(r"\.(.+)\.v(\d+)")
@@ -235,16 +235,12 @@ def others_in(folder: Uri, names: Iterable[str]) -> list[str]:
 
     A folder or a link that is not on the way stands for all that is in it.
     """
-    files = set(names)
-    ways = _ways(files)
-    found: list[str] = []
-    for way in ways:
-        there = None if _through_link(folder, way) else at(folder).look(join(folder, way))
-        for name, kind in there.inside.items() if there is not None else ():
-            inside = posixpath.normpath(join(way, name))
-            if inside not in (ways if kind == "folder" else files):
-                found.append(inside)
-    return sorted(found)
+    ways, files = _ways(names), set(names)
+    return sorted(
+        name
+        for name, kind in _entries(folder, ways)
+        if name not in (ways if kind == "folder" else files)
+    )
 
 
 def remove_listed(folder: Uri, names: Sequence[str]) -> None:
@@ -253,38 +249,35 @@ def remove_listed(folder: Uri, names: Sequence[str]) -> None:
     Whatever others put there stays, and nothing is reached through a link. A killed removal can be
     repeated as long as the last file, which lists the others, is there.
     """
-    ways = {way for way in _ways(names) if not _through_link(folder, way)}
+    storage, ways, found = at(folder), _ways(names), at(folder).look(folder)
+    if found is None or found.kind != "folder":
+        return
+    there = dict(_entries(folder, ways))
     for name in names[:-1]:
-        if str(PurePosixPath(name).parent) in ways:
-            _unlink(join(folder, name))
-    for way in sorted(ways - {"."}, reverse=True):
-        _remove_empty(join(folder, way))
+        if there.get(name, "folder") != "folder":
+            storage.remove(join(folder, name))
+    # A folder that is not empty stays: others may put something there until the very last moment.
+    for way in sorted(ways & there.keys(), reverse=True):
+        if there[way] == "folder":
+            with contextlib.suppress(OSError):
+                storage.remove(join(folder, way))
     for name in names[-1:]:
-        _unlink(join(folder, name))
-    _remove_empty(folder)
-
-
-def _unlink(uri: str) -> None:
-    there = at(uri).look(uri)
-    if there is not None and there.kind != "folder":
-        at(uri).remove(uri)
-
-
-def _remove_empty(uri: Uri) -> None:
-    there = at(uri).look(uri)
-    if there is not None and there.kind == "folder":
-        # One that is not empty stays: others may put something there until the very last moment.
-        with contextlib.suppress(OSError):
-            at(uri).remove(uri)
+        if there.get(name, "folder") != "folder":
+            storage.remove(join(folder, name))
+    with contextlib.suppress(OSError):
+        storage.remove(folder)
 
 
 def _ways(names: Iterable[str]) -> set[str]:
-    """The folders that lead to ``names``; ``.`` is always one."""
-    return {".", *(str(way) for name in names for way in PurePosixPath(name).parents)}
+    """The folders that lead to ``names``."""
+    return {str(way) for name in names for way in PurePosixPath(name).parents} - {"."}
 
 
-def _through_link(folder: Uri, way: str) -> bool:
-    """Whether a part of ``way`` below ``folder`` is a link."""
-    parts = PurePosixPath(way).parts
-    looks = (at(folder).look(join(folder, *parts[: count + 1])) for count in range(len(parts)))
-    return any(there is not None and there.kind == "link" for there in looks)
+def _entries(folder: Uri, ways: set[str], way: str = "") -> Iterator[tuple[str, Kind]]:
+    """What lies in ``folder`` and in those of ``ways`` that are folders, by relative path."""
+    there = at(folder).look(join(folder, way) if way else folder)
+    for name, kind in there.inside.items() if there is not None else ():
+        path = join(way, name)
+        yield path, kind
+        if kind == "folder" and path in ways:
+            yield from _entries(folder, ways, path)

@@ -13,6 +13,7 @@ from typing import Self
 
 from nexrl_contract.errors import ServiceError
 from nexrl_storage.manifest import EXPORT
+from nexrl_storage.publish import VERSION
 
 from nexrl_gateway.settings import Settings
 from nexrl_gateway.strict_json import JSON
@@ -23,7 +24,6 @@ identifier, ``.link``)."""
 LONGEST_PART = 255
 LONGEST_PATH = 3700
 """Bytes; Linux allows 4096, and the longest file inside, below a hidden sibling, adds some 340."""
-_VERSION = re.compile(r"\.(.+)\.v\d+")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 _NOT_EXPANDED = ("~", "$")
 # Control characters, line and paragraph separators: nobody meant them.
@@ -83,7 +83,7 @@ class Roots:
                     raise _refused(key, given, f"{folder} is no folder")
                 break
         for folder in (path, *path.parents):
-            version = _VERSION.fullmatch(folder.name)
+            version = VERSION.fullmatch(folder.name)
             exported = version is not None and _is_file(folder / EXPORT)
             if version is not None and exported and _below(folder, self.checkpoints):
                 sync = folder.with_name(version[1])

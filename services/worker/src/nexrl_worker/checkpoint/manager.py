@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from nexrl_contract.errors import ServiceError
@@ -33,7 +33,6 @@ from nexrl_worker.rank.control_group import ControlGroup
 from nexrl_worker.rank.request import Outcome
 from nexrl_worker.settings import GroupFolders, RankSettings
 from nexrl_worker.snapshot import SNAPSHOT_FILE, Snapshot, read_snapshot
-from nexrl_worker.training.model.quantised import Dequantised
 from nexrl_worker.training.model.weights import dtype_name
 from nexrl_worker.training.state import TrainingState, rng_state, seed_all, set_rng_state
 
@@ -42,6 +41,16 @@ if TYPE_CHECKING:
 
 
 Answer = TypeVar("Answer")
+
+
+class _Saved(NamedTuple):
+    """A checkpoint that can be loaded: ``dtype`` of an export's weights; ``state`` and ``rng`` only
+    where the optimizer's are restored, ``rng`` where the world size is the same."""
+
+    reader: TensorReader
+    dtype: str
+    state: dict[str, Any]
+    rng: dict[str, Any] | None = None
 
 
 class CheckpointManager:
@@ -208,36 +217,47 @@ class CheckpointManager:
         ``kept``: it is the group's own state, which comes back whatever its numbers are.
         """
         mark = self._control.broadcast({"mark": plan.mark})["mark"]
-        opened = self._control.vote(plan.reader)
-        reader = self._control.vote(lambda: _accounted(model, plan, opened))
+        full = plan.has_optimizer and not weight_only
+        saved = self._control.vote(lambda: self._prepared(model, plan, mark, full, kept))
         try:
-            full = plan.has_optimizer and not weight_only
-            needed = {part.name: part.global_shape for part in model.shards(optimizer=full)}
-            whole = self._control.rank == 0  # which alone has the saved buffers
-            self._control.vote(lambda: plan.check_fits(reader, needed, model.architecture(), whole))
-            if not kept:
-                self._control.vote(lambda: _check_numbers(model, plan, reader, full))
-            self._control.vote(lambda: plan.check_unchanged(mark))
-            state = self._control.vote(lambda: _usable_state(model, plan)) if full else {}
-            rng = self._control.vote(lambda: self._usable_rng(plan)) if full else None
-            model.load_shards(reader, optimizer=full)
+            model.load_shards(saved.reader, optimizer=full)
         finally:
-            reader.close()
-        held = {}
-        if not isinstance(opened, ShardReader):
-            held["dtype"] = ", ".join(sorted({dtype_name(code) for code in opened.stored.values()}))
+            saved.reader.close()
+        held = {"dtype": saved.dtype} if saved.dtype else {}
         if not full:
             return {**held, "optimizer": "kept", "rng": "kept"}
-        model.load_scalars(state["scalars"])
-        if rng is not None:
-            set_rng_state(rng)
+        model.load_scalars(saved.state["scalars"])
+        if saved.rng is None:
+            seed_all(int(saved.state["seed"]), self._control.rank)
         else:
-            seed_all(int(state["seed"]), self._control.rank)
-        return {
-            **held,
-            "optimizer": "restored",
-            "rng": "restored" if rng is not None else "reseeded",
-        }
+            set_rng_state(saved.rng)
+        how = "reseeded" if saved.rng is None else "restored"
+        return {**held, "optimizer": "restored", "rng": how}
+
+    def _prepared(
+        self, model: TrainingState, plan: LoadPlan, mark: str, full: bool, kept: bool
+    ) -> _Saved:
+        """Opens a checkpoint and looks for all that can be wrong with it, before any weight
+        changes. Local."""
+        opened, dtype = plan.reader(), ""
+        reader: TensorReader = opened
+        with invalid_folder(plan.folder):
+            if not isinstance(opened, ShardReader):
+                # Every tensor of a Hugging Face folder has a place in the model; none holds NaN.
+                reader = model.account(opened)
+                dtype = ", ".join(sorted({dtype_name(code) for code in opened.stored.values()}))
+            needed = {part.name: part.global_shape for part in model.shards(optimizer=full)}
+            whole = self._control.rank == 0  # which alone has the saved buffers
+            plan.check_fits(reader, needed, model.architecture(), whole)
+            if isinstance(opened, ShardReader) and not kept:
+                model.check_finite(reader, full)
+        plan.check_unchanged(mark)
+        if not full:
+            return _Saved(reader, dtype, {})
+        state = plan.state()
+        if missing := model.scalars().keys() - state["scalars"].keys():
+            raise invalid(f"the state in {plan.folder} lacks {', '.join(sorted(missing))}")
+        return _Saved(reader, dtype, state, self._usable_rng(plan))
 
     def _usable_rng(self, plan: LoadPlan) -> dict[str, Any] | None:
         """Tried before any weight changes."""
@@ -316,28 +336,3 @@ def empty_folder(folder: Path) -> None:
     with full_disk(folder):
         at(folder).remove(folder, recursive=True)
         at(folder).make(folder)
-
-
-def _accounted(
-    model: TrainingState, plan: LoadPlan, opened: ShardReader | Dequantised
-) -> TensorReader:
-    """Of a Hugging Face folder every tensor's place in the model, and that none holds NaN."""
-    if isinstance(opened, ShardReader):
-        return opened
-    with invalid_folder(plan.folder):
-        return model.account(opened)
-
-
-def _check_numbers(model: TrainingState, plan: LoadPlan, reader: TensorReader, full: bool) -> None:
-    """Of a sharded checkpoint; a Hugging Face folder's are part of its account. Its files were
-    hashed a moment ago."""
-    if plan.kind == "sharded":
-        with invalid_folder(plan.folder):
-            model.check_finite(reader, full)
-
-
-def _usable_state(model: TrainingState, plan: LoadPlan) -> dict[str, Any]:
-    state = plan.state()
-    if missing := model.scalars().keys() - state["scalars"].keys():
-        raise invalid(f"the state in {plan.folder} lacks {', '.join(sorted(missing))}")
-    return state
