@@ -141,7 +141,9 @@ class WorkerInfo(GroupView, _Named):
     """A group's whole record."""
 
     seq: int
-    nodes: Annotated[list[str], BeforeValidator(_hosts)] = Field(validation_alias="placement")
+    nodes: Annotated[list[str], BeforeValidator(_hosts)] = Field(
+        validation_alias="placement", examples=[["gpu-1"]]
+    )
     running_job: str | None
     ignored: list[str]
     config: dict[str, Any] = Field(examples=[{"model": {"path": "/models/tiny"}}])
