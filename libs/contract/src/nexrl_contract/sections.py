@@ -222,10 +222,7 @@ class RolloutCorrectionConfig(Section):
     upper: float = Field(default=2.0, gt=0, description="Upper bound of the weight.")
     drop_rejected: bool = Field(
         default=False,
-        description=(
-            "With *_mask: rejected tokens are not scored, so they leave the denominators, entropy "
-            "and KL too. Needs old_log_probs in every batch."
-        ),
+        description="With *_mask: rejected tokens are not scored. Needs old_log_probs.",
     )
 
     @property
@@ -288,11 +285,7 @@ class ActorConfig(Section):
     kl_loss_coef: float = _policy(default=0.001, description="Weight of the KL term.")
     kl_loss_type: KlEstimator = _policy(
         default="low_var_kl",
-        description=(
-            "Estimator; kl is k1, mse is k2, low_var_kl is k3. k1's gradient has zero mean, k3's "
-            "is that of KL(ref||policy), k2's that of KL(policy||ref); k1+ and k3+ have k2's "
-            "gradient."
-        ),
+        description="Estimator; kl is k1, mse is k2, low_var_kl is k3. Gradients: training.md.",
     )
     use_bias_correction_kl: bool = _policy(
         default=False,
@@ -307,10 +300,7 @@ class ActorConfig(Section):
     )
     distillation_student: Literal["current", "old_log_probs", "rollout_log_probs"] = _policy(
         default="current",
-        description=(
-            "The student's numbers in the policy gradient's advantage: under the weights as they "
-            "are, or the batch's tensor of that name, which stays the same over all steps."
-        ),
+        description="Whose log-probabilities the advantage takes; other than current: the batch's.",
     )
     use_distillation_clipping: bool = _policy(
         default=False, description="Clip the ratio of the policy gradient."
