@@ -15,7 +15,7 @@ from nexrl_contract.names import FRAME_TYPE, JSON_TYPE
 from nexrl_contract.operations import OPERATIONS, SCORED, Operation
 from nexrl_contract.results import JOB_ID, JSONTensor
 from nexrl_contract.sections import ActorConfig
-from nexrl_contract.tensors import TENSORS
+from nexrl_contract.tensors import TENSORS, B
 from pydantic import BaseModel, Field, create_model
 from tensor_codec import RawTensor, to_json
 
@@ -102,6 +102,13 @@ def request_body(operation: Operation) -> JSON:
     return {"required": True, "content": content}
 
 
+def _example_of(answered: str) -> JSON:
+    """A tensor of an answer: the example batch's of that name, else halves in its row's shape."""
+    width = None if TENSORS[answered].shapes == (B,) else 2
+    found: JSON = _TENSORS.get(answered) or _floats(*[0.5] * (width or 1) * 2, width=width)
+    return found
+
+
 def _described(tensor: str) -> str:
     spec = TENSORS[tensor]
     return f"{' or '.join(spec.shapes)}, {spec.values}. {spec.meaning}."
@@ -117,7 +124,7 @@ def answer_model(operation: Operation) -> type[BaseModel]:
     for tensor in operation.answers:
         described = f"{TENSORS[tensor].answered} {TENSORS[tensor].meaning}."
         if tensor in always:
-            shown = Field(description=described, examples=[_TENSORS[tensor]])
+            shown = Field(description=described, examples=[_example_of(tensor)])
             tensors[tensor] = (JSONTensor, shown)
         else:
             tensors[tensor] = (JSONTensor | None, Field(None, description=described))
