@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,11 +65,8 @@ class Optimizer:
             name: {kind: torch.zeros_like(local) for kind in _MOMENTS}
             for name, local in self._local.items()
         }
-        groups = _by_decay(
-            self._local,
-            norms_and_biases(model.hf) if optim.no_decay else set(),
-            float(optim.weight_decay),
-        )
+        spared = norms_and_biases(model.hf) if optim.no_decay else set()
+        groups = _by_decay(self._local, spared, float(optim.weight_decay))
         self._adamw: torch.optim.AdamW | None = None
         if groups:
             self._adamw = torch.optim.AdamW(
@@ -143,11 +141,8 @@ class Optimizer:
         the square."""
         for name, part in self._shards.items():
             for kind in _MOMENTS:
-                yield Shard(
-                    f"optim.{kind}.{name}",
-                    self._moments[name][kind],
-                    part.global_shape,
-                    part.offset_dim0,
+                yield replace(
+                    part, name=f"optim.{kind}.{name}", local_tensor=self._moments[name][kind]
                 )
 
     def _grads(self) -> dict[str, Tensor]:
@@ -160,28 +155,21 @@ class Optimizer:
 
 def norms_and_biases(hf: nn.Module) -> set[str]:
     """Names of the parameters of LayerNorms, and of those whose own name says norm or bias."""
-    norms = tuple(
-        f"{name}." for name, module in hf.named_modules() if isinstance(module, nn.LayerNorm)
-    )
-    names = [name for name, _ in hf.named_parameters()]
-    return {
-        name for name in names if name.startswith(norms) or _NORMS_AND_BIASES.search(name.lower())
-    }
+    modules = hf.named_modules()
+    norms = tuple(f"{name}." for name, module in modules if isinstance(module, nn.LayerNorm))
+    names = (name for name, _ in hf.named_parameters())
+    return {one for one in names if one.startswith(norms) or _NORMS_AND_BIASES.search(one.lower())}
 
 
 def _by_decay(
     local: dict[str, Tensor], spared: set[str], weight_decay: float
 ) -> list[dict[str, Any]]:
     """AdamW's parameter groups of this rank's slices, those that are empty left out."""
-    filled = {name: part for name, part in local.items() if part.numel()}
-    groups = [
-        {
-            "params": [part for name, part in filled.items() if (name in spared) == free],
-            "weight_decay": decay,
-        }
-        for free, decay in ((False, weight_decay), (True, 0.0))
-    ]
-    return [group for group in groups if group["params"]]
+    groups: list[dict[str, Any]] = []
+    for free, decay in ((False, weight_decay), (True, 0.0)):
+        chosen = [part for name, part in local.items() if part.numel() and (name in spared) == free]
+        groups += [{"params": chosen, "weight_decay": decay}] if chosen else []
+    return groups
 
 
 def piece_norms(tensors: Sequence[Tensor]) -> Tensor:

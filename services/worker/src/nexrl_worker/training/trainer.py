@@ -60,15 +60,12 @@ class Trainer:
     def check(self, aggregation: Aggregation, accumulates: bool) -> None:
         """Raise InvalidValue if this operation cannot follow the last one. Local."""
         if self._pending is not None and not accumulates:
-            raise InvalidValue(
-                "gradients are pending: call optim_step, or optim_step(discard=True), first"
-            )
+            message = "gradients are pending: call optim_step, or optim_step(discard=True), first"
+            raise InvalidValue(message)
         if self._pending is not None and self._pending[0] != aggregation:
-            message = (
-                f"pending gradients were accumulated with {self._pending[0].mode}, not "
-                f"{aggregation.mode}"
-            )
-            raise InvalidValue(message, expected=self._pending[0].mode, actual=aggregation.mode)
+            before, now = self._pending[0].mode, aggregation.mode
+            message = f"pending gradients were accumulated with {before}, not {now}"
+            raise InvalidValue(message, expected=before, actual=now)
 
     def accumulate(self, plan: Plan, reader: BatchReader, objective: Objective) -> Result:
         """Add the batch's unnormalised loss gradients to those pending; metrics over all ranks.
@@ -100,23 +97,19 @@ class Trainer:
     def update(self, plan: Plan, reader: BatchReader, objective: Objective) -> list[Result]:
         """One optimizer step per mini-batch, and what each gave. Collective."""
         results: list[Result] = []
-        for mini, count in zip(
-            plan.mini_batches, self._counts(plan, reader, objective.aggregation), strict=True
-        ):
+        counts = self._counts(plan, reader, objective.aggregation)
+        for mini, count in zip(plan.mini_batches, counts, strict=True):
+            divisor = objective.aggregation.divisor(count)
             with self._measured() as costs:
                 try:
-                    result, _ = self._backward(
-                        mini, reader, objective, objective.aggregation.divisor(count)
-                    )
+                    result, _ = self._backward(mini, reader, objective, divisor)
                 except DoesNotFit as error:
-                    if any(
-                        step.metrics["step_applied"] for step in results
-                    ):  # neither all of the batch nor nothing
+                    # Neither all of the batch was done nor nothing.
+                    if any(step.metrics["step_applied"] for step in results):
                         raise MemoryError(str(error)) from None
                     raise
-                applied = self._apply(
-                    objective.prefix, count, 1.0
-                )  # the gradients are divided already
+                # The gradients are divided already.
+                applied = self._apply(objective.prefix, count, 1.0)
             results.append(Result(result.metrics | applied | costs, result.answers))
         if any("memory/retries" in result.metrics for result in results):
             for result in results:

@@ -82,30 +82,22 @@ class BatchReader:
     def read(self, indices: Sequence[int]) -> MicroBatch:
         """The micro-batch of these rows; no rows give the dummy, one unscored row of two tokens."""
         if not indices:
-            values = {name: self._nothing(name) for name in self.names}
-            ones = torch.ones(1, 2, dtype=torch.bool)
-            ids = torch.zeros(1, 2, dtype=torch.int64)
-            return self._assemble(
-                ids, Masks(ones, torch.zeros(1, 1, dtype=torch.bool)), values, real=False
-            )
+            # [1,1] or [1,1,K] each.
+            nothing = {name: torch.zeros(1, 1, *self.rows.shape(name)[2:]) for name in self.names}
+            masks = Masks(torch.ones(1, 2).bool(), torch.zeros(1, 1).bool())
+            dummy = self._assemble(torch.zeros(1, 2).long(), masks, nothing)
+            return replace(dummy, attended=0)
         indices = list(indices)
         masks = read_masks(self.rows, self.layout, indices)
         values = {name: self.layout.align(self.rows.tensor(name, indices)) for name in self.names}
         given = self.rows.tensor("position_ids", indices) if self.rows.has("position_ids") else None
         kept = self._kept(masks.scored, indices)
         ids = self.rows.tensor("input_ids", indices)
-        micro = self._assemble(
-            ids,
-            Masks(masks.attention, kept),
-            values,
-            real=True,
-            given=given,
-            temperatures=self._temperatures(indices),
-        )
-        return replace(
-            micro,
-            dropped=None if self.dropping is None else send(masks.scored & ~kept, self.device),
-        )
+        temperatures = self._temperatures(indices)
+        micro = self._assemble(ids, Masks(masks.attention, kept), values, given, temperatures)
+        if self.dropping is None:
+            return micro
+        return replace(micro, dropped=send(masks.scored & ~kept, self.device))
 
     def read_scored(self, indices: Sequence[int]) -> Tensor:
         """The scored mask [n,R] of these rows alone, bool on the CPU."""
@@ -116,9 +108,8 @@ class BatchReader:
         if self.dropping is None:
             return scored
         names = ("old_log_probs", "rollout_log_probs")
-        old, rollout = (
-            self.layout.align(self.rows.tensor(name, indices)).to(self.dtype) for name in names
-        )
+        given = (self.layout.align(self.rows.tensor(name, indices)) for name in names)
+        old, rollout = (values.to(self.dtype) for values in given)
         return self.dropping.kept(old, rollout, scored)
 
     def _temperatures(self, indices: list[int]) -> Tensor | None:
@@ -129,10 +120,6 @@ class BatchReader:
         given = self.rows.tensor("temperature", indices).to(self.dtype)
         return torch.where(torch.isfinite(given) & (given > 0), given, 1.0)
 
-    def _nothing(self, name: str) -> Tensor:
-        """The dummy's values, [1,1] or [1,1,K]."""
-        return torch.zeros(1, 1, *self.rows.shape(name)[2:])
-
     def _place(self, name: str, value: Tensor) -> Tensor:
         """On the device; ids stay integers, all else is in the reader's dtype."""
         return send(value.to(torch.int64 if name.endswith("_ids") else self.dtype), self.device)
@@ -142,30 +129,22 @@ class BatchReader:
         ids: Tensor,
         masks: Masks,
         values: dict[str, Tensor],
-        real: bool,
         given: Tensor | None = None,
         temperatures: Tensor | None = None,
     ) -> MicroBatch:
-        response = masks.scored.shape[1]
+        """Of ids [n,S], values {name: [n,R]}, `given` positions [n,S] and temperatures [n]."""
+        attention, response = masks.attention, masks.scored.shape[1]
         first = ids.shape[1] - response
-        labelled = (masks.attention[:, first:] | masks.scored) & predictable(masks.attention)[
-            :, first:
-        ]
-        row, k = labelled.nonzero(as_tuple=True)
-        positions = (
-            (masks.attention.long().cumsum(dim=-1) - 1).clamp(min=0)
-            if given is None
-            else given.long()
-        )
-        inputs = (
-            _pack(ids, masks.attention, positions)
-            if self.packed
-            else _trim(ids, masks.attention, positions)
-        )
+        labelled = (attention[:, first:] | masks.scored) & predictable(attention)[:, first:]
+        row, k = labelled.nonzero(as_tuple=True)  # [T] each
+        counted = (attention.long().cumsum(dim=-1) - 1).clamp(min=0)
+        positions = counted if given is None else given.long()
+        inputs = (_pack if self.packed else _trim)(ids, attention, positions)
         columns = torch.arange(ids.shape[1]).expand_as(ids)
-        latest = torch.where(masks.attention, columns, 0).cummax(dim=-1).values
+        latest = torch.where(attention, columns, 0).cummax(dim=-1).values
         ends = inputs.places.gather(1, latest[:, -1:]).squeeze(1)
         slots, scored = row * response + k, masks.scored[row, k]
+        temperature = None if temperatures is None else send(temperatures[row], self.device)
         return MicroBatch(
             input_ids=send(inputs.ids, self.device),
             attention_mask=None if self.packed else send(inputs.visible.long(), self.device),
@@ -175,15 +154,13 @@ class BatchReader:
             slots=send(slots, self.device),
             scored=scored,
             chosen=send(slots[scored], self.device),
-            last=send(torch.where(masks.attention.any(dim=-1), ends, -1), self.device),
+            last=send(torch.where(attention.any(dim=-1), ends, -1), self.device),
             mask=send(masks.scored, self.device),
             values={name: self._place(name, value) for name, value in values.items()},
-            attended=int(masks.attention.sum()) if real else 0,
+            attended=int(attention.sum()),
             padded=inputs.ids.numel(),
             segments=Segments(inputs.lengths, self.device) if self.packed else None,
-            temperature=self.temperature
-            if temperatures is None
-            else send(temperatures[row], self.device),
+            temperature=self.temperature if temperature is None else temperature,
         )
 
 
@@ -208,16 +185,14 @@ def _trim(ids: Tensor, attention: Tensor, positions: Tensor) -> _Inputs:
     width = max(int(counts.max()), 1)
     starts = torch.arange(len(ids))[:, None] * width
     places = torch.where(attention, starts + attention.cumsum(dim=-1) - 1, 0)
-    shown, placed = (
-        torch.zeros(len(ids) * width, dtype=torch.int64).index_put(
-            (places[attention],), tensor[attention].long()
-        )
-        for tensor in (ids, positions)
-    )
+
+    def moved(values: Tensor) -> Tensor:
+        """Values [n,S] at their places [n,width]."""
+        flat = torch.zeros(len(ids) * width, dtype=torch.int64)
+        return flat.index_put((places[attention],), values[attention].long()).view(-1, width)
+
     visible = torch.arange(width) < counts.clamp(min=1)
-    return _Inputs(
-        shown.view(-1, width), visible, placed.view(-1, width), places, (width,) * len(ids)
-    )
+    return _Inputs(moved(ids), visible, moved(positions), places, (width,) * len(ids))
 
 
 def _pack(ids: Tensor, attention: Tensor, positions: Tensor) -> _Inputs:
@@ -248,9 +223,8 @@ class TinyRows(RowsInMemory):
         columns = torch.arange(max(lengths))
         random = torch.Generator().manual_seed(0)
         allowed = torch.tensor([token for token in range(vocabulary) if token not in avoid] or [0])
-        ids = allowed[
-            torch.randint(0, len(allowed), (len(lengths), len(columns)), generator=random)
-        ]
+        size = (len(lengths), len(columns))
+        ids = allowed[torch.randint(0, len(allowed), size, generator=random)]
         if end is not None:
             ids[1, lengths[1] - 1] = end
         attended = (columns < torch.tensor(list(lengths))[:, None]).long()

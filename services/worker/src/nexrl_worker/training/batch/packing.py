@@ -46,11 +46,9 @@ _FLEX_FORMS = 64
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """A CPU tensor on the device; a GPU takes it from pinned memory, so that nobody waits until it
     has done its work."""
-    return (
-        tensor.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda"
-        else tensor.to(device)
-    )
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 class Segments:
@@ -81,10 +79,8 @@ class Segments:
 
             # On the CPU: to learn how many tokens there are, the device would have to be waited
             # for.
-            row = send(
-                torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths)),
-                self.device,
-            )
+            rows = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
+            row = send(rows, self.device)
             total = int(row.numel())
             # A tensor: a number, or none, would be compiled into kernels of its own.
             reach = torch.full((), total if window is None else window, device=self.device)
@@ -139,9 +135,8 @@ def attend(
     if groups > 1:
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     lengths = list(segments.lengths)
-    rows = zip(
-        *(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True
-    )
+    split = (torch.split(tensor, lengths, dim=2) for tensor in (query, key, value))
+    rows = zip(*split, strict=True)
     parts = [_row(one, keys, values, how).transpose(1, 2) for one, keys, values in rows]
     return torch.cat(parts, dim=1), None
 
@@ -214,11 +209,9 @@ def unlike_configured(hf: nn.Module, segments: Segments) -> str | None:
         return "the family attends in chunks"
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
-    expected = (
-        len(segments.windows)
-        if kinds is None
-        else sum(kind == "sliding_attention" for kind in kinds)
-    )
+    expected = len(segments.windows)
+    if kinds is not None:
+        expected = sum(kind == "sliding_attention" for kind in kinds)
     told = sum(size is not None and size == window for size in segments.windows)
     if window is not None and told != expected:
         return f"{expected} layers have a sliding window and {told} tell their attention"
@@ -232,11 +225,8 @@ def unlike_configured(hf: nn.Module, segments: Segments) -> str | None:
 def narrowed_windows(hf: nn.Module, size: int) -> Iterator[None]:
     """Windows of `size` tokens inside the block, wherever configurations and layers have larger
     ones."""
-    holders = [
-        hf,
-        *hf.modules(),
-        *(part.config for part in hf.modules() if hasattr(part, "config")),
-    ]
+    configs = (part.config for part in hf.modules() if hasattr(part, "config"))
+    holders = [hf, *hf.modules(), *configs]
     before: list[tuple[dict[str, Any], str, int]] = []
     try:
         for values in map(vars, holders):

@@ -7,6 +7,7 @@ import random
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from nexrl_worker.training.errors import InvalidValue
@@ -52,30 +53,20 @@ class Plan:
 
     def rows_of(self, rank: int) -> list[int]:
         """The distinct rows that `rank` reads, ascending."""
-        return sorted(
-            {row for mini in self.mini_batches for micro in mini.ranks[rank] for row in micro}
-        )
+        minis = self.mini_batches
+        return sorted({row for mini in minis for micro in mini.ranks[rank] for row in micro})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, for the broadcast."""
-        return {
-            "size": self.size,
-            "world_size": self.world_size,
-            "mini_batches": [
-                [[list(micro) for micro in rank] for rank in mini.ranks]
-                for mini in self.mini_batches
-            ],
-        }
+        minis = [[[*map(list, rank)] for rank in mini.ranks] for mini in self.mini_batches]
+        return {"size": self.size, "world_size": self.world_size, "mini_batches": minis}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Plan:
         """The plan that `to_dict` wrote; raises InvalidValue where ranks would run different
         collectives."""
-        minis = tuple(
-            MiniBatch(tuple(tuple(tuple(micro) for micro in rank) for rank in mini))
-            for mini in data["mini_batches"]
-        )
-        plan = cls(data["size"], data["world_size"], minis)
+        ranks = [tuple(tuple(map(tuple, rank)) for rank in mini) for mini in data["mini_batches"]]
+        plan = cls(data["size"], data["world_size"], tuple(map(MiniBatch, ranks)))
         plan.verify()
         return plan
 
@@ -87,9 +78,10 @@ class Plan:
                 raise InvalidValue("the plan gives ranks different numbers of micro-batches")
             rows = mini.rows()
             if len(set(rows)) != len(rows) or not all(0 <= row < self.size for row in rows):
-                raise InvalidValue(
+                message = (
                     "the plan names a row twice in one optimizer step, or one outside the batch"
                 )
+                raise InvalidValue(message)
 
 
 @dataclass(frozen=True)
@@ -119,19 +111,16 @@ def make_plan(
     if size < 1:
         raise InvalidValue("the batch has no rows", expected="at least 1 row", actual="0 rows")
     if cut.token_budget is not None and (lengths is None or len(lengths) != size):
-        raise InvalidValue(
-            "token-budget micro-batches (use_dynamic_bsz) need the length of every row"
-        )
+        message = "token-budget micro-batches (use_dynamic_bsz) need the length of every row"
+        raise InvalidValue(message)
     minis: list[MiniBatch] = []
     for epoch in range(cut.epochs):
         order = list(range(size))
         if cut.shuffle_seed is not None:
             random.Random(f"{cut.shuffle_seed}:{epoch}").shuffle(order)
         step = cut.mini_rows or size
-        minis += [
-            _mini_batch(order[at : at + step], world_size, cut, lengths)
-            for at in range(0, size, step)
-        ]
+        parts = (order[at : at + step] for at in range(0, size, step))
+        minis += [_mini_batch(part, world_size, cut, lengths) for part in parts]
     return Plan(size, world_size, tuple(minis))
 
 
@@ -142,11 +131,9 @@ def _mini_batch(
         shares = _balanced(rows, world_size, lengths)
         ranks = [_by_tokens(share, cut.token_budget, lengths, cut) for share in shares]
     else:
-        count = len(rows)
-        bounds = [count * rank // world_size for rank in range(world_size + 1)]
-        ranks = [
-            _by_rows(rows[bounds[r] : bounds[r + 1]], cut.micro_rows) for r in range(world_size)
-        ]
+        bounds = [len(rows) * rank // world_size for rank in range(world_size + 1)]
+        shares = [rows[begin:end] for begin, end in pairwise(bounds)]
+        ranks = [_by_rows(share, cut.micro_rows) for share in shares]
     if cut.fits is not None and lengths is not None:
         ranks = [
             [part for micro in rank for part in _fitting(micro, lengths, cut.fits)]
@@ -187,11 +174,9 @@ def _by_tokens(
     total = 0
     for row in rows:
         length = max(lengths[row], 1)
-        size = (
-            total + length
-            if cut.packed
-            else (len(some) + 1) * max(lengths[some[0]] if some else 0, length)
-        )
+        size = total + length
+        if not cut.packed:
+            size = (len(some) + 1) * max(lengths[some[0]] if some else 0, length)
         if some and size > budget:
             micros.append(tuple(sorted(some)))
             some, total = [], 0

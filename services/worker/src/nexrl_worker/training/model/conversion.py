@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -47,13 +48,13 @@ class FolderTensors(Protocol):
     def close(self) -> None: ...
 
 
+@dataclass
 class _Group:
     """Tensors of a folder that become tensors of the model together: `sources` are (name, pattern
     of the converter)."""
 
-    def __init__(self, converter: WeightConverter | None) -> None:
-        self.converter = converter
-        self.sources: list[tuple[str, str]] = []
+    converter: WeightConverter | None
+    sources: list[tuple[str, str]] = field(default_factory=list)
 
 
 class Conversion:
@@ -79,9 +80,8 @@ class Conversion:
             if target not in known:
                 self.unused[name] = target
                 continue
-            group = self.groups.setdefault(
-                target, _Group(None if pattern is None else by_pattern[pattern])
-            )
+            converter = None if pattern is None else by_pattern[pattern]
+            group = self.groups.setdefault(target, _Group(converter))
             group.sources.append((name, name if pattern is None else pattern))
         self.used = [transform for transform in mapping if transform.was_used()]
 
@@ -112,10 +112,12 @@ class ConvertingReader:
         self._group_of: dict[str, str] = {}
         self._held: tuple[str, dict[str, Tensor]] = ("", {})
         self.shapes = {name: folder.shapes[name] for name in self.unused}
+
+        def on_meta(name: str) -> Tensor:
+            return torch.empty(folder.shapes[name], device="meta")
+
         for first in self._conversion.groups:
-            made = self._conversion.convert(
-                first, lambda name: torch.empty(folder.shapes[name], device="meta")
-            )
+            made = self._conversion.convert(first, on_meta)
             self.shapes |= {name: tuple(part.shape) for name, part in made.items()}
             self._group_of |= dict.fromkeys(made, first)
 
@@ -174,9 +176,7 @@ class ExportLayout:
         if source:
             conversion = Conversion(hf, source)
             set_conversions(hf, conversion.used)
-            for (
-                name
-            ) in conversion.unused:  # scales of a quantisation say nothing of the weights' dtype
+            for name in conversion.unused:  # a quantisation's scales: not of the weights' dtype
                 del self._source[name]
         else:
             found = get_model_conversion_mapping(self._hf, add_legacy=False)
@@ -194,29 +194,25 @@ class ExportLayout:
         waiting[name] = tensor
         if len(waiting) == len(partners):
             del self._waiting[key]
-            yield from (
-                self._written(*item) for item in revert_weight_conversion(self._hf, waiting).items()
-            )
+            for item in revert_weight_conversion(self._hf, waiting).items():
+                yield self._written(*item)
 
     def check_complete(self) -> None:
         """Raise ValueError where tensors came without those that they are converted with."""
         for key, waiting in self._waiting.items():
-            raise ValueError(
-                f"{key} cannot be written: of what it is made of only {', '.join(waiting)} came"
-            )
+            came = ", ".join(waiting)
+            raise ValueError(f"{key} cannot be written: of what it is made of only {came} came")
 
     def _sorted(self, hf: Any) -> tuple[dict[str, tuple[str, list[str]]], dict[str, str]]:
         """By name of the model: tensors that are converted together, and the new names of those
         that stay as they are."""
-        names = [name for name, _ in hf.named_parameters()] + [
-            name for name, _ in hf.named_buffers()
-        ]
+        names = {name for name, _ in (*hf.named_parameters(), *hf.named_buffers())}
         saved = hf.state_dict(keep_vars=True).keys()
         reverse = [transform.reverse_transform() for transform in reversed(conversions_of(hf))]
         renamings, converters = _split(reverse)
         groups: dict[str, list[str]] = defaultdict(list)
         plain: list[str] = []
-        for name in sorted(saved & set(names), key=dot_natural_key):
+        for name in sorted(saved & names, key=dot_natural_key):
             key, pattern = rename_source_key(name, renamings, converters, reverse=True)
             (plain if pattern is None else groups[key]).append(name)
         # Renamings alone look at no tensor: in one call, as some of them go by what came before.
@@ -234,9 +230,8 @@ class ExportLayout:
                 f"{name} holds numbers that float16 cannot; set actor.model.export_dtype to "
                 "bfloat16 or float32"
             )
-            raise InvalidValue(
-                message, tensor=name, expected=f"at most {torch.finfo(wanted).max:g}"
-            )
+            expected = f"at most {torch.finfo(wanted).max:g}"
+            raise InvalidValue(message, tensor=name, expected=expected)
         return name, cast
 
     def _source_dtype(self, name: str) -> torch.dtype | None:

@@ -23,14 +23,10 @@ not."""
 _METHODS = ("fp8", "mxfp8", "mxfp4", "fbgemm_fp8", "compressed-tensors", "modelopt", "bitsandbytes")
 # Of compressed-tensors, those that pack no two numbers into one; where a folder mixes them, each of
 # its groups has one.
-_FORMATS = (
-    "dense",
-    "naive-quantized",
-    "int-quantized",
-    "float-quantized",
-    "mxfp8-quantized",
+_FORMATS = {
+    *("dense", "naive-quantized", "int-quantized", "float-quantized", "mxfp8-quantized"),
     "mixed-precision",
-)
+}
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
 _INT8_LIMIT = 127.0
 _PAIR = ("_blocks", "_scales")  # of mxfp4: two numbers in each byte, and exponents
@@ -42,37 +38,24 @@ def quantisation(folder: Path) -> dict[str, Any] | None:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_bytes())
-        parts = [
-            config,
-            *(
-                part
-                for name, part in config.items()
-                if name.endswith("_config") and isinstance(part, dict)
-            ),
-        ]
-        keys = ("quantization_config", "compression_config")
-        said = [
-            part[key]
-            for part in parts
-            for key in keys
-            if part.get(key) is not None and part[key] != {}
-        ]
-        if not all(isinstance(one, dict) for one in said):
-            raise InvalidValue(
-                f"{path}: quantization_config is no mapping", tensor="quantization_config"
-            )
-        return dict(said[0]) if said else None
-    except InvalidValue:
-        raise
+        inner = [part for name, part in config.items() if name.endswith("_config")]
+        parts = [config, *(part for part in inner if isinstance(part, dict))]
     except (OSError, ValueError, TypeError, AttributeError):
-        raise InvalidValue(f"{path} is not a model's configuration{_reason(path)}") from None
+        why = f": {found}" if (found := what_is_wrong(path)) else ""
+        raise InvalidValue(f"{path} is not a model's configuration{why}") from None
+    keys = ("quantization_config", "compression_config")
+    said = [part.get(key) for part in parts for key in keys]
+    said = [one for one in said if one is not None and one != {}]
+    if not all(isinstance(one, dict) for one in said):
+        message = f"{path}: quantization_config is no mapping"
+        raise InvalidValue(message, tensor="quantization_config")
+    return dict(said[0]) if said else None
 
 
 def method_of(said: Mapping[str, Any]) -> str:
     """The method's name; raises InvalidValue where its weights cannot be made whole here."""
-    method = str(
-        said.get("quant_method") or ("bitsandbytes" if said.get("load_in_8bit") else "unknown")
-    )
+    usual = "bitsandbytes" if said.get("load_in_8bit") else "unknown"
+    method = str(said.get("quant_method") or usual)
     if said.get("load_in_4bit"):
         method = "bitsandbytes 4-bit"
     if said.get("transform_config"):
@@ -85,9 +68,8 @@ def method_of(said: Mapping[str, Any]) -> str:
             f"quantization_config says {method}: such weights are not de-quantised here; save "
             "them as bfloat16"
         )
-        raise InvalidValue(
-            message, tensor="quantization_config", expected=", ".join(_METHODS), actual=method
-        )
+        known = ", ".join(_METHODS)
+        raise InvalidValue(message, tensor="quantization_config", expected=known, actual=method)
     return method
 
 
@@ -95,11 +77,8 @@ def _formats(said: Mapping[str, Any]) -> list[str]:
     """Those of compressed-tensors that a configuration names, of weights and of zeros that are left
     out."""
     groups = said.get("config_groups")
-    parts = [
-        said,
-        *(groups.values() if isinstance(groups, dict) else ()),
-        said.get("sparsity_config"),
-    ]
+    inner = groups.values() if isinstance(groups, dict) else ()
+    parts = [said, *inner, said.get("sparsity_config")]
     return [str(part["format"]) for part in parts if isinstance(part, dict) and part.get("format")]
 
 
@@ -139,9 +118,8 @@ class Dequantised:
         dropped |= self._row_orders() if self.method == "bitsandbytes" else set()
         self._pairs = self._packed_pairs() if self.method == "mxfp4" else {}
         dropped |= {name + end for name in self._pairs for end in _PAIR}
-        self.shapes = {
-            name: shape for name, shape in folder.shapes.items() if name not in dropped
-        } | self._pairs
+        kept = {name: shape for name, shape in folder.shapes.items() if name not in dropped}
+        self.shapes = kept | self._pairs
         made = self._scales.keys() | self._pairs.keys()
         self.dtypes = {name: "F32" if name in made else folder.dtypes[name] for name in self.shapes}
 
@@ -169,10 +147,10 @@ class Dequantised:
         scale = self._scales.get(name)
         if scale is None:
             return rows
-        shape, numbers = self.shapes[name], rows.float()
+        numbers, at = rows.float(), (scale.block, self.shapes[name], offset, length)
         if scale.zero is not None:
-            numbers -= self._spread(scale.zero, scale.block, shape, offset, length)
-        return numbers * (self._spread(scale.name, scale.block, shape, offset, length) / scale.over)
+            numbers -= self._spread(scale.zero, *at)
+        return numbers * (self._spread(scale.name, *at) / scale.over)
 
     def close(self) -> None:
         """Unmap the files."""
@@ -182,45 +160,31 @@ class Dequantised:
         """None where the tensor is not quantised, or by nothing that is known: then no parameter
         takes its dtype."""
         if code in _FLOAT8:
-            found = next(
-                (name + end for end in ("_scale_inv", "_scale") if self._folder.has(name + end)),
-                None,
-            )
-            if found is None or self.method is None:
-                why = (
-                    "there is no scale beside it"
-                    if found is None
-                    else "config.json has no quantization_config"
-                )
-                raise InvalidValue(
-                    f"{name} is {code}, quantised, but {why}", tensor=name, actual=code
-                )
-            return _Scale(found, self._block(name, found))
+            ends = (end for end in ("_scale_inv", "_scale") if self._folder.has(name + end))
+            end = next(ends, None)
+            if end is None or self.method is None:
+                scaled = "config.json has no quantization_config"
+                why = scaled if end else "there is no scale beside it"
+                message = f"{name} is {code}, quantised, but {why}"
+                raise InvalidValue(message, tensor=name, actual=code)
+            return _Scale(name + end, self._block(name, name + end))
         if code == "I8" and self.method == "bitsandbytes":
             found = name.removesuffix("weight") + "SCB"
             if self._folder.has(found):
                 return _Scale(found, self._block(name, found), over=_INT8_LIMIT)
-        if (
-            code == "I8"
-            and self.method == "compressed-tensors"
-            and self._folder.has(name + "_scale")
-        ):
-            return _Scale(
-                name + "_scale", self._block(name, name + "_scale"), zero=self._zero(name)
-            )
+        if code == "I8" and self.method == "compressed-tensors":
+            found = name + "_scale"
+            if self._folder.has(found):
+                return _Scale(found, self._block(name, found), zero=self._zero(name))
         return None
 
     def _zero(self, name: str) -> str | None:
-        zero, scale = name + "_zero_point", name + "_scale"
-        if not self._folder.has(zero):
+        zero, scale, folder = name + "_zero_point", name + "_scale", self._folder
+        if not folder.has(zero):
             return None
-        if (
-            self._folder.shapes[zero] != self._folder.shapes[scale]
-            or self._folder.dtypes[zero] != "I8"
-        ):
-            raise InvalidValue(
-                f"{zero} is not one 8-bit integer for each number of {scale}", tensor=zero
-            )
+        if folder.shapes[zero] != folder.shapes[scale] or folder.dtypes[zero] != "I8":
+            message = f"{zero} is not one 8-bit integer for each number of {scale}"
+            raise InvalidValue(message, tensor=zero)
         return zero
 
     def _packed_pairs(self) -> dict[str, tuple[int, ...]]:
@@ -231,25 +195,18 @@ class Dequantised:
         for blocks in (name for name in shapes if name.endswith(_PAIR[0])):
             name = blocks.removesuffix(_PAIR[0])
             scales, shape = name + _PAIR[1], shapes[blocks]
-            if (
-                len(shape) != 4
-                or shapes.get(scales) != shape[:-1]
-                or {dtypes[blocks], dtypes[scales]} != {"U8"}
-            ):
-                raise InvalidValue(
-                    f"{blocks} and {scales} are no experts in mxfp4 as they are known here",
-                    tensor=blocks,
-                )
+            fits = len(shape) == 4 and shapes.get(scales) == shape[:-1]
+            if not fits or {dtypes[blocks], dtypes[scales]} != {"U8"}:
+                message = f"{blocks} and {scales} are no experts in mxfp4 as they are known here"
+                raise InvalidValue(message, tensor=blocks)
             found[name] = (shape[0], 2 * shape[2] * shape[3], shape[1])
         return found
 
     def _block(self, name: str, scale: str) -> tuple[int, int]:
         shape, grid = self._folder.shapes[name], self._folder.shapes[scale]
-        if self._folder.dtypes[scale] not in (*FLOAT_DTYPES, "F8_E8M0", "U8"):
-            raise InvalidValue(
-                f"{scale} is {self._folder.dtypes[scale]}, no scale that is known here",
-                tensor=scale,
-            )
+        code = self._folder.dtypes[scale]
+        if code not in (*FLOAT_DTYPES, "F8_E8M0", "U8"):
+            raise InvalidValue(f"{scale} is {code}, no scale that is known here", tensor=scale)
         if len(shape) >= 2:
             rows, columns = shape[-2:]
             if math.prod(grid) == 1:
@@ -259,28 +216,20 @@ class Dequantised:
             if len(grid) == len(shape) and grid[:-2] == shape[:-2]:
                 even = (rows // max(grid[-2], 1), columns // max(grid[-1], 1))
                 for block in (self._declared, even):
-                    if (
-                        block
-                        and min(block)
-                        and (-(-rows // block[0]), -(-columns // block[1])) == grid[-2:]
-                    ):
+                    if block and min(block) and _grid(rows, columns, block) == grid[-2:]:
                         return block
         message = f"{scale} of shape {list(grid)} does not go with {name} of shape {list(shape)}"
         raise InvalidValue(message, tensor=scale)
 
     def _row_orders(self) -> set[str]:
         """How bitsandbytes laid out its rows: names that say so, all of them row after row."""
-        names = {
-            name.removesuffix("SCB") + "weight_format"
-            for name in self._folder.shapes
-            if name.endswith("SCB")
-        }
+        scales = (name for name in self._folder.shapes if name.endswith("SCB"))
+        names = {name.removesuffix("SCB") + "weight_format" for name in scales}
         there = {name for name in names if self._folder.has(name)}
         for name in sorted(there):
             if int(self._folder.read(name, 0, 1)):
-                raise InvalidValue(
-                    f"{name} is not 0: rows in another order than their own", tensor=name
-                )
+                message = f"{name} is not 0: rows in another order than their own"
+                raise InvalidValue(message, tensor=name)
         return there
 
     def _spread(
@@ -294,9 +243,9 @@ class Dequantised:
         """A number of that grid for each of those rows' numbers, or what spreads to it."""
         grid = self._folder.shapes[grid_name]
         stored = self._folder.read(grid_name, 0, grid[0] if grid else 1)
-        found = (
-            (stored.float() - _INT8_LIMIT).exp2() if stored.dtype == torch.uint8 else stored.float()
-        )
+        found = stored.float()
+        if stored.dtype == torch.uint8:
+            found = (found - _INT8_LIMIT).exp2()
         if found.numel() == 1:
             return found.reshape(())
         if len(shape) == 2:
@@ -316,15 +265,12 @@ def _declared_block(said: Mapping[str, Any]) -> tuple[int, int] | None:
         weights = [group.get("weights") for group in groups.values() if isinstance(group, dict)]
         given += [one.get("block_structure") for one in weights if isinstance(one, dict)]
     for block in given:
-        if (
-            isinstance(block, list)
-            and len(block) == 2
-            and all(isinstance(side, int) and side > 0 for side in block)
-        ):
-            return block[0], block[1]
+        match block:
+            case [int(rows), int(columns)] if rows > 0 and columns > 0:
+                return rows, columns
     return None
 
 
-def _reason(path: Path) -> str:
-    found = what_is_wrong(path)
-    return f": {found}" if found else ""
+def _grid(rows: int, columns: int, block: tuple[int, int]) -> tuple[int, int]:
+    """How many blocks there are along each side."""
+    return -(-rows // block[0]), -(-columns // block[1])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nexrl_worker.training.batch.packing import Segments
+from nexrl_worker.training.transformers_parts import text_config
 
 
 class Rotations:
@@ -26,10 +27,7 @@ class Rotations:
         self._segments: Segments | None = None
         for part in list(hf.modules()):
             kinds = getattr(part, "rope_type", None)
-            if any(
-                _by_length(kind)
-                for kind in (kinds.values() if isinstance(kinds, dict) else [kinds])
-            ):
+            if any(map(_by_length, kinds.values() if isinstance(kinds, dict) else [kinds])):
                 part.forward = partial(self._rotate, part, part.forward)
 
     def are(self, attention: Tensor | None, segments: Segments | None) -> None:
@@ -53,17 +51,12 @@ class Rotations:
         if not _by_length(kind):
             return own(x, position_ids, **more)
         positions = position_ids
-        if self._attention is not None:
-            positions = torch.where(
-                self._attention.bool(), positions, 0
-            )  # padding makes no row longer
+        if self._attention is not None:  # padding makes no row longer
+            positions = torch.where(self._attention.bool(), positions, 0)
         turns = self._lengths(positions)
         if kind == "longrope":
-            known = (
-                part.config.rope_parameters
-                if layer_type is None
-                else part.config.rope_parameters[layer_type]
-            )
+            known = part.config.rope_parameters
+            known = known if layer_type is None else known[layer_type]
             turns = (turns > known["original_max_position_embeddings"]).long()
         else:
             turns = turns.clamp(min=part.config.max_position_embeddings)
@@ -115,13 +108,12 @@ def longest_row(hf: nn.Module) -> int | None:
     Rotations that are stretched reach as far as their original length times the factor, and never
     less far than the configuration says. A bias by distance (ALiBi) knows no end.
     """
-    config: Any = hf.config.get_text_config()  # type: ignore[union-attr, operator]
+    config = text_config(hf)
     most = getattr(config, "max_position_embeddings", None)
     if most is None or most < 1 or getattr(config, "alibi", False):  # XLNet says -1
         return None
-    return max(
-        int(most), min((_reach(one, int(most)) for one in _rotations(hf)), default=int(most))
-    )
+    reached = [_reach(one, int(most)) for one in _rotations(hf)]
+    return max(int(most), min(reached, default=int(most)))
 
 
 def position_limit(hf: nn.Module) -> int | None:
@@ -136,7 +128,7 @@ def position_limit(hf: nn.Module) -> int | None:
 def _rotations(hf: nn.Module) -> list[dict[str, Any]]:
     """What the configuration says of rotations, of layers that see all of a row where some see only
     a window."""
-    config: Any = hf.config.get_text_config()  # type: ignore[union-attr, operator]
+    config = text_config(hf)
     known = getattr(config, "rope_parameters", None)
     if not known or not any(hasattr(part, "rope_type") for part in hf.modules()):
         return []

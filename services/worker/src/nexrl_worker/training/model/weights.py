@@ -101,14 +101,11 @@ def weight_files(folder: Path) -> list[str]:
         return [WEIGHTS]
     if index.is_file():
         try:
-            names = sorted(
-                {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
-            )
+            placed = json.loads(index.read_bytes())["weight_map"].values()
+            names = sorted({str(name) for name in placed})
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise InvalidValue(
-                f"{index} is not what it should be: "
-                f"{what_is_wrong(index) or 'it has no weight_map'}"
-            ) from None
+            why = what_is_wrong(index) or "it has no weight_map"
+            raise InvalidValue(f"{index} is not what it should be: {why}") from None
         for name in names:
             if "/" in name or not (folder / name).is_file():
                 raise InvalidValue(f"{folder / name} is missing, but the index names it")
@@ -121,9 +118,8 @@ def weight_files(folder: Path) -> list[str]:
         )
         raise InvalidValue(message, expected=WEIGHTS_INDEX)
     if others:
-        raise InvalidValue(
-            f"{folder} has {others[0]}, but neither {WEIGHTS} nor {WEIGHTS_INDEX}", expected=WEIGHTS
-        )
+        message = f"{folder} has {others[0]}, but neither {WEIGHTS} nor {WEIGHTS_INDEX}"
+        raise InvalidValue(message, expected=WEIGHTS)
     raise InvalidValue(f"{folder} has no safetensors weights; other formats are not read")
 
 
@@ -159,15 +155,8 @@ def what_is_wrong(path: Path) -> str | None:
                 return "it is no safetensors file"
             file.seek(8)
             entries = json.loads(file.read(header))
-            needed = (
-                8
-                + header
-                + max(
-                    entry["data_offsets"][1]
-                    for name, entry in entries.items()
-                    if name != "__metadata__"
-                )
-            )
+            entries.pop("__metadata__", None)
+            needed = 8 + header + max(entry["data_offsets"][1] for entry in entries.values())
             return f"it is cut short: {size} of {needed} bytes are there" if size < needed else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

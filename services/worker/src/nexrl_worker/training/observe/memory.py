@@ -42,26 +42,27 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         torch.cuda.reset_peak_memory_stats(device)
         peak.before = torch.cuda.memory_allocated(device) / _MIB
     else:
-        peak.since_start = not _reset()
+        try:
+            Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
+        except OSError:
+            peak.since_start = True
         peak.before = _resident("VmRSS")
     try:
         yield peak
     finally:
-        peak.mib = (
-            torch.cuda.max_memory_allocated(device) / _MIB
-            if device.type == "cuda"
-            else _resident("VmHWM")
-        )
+        if device.type == "cuda":
+            peak.mib = torch.cuda.max_memory_allocated(device) / _MIB
+        else:
+            peak.mib = _resident("VmHWM")
 
 
 def held_mib(device: torch.device) -> float:
     """What this rank holds now: allocated device memory, else the process's resident memory that is
     in use."""
-    if device.type != "cuda":
-        give_back(device)  # what is free inside the process would be counted as taken
-    return (
-        torch.cuda.memory_allocated(device) / _MIB if device.type == "cuda" else _resident("VmRSS")
-    )
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / _MIB
+    give_back(device)  # what is free inside the process would be counted as taken
+    return _resident("VmRSS")
 
 
 def free_mib(device: torch.device, ranks: int) -> float:
@@ -74,10 +75,8 @@ def free_mib(device: torch.device, ranks: int) -> float:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return (torch.cuda.mem_get_info(device)[0] + unused) / _MIB
-    known = [
-        _numbers(Path("/proc/meminfo")).get("MemAvailable:", math.inf) / 1024.0,
-        *_left_in_control_groups(),
-    ]
+    available = _numbers(Path("/proc/meminfo")).get("MemAvailable:", math.inf) / 1024.0
+    known = [available, *_left_in_control_groups()]
     most, _ = resource.getrlimit(resource.RLIMIT_AS)
     own = math.inf if most == resource.RLIM_INFINITY else most / _MIB - _resident("VmSize")
     return max(min(min(known) / ranks, own), 0.0)
@@ -87,9 +86,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a device or on the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(
-        words in str(error) for words in _CANNOT_ALLOCATE
-    )
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    return any(words in said for words in _CANNOT_ALLOCATE)
 
 
 def give_back(device: torch.device) -> None:
@@ -104,11 +102,9 @@ def _left_in_control_groups() -> Iterator[float]:
     """MiB that every control group of this process still has, version 2 and 1; page cache counts as
     free."""
     for version, folder in memory_groups():
-        names = (
-            ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            if version == 1
-            else ("memory.max", "memory.current")
-        )
+        names = ("memory.max", "memory.current")
+        if version == 1:
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
         limit, now = ("".join(_lines(folder / name)) for name in names)
         if limit.isdigit() and now.isdigit():
             cached = _numbers(folder / "memory.stat").get("inactive_file", 0.0)
@@ -126,14 +122,6 @@ def _lines(path: Path) -> list[str]:
         return path.read_text().splitlines()
     except OSError:
         return []
-
-
-def _reset() -> bool:
-    try:
-        Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
-    except OSError:
-        return False
-    return True
 
 
 def _resident(field: str) -> float:
