@@ -12,7 +12,7 @@ from nexrl_worker.training.model.lm_head import (
     chunk_length,
     head_log_probs,
 )
-from nexrl_worker.training.observe.memory import peak_memory
+from nexrl_worker.training.observe.costs import peak_memory
 from torch import Tensor
 
 _CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from nexrl_worker.training import Engine
-from nexrl_worker.training.observe.memory import peak_memory
+from nexrl_worker.training.observe.costs import peak_memory
 from torch import nn
 
 from gpu.actor import Rows, actor, free

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from nexrl_worker.training.observe.memory import peak_memory
+from nexrl_worker.training.observe.costs import peak_memory
 
 TOKENS, VOCABULARY, WIDTH = 2048, 50_000, 64
 MIB = 1024 * 1024

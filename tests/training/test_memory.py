@@ -20,7 +20,7 @@ from nexrl_worker.agent.launcher import how_it_ended, oom_kills, wait_status
 from nexrl_worker.training import Engine
 from nexrl_worker.training.batch.plan import PlanSettings, make_plan
 from nexrl_worker.training.errors import DoesNotFit, InvalidValue
-from nexrl_worker.training.observe.memory import free_mib
+from nexrl_worker.training.observe.costs import free_mib
 from torch import Tensor
 
 from tests.helpers.engines import batch, planned, save_model
@@ -330,7 +330,7 @@ def test_memory_that_a_process_may_not_take_is_named_as_such() -> None:
     is known."""
     limited = """
 import resource, torch
-from nexrl_worker.training.observe.memory import free_mib, is_out_of_memory
+from nexrl_worker.training.observe.costs import free_mib, is_out_of_memory
 size = int(next(l for l in open('/proc/self/status') if l.startswith('VmSize')).split()[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (size + 300 * 2**20,) * 2)
 assert free_mib(torch.device('cpu'), 1) <= 300, free_mib(torch.device('cpu'), 1)

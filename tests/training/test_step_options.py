@@ -17,7 +17,7 @@ from nexrl_worker.training.fsdp2 import forget_kept_back, synchronise
 from nexrl_worker.training.model.build import Recipe, build_model, compile_layers, decoder_layers
 from nexrl_worker.training.model.policy import PolicyModel
 from nexrl_worker.training.model.roles import role_of
-from nexrl_worker.training.observe.clock import Clock
+from nexrl_worker.training.observe.costs import Clock
 from nexrl_worker.training.torch_parts import missing_compiler
 from safetensors.torch import load_file
 from torch import Tensor

@@ -68,7 +68,7 @@ def _log_to(path: Path) -> None:
 
 
 def _leave_word(path: Path, rank: int, error: BaseException) -> None:
-    from nexrl_worker.training.observe.memory import is_out_of_memory
+    from nexrl_worker.training.observe.costs import is_out_of_memory
 
     short = "out of memory: " if is_out_of_memory(error) else ""
     words: dict[str, Any] = {

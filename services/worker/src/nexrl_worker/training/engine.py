@@ -24,11 +24,10 @@ from nexrl_worker.training.batch.plan import (
 from nexrl_worker.training.batch.validate import Limits, check_rows, longest
 from nexrl_worker.training.errors import InvalidValue
 from nexrl_worker.training.fsdp2 import release
-from nexrl_worker.training.inference import infer
+from nexrl_worker.training.inference import FrozenReference, infer
 from nexrl_worker.training.model.build import Recipe, build_model, export_dtype
 from nexrl_worker.training.model.policy import PolicyModel
 from nexrl_worker.training.model.probe import Probe, Prober
-from nexrl_worker.training.model.reference import FrozenReference
 from nexrl_worker.training.model.roles import role_of
 from nexrl_worker.training.model.rotary import longest_row
 from nexrl_worker.training.model.value_head import RewardModel

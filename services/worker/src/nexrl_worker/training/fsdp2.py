@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from nexrl_worker.training.observe.memory import is_out_of_memory
+from nexrl_worker.training.observe.costs import is_out_of_memory
 
 
 class Collective:

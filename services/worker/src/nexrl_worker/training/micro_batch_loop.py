@@ -14,7 +14,7 @@ from nexrl_worker.training.batch.plan import Micro
 from nexrl_worker.training.errors import DoesNotFit
 from nexrl_worker.training.fsdp2 import Collective, can_reset, forget_kept_back, release, reset
 from nexrl_worker.training.model.wrapper import ModelWrapper
-from nexrl_worker.training.observe.memory import give_back, is_out_of_memory
+from nexrl_worker.training.observe.costs import give_back, is_out_of_memory
 
 _log = logging.getLogger(__name__)
 Parts = list[tuple[list[int], Tensor]]

@@ -21,8 +21,7 @@ from nexrl_worker.training.losses.aggregation import Aggregation
 from nexrl_worker.training.micro_batch_loop import Parts, drop, run_micro_batches
 from nexrl_worker.training.model.wrapper import ModelWrapper
 from nexrl_worker.training.objectives.base import MetricAccumulator, Objective, common_metrics
-from nexrl_worker.training.observe.clock import Clock
-from nexrl_worker.training.observe.memory import peak_memory
+from nexrl_worker.training.observe.costs import Clock, peak_memory
 from nexrl_worker.training.optim import Optimizer, Schedule
 
 

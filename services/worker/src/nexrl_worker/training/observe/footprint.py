@@ -22,7 +22,7 @@ from nexrl_worker.training.model.build import Recipe, decoder_layers, sharded_la
 from nexrl_worker.training.model.lm_head import head_bytes
 from nexrl_worker.training.model.policy import PolicyModel
 from nexrl_worker.training.model.wrapper import ModelWrapper
-from nexrl_worker.training.observe.memory import free_mib, held_mib
+from nexrl_worker.training.observe.costs import free_mib, held_mib
 
 _MIB = 1024.0 * 1024.0
 _LENGTHS = (16, 32, 64)
