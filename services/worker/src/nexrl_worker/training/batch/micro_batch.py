@@ -121,7 +121,8 @@ class BatchReader:
         return torch.where(torch.isfinite(given) & (given > 0), given, 1.0)
 
     def _place(self, name: str, value: Tensor) -> Tensor:
-        """On the device; ids stay integers, all else is in the reader's dtype."""
+        """Values [n,R] or [n,R,K] on the device; ids stay integers, all else is in the reader's
+        dtype."""
         return send(value.to(torch.int64 if name.endswith("_ids") else self.dtype), self.device)
 
     def _assemble(
@@ -176,8 +177,8 @@ class _Inputs(NamedTuple):
 
 
 def _trim(ids: Tensor, attention: Tensor, positions: Tensor) -> _Inputs:
-    """Rows with their attended tokens first, as wide as the longest: the same on whichever side
-    they were padded.
+    """Rows of ids, attention and positions [n,S] with their attended tokens first, as wide as the
+    longest: the same on whichever side they were padded.
 
     A row without any token still shows one, so that attention has something to normalise over.
     """
@@ -196,8 +197,8 @@ def _trim(ids: Tensor, attention: Tensor, positions: Tensor) -> _Inputs:
 
 
 def _pack(ids: Tensor, attention: Tensor, positions: Tensor) -> _Inputs:
-    """The attended tokens of all rows, one row after the other; without any, one token that nobody
-    reads."""
+    """The attended tokens of ids, attention and positions [n,S], one row after the other; without
+    any, one token that nobody reads."""
     counts = [count for count in attention.sum(dim=-1).tolist() if count]
     places = torch.where(attention, attention.flatten().cumsum(dim=0).view_as(attention) - 1, 0)
     if not counts:

@@ -86,6 +86,7 @@ class Segments:
             reach = torch.full((), total if window is None else window, device=self.device)
 
             def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                """Whether place `query` sees place `key` of the stream, 0-dim each."""
                 return (row[query] == row[key]) & (query >= key) & (query - key < reach)
 
             self._masks[window] = create_block_mask(
@@ -171,7 +172,7 @@ def _on_cuda(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, how: _How, segments: Segments
 ) -> Tensor:
     """FlashAttention's varlen kernel where it is installed and knows the dtype, else FlexAttention
-    by blocks; shapes as in `attend`."""
+    by blocks: query [1,A,T,D], key and value [1,K,T,D] give [1,T,A,D]."""
     flash = _flash_attention() if query.dtype in (torch.float16, torch.bfloat16) else None
     if flash is not None:
         longest = max(segments.lengths)

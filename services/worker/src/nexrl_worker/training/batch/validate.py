@@ -152,6 +152,7 @@ class _Some:
         self._refuse(name, positions, outside & attended, expected)
 
     def _check_lengths(self, lengths: Tensor, most: int | None) -> None:
+        """lengths [n] of the rows' attended tokens."""
         if most is None or int(lengths.max()) <= most:
             return
         place = int((lengths > most).nonzero()[0])

@@ -90,6 +90,7 @@ class Correction:
         return mask & self._inside(self._ratio(old, rollout, mask))
 
     def _ratio(self, old: Tensor, rollout: Tensor, mask: Tensor) -> Tensor:
+        """exp(old - rollout) [n,R], or its product over a row; all shapes [n,R]."""
         gap = torch.where(mask, old - rollout, 0.0).detach()
         if self.mode.startswith("sequence"):
             gap = gap.sum(dim=-1, keepdim=True).expand_as(gap)

@@ -101,6 +101,7 @@ def gspo(tokens: Tokens, clip: Clip) -> PerToken:
 
 
 def _clipped(tokens: Tokens, log_ratio: Tensor, clip: Clip) -> PerToken:
+    """PPO's loss for the ratio exp(log_ratio) [n,R]."""
     gain = tokens.advantages
     low, high = None if clip.low is None else 1.0 - clip.low, 1.0 + clip.high
     bounded = gain >= 0 if clip.dual is None else torch.ones_like(tokens.mask)
@@ -115,8 +116,8 @@ def _clipped(tokens: Tokens, log_ratio: Tensor, clip: Clip) -> PerToken:
 
 
 def _finite_ratio(log_ratio: Tensor, unread: Tensor) -> Tensor:
-    """exp(log_ratio), and no more than e^60 where a ratio beyond that does not count (bool
-    `unread`).
+    """exp(log_ratio) [n,R], and no more than e^60 where a ratio beyond that does not count (bool
+    `unread` [n,R]).
 
     There the loss and its gradient are finite by the formula, but inf x 0 would make them NaN.
     """
@@ -195,8 +196,8 @@ def value_loss(
 
 
 def kl_terms(log_probs: Tensor, reference: Tensor, kind: str, old: Tensor | None = None) -> Tensor:
-    """Per-token estimates of KL(policy || reference), d = lp - ref (Schulman, "Approximating KL
-    divergence", 2020).
+    """Estimates of KL(policy || reference) per token, d = lp - ref; all shapes [n,R] (Schulman,
+    "Approximating KL divergence", 2020).
 
     k1 (kl): d, whose gradient has zero mean; abs: |d|; k2 (mse): d^2/2, whose gradient is that of
     KL(policy||ref); k3 (low_var_kl): exp(-d) - 1 + d, whose gradient is that of KL(ref||policy).
@@ -245,7 +246,7 @@ def top_k_kl(
 
 
 def _rest_of(log_probs: Tensor) -> Tensor:
-    """log(1 - sum p), at least the log of the smallest mass that a float32 sum of probabilities can
-    tell from 1."""
+    """log(1 - sum p) [...] of log_probs [...,K], at least the log of the smallest mass that a
+    float32 sum of probabilities can tell from 1."""
     mass = log_probs.double().exp().sum(dim=-1)
     return (1.0 - mass).clamp(min=1e-7).log().to(log_probs.dtype)

@@ -122,7 +122,7 @@ def _fill_logits(
 
 
 def _wide(hidden: Tensor) -> torch.dtype:
-    """What logits are computed with: at least float32."""
+    """What logits of hidden states [T,H] are computed with: at least float32."""
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 

@@ -26,6 +26,7 @@ from nexrl_worker.training.model.lm_head import (
 from nexrl_worker.training.model.wrapper import ModelWrapper
 
 OfLogits = Callable[[Tensor, slice], tuple[Tensor, ...]]
+"""Of logits [t,V] of some of the T labels, and which those are: values [t] or [t,K]."""
 
 
 class PolicyModel(ModelWrapper):
@@ -105,6 +106,7 @@ def _wide(head: nn.Module, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | 
 
 
 def _wide_linear(head: nn.Linear, dtype: torch.dtype, hidden: Tensor) -> Tensor:
+    """Logits [...,V] of hidden states [...,H]."""
     weight, bias = _wide(head, dtype)
     return F.linear(hidden.to(weight.dtype), weight, bias)
 

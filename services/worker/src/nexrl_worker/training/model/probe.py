@@ -431,7 +431,7 @@ def _ending_otherwise(row: Tensor) -> Tensor:
 
 
 def _relative(found: Tensor, wanted: Tensor, scale: float = 0.0) -> float:
-    """The difference's length over that of `wanted`, or of as many values of `scale`."""
+    """The difference's length over that of `wanted` [...], or of as many values of `scale`."""
     size = max(float(wanted.float().norm()), scale * math.sqrt(wanted.numel()), 1e-30)
     return float((found - wanted).float().norm()) / size
 

@@ -192,8 +192,8 @@ _SHARES = {
 def _count_ratios(
     tokens: Tokens, per_token: PerToken, chosen: Tensor, into: MetricAccumulator
 ) -> None:
-    """`chosen`: the flat places of the scored tokens; to find them in the mask, the device would be
-    waited for."""
+    """`chosen`: the flat places of the scored tokens in [n*R]; to find them in the mask, the device
+    would be waited for."""
     mask, ratio = tokens.mask, per_token.ratio
     if ratio is not None:
         kept = ratio.flatten()[chosen]
