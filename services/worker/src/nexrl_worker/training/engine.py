@@ -1,5 +1,4 @@
-"""One group's model on one rank: what the runtime calls. Ranks run every collective method
-together."""
+"""One group's model on one rank, as the runtime calls it. All ranks call a collective together."""
 
 from __future__ import annotations
 
@@ -93,8 +92,7 @@ class Engine:
         return engine
 
     def info(self) -> dict[str, Any]:
-        """What this group runs: sizes, dtypes, and whether log-probabilities are chunked and rows
-        packed (or why not)."""
+        """What this group runs: sizes, dtypes, and whether heads are chunked and rows packed."""
         precision, held = self._precision, self._model.weights()
         return {
             "role": self._role.name,
@@ -119,8 +117,7 @@ class Engine:
     # -- planning and checking: local, no collectives
 
     def prepare(self, operation: str, rows: Rows, params: Mapping[str, Any]) -> Prepared:
-        """What `operation` will compute; raises InvalidValue or INVALID_TENSOR. Local, and reads no
-        tensor."""
+        """What `operation` will compute; raises InvalidValue or INVALID_TENSOR. Local, pure."""
         prepared = prepare(self._actor, operation, rows, params)
         k, vocabulary = params.get("top_k"), self._model.vocabulary
         if k is not None and k > vocabulary:
@@ -152,8 +149,7 @@ class Engine:
         return make_plan(prepared.rows.size, dist.get_world_size(), cut, lengths)
 
     def needs_lengths(self, prepared: Prepared) -> bool:
-        """Whether `plan` has to know the lengths of the rows: else they fit, however they are
-        cut."""
+        """Whether `plan` has to know the lengths of the rows: else they fit, however cut."""
         rows = -(-prepared.rows.size // dist.get_world_size())
         some = min(self._actor.ppo_micro_batch_size_per_gpu or rows, rows)
         whole = [prepared.checked.sequence] * some
@@ -280,8 +276,7 @@ class Engine:
 
     @property
     def _is_reference(self) -> bool:
-        """Whether a group that does not learn still holds the weights that its reference would be
-        read from."""
+        """Whether the group does not learn and still holds its reference's weights."""
         same = self.frozen.path == self._actor.model.path
         return same and not self._role.trains and self.state.unchanged
 

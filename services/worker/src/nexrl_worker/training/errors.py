@@ -37,5 +37,4 @@ class InvalidValue(ValueError):
 
 
 class DoesNotFit(InvalidValue):
-    """Memory ran out on some rank, under a `row` alone where that is known; said on all, and
-    nothing was changed."""
+    """Memory ran out on some rank, under `row` alone if it is known; nothing was changed."""

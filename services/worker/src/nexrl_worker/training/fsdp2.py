@@ -196,8 +196,7 @@ def sharded_modules(model: nn.Module) -> list[Any]:
 
 
 def _groups(module: FSDPModule) -> list[Any]:
-    """FSDP's own record of a module's parameters: torch 2.11 has one, later ones may have
-    several."""
+    """FSDP's record of a module's parameters: torch 2.11 has one, later ones may have several."""
     state: Any = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
     return [group for group in groups if group is not None]

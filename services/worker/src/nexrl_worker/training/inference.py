@@ -135,8 +135,7 @@ class FrozenReference:
         self.model = model
 
     def examine(self) -> None:
-        """Find out how the loaded model may be computed, the same on all ranks. Collective; `check`
-        tells what is wrong."""
+        """Find out how the model may be computed, for `check` to refuse it. Collective."""
         assert self.model is not None
         outcome = Prober(self.model, self._recipe, self._packs).run()
         self.model.fallback = outcome.reason

@@ -112,8 +112,7 @@ def attempt(
 
 
 def drop(models: Sequence[ModelWrapper]) -> None:
-    """Leave nothing of the micro-batches since the last step gathered or kept back; sharded
-    gradients are the caller's."""
+    """Leave nothing gathered or kept back since the last step; sharded gradients stay."""
     for model in models:
         forget_kept_back(model)
         release(model)

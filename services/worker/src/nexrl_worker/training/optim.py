@@ -137,8 +137,7 @@ class Optimizer:
             self._local[name].grad = None
 
     def shards(self) -> Iterator[Shard]:
-        """Both moments of every parameter, cut as the parameters are: `optim.exp_avg.<name>` and
-        the square."""
+        """Both moments of every parameter, cut as it is: `optim.exp_avg.<name>` and the square."""
         for name, part in self._shards.items():
             for kind in _MOMENTS:
                 yield replace(

@@ -1,5 +1,4 @@
-"""What one operation computes, prepared once: its settings from configuration, arguments and batch
-together."""
+"""What one operation computes, prepared once from configuration, arguments and batch."""
 
 from __future__ import annotations
 
@@ -51,8 +50,7 @@ class LossSettings:
 
     @property
     def reads_old(self) -> bool:
-        """Whether `old_log_probs` would matter: for a ratio, or for what a rollout correction
-        weighs by."""
+        """Whether `old_log_probs` would matter: for a ratio, or for a rollout correction."""
         by_ratio = self.loss.ratio or (self.uses_kl and self.kl_times_ratio)
         return by_ratio or self.correction is not None
 
@@ -107,8 +105,7 @@ def prepare(actor: ActorConfig, operation: str, rows: Rows, params: Mapping[str,
 def loss_settings(
     actor: ActorConfig, operation: str, rows: Rows, params: Mapping[str, Any]
 ) -> LossSettings:
-    """The settings of this operation; `params` (`loss`, of distillation its settings) win over
-    `actor`."""
+    """The operation's settings; `params`, of distillation the metadata, win over `actor`."""
     distils = OPERATIONS[operation].learns == "distillation"
     settings: Mapping[str, Any] = rows.metadata if distils else {}
     loss = _distillation_loss(actor, rows, params) if distils else _policy_loss(actor, params)

@@ -70,8 +70,7 @@ class TrainingState:
 
     @property
     def optimizer_steps(self) -> int:
-        """Optimizer steps applied so far: the schedule's position; 0 where the role does not
-        learn."""
+        """Optimizer steps so far, the schedule's position; 0 where the role does not learn."""
         return 0 if self._trainer is None else self._trainer.steps
 
     @property
@@ -84,8 +83,7 @@ class TrainingState:
         return type(self._model.hf).__name__
 
     def shards(self, optimizer: bool = True) -> Iterator[Shard]:
-        """This rank's part of the state: parameters, saved buffers (rank 0), and the moments if
-        there are any."""
+        """This rank's part of the state: weights, saved buffers (rank 0), moments if any."""
         yield from _once(self._model.weights())
         if optimizer and self._trainer is not None:
             yield from self._trainer.optimizer.shards()
@@ -105,8 +103,7 @@ class TrainingState:
                     raise InvalidValue(f"{part.name} holds NaN", tensor=part.name)
 
     def load_shards(self, reader: Reader, optimizer: bool = True) -> None:
-        """Overwrite weights, and moments unless `optimizer` is False, with this rank's rows from
-        `reader`."""
+        """Overwrite weights, and moments if `optimizer`, with this rank's rows from `reader`."""
         self._loaded = True
         fill(self._model.weights(), reader)
         if optimizer and self._trainer is not None:
@@ -114,8 +111,7 @@ class TrainingState:
         self.weight_version += 1
 
     def scalars(self) -> dict[str, int]:
-        """What is not a tensor: steps taken (the schedule's position), AdamW's own count, weight
-        version."""
+        """What is no tensor: steps (the schedule's position), AdamW's count, weight version."""
         taken = 0 if self._trainer is None else self._trainer.optimizer.steps
         return {
             "optimizer_steps": self.optimizer_steps,
@@ -144,8 +140,7 @@ class TrainingState:
 
     @property
     def source(self) -> dict[str, str]:
-        """What a sharded checkpoint keeps for `layout_of`: dtypes by name of the folder that the
-        model was made of."""
+        """What a sharded checkpoint keeps for `layout_of`: dtypes by name of the model's folder."""
         return self._source
 
     def layout_of(
@@ -183,8 +178,7 @@ class TrainingState:
         return found
 
     def config_changes(self) -> dict[str, Any]:
-        """What an exported config.json must say otherwise than the folder that the group was made
-        of: its head."""
+        """What an exported config.json says otherwise than the group's own folder: its head."""
         untied = {"tie_word_embeddings": False} if self._model.own_head else {}
         if not self._role.fresh_head:
             return untied
@@ -197,8 +191,7 @@ class TrainingState:
         }
 
     def fingerprint(self) -> int:
-        """64-bit number of the current weights, the same at any world size; see fingerprint.py.
-        Collective."""
+        """64-bit number of the weights, the same at any world size: fingerprint.py. Collective."""
         table = weight_table(self._device)
         total = torch.zeros((), dtype=torch.int64, device=self._device)
         for part in _once(self._model.exported()):

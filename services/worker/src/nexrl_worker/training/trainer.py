@@ -82,8 +82,7 @@ class Trainer:
         grad_clip: float | None = None,
         discard: bool = False,
     ) -> dict[str, Any]:
-        """Divide the pending gradients by their denominator, clip, step; `skipped` says why not.
-        Collective."""
+        """Divide the pending gradients, clip, step; `skipped` says why not. Collective."""
         aggregation, count = self._pending or (Aggregation("sum"), 0.0)
         self._pending = None
         if discard:
@@ -140,8 +139,7 @@ class Trainer:
 
     @contextmanager
     def _measured(self) -> Iterator[dict[str, float]]:
-        """Seconds and MiB of the block, of the slowest and the largest rank; filled in when it ends
-        well. Collective."""
+        """Seconds and MiB of the block, of the worst rank; filled in at a good end. Collective."""
         costs: dict[str, float] = {}
         self._clock.start()
         with peak_memory(self._device) as peak:

@@ -85,8 +85,7 @@ def register_attention(name: str, function: Callable[..., tuple[Tensor, None]]) 
 
 
 def attention_of(hf: nn.Module) -> str:
-    """Name of the attention implementation that the model's language model uses: other parts may
-    know but one."""
+    """The attention implementation of the language model; other parts may know but one."""
     return str(text_config(hf)._attn_implementation)
 
 

@@ -1,5 +1,4 @@
-"""From rows of a batch to the tensors of one micro-batch: aligned, masked, padding trimmed or
-packed away."""
+"""From rows of a batch to the tensors of one micro-batch: aligned, masked, trimmed or packed."""
 
 from __future__ import annotations
 
@@ -113,8 +112,7 @@ class BatchReader:
         return self.dropping.kept(old, rollout, scored)
 
     def _temperatures(self, indices: list[int]) -> Tensor | None:
-        """Of every row [n]; 1 where a row's is no temperature, which nothing that is scored then
-        reads."""
+        """Of every row [n]; 1 where a row's is no temperature: nothing scored reads that."""
         if not self.rows.has("temperature"):
             return None
         given = self.rows.tensor("temperature", indices).to(self.dtype)
@@ -166,8 +164,7 @@ class BatchReader:
 
 
 class _Inputs(NamedTuple):
-    """What the model sees: ids, visible, positions [n,C] or [1,C]; `places` [n,S] of tokens in it,
-    0 where it has none."""
+    """What the model sees: [n,C] or [1,C] each; `places` [n,S] of tokens in it, 0 without one."""
 
     ids: Tensor
     visible: Tensor

@@ -44,8 +44,7 @@ _FLEX_FORMS = 64
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on the device; a GPU takes it from pinned memory, so that nobody waits until it
-    has done its work."""
+    """A CPU tensor on the device; a GPU takes it from pinned memory, so that nobody waits."""
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -96,8 +95,7 @@ class Segments:
 
 
 def use_segments(hf: nn.Module) -> None:
-    """Switch the model's attention to `attend`; raises InvalidValue where its family cannot
-    switch."""
+    """Switch the model's attention to `attend`; raises InvalidValue where the family cannot."""
     register_attention(ATTENTION, attend)
     use_attention(hf, ATTENTION)
 
@@ -201,8 +199,7 @@ def _flash_attention() -> Any:
 
 
 def unlike_configured(hf: nn.Module, segments: Segments) -> str | None:
-    """Why the attention that ran is not the configured one, by the windows that the layers told
-    it."""
+    """Why the attention that ran is not the configured one, by the windows of the layers."""
     if attention_of(hf) != ATTENTION or not segments.windows:
         return "the family's attention cannot be exchanged"
     config = text_config(hf)
@@ -224,8 +221,7 @@ def unlike_configured(hf: nn.Module, segments: Segments) -> str | None:
 
 @contextmanager
 def narrowed_windows(hf: nn.Module, size: int) -> Iterator[None]:
-    """Windows of `size` tokens inside the block, wherever configurations and layers have larger
-    ones."""
+    """Windows of `size` tokens inside the block, wherever larger ones are configured."""
     configs = (part.config for part in hf.modules() if hasattr(part, "config"))
     holders = [hf, *hf.modules(), *configs]
     before: list[tuple[dict[str, Any], str, int]] = []

@@ -44,8 +44,7 @@ class MiniBatch:
 
 @dataclass(frozen=True)
 class Plan:
-    """The cut of one operation over `world_size` ranks; `mini_batches` lists every epoch's, in
-    order."""
+    """One operation's cut over `world_size` ranks; `mini_batches` lists every epoch's, in order."""
 
     size: int
     world_size: int
@@ -63,16 +62,14 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Plan:
-        """The plan that `to_dict` wrote; raises InvalidValue where ranks would run different
-        collectives."""
+        """The plan that `to_dict` wrote; raises InvalidValue as `verify` does."""
         ranks = [tuple(tuple(map(tuple, rank)) for rank in mini) for mini in data["mini_batches"]]
         plan = cls(data["size"], data["world_size"], tuple(map(MiniBatch, ranks)))
         plan.verify()
         return plan
 
     def verify(self) -> None:
-        """Raise InvalidValue unless every rank has as many micro-batches as every other and rows
-        are in range."""
+        """Raise InvalidValue unless ranks have equally many micro-batches and rows are in range."""
         for mini in self.mini_batches:
             if len(mini.ranks) != self.world_size or len({len(rank) for rank in mini.ranks}) != 1:
                 raise InvalidValue("the plan gives ranks different numbers of micro-batches")
@@ -106,8 +103,7 @@ class PlanSettings:
 def make_plan(
     size: int, world_size: int, cut: PlanSettings, lengths: Sequence[int] | None = None
 ) -> Plan:
-    """Cut `size` rows. With a token budget, `lengths` (tokens per row) balances ranks and fills
-    micro-batches."""
+    """Cut `size` rows; a token budget balances ranks and micro-batches by `lengths` of rows."""
     if size < 1:
         raise InvalidValue("the batch has no rows", expected="at least 1 row", actual="0 rows")
     if cut.token_budget is not None and (lengths is None or len(lengths) != size):
@@ -167,8 +163,7 @@ def _balanced(rows: list[int], world_size: int, lengths: Sequence[int]) -> list[
 def _by_tokens(
     rows: list[int], budget: int, lengths: Sequence[int], cut: PlanSettings
 ) -> list[Micro]:
-    """Consecutive rows (longest first) whose computed size stays within the budget; a longer row
-    stands alone."""
+    """Consecutive rows (longest first) within the budget; a longer row stands alone."""
     micros: list[Micro] = []
     some: list[int] = []
     total = 0
@@ -188,8 +183,7 @@ def _by_tokens(
 def _fitting(
     micro: Micro, lengths: Sequence[int], fits: Callable[[Sequence[int]], bool]
 ) -> list[Micro]:
-    """The rows in their order, as many together as there is memory for; a row that does not fit
-    stands alone."""
+    """The rows in order, as many together as memory allows; one that does not fit stands alone."""
     parts: list[Micro] = []
     rest = micro
     while rest:
@@ -210,8 +204,7 @@ def _fitting(
 
 
 def computed_lengths(micro: Micro, lengths: Sequence[int], packed: bool) -> list[int]:
-    """Tokens computed for every row of a micro-batch: its own where packed, else those of the
-    longest; none: a dummy."""
+    """Tokens computed for each row of a micro-batch: its own if packed, else the longest's."""
     if not micro:
         return [1]
     longest = max(max(lengths[row] for row in micro), 1)
@@ -219,8 +212,7 @@ def computed_lengths(micro: Micro, lengths: Sequence[int], packed: bool) -> list
 
 
 def explain_plan(plan: Plan, lengths: Sequence[int], packed: bool) -> dict[str, Any]:
-    """Rows, micro-batches and tokens of every optimizer step and rank; `lengths` are the rows'
-    attended tokens."""
+    """Rows, micro-batches and tokens of each step and rank; `lengths` are attended tokens."""
     steps = [_step(mini, lengths, packed) for mini in plan.mini_batches]
     attended = sum(step["tokens"] for step in steps)
     computed = sum(step["computed_tokens"] for step in steps)

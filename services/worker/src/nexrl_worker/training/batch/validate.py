@@ -99,8 +99,7 @@ class _Some:
         self._refuse("input_ids", ids, outside, f"token ids from 0 to {most - 1}")
 
     def _check_responses(self, masks: Masks) -> None:
-        """They say nothing that input_ids do not: where they differ, one of the two is not what was
-        meant."""
+        """They repeat input_ids: where the two differ, one is not what was meant."""
         layout = self._layout
         given, meant = self._read("responses"), layout.align(self._read("input_ids"))
         differs = (given != meant) & (layout.align(masks.attention) | masks.scored)

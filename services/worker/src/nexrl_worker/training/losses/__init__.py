@@ -1,2 +1,1 @@
-"""Losses as formulas: pure functions of tensors per token, what adds them up, and nothing of models
-or ranks."""
+"""Losses as pure functions of tensors per token, and what adds them up; no models, no ranks."""

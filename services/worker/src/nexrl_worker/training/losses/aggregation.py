@@ -78,8 +78,7 @@ class Correction:
         return self.mode.endswith("mask")
 
     def weights(self, old: Tensor, rollout: Tensor, mask: Tensor) -> Tensor:
-        """w [n,R], without gradient; what stands where the bool mask [n,R] is False has no
-        meaning."""
+        """w [n,R], without gradient; meaningless where the bool mask [n,R] is False."""
         weight = self._ratio(old, rollout, mask)
         if self.rejects:
             return torch.where(self._inside(weight), weight, 0.0)

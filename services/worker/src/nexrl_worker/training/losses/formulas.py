@@ -51,8 +51,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class PerToken:
-    """A loss [n,R], and for the metrics the ratio it used and where it lay beyond a bound that
-    bites (bool [n,R])."""
+    """A loss [n,R], its ratio [n,R], and where that lay beyond a bound that bites (bool [n,R])."""
 
     loss: Tensor
     ratio: Tensor | None = None
@@ -140,8 +139,7 @@ def cispo(tokens: Tokens, clip: Clip) -> PerToken:
 
 
 def importance_sampling(tokens: Tokens, clip: Clip) -> PerToken:
-    """-r A: the off-policy policy gradient (Degris et al., "Off-Policy Actor-Critic", 2012). No
-    clipping."""
+    """-r A: the off-policy policy gradient (Degris et al., "Off-Policy Actor-Critic", 2012)."""
     ratio = _finite_ratio(tokens.log_ratio, tokens.advantages == 0)
     return PerToken(-ratio * tokens.advantages, tokens.log_ratio.detach().exp())
 

@@ -54,8 +54,7 @@ class Precision:
 
     @classmethod
     def of(cls, fsdp_config: FsdpConfig, device: torch.device) -> Precision:
-        """Defaults: float32 everywhere on CPU, bfloat16 computation on CUDA; float64 means
-        everything float64."""
+        """float32 on CPU, bfloat16 computation on CUDA; float64 means everything float64."""
         if fsdp_config.model_dtype == "float64":
             return cls(torch.float64, torch.float64, torch.float64)
         mixed = fsdp_config.mixed_precision
@@ -69,8 +68,7 @@ class Precision:
 
 
 def export_dtype(model: ModelConfig) -> torch.dtype | None:
-    """That of `actor.model`; None exports in the dtypes of the folder that the model was made
-    of."""
+    """That of `actor.model`; None exports in the dtypes of the model's own folder."""
     return None if model.export_dtype is None else _DTYPES[model.export_dtype]
 
 
@@ -114,8 +112,7 @@ def build_model(path: str, recipe: Recipe) -> ModelWrapper:
 
 
 def check_build(path: str, role: Role) -> None:
-    """Build and shard the model of folder `path` without reading a weight, in a process group of
-    one; raises what that does."""
+    """Build and shard the model of a folder without its weights, in a process group of one."""
     _without_weights(path, Recipe(role, torch.device("cpu")))
 
 
@@ -156,8 +153,7 @@ def _without_weights(path: str, recipe: Recipe) -> ModelWrapper:
 
 
 def model_config(path: str) -> PretrainedConfig:
-    """transformers' configuration of folder `path`; raises InvalidValue where its model is none of
-    transformers'."""
+    """transformers' configuration of a folder; raises InvalidValue where transformers has none."""
     file = Path(path) / "config.json"
     if not file.is_file():
         raise InvalidValue(f"{path} is no Hugging Face model folder: it has no config.json")
@@ -184,8 +180,7 @@ def model_config(path: str) -> PretrainedConfig:
 
 
 def _lacks_class(auto_map: object) -> str | None:
-    """The class that a folder's own code defines where transformers has none of that name: its
-    family is a pretext."""
+    """The class of a folder's own code that transformers lacks: the family is a pretext then."""
     known = {name.casefold() for name in transformers.__all__}  # type: ignore[attr-defined] # dir() takes 0.14 s
     for auto, place in auto_map.items() if isinstance(auto_map, dict) else ():
         name = str(place).rpartition(".")[2]
@@ -212,8 +207,7 @@ def _on_meta(recipe: Recipe, config: PretrainedConfig) -> nn.Module:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Parameters made inside take no memory; buffers (rotary frequencies and the like) are computed
-    for real."""
+    """Parameters made inside take no memory; buffers (rotary frequencies) are computed."""
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -229,8 +223,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def _materialise(model: ModelWrapper, device: torch.device) -> None:
-    """Give the sharded meta parameters memory on `device`; buffers keep the values they were made
-    with."""
+    """Give the meta parameters memory on `device`; buffers keep the values they were made with."""
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     model.to_empty(device=device)
     for name, buffer in model.named_buffers():
@@ -241,8 +234,7 @@ def _materialise(model: ModelWrapper, device: torch.device) -> None:
 
 
 def decoder_layers(hf: nn.Module) -> list[nn.Module]:
-    """The blocks that a forward passes one after the other: what the family calls unsplittable,
-    else the first list."""
+    """A forward's blocks, in order: what the family calls unsplittable, else the first list."""
     names = unsplittable(hf)
     lists = [module for module in hf.modules() if isinstance(module, nn.ModuleList)]
     layers = {module: None for found in lists for module in found if type(module).__name__ in names}
@@ -264,8 +256,7 @@ def sharded_layers(hf: nn.Module) -> list[nn.Module]:
 
 
 def recompute_layers(hf: nn.Module) -> None:
-    """Recompute every decoder layer in the backward; replaces the layers' forward, so no parameter
-    changes its name."""
+    """Recompute each decoder layer in the backward; no parameter changes its name."""
     settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     for layer in decoder_layers(hf):
         layer.forward = partial(checkpoint, layer.forward, **settings)

@@ -50,16 +50,14 @@ class FolderTensors(Protocol):
 
 @dataclass
 class _Group:
-    """Tensors of a folder that become tensors of the model together: `sources` are (name, pattern
-    of the converter)."""
+    """Tensors that are converted together: `sources` are (name, pattern of the converter)."""
 
     converter: WeightConverter | None
     sources: list[tuple[str, str]] = field(default_factory=list)
 
 
 class Conversion:
-    """What transformers makes of a folder that holds tensors of these `names`, for the model
-    `hf`."""
+    """What transformers makes of a folder with tensors of these `names`, for the model `hf`."""
 
     def __init__(self, hf: Any, names: Iterable[str]) -> None:
         self._hf = hf
@@ -204,8 +202,7 @@ class ExportLayout:
             raise ValueError(f"{key} cannot be written: of what it is made of only {came} came")
 
     def _sorted(self, hf: Any) -> tuple[dict[str, tuple[str, list[str]]], dict[str, str]]:
-        """By name of the model: tensors that are converted together, and the new names of those
-        that stay as they are."""
+        """By name: tensors that are converted together, and the new names of those that are not."""
         names = {name for name, _ in (*hf.named_parameters(), *hf.named_buffers())}
         saved = hf.state_dict(keep_vars=True).keys()
         reverse = [transform.reverse_transform() for transform in reversed(conversions_of(hf))]

@@ -24,8 +24,7 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _split_mix(seed: int, start: int, count: int) -> Tensor:
-    """`count` odd 64-bit numbers of the SplitMix64 stream of `seed`, from position `start`, as
-    int64."""
+    """`count` odd int64 numbers of the SplitMix64 stream of `seed`, from position `start`."""
     with np.errstate(over="ignore"):
         state = np.uint64(seed) + np.arange(
             start + 1, start + count + 1, dtype=np.uint64
@@ -37,14 +36,12 @@ def _split_mix(seed: int, start: int, count: int) -> Tensor:
 
 
 def weight_table(device: torch.device) -> Tensor:
-    """The factors that every block shares, [65536] int64; make it once and pass it to
-    `partial_fingerprint`."""
+    """The factors that every block shares, [65536] int64, for `partial_fingerprint`."""
     return _split_mix(0, 0, _BLOCK).to(device)
 
 
 def partial_fingerprint(name: str, tensor: Tensor, start: int, table: Tensor) -> Tensor:
-    """The share of a piece whose first element has global index `start`, as a 0-dim int64
-    (wrapping)."""
+    """The share of a piece whose first element has global index `start`: 0-dim int64, wrapping."""
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     if tensor.numel() == 0:
         return total
@@ -71,8 +68,7 @@ def partial_fingerprint(name: str, tensor: Tensor, start: int, table: Tensor) ->
 
 
 def fingerprint_of(tensors: Iterable[tuple[str, Tensor]]) -> int:
-    """The fingerprint of whole tensors, from 0 to 2^64 - 1; of an exported folder it equals the
-    engine's."""
+    """The fingerprint of whole tensors, 0 to 2^64 - 1; that of an export equals the engine's."""
     total = 0
     table: Tensor | None = None
     for name, tensor in tensors:

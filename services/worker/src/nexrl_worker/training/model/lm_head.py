@@ -27,14 +27,12 @@ _KEPT = {"cpu": 1 << 23}
 
 
 def chunk_length(vocabulary: int, device: torch.device) -> int:
-    """Tokens per chunk; depends on nothing but the model and the device, so that every operation
-    cuts alike."""
+    """Tokens per chunk: by model and device alone, so that every operation cuts alike."""
     return max(_ELEMENTS.get(device.type, 1 << 22) // vocabulary, 1)
 
 
 def head_bytes(tokens: int, vocabulary: int, device: torch.device, trains: bool) -> int:
-    """The most bytes that chunks of float32 logits take at once: one and its exponentials, and
-    those kept."""
+    """The most bytes of float32 logits at once: a chunk, its exponentials, and those kept."""
     chunk = min(tokens, chunk_length(vocabulary, device)) * vocabulary
     kept = min(_KEPT.get(device.type, 0), tokens * vocabulary) if trains else 0
     return 4 * (2 * chunk + kept)

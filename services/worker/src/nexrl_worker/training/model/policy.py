@@ -65,14 +65,12 @@ class PolicyModel(ModelWrapper):
 
     @property
     def head_inputs(self) -> tuple[int, ...]:
-        """Shape of what the head's linear layer takes for one token; none where it is another kind
-        of layer."""
+        """Shape of what a linear head takes for one token; () of another kind of head."""
         head = self._head
         return (head.in_features,) if isinstance(head, nn.Linear) else ()
 
     def head(self) -> tuple[Tensor, Tensor | None]:
-        """Weight [V,H] and bias [V] of the output head, in the dtype of its product; only inside
-        `forward`."""
+        """Weight [V,H] and bias [V] of the head, in its product's dtype; only inside `forward`."""
         return _wide(self._head, self._head_dtype)
 
     def score(self, micro: MicroBatch, entropy: bool, all_labels: bool) -> tuple[Tensor, Tensor]:
@@ -130,8 +128,7 @@ class CandidateScores:
 
 
 def top_k(policy: PolicyModel, micro: MicroBatch, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels' log-probabilities [n,R], and the `k` most likely ids with theirs [n,R,K]; call
-    without gradients."""
+    """Labels' log-probabilities [n,R], the `k` most likely ids and theirs [n,R,K]; no gradients."""
 
     def of_logits(logits: Tensor, part: slice) -> tuple[Tensor, ...]:
         total = torch.logsumexp(logits, dim=-1)
@@ -144,8 +141,7 @@ def top_k(policy: PolicyModel, micro: MicroBatch, k: int) -> tuple[Tensor, Tenso
 
 
 def score_candidates(policy: PolicyModel, micro: MicroBatch, ids: Tensor) -> CandidateScores:
-    """Score the tokens `ids` [n,R,K] at every label; differentiable, each chunk being computed
-    again in the backward."""
+    """Score `ids` [n,R,K] at every label; differentiable, the backward computes chunks again."""
     chosen = ids.flatten(0, 1)[micro.slots]  # [T,K]
     everything = ids.shape[-1] == policy.vocabulary
 
@@ -185,6 +181,5 @@ def _in_chunks(policy: PolicyModel, micro: MicroBatch, of_logits: OfLogits) -> t
 
 
 def _parts(count: int, length: int) -> Iterator[slice]:
-    """Consecutive slices; an empty one where there is nothing, so that the head always takes
-    part."""
+    """Consecutive slices; an empty one of nothing, so that the head always takes part."""
     return (slice(at, min(at + length, count)) for at in range(0, max(count, 1), length))

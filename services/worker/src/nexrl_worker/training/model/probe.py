@@ -74,8 +74,7 @@ def _refused(reason: str, difference: float = _NAN, fallback: str | None = None)
 
 
 class Prober:
-    """Tries out one model, which computes in `recipe.precision.param`; `packing`: whether packed
-    rows are asked for."""
+    """Tries out one model, computing in `recipe.precision.param`; `packing`: also packed rows."""
 
     def __init__(self, model: ModelWrapper, recipe: Recipe, packing: bool = False) -> None:
         self._model = model
@@ -256,8 +255,7 @@ class Prober:
         return _refused(refusal, difference, reason)
 
     def _values(self, model: ValueModel) -> Probe:
-        """Hidden states of rows beside one another, at our positions, against each alone and as it
-        comes."""
+        """Hidden states of rows beside one another, at our positions, against each alone."""
         micro = self._plain()
         failures: list[str] = []
 
@@ -283,8 +281,7 @@ class Prober:
     # -- packing
 
     def _with_packing(self, outcome: Probe, scale: float) -> Probe:
-        """`outcome` with what packing does to log-probabilities (to hidden states, where the model
-        has no vocabulary)."""
+        """`outcome` with what packing does to log-probabilities (hidden states without a head)."""
         if not self._packing:
             return outcome
         packed = self._tiny(packed=True)

@@ -1,5 +1,4 @@
-"""Quantised folders: what their weights were made of, by their scales; refused where that is not
-known here."""
+"""Quantised folders: weights made whole by their scales; refused where that is not known here."""
 
 from __future__ import annotations
 
@@ -18,8 +17,7 @@ from nexrl_worker.training.model.weights import FLOAT_DTYPES, FolderReader, what
 from nexrl_worker.training.transformers_parts import convert_moe_packed_tensors
 
 NO_WEIGHTS = r"(^|\.)(input|activation|output|prob_output|[kvq]|kv)_scale(_ub|_inv)?$"
-"""Scales of activations and of caches: an engine that computes in 8 bits needs them, the weights do
-not."""
+"""Scales of activations and caches: engines that compute in 8 bits need them, weights do not."""
 _METHODS = ("fp8", "mxfp8", "mxfp4", "fbgemm_fp8", "compressed-tensors", "modelopt", "bitsandbytes")
 # Of compressed-tensors, those that pack no two numbers into one; where a folder mixes them, each of
 # its groups has one.
@@ -33,8 +31,7 @@ _PAIR = ("_blocks", "_scales")  # of mxfp4: two numbers in each byte, and expone
 
 
 def quantisation(folder: Path) -> dict[str, Any] | None:
-    """What `config.json`, or a part of it, says of a quantisation; None where it says nothing.
-    Raises InvalidValue."""
+    """What `config.json` says of a quantisation, None of none. Raises InvalidValue."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_bytes())
@@ -74,8 +71,7 @@ def method_of(said: Mapping[str, Any]) -> str:
 
 
 def _formats(said: Mapping[str, Any]) -> list[str]:
-    """Those of compressed-tensors that a configuration names, of weights and of zeros that are left
-    out."""
+    """The formats of compressed-tensors that a configuration names."""
     groups = said.get("config_groups")
     inner = groups.values() if isinstance(groups, dict) else ()
     parts = [said, *inner, said.get("sparsity_config")]
@@ -157,8 +153,7 @@ class Dequantised:
         self._folder.close()
 
     def _scale_of(self, name: str, code: str) -> _Scale | None:
-        """None where the tensor is not quantised, or by nothing that is known: then no parameter
-        takes its dtype."""
+        """None of a tensor that is not quantised, or by nothing known: no parameter takes that."""
         if code in _FLOAT8:
             ends = (end for end in ("_scale_inv", "_scale") if self._folder.has(name + end))
             end = next(ends, None)
@@ -188,8 +183,7 @@ class Dequantised:
         return zero
 
     def _packed_pairs(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the experts [E,H,O] that are stored as [E,O,H/32,16] bytes of two numbers and
-        [E,O,H/32] exponents."""
+        """Shapes [E,H,O] of experts stored as [E,O,H/32,16] pairs of numbers and exponents."""
         shapes, dtypes = self._folder.shapes, self._folder.dtypes
         found: dict[str, tuple[int, ...]] = {}
         for blocks in (name for name in shapes if name.endswith(_PAIR[0])):

@@ -1,5 +1,4 @@
-"""What a group of each role holds: which transformers class, which wrapper around it, and whether
-it learns."""
+"""What a group of each role holds: which transformers class and wrapper, and whether it learns."""
 
 from __future__ import annotations
 

@@ -44,8 +44,7 @@ class Rotations:
         position_ids: Tensor,
         layer_type: str | None = None,
     ) -> Any:
-        """cos and sin [n,C,D] (or what the family makes of them) for positions [n,C] or [1,C], by
-        `own`."""
+        """cos and sin [n,C,D], or what the family makes, of positions [n,C] or [1,C], by `own`."""
         kind = part.rope_type if layer_type is None else part.rope_type[layer_type]
         more = {} if layer_type is None else {"layer_type": layer_type}
         if not _by_length(kind):
@@ -94,8 +93,7 @@ def _by_length(kind: Any) -> bool:
 
 
 def _forget(part: Any, kind: str, layer_type: str | None) -> None:
-    """Put a `dynamic` rotation back to what it was before it met a longer row; `longrope` chooses
-    anew every time."""
+    """Put a `dynamic` rotation back to before it met a longer row; `longrope` chooses anew."""
     if kind != "longrope":
         prefix = "" if layer_type is None else f"{layer_type}_"
         setattr(part, f"{prefix}inv_freq", getattr(part, f"{prefix}original_inv_freq"))
@@ -117,8 +115,7 @@ def longest_row(hf: nn.Module) -> int | None:
 
 
 def position_limit(hf: nn.Module) -> int | None:
-    """How many positions a row may have: `longest_row`, but plain rotations have no table that
-    could end."""
+    """How many positions a row may have: `longest_row`; plain rotations have no end."""
     kinds = _rotations(hf)
     tables = (name for name, part in hf.named_modules() if isinstance(part, nn.Embedding))
     plain = kinds and all(one.get("rope_type", "default") == "default" for one in kinds)
@@ -126,8 +123,7 @@ def position_limit(hf: nn.Module) -> int | None:
 
 
 def _rotations(hf: nn.Module) -> list[dict[str, Any]]:
-    """What the configuration says of rotations, of layers that see all of a row where some see only
-    a window."""
+    """What the configuration says of rotations, of layers that see a whole row if some do not."""
     config = text_config(hf)
     known = getattr(config, "rope_parameters", None)
     if not known or not any(hasattr(part, "rope_type") for part in hf.modules()):

@@ -1,5 +1,4 @@
-"""A critic and a reward model: a head with one output on the same backbones that language models
-have."""
+"""A critic and a reward model: a head with one output on a language model's backbone."""
 
 from __future__ import annotations
 
@@ -17,22 +16,19 @@ from nexrl_worker.training.transformers_parts import text_config
 
 
 class ValueModel(ModelWrapper):
-    """The critic: a linear layer on the last hidden states, whatever else its family's own class
-    does."""
+    """The critic: a linear layer on the last hidden states, whatever its family's class does."""
 
     def __init__(self, hf: nn.Module) -> None:
         super().__init__(hf)
         head_of(hf)
 
     def values(self, micro: MicroBatch) -> Tensor:
-        """[n,R]: the head at the column before each label (S-R-1+k), where the action k is chosen;
-        0 if not attended."""
+        """[n,R]: the head at the column before each label, where its action is chosen; else 0."""
         return micro.scatter(self(lambda: _scalars(self, micro, micro.index)))
 
 
 class RewardModel(ModelWrapper):
-    """The reward model. `fallback` says why its family's own forward is used instead of its linear
-    head."""
+    """The reward model. `fallback` says why its family's own forward is used, not its head."""
 
     def __init__(self, hf: nn.Module) -> None:
         super().__init__(hf)
@@ -54,8 +50,7 @@ class RewardModel(ModelWrapper):
         return _scalars(self, micro, self._places(micro))
 
     def own_limits(self, limits: Limits) -> Limits:
-        """`limits`, where the family's own forward counts positions: some begin in their table
-        after the padding id."""
+        """`limits` where the family counts positions: some begin after the padding id."""
         if self.fallback is None:
             return limits
         tables = [part for part in self.hf.modules() if isinstance(part, nn.Embedding)]
@@ -65,8 +60,7 @@ class RewardModel(ModelWrapper):
         return replace(limits, positions=most, counts=True)
 
     def own(self, ids: Tensor, attention: Tensor | None) -> Tensor:
-        """[n]: what the model itself answers to rows [n,C], padded behind; only inside
-        `forward`."""
+        """[n]: the model's own answers to rows [n,C], padded behind; only inside `forward`."""
         padding = padding_id(self.hf)
         if padding is not None and attention is not None:
             ids = torch.where(attention.bool(), ids, padding)
@@ -94,8 +88,7 @@ class RewardModel(ModelWrapper):
 
 
 def padding_id(hf: nn.Module) -> int | None:
-    """The id that transformers skips at a row's end; None where the configuration has none, or one
-    that is no token."""
+    """The id that transformers skips at a row's end; None where no token is that."""
     config = text_config(hf)
     padding = getattr(config, "pad_token_id", None)
     return padding if isinstance(padding, int) and 0 <= padding < config.vocab_size else None
@@ -114,8 +107,7 @@ def _linear_children(hf: nn.Module) -> list[nn.Linear]:
 
 
 def head_of(hf: nn.Module) -> nn.Linear:
-    """The linear layer beside the backbone; raises InvalidValue where the family has another
-    head."""
+    """The linear layer beside the backbone; raises InvalidValue of another head."""
     heads = _linear_children(hf)
     if len(heads) != 1 or heads[0].out_features != 1:
         name = type(hf).__name__

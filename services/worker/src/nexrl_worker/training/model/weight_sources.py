@@ -40,8 +40,7 @@ _ROWS = 8192
 
 
 def folder_tensors(path: str | Path) -> Dequantised:
-    """The folder's tensors, de-quantised; raises InvalidValue where that is not known or files are
-    damaged."""
+    """The folder's tensors, de-quantised; raises InvalidValue where that is not known."""
     return Dequantised(FolderReader(Path(path)), quantisation(Path(path)))
 
 

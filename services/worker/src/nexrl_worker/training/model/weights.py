@@ -1,5 +1,4 @@
-"""A rank's part of the weights: shards out and in, whole tensors gathered one by one. Shards are
-cut along dim 0."""
+"""A rank's part of the weights, cut along dim 0: shards out and in, whole tensors gathered."""
 
 from __future__ import annotations
 
@@ -94,8 +93,7 @@ class FolderReader:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of a Hugging Face folder's weight files, those that transformers would read; raises
-    InvalidValue."""
+    """Names of the weight files that transformers would read; raises InvalidValue."""
     index = folder / WEIGHTS_INDEX
     if (folder / WEIGHTS).is_file():
         return [WEIGHTS]
@@ -132,8 +130,7 @@ def open_weights(path: Path) -> Any:
 
 
 def what_is_wrong(path: Path) -> str | None:
-    """What a model's file is instead of itself, as far as it shows: a pointer, nothing, a page, a
-    part."""
+    """What a model's file is instead of itself: a pointer, nothing, a page, a part."""
     try:
         with path.open("rb") as file:
             start = file.read(64)
@@ -189,8 +186,7 @@ def shard_of(name: str, param: nn.Parameter) -> Shard:
 
 @torch.no_grad()
 def fill(parts: Iterable[Shard], reader: Reader) -> None:
-    """Overwrite the shards' memory with their rows from the reader, reading no others; raises
-    InvalidValue on another shape."""
+    """Overwrite the shards' memory with their rows; raises InvalidValue on another shape."""
     for part in parts:
         part.local_tensor.copy_(_rows(part, reader))
 

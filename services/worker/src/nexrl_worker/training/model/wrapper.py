@@ -27,8 +27,7 @@ class ModelWrapper(nn.Module):
     """
 
     own_head = False
-    """Whether the folder has a head of its own though its configuration ties it to the
-    embedding."""
+    """Whether the folder has an own head though its configuration ties it to the embedding."""
 
     def __init__(self, hf: nn.Module) -> None:
         super().__init__()
@@ -129,8 +128,7 @@ class ModelWrapper(nn.Module):
         return states.flatten(0, 1)[micro.index if index is None else index]
 
     def own_logits(self, micro: MicroBatch) -> Tensor:
-        """The family's own logits [T,V] at the tokens that predict the labels; only inside
-        `forward`."""
+        """The family's own logits [T,V] where labels are predicted; only inside `forward`."""
         logits: Tensor = self.outputs(micro, whole=True).logits
         return logits.flatten(0, 1)[micro.index]
 

@@ -1,5 +1,4 @@
-"""What an update minimises: a model's scores of a micro-batch, a loss of losses/, and the metrics
-of both."""
+"""What an update minimises: scores of a micro-batch, a loss of losses/, the metrics of both."""
 
 from __future__ import annotations
 
@@ -25,8 +24,7 @@ OBJECTIVES: dict[str, Make] = {
 def objective_of(
     prepared: Prepared, model: ModelWrapper, reference: Callable[[], PolicyModel]
 ) -> Objective:
-    """What this operation minimises; the reference model is asked for only where its loss needs
-    it."""
+    """What this operation minimises; the reference is asked for only if its loss needs it."""
     loss = prepared.loss
     assert loss is not None
     return OBJECTIVES[loss.loss.objective](model, loss, prepared.checked.names, reference)

@@ -17,8 +17,7 @@ from nexrl_worker.training.model.wrapper import ModelWrapper
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The unnormalised loss of a micro-batch (0-dim, to run backward on), and what goes back to the
-    client [n,R]."""
+    """A micro-batch's unnormalised loss (0-dim), and what goes back to the client [n,R]."""
 
     loss: Tensor
     answers: dict[str, Tensor] = field(default_factory=dict)
@@ -43,8 +42,7 @@ class Objective(Protocol):
         ...
 
     def metrics(self, totals: Totals) -> dict[str, Any]:
-        """The numbers of one optimizer step, without those that every objective has (see
-        `common_metrics`)."""
+        """The numbers of one optimizer step, without `common_metrics`."""
         ...
 
 
@@ -60,8 +58,7 @@ class Totals:
         return self.sums[name] / max(self.sums[of], 1.0)
 
     def quantile(self, name: str, level: float) -> float:
-        """The value below which a share `level` of them lies (the nearest one there is); NaN of
-        none."""
+        """The value (the nearest there is) below which a share `level` lies; NaN of none."""
         values = self.values[name]
         return float(values[round(level * (values.numel() - 1))]) if values.numel() else math.nan
 
@@ -76,8 +73,7 @@ class MetricAccumulator:
         self._values: dict[str, list[Tensor]] = {}
 
     def add(self, name: str, value: Tensor | float) -> None:
-        """Add a 0-dim value; a number is filled in on the device, as copying it there would wait
-        for the device."""
+        """Add a 0-dim value; a number is filled in on the device: copying would wait for it."""
         if isinstance(value, Tensor):
             number = value.detach().double()
         else:
@@ -124,8 +120,7 @@ def _gathered(mine: Tensor) -> Tensor:
 
 
 def common_metrics(objective: Objective, totals: Totals) -> dict[str, Any]:
-    """Loss over its denominator, scored tokens and their rows, and the share of computed columns
-    that was padding."""
+    """Loss over its denominator, scored tokens and their rows, the share of padding computed."""
     prefix, sums = objective.prefix, totals.sums
     return {
         f"{prefix}/loss": sums["loss"] / objective.aggregation.divisor(sums["denominator"]),

@@ -149,8 +149,7 @@ class PolicyObjective(LanguageObjective):
     def _weights(
         self, tokens: Tokens, micro: MicroBatch, into: MetricAccumulator
     ) -> Tensor | float:
-        """The rollout correction [n,R], 1 without one; counts how far the sampler was from `old`,
-        at dropped tokens too."""
+        """The rollout correction [n,R], else 1; counts the sampler's gap, at dropped tokens too."""
         if "rollout_log_probs" not in self._names:
             return 1.0
         sampled, old = micro.mask, tokens.old
@@ -192,8 +191,7 @@ _SHARES = {
 def _count_ratios(
     tokens: Tokens, per_token: PerToken, chosen: Tensor, into: MetricAccumulator
 ) -> None:
-    """`chosen`: the flat places of the scored tokens in [n*R]; to find them in the mask, the device
-    would be waited for."""
+    """`chosen`: the scored tokens' places in [n*R]; finding them would wait for the device."""
     mask, ratio = tokens.mask, per_token.ratio
     if ratio is not None:
         kept = ratio.flatten()[chosen]

@@ -126,8 +126,7 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
 
 
 def held_mib(device: torch.device) -> float:
-    """What this rank holds now: allocated device memory, else the process's resident memory that is
-    in use."""
+    """What this rank holds now: allocated device memory, else resident memory in use."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / _MIB
     give_back(device)  # what is free inside the process would be counted as taken
@@ -168,8 +167,7 @@ def give_back(device: torch.device) -> None:
 
 
 def _left_in_control_groups() -> Iterator[float]:
-    """MiB that every control group of this process still has, version 2 and 1; page cache counts as
-    free."""
+    """MiB left in each control group, version 2 and 1; page cache counts as free."""
     for version, folder in memory_groups():
         names = ("memory.max", "memory.current")
         if version == 1:
@@ -194,8 +192,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _resident(field: str) -> float:
-    """MiB of a line of /proc/self/status; where there is none, the process's peak as the C library
-    knows it."""
+    """MiB of a line of /proc/self/status, else the process's peak as the C library knows it."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

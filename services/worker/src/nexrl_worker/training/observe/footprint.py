@@ -1,5 +1,4 @@
-"""How much memory an operation will take: parts that are known, and activations measured on a few
-tokens."""
+"""How much memory an operation will take: known parts, and activations measured on few tokens."""
 
 from __future__ import annotations
 
@@ -75,8 +74,7 @@ class Room:
         return nbytes / _MIB
 
     def check_row(self, row: int, length: int, trains: bool) -> None:
-        """Raise InvalidValue for a row that no cut makes fit: what it takes alone is clearly more
-        than is free. Local."""
+        """Raise InvalidValue for a row that alone takes clearly more than is free. Local."""
         need, free = self.need_mib([length], trains), free_mib(self.device, dist.get_world_size())
         if need > _CLEARLY * free:
             expected = f"at most about {free:.0f} MiB, what is free for each rank"
@@ -216,8 +214,7 @@ def peak_mib(
 
 
 def _head(model: ModelWrapper, tokens: int, device: torch.device, trains: bool) -> float:
-    """Bytes of logits: chunks of them, all of them several times over where the family computes its
-    own, or none."""
+    """Bytes of logits: chunks, several times all where the family computes its own, or none."""
     if not isinstance(model, PolicyModel):
         return 0.0
     if model.fallback is not None:
@@ -228,8 +225,7 @@ def _head(model: ModelWrapper, tokens: int, device: torch.device, trains: bool) 
 
 @contextmanager
 def _saved(model: ModelWrapper) -> Iterator[dict[int, int]]:
-    """Bytes of every storage that autograd saves inside the block, by address; gathered weights are
-    not counted."""
+    """Bytes that autograd saves inside the block, by address, without gathered weights."""
     found: dict[int, int] = {}
     alive: list[Tensor] = []  # an address must not be given to another tensor meanwhile
     # Of the modules that are gathered now: the addresses of their weights.
