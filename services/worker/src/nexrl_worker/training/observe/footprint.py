@@ -219,7 +219,7 @@ def _head(model: ModelWrapper, tokens: int, device: torch.device, trains: bool) 
         return 0.0
     if model.fallback is not None:
         size = max(next(model.hf.parameters()).element_size(), 4)
-        return float(size * tokens * model.vocabulary * (5 if trains else 3))
+        return 3.0 * size * tokens * model.vocabulary
     return float(head_bytes(tokens, model.vocabulary, device, trains))
 
 
