@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import redis
-from nexrl_checkpointer.publish import PublishRequest, publish
+from nexrl_checkpointer.publish import PublishRequest, discard, publish
 from nexrl_checkpointer.retention import replace_previous
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.names import CHECKPOINTS_KEY, GROUPS_KEY, group_key
@@ -273,6 +273,32 @@ def test_without_an_exchange_two_renames_do(
     publish(make_request(tmp_path, tmp_path / "ckpt", OLD), lambda: None)
     publish(make_request(tmp_path, tmp_path / "ckpt", NEW), lambda: None)
     assert loads(tmp_path / "ckpt", NEW) and leftovers(tmp_path) == []
+
+
+def test_killed_between_two_renames_and_refused_afterwards_the_former_one_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where two renames replace a checkpoint, a failed second attempt does not leave the group with
+    none."""
+
+    def killed(*_: object) -> bool:
+        monkeypatch.setattr(os, "rename", killed_at_the_second)
+        return False
+
+    def killed_at_the_second(source: Path, target: Path) -> None:
+        os.replace(source, target)
+        raise KeyboardInterrupt
+
+    publish(make_request(tmp_path, tmp_path / "ckpt", OLD), lambda: None)
+    request = make_request(tmp_path, tmp_path / "ckpt", NEW)
+    with monkeypatch.context() as patched:
+        patched.setattr(durable, "_exchange", killed)
+        with pytest.raises(KeyboardInterrupt):
+            publish(request, lambda: None)
+    monkeypatch.undo()
+    assert not (tmp_path / "ckpt").exists()
+    discard(request.model_copy(update={"attempt": 2}))
+    assert loads(tmp_path / "ckpt", OLD) and leftovers(tmp_path) == []
 
 
 class Saves:

@@ -133,6 +133,6 @@ def _kind(mode: int) -> Kind:
 
 
 def _kind_of(item: os.DirEntry[str]) -> Kind:
-    return (
-        "link" if item.is_symlink() else "folder" if item.is_dir(follow_symlinks=False) else "file"
-    )
+    if item.is_symlink():
+        return "link"
+    return "folder" if item.is_dir(follow_symlinks=False) else "file"
