@@ -185,11 +185,9 @@ def read_index(folder: Uri, rank: int, world_size: int) -> RankIndex:
     name = join(folder, index_name(rank, world_size))
     index = _read(name, RankIndex)
     if index is None:
-        message = f"rank {rank} of {world_size} saved nothing: {name} is missing"
-        raise invalid(message)
+        raise invalid(f"rank {rank} of {world_size} saved nothing: {name} is missing")
     if (index.rank, index.world_size) != (rank, world_size):
-        message = f"{name} is the index of rank {index.rank} of {index.world_size}"
-        raise invalid(message)
+        raise invalid(f"{name} is the index of rank {index.rank} of {index.world_size}")
     return index
 
 
@@ -222,14 +220,12 @@ def verify_files(folder: Uri, files: Iterable[FileEntry], *, hashes: bool = True
         try:
             with at(folder).open(name) as file:
                 size = file.seek(0, 2)
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise invalid(f"{name} is missing") from None
         if size != entry.size:
-            message = f"{name} has {size} bytes; {entry.size} were written"
-            raise invalid(message)
+            raise invalid(f"{name} has {size} bytes; {entry.size} were written")
         if hashes and describe(folder, entry.name).sha256 != entry.sha256:
-            message = f"{name} is corrupt: its sha256 is not the recorded one"
-            raise invalid(message)
+            raise invalid(f"{name} is corrupt: its sha256 is not the recorded one")
 
 
 def published(roots: Iterable[Uri]) -> list[Published]:

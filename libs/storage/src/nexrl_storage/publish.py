@@ -130,7 +130,7 @@ class Replacement(Generic[AnyCheckpoint]):
         """What a folder says that it is; None for another kind, or nothing that can be read."""
         try:
             record = read_record(folder)
-        except ServiceError:
+        except (ServiceError, IsADirectoryError):
             return None
         return record if isinstance(record, self._kind) else None
 

@@ -79,24 +79,20 @@ class FolderWriter:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Take the model's next tensor; it must not change before the next call."""
-        if self._layout is None:
-            self._put(name, tensor)
-            return
-        for written, part in self._layout.take(name, tensor):
+        whole = ((name, tensor),)
+        for written, part in self._layout.take(name, tensor) if self._layout else whole:
             self._put(written, part)
 
     def _put(self, name: str, tensor: Tensor) -> None:
-        nbytes = tensor.numel() * tensor.element_size()
-        if self._held and self._held_bytes + nbytes > self._shard_bytes:
+        if self._held and self._held_bytes + tensor.nbytes > self._shard_bytes:
             self._flush(fingerprint=0)
         if self._table is None or self._table.device != tensor.device:
             self._table = weight_table(tensor.device)
-        self._fingerprint += int(
-            partial_fingerprint(name, tensor, 0, self._table)
-        )  # where the tensor is: a GPU is fast
+        # Where the tensor is: a GPU is fast.
+        self._fingerprint += int(partial_fingerprint(name, tensor, 0, self._table))
         self._held[name] = tensor.cpu()
-        self._held_bytes += nbytes
-        self._total += nbytes
+        self._held_bytes += tensor.nbytes
+        self._total += tensor.nbytes
         if tensor.is_floating_point():
             self._dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
 
@@ -130,9 +126,8 @@ class FolderWriter:
             "weight_version": str(self._stamp.weight_version),
             "fingerprint": fingerprint_text(fingerprint),
         }
-        entry = write_tensors(
-            self._folder / f"part-{len(self._shards) + 1:05d}", self._held, metadata
-        )
+        path = self._folder / f"part-{len(self._shards) + 1:05d}"
+        entry = write_tensors(path, self._held, metadata)
         self._shards.append((entry, list(self._held)))
         self._held, self._held_bytes = {}, 0
 
@@ -144,18 +139,15 @@ class FolderWriter:
             final = WEIGHTS if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
             at(self._folder).move(self._folder / entry.name, self._folder / final)
             if number < count:
-                set_metadata(
-                    self._folder / final, "fingerprint", fingerprint_text(self._fingerprint)
-                )
+                fingerprint = fingerprint_text(self._fingerprint)
+                set_metadata(self._folder / final, "fingerprint", fingerprint)
                 entries.append(describe(self._folder, final))
             else:
                 entries.append(entry.model_copy(update={"name": final}))
             where.update(dict.fromkeys(names, final))
         if count > 1:
-            index = {
-                "metadata": {"total_size": self._total},
-                "weight_map": dict(sorted(where.items())),
-            }
+            about = {"total_size": self._total}
+            index = {"metadata": about, "weight_map": dict(sorted(where.items()))}
             text = json.dumps(index, indent=2).encode()
             entries.append(write_file(self._folder, WEIGHTS_INDEX, text))
         return entries

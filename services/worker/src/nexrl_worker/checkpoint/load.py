@@ -146,14 +146,16 @@ class LoadPlan:
 
     def _architecture(self) -> str | None:
         """The class of the model that a group saved; None where it is not known."""
-        path = self.folder / STATE
-        if self.kind != "sharded" or not path.is_file():
+        if self.kind != "sharded" or not (self.folder / STATE).is_file():
             return None
-        try:
-            saved = json.loads(path.read_bytes()).get("architecture")
-        except (OSError, ValueError, AttributeError):
-            raise invalid(f"{path} is not the state of a group") from None
+        saved = self._state_file().get("architecture")
         return None if saved is None else str(saved)
+
+    def _state_file(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads((self.folder / STATE).read_bytes()))
+        except (OSError, ValueError, TypeError):
+            raise invalid(f"{self.folder / STATE} is not the state of a group") from None
 
     def state(self) -> dict[str, Any]:
         """What rank 0 wrote of the group (architecture, scalars, seq, step, seed, threads); raises
@@ -161,13 +163,12 @@ class LoadPlan:
 
         Sharded only.
         """
-        path = self.folder / STATE
+        state = self._state_file()
         try:
-            state = dict(json.loads(path.read_bytes()))
             scalars = {name: _count(value) for name, value in dict(state["scalars"]).items()}
             return {**state, "scalars": scalars, "seed": _count(state.get("seed", 0))}
-        except (OSError, KeyError, ValueError, TypeError):
-            raise invalid(f"{path} is not the state of a group") from None
+        except (KeyError, ValueError, TypeError):
+            raise invalid(f"{self.folder / STATE} is not the state of a group") from None
 
     def rng(self, rank: int, world_size: int) -> dict[str, Any] | None:
         """The rank's saved random state, None where another world size wrote it (reseed from the
