@@ -108,7 +108,7 @@ class FileStore(PayloadStore):
         return FileUpload(self._folder, check_id(payload_id), nbytes, fsync=self._fsync)
 
     def put_part(self, payload_id: str, n: int, nbytes: int | None = None) -> FilePart:
-        return self._parts(payload_id).begin(check_part(n), nbytes)
+        return FilePart(self._parts(payload_id), check_part(n), nbytes)
 
     def parts(self, payload_id: str) -> list[int]:
         return list(self._parts(payload_id).present())

@@ -51,51 +51,60 @@ class NewFile:
     disk is known before they are sent. Raises NO_SPACE and STORE_UNAVAILABLE.
     """
 
+    fd = -1
+    """Open while the file may still be discarded."""
+    start = 0
+    """Where the bytes begin in it."""
+
     def __init__(self, path: Path | None, hasher: BlockHasher, nbytes: int | None) -> None:
         self._path = path
         self._hasher = hasher
-        self._fd = -1
-        if path is None:
-            return
+        if path is not None:
+            with disk_errors():
+                self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self.reserve(nbytes)
+
+    def reserve(self, nbytes: int | None) -> None:
+        """Take room for what will be written."""
         with disk_errors():
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
-                _reserve(self._fd, nbytes or 0)
-            except OSError:
-                self.discard()
-                raise
+                if nbytes and hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(self.fd, self.start, nbytes)
+            except OSError as error:
+                if error.errno not in _CANNOT_RESERVE:  # a file system without it
+                    self.discard()
+                    raise
 
     def write(self, *chunks: Chunk) -> None:
         """Append chunks. Raises MALFORMED above the length that the hasher knows of."""
         views = byte_views(chunks)
-        offset = self._hasher.nbytes
+        offset = self.start + self._hasher.nbytes
         self._hasher.add(views)
-        if self._fd >= 0:
+        if self.fd >= 0:
             with disk_errors():
-                write_at(self._fd, views, offset)
-
-    @property
-    def kept(self) -> bool:
-        """Whether there is a file."""
-        return self._path is not None
+                write_at(self.fd, views, offset)
 
     def publish(self, target: Path, *, fsync: bool) -> None:
         """Give the file its name, replacing another; it is complete."""
         assert self._path is not None
         if fsync:
-            os.fsync(self._fd)
+            os.fsync(self.fd)
         os.replace(self._path, target)
-        os.close(self._fd)
-        self._fd = -1
+        self.close()
         if fsync:
             sync_folder(target.parent)
 
     def discard(self) -> None:
         """Remove the file, unless it has been published."""
-        if self._fd >= 0 and self._path is not None:
-            os.close(self._fd)
-            self._fd = -1
+        if self.fd >= 0 and self._path is not None:
+            self.close()
             self._path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """What was written stays."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 def unique(prefix: str) -> str:
@@ -134,6 +143,15 @@ def replace_file(path: Path, data: bytes, *, fsync: bool) -> None:
         file.discard()
 
 
+def try_lock(fd: int) -> bool:
+    """Take the file's lock unless another holder has it; it ends with the descriptor."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock of a file (made if missing) against other threads, processes and hosts; a
@@ -144,13 +162,3 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
-
-
-def _reserve(fd: int, nbytes: int) -> None:
-    if nbytes == 0 or not hasattr(os, "posix_fallocate"):
-        return
-    try:
-        os.posix_fallocate(fd, 0, nbytes)
-    except OSError as error:
-        if error.errno not in _CANNOT_RESERVE:  # a file system without it
-            raise

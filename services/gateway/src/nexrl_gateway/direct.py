@@ -14,9 +14,8 @@ head has ``HEAD_BYTES`` and ``HEAD_S``, a body its :class:`Pace`, and above ``li
 connections the idle ones go first.
 
 What relies on uvicorn's ``HttpToolsProtocol`` is here alone, and is listed in
-``tests/gateway/test_uvicorn_contract.py``.
-The parser is made anew for the next request, because httptools cannot be told to skip
-bytes.
+``tests/gateway/test_uvicorn_contract.py``. The parser is made anew for the next request, because
+httptools cannot be told to skip bytes.
 """
 
 from __future__ import annotations
@@ -56,11 +55,11 @@ STALL_BYTES = 64 * 1024
 its answer."""
 ALWAYS_ANSWERED = ("/health", "/ready", "/metrics")
 _EXTENSION = "nexrl.body"
-_BUFFER_BYTES = 256 * 1024  # larger ones are no faster
+_BUFFER_BYTES = 1024 * 1024
+_SMALL_BUFFER_BYTES = 64 * 1024
+_LARGE_BUFFERS = 32
 _SLICE_S = 0.05  # a stop, and others who wait for a thread, need not wait longer
 _PATIENCE_S = 0.002  # going to sleep on the event loop and back costs about as much
-_kept = threading.local()
-"""A buffer for each thread, so that a stalled upload holds none."""
 
 
 class Pace:
@@ -130,61 +129,94 @@ class DirectBody:
                 cycle.waiting_for_100_continue = False
             here, cycle.body = cycle.body, bytearray()
             protocol.parser = protocol.make_parser()
+            blocks = _Blocks(write)
             try:
-                await run_sync(_write_all, write, head, here)
-                await self._copy_rest(connection, write)
+                await self._copy(connection, blocks, head, here)
             except ClientDisconnect:
                 cycle.disconnected = True
                 transport.close()
                 raise
             finally:
+                blocks.close()
                 unread, self._unparsed = self._unparsed, 0
                 protocol.go_on_after(unread)
 
-    async def _copy_rest(
-        self, connection: socket.socket, write: Callable[[memoryview], None]
+    async def _copy(
+        self, connection: socket.socket, blocks: _Blocks, *here: bytes | bytearray
     ) -> None:
+        await run_sync(blocks.add, *here)
         pace = Pace()
         while self._unparsed:
             before = self._unparsed
-            await run_sync(self._take, connection, write)
+            await run_sync(self._take, connection, blocks)
             pace.saw(before - self._unparsed)
             if self._unparsed:
                 with anyio.move_on_after(pace.left_s()) as patience:
                     await anyio.wait_readable(connection)
                 if patience.cancelled_caught:
                     raise pace.too_slow()
+        await run_sync(blocks.flush)
 
-    def _take(self, connection: socket.socket, write: Callable[[memoryview], None]) -> None:
-        """Write what comes within a moment; in a thread, one at a time."""
-        if not hasattr(_kept, "buffer"):
-            _kept.buffer = memoryview(bytearray(_BUFFER_BYTES))
-        buffer, filled, end = _kept.buffer, 0, time.monotonic() + _SLICE_S
+    def _take(self, connection: socket.socket, blocks: _Blocks) -> None:
+        """Take what comes within a moment; in a thread, one at a time."""
+        end = time.monotonic() + _SLICE_S
         while self._unparsed and time.monotonic() < end:
             try:
-                count = connection.recv_into(buffer[filled : filled + self._unparsed])
+                count = connection.recv_into(blocks.free[: self._unparsed])
             except TimeoutError:
-                break
+                return
             except OSError as error:
                 raise ClientDisconnect from error
             if count == 0:
                 raise ClientDisconnect
             # Counted before it is written: a write that fails leaves the rest to be dropped.
             self._unparsed -= count
-            filled += count
-            if filled == _BUFFER_BYTES:
-                write(buffer)
-                filled = 0
+            blocks.advance(count)
+
+
+class _Blocks:
+    """A buffer that is filled before it is written: stores take whole blocks faster than what a
+    socket gives at a time."""
+
+    _large = threading.Semaphore(_LARGE_BUFFERS)
+    """What a process holds for uploads is bounded, however many stall with theirs half full."""
+
+    def __init__(self, write: Callable[[memoryview], None]) -> None:
+        self._write = write
+        self._is_large = self._large.acquire(blocking=False)
+        size = _BUFFER_BYTES if self._is_large else _SMALL_BUFFER_BYTES
+        self._buffer = self.free = memoryview(bytearray(size))
+
+    def close(self) -> None:
+        """Give the buffer back."""
+        if self._is_large:
+            self._large.release()
+
+    def add(self, *pieces: bytes | bytearray) -> None:
+        """Take what was read before."""
+        for piece in pieces:
+            with memoryview(piece) as view:
+                position = 0
+                while position < view.nbytes:
+                    count = min(view.nbytes - position, self.free.nbytes)
+                    self.free[:count] = view[position : position + count]
+                    position += count
+                    self.advance(count)
+            if isinstance(piece, bytearray):
+                piece.clear()  # whoever gave it keeps it as long as the upload lasts
+
+    def advance(self, count: int) -> None:
+        """``count`` bytes have been put where it was free."""
+        self.free = self.free[count:]
+        if not self.free:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what there is."""
+        filled = self._buffer[: self._buffer.nbytes - self.free.nbytes]
+        self.free = self._buffer
         if filled:
-            write(buffer[:filled])
-
-
-def _write_all(write: Callable[[memoryview], None], *pieces: bytes | bytearray) -> None:
-    for piece in pieces:
-        with memoryview(piece) as view:
-            write(view)
-        if isinstance(piece, bytearray):
-            piece.clear()  # whoever gave it keeps it as long as the upload lasts
+            self._write(filled)
 
 
 class DirectProtocol(HttpToolsProtocol):
