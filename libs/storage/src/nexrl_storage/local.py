@@ -36,10 +36,12 @@ class LocalStorage:
             return None
 
     def open(self, uri: Uri) -> BufferedIOBase:
-        """Unbuffered reading costs nothing here: callers read whole files."""
+        """Raises IsADirectoryError for a folder."""
         return open(uri, "rb")
 
-    def write(self, uri: Uri, content: Iterable[bytes | memoryview]) -> Written:
+    def write(
+        self, uri: Uri, content: Iterable[bytes | memoryview], *, more: bool = False
+    ) -> Written:
         """Written beside its place, synced, renamed."""
         path = Path(uri)
         temporary = path.with_name(f".{path.name}.tmp")
@@ -57,7 +59,8 @@ class LocalStorage:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync(path.parent)
+        if not more:
+            _sync(path.parent)
         return Written(size, digest.hexdigest())
 
     def make(self, uri: Uri) -> None:

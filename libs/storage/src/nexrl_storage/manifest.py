@@ -140,9 +140,9 @@ def describe(folder: Uri, name: str) -> FileEntry:
         return FileEntry(name=name, size=file.tell(), sha256=digest)
 
 
-def write_file(folder: Uri, name: str, content: bytes) -> FileEntry:
-    """Write a whole small file; returns what a manifest says of it."""
-    written = at(folder).write(join(folder, name), (content,))
+def write_file(folder: Uri, name: str, content: bytes, *, more: bool = False) -> FileEntry:
+    """Write a whole small file; returns what a manifest says of it. ``more`` as in ``write``."""
+    written = at(folder).write(join(folder, name), (content,), more=more)
     return FileEntry(name=name, **written._asdict())
 
 

@@ -56,10 +56,13 @@ class Storage(Protocol):
     def open(self, uri: Uri) -> BufferedIOBase:
         """A file, to be read; links are followed."""
 
-    def write(self, uri: Uri, content: Iterable[bytes | memoryview]) -> Written:
+    def write(
+        self, uri: Uri, content: Iterable[bytes | memoryview], *, more: bool = False
+    ) -> Written:
         """Make or replace a file, hashed on the way; a crash leaves the old one or the new one.
 
-        The folders above it are made.
+        The folders above it are made. ``more``: another write into the same folder follows, and it
+        is enough that this file survives a power cut from then on.
         """
 
     def make(self, uri: Uri) -> None:

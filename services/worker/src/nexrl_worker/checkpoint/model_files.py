@@ -59,8 +59,8 @@ def copy_model_files(
     has another head than the model that it was made of. A quantisation is not named there any more.
     ``dtypes``: those of the weights beside it, the main one first. Loaders go by the configuration.
     """
-    written = []
-    for name in sorted(_small_files(source)):
+    names, written = sorted(_small_files(source)), []
+    for count, name in enumerate(names, 1):
         content = (source / name).read_bytes()
         if name == CONFIG:
             config: dict[str, Any] = json.loads(content)
@@ -73,7 +73,8 @@ def copy_model_files(
                     changed["dtype"] = dtypes[0]
             if dtypes or changed != config:
                 content = json.dumps(changed, indent=2).encode()
-        written.append(write_file(folder, name, content))
+        more = any(Path(later).parent == Path(name).parent for later in names[count:])
+        written.append(write_file(folder, name, content, more=more))
     return written
 
 

@@ -87,7 +87,7 @@ def _write(
         files.append(write_tensors(path, tensors, {"format": "pt"}))
         table.update({part.name: _rows(path.name, part) for part in some})
     if group is not None:
-        files.append(write_file(folder, STATE, json.dumps(dict(group.state)).encode()))
+        files.append(write_file(folder, STATE, json.dumps(dict(group.state)).encode(), more=True))
         files += [
             entry.model_copy(update={"name": f"{MODEL_FILES}/{entry.name}"})
             for entry in copy_model_files(group.source, folder / MODEL_FILES, group.changes)

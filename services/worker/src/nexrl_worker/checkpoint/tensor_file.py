@@ -33,12 +33,12 @@ def write_tensors(
 ) -> FileEntry:
     """Write ``path``; the entry's name is the file's own. Tensors come to the CPU one at a time.
 
-    Raises ``NO_SPACE`` on a full disk.
+    The file that lists it is written into the same folder later. Raises ``NO_SPACE`` on a full
+    disk.
     """
     with full_disk(path):
-        return FileEntry(
-            name=path.name, **at(path).write(path, _pieces(tensors, metadata))._asdict()
-        )
+        written = at(path).write(path, _pieces(tensors, metadata), more=True)
+    return FileEntry(name=path.name, **written._asdict())
 
 
 def _pieces(
