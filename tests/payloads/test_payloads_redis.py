@@ -106,6 +106,22 @@ def test_repeated_puts_leave_no_orphans(redis_store: PayloadStore, client: redis
     assert set(b"".join(redis_store.stream("a.result"))) == set(b"y")
 
 
+def test_memory_is_kept_between_payloads(redis_store: PayloadStore) -> None:
+    """The next payload is read into the same memory, unless a tensor of the last one still
+    lives."""
+    data = frame({"x": np.ones(1_000_000)})
+    redis_store.put("a", [data])
+    addresses = []
+    for _ in range(3):
+        with redis_store.open("a") as payload:
+            x = payload.torch("x")
+        addresses.append(x.data_ptr())
+        if len(addresses) == 1:
+            del x
+    assert addresses[0] == addresses[1]
+    assert addresses[1] != addresses[2]
+
+
 def test_rows_read_again_and_again(redis_store: PayloadStore) -> None:
     """Reading the same tensor more often than the payload has bytes gives sound, separate
     tensors."""

@@ -3,6 +3,7 @@ that it calls must still do what it is called for."""
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -38,6 +39,17 @@ def test_a_packed_command_is_sent_buffer_by_buffer(client: redis.Redis) -> None:
     assert connection.read_response() in (b"OK", True)
     client.connection_pool.release(connection)
     assert client.get("k") == b"abc"
+
+
+def test_answers_are_read_from_the_connections_socket(client: redis.Redis) -> None:
+    """It is a plain socket, and what the pool sends when it connects has been read to the end."""
+    client.set("k", b"0123456789")
+    connection = client.connection_pool.get_connection()
+    assert isinstance(connection._sock, socket.socket)
+    connection.send_command("GET", "k")
+    assert connection._sock.recv(100) == b"$10\r\n0123456789\r\n"
+    client.connection_pool.release(connection)
+    assert client.get("k") == b"0123456789"
 
 
 def test_answers_come_in_the_order_of_the_commands(client: redis.Redis) -> None:

@@ -32,7 +32,7 @@ from .redis_records import (
     sweep_redis,
     unlink,
 )
-from .redis_wire import KEY_TTL_S, ChunkSender, connect, fetch, redis_errors
+from .redis_wire import KEY_TTL_S, ChunkSender, KeptMemory, Loan, connect, fetch, redis_errors
 from .rules import (
     as_malformed,
     byte_views,
@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     import torch
 
 _HEADER_GUESS = 4096
-_ALIGNMENT = 64
+_SLACK_BYTES = 64 * 1024
+"""Of memory for a tensor, beyond its bytes: alignment, and the blocks at its ends."""
 Span = tuple[int, int]
 
 
@@ -179,19 +180,26 @@ class RedisPart(PartUpload):
 
 
 class RedisPayload(Payload):
-    """See :class:`nexrl_payloads.Payload`: what is asked for is fetched into new memory, with
-    checksums in whole blocks."""
+    """See :class:`nexrl_payloads.Payload`: what is asked for is fetched, with checksums in
+    whole blocks, into memory that the store keeps."""
 
     mapped = False
 
-    def __init__(self, client: redis.Redis, record: Record, checksums: BlockChecksums | None):
+    def __init__(
+        self,
+        client: redis.Redis,
+        record: Record,
+        memory: KeptMemory,
+        checksums: BlockChecksums | None,
+    ) -> None:
         self._client = client
         self._record = record
         self._checksums = checksums
-        self._closed = False
         self.nbytes = record.nbytes
         with as_malformed(record.payload_id):
             self.header = self._read_header()
+        room = self.nbytes + len(self.header.tensors) * _SLACK_BYTES
+        self._loan: Loan | None = memory.lend(room)
 
     def torch(self, name: str, rows: Rows = None) -> torch.Tensor:
         return self._read(name, rows).torch()
@@ -201,10 +209,10 @@ class RedisPayload(Payload):
             self._read(name, rows)
 
     def close(self) -> None:
-        self._closed = True
+        self._loan = None
 
     def _read(self, name: str, rows: Rows) -> RawTensor:
-        if self._closed:
+        if self._loan is None:
             raise FrameClosed(
                 f"the payload was closed before tensor {name!a} was read; read it before"
             )
@@ -217,7 +225,7 @@ class RedisPayload(Payload):
         aligned."""
         first, stop = span
         start, end = self._blocks(span)
-        memory = _aligned(end - start, first - start)
+        memory = self._take(end - start, first - start)
         self._fill([(start, memory)])
         return memory[first - start : stop - start]
 
@@ -231,13 +239,17 @@ class RedisPayload(Payload):
         starts = [start for start, _ in regions]
         memories = [memoryview(bytearray(end - start)) for start, end in regions]
         self._fill(list(zip(starts, memories, strict=True)))
-        joined, place = _aligned(sum(stop - first for first, stop in spans), 0), 0
+        joined, place = self._take(sum(stop - first for first, stop in spans)), 0
         for first, stop in spans:
             region = bisect_right(starts, first) - 1
             at, count = first - starts[region], stop - first
             joined[place : place + count] = memories[region][at : at + count]
             place += count
         return joined
+
+    def _take(self, nbytes: int, at: int = 0) -> memoryview:
+        assert self._loan is not None
+        return self._loan.take(nbytes, at)
 
     def _fill(self, wanted: list[tuple[int, memoryview]]) -> None:
         """Fill each memory with the payload's bytes from its start on, and check them."""
@@ -275,6 +287,7 @@ class RedisStore(PayloadStore):
 
     def __init__(self, url: str) -> None:
         self._client = connect(url)
+        self._memory = KeptMemory()
 
     def create(self, payload_id: str, nbytes: int | None = None) -> RedisUpload:
         return RedisUpload(self._client, check_id(payload_id), nbytes)
@@ -295,7 +308,7 @@ class RedisStore(PayloadStore):
 
     def open(self, payload_id: str, checksum: str | None = None) -> RedisPayload:
         record = self._record(payload_id)
-        return RedisPayload(self._client, record, self._checksums(record, checksum))
+        return RedisPayload(self._client, record, self._memory, self._checksums(record, checksum))
 
     def stream(self, payload_id: str, checksum: str | None = None) -> Iterator[bytes]:
         record = self._record(payload_id)
@@ -353,12 +366,3 @@ def _fetch_bytes(client: redis.Redis, record: Record, start: int, end: int) -> b
     memory = bytearray(end - start)
     _fetch(client, record, [(start, memoryview(memory))])
     return bytes(memory)
-
-
-def _aligned(nbytes: int, at: int) -> memoryview:
-    """New memory whose byte ``at`` is aligned; NumPy gives large memory in huge pages."""
-    import numpy as np  # a gateway, which reads no tensors, need not load it
-
-    memory = np.empty(nbytes + 2 * _ALIGNMENT, np.uint8)
-    skipped = -(memory.ctypes.data + at) % _ALIGNMENT
-    return memory[skipped : skipped + nbytes].data

@@ -1,17 +1,23 @@
-"""Large values to and from Redis over redis-py's pool of connections, several on their way at once.
+"""Large values over redis-py's connections, sent from and received into the caller's memory.
 
-redis-py's commands send a value only after copying it into one packed command, and wait for each
-answer: an upload takes twice as long (decision 0008). So this module speaks to the pool's
-connections: it packs SET itself around the caller's memory, and asks for the next values before it
-reads the last ones. What it relies on stands in ``tests/payloads/test_redis_py_contract.py``.
+redis-py's commands copy a value two to three times, into fresh pages, and wait for each answer:
+writing takes twice as long, reading a tenth longer (decision 0007). So this module packs SET itself
+around the caller's memory, asks for the next values before it reads the last ones, and receives
+them from the connection's socket, for which redis-py has no public name: ``_sock``. No connection
+goes back to the pool before all its answers have been read, or it has been closed. What else it
+relies on stands in ``tests/payloads/test_redis_py_contract.py``.
 """
 
 from __future__ import annotations
 
+import mmap
+import socket
+import threading
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import redis
 from nexrl_contract.errors import ServiceError
@@ -20,11 +26,17 @@ from redis.connection import Connection
 from redis.exceptions import OutOfMemoryError, RedisError
 from redis.retry import Retry
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 KEY_TTL_S = 48 * 3600
 """Every key's life since its last write or renewal; only where nobody sweeps is it reached."""
 
 _AHEAD_BYTES = 4 * 1024 * 1024
 _AHEAD_COMMANDS = 64
+_ALIGNMENT = 64
+_HUGE_PAGE = 2 * 1024 * 1024
 
 
 class Wanted(NamedTuple):
@@ -65,6 +77,49 @@ def redis_errors() -> Iterator[None]:
             "STORE_UNAVAILABLE",
             f"the payload store's Redis did not answer ({type(error).__name__}): try again",
         ) from error
+
+
+class Loan:
+    """Memory of one payload's reader, handed out piece by piece. Every piece keeps it alive."""
+
+    def __init__(self, root: NDArray[np.uint8]) -> None:
+        self._root = root
+        self._used = 0
+
+    def take(self, nbytes: int, at: int = 0) -> memoryview:
+        """``nbytes`` of writable memory, whose byte ``at`` is aligned to a cache line; beyond the
+        loan's size, memory of its own."""
+        start = self._used + -(self._used + at) % _ALIGNMENT
+        if start + nbytes > self._root.nbytes:
+            return memoryview(bytearray(nbytes))
+        self._used = start + nbytes
+        return self._root[start : self._used].data
+
+
+class KeptMemory:
+    """Lends one buffer to one payload after another, as fresh pages cost as much as what is read
+    into them; while tensors still view it, the next loan is a new buffer."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: mmap.mmap | None = None
+        self._root: weakref.ref[NDArray[np.uint8]] | None = None
+
+    def lend(self, nbytes: int) -> Loan:
+        """``nbytes`` for one reader; pages that are never touched cost nothing."""
+        import numpy as np  # a gateway, which reads no tensors, need not load it
+
+        with self._lock:
+            # Two readers at once never share: the first one's root is alive as long as its pieces.
+            free = self._root is None or self._root() is None
+            if self._kept is None or not free or len(self._kept) < nbytes:
+                size = max(nbytes + -nbytes % _HUGE_PAGE, _HUGE_PAGE)
+                self._kept = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                if hasattr(mmap, "MADV_HUGEPAGE"):
+                    self._kept.madvise(mmap.MADV_HUGEPAGE)
+            root = np.frombuffer(self._kept, np.uint8)
+            self._root = weakref.ref(root)
+            return Loan(root)
 
 
 class ChunkSender:
@@ -143,8 +198,35 @@ def fetch(client: redis.Redis, wanted: Iterable[Wanted]) -> bool:
 
 
 def _receive(connection: Connection, memory: memoryview) -> bool:
-    value = connection.read_response()
-    if not isinstance(value, bytes) or len(value) != memory.nbytes:
-        return False
-    memory[:] = value
+    """Receive the bulk string that answers a command; False if it has another length.
+
+    After False or an exception answers may be left on the connection: it must be closed.
+    """
+    source: socket.socket = connection._sock  # type: ignore[assignment]
+    expected = b"$%d\r\n" % memory.nbytes
+    try:
+        line = b""
+        while len(line) < len(expected) and b"\n" not in line:
+            more = source.recv(len(expected) - len(line))
+            if not more:
+                raise ConnectionError("it was closed")
+            line += more
+        if line.startswith(b"-"):
+            raise redis.ResponseError("Redis refused to give a value")
+        if line != expected:
+            return False
+        _fill(source, memory)
+        _fill(source, memoryview(bytearray(2)))
+    except OSError as error:
+        message = f"the connection broke while a value was read: {error}"
+        raise redis.ConnectionError(message) from error
     return True
+
+
+def _fill(source: socket.socket, memory: memoryview) -> None:
+    position = 0
+    while position < memory.nbytes:
+        count = source.recv_into(memory[position:])
+        if count == 0:
+            raise ConnectionError("it was closed")
+        position += count

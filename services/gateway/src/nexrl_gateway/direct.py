@@ -2,7 +2,7 @@
 too much.
 
 uvicorn hands a body over in messages that its event loop has copied four times: an upload takes
-nearly twice as long (decision 0008). So :class:`DirectProtocol` (``http=`` of ``uvicorn.Config``)
+nearly twice as long (decision 0007). So :class:`DirectProtocol` (``http=`` of ``uvicorn.Config``)
 parses heads as uvicorn does, and offers the rest of a body of known length in
 ``scope["extensions"]``. Who takes it gets a second descriptor of the paused connection, and a
 thread that reads it. Another server, TLS or a chunked body offers nothing, and the body comes by
