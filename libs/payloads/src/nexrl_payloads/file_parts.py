@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nexrl_contract.errors import ServiceError
+from nexrl_storage.local import sync_folder
 
 from .checks import BlockHasher, tables_checksum
 from .files import (
@@ -30,7 +31,6 @@ from .files import (
     disk_errors,
     locked,
     replace_file,
-    sync_folder,
     try_lock,
     unique,
     write_at,

@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nexrl_contract.errors import ServiceError
+from nexrl_storage.local import sync_folder
+from nexrl_storage.protocol import no_space
 
 from .checks import BlockHasher
 from .protocol import Chunk
 from .rules import byte_views
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LASTING = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 _MAX_VIEWS = 512  # system calls take 1024 at most
@@ -29,7 +30,7 @@ def disk_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _NO_SPACE:
+        if no_space(error):
             raise ServiceError(
                 "NO_SPACE",
                 "the payload store's disk is full: free space in its folder, or send the batch "
@@ -122,15 +123,6 @@ def write_at(fd: int, views: Sequence[memoryview], offset: int) -> None:
             written -= pending.pop().nbytes
         if written:
             pending[-1] = pending[-1][written:]
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in the folder survive a power cut."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def replace_file(path: Path, data: bytes, *, fsync: bool) -> None:

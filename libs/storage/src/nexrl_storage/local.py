@@ -60,7 +60,7 @@ class LocalStorage:
             temporary.unlink(missing_ok=True)
             raise
         if not more:
-            _sync(path.parent)
+            sync_folder(path.parent)
         return Written(size, digest.hexdigest())
 
     def make(self, uri: Uri) -> None:
@@ -70,7 +70,7 @@ class LocalStorage:
     def move(self, source: Uri, target: Uri, *, replace: bool = False) -> str | None:
         """Linux swaps the two in one step; elsewhere ``target`` is missing between two renames."""
         former = _put(Path(source), Path(target), replace)
-        _sync(Path(target).parent)
+        sync_folder(Path(target).parent)
         return former
 
     def remove(self, uri: Uri, *, recursive: bool = False) -> None:
@@ -122,7 +122,7 @@ def _exchange(left: Path, right: Path) -> bool:
     raise OSError(number, os.strerror(number), str(left), None, str(right))
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the names in ``folder`` survive a power cut."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

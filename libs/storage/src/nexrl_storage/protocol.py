@@ -19,7 +19,7 @@ from nexrl_contract.errors import ServiceError
 Uri = str | os.PathLike[str]
 Kind = Literal["file", "folder", "link"]
 _NAMED = 5
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_SUCH_PLACE = (
     errno.ENAMETOOLONG,
     errno.ENOTDIR,
@@ -99,13 +99,18 @@ def first_few(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
+def no_space(error: Exception) -> bool:
+    """Whether a disk or a quota is full, or a file as large as this process may make one."""
+    return isinstance(error, OSError) and error.errno in _NO_SPACE
+
+
 @contextlib.contextmanager
 def full_disk(uri: Uri) -> Iterator[None]:
     """Turns a full disk or quota into ``NO_SPACE``."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_SPACE:
+        if not no_space(error):
             raise
         message = f"no space is left to write {uri}; free some and save again"
         raise ServiceError("NO_SPACE", message) from error

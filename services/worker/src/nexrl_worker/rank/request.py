@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from nexrl_contract.errors import ServiceError
+from nexrl_storage.protocol import no_space
 
 from nexrl_worker.training.errors import InvalidValue
 
@@ -61,7 +62,7 @@ def as_service_error(error: Exception, rank: int) -> ServiceError:
             "INVALID_VALUE", error.message[:_LONGEST_MESSAGE], rank=rank, **error.details()
         )
     _log.exception("operation.refused rank=%d", rank)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and no_space(error):
         return ServiceError(
             "NO_SPACE", f"rank {rank}: no space left for {error.filename}", rank=rank
         )
