@@ -113,10 +113,10 @@ def test_killed_anywhere_a_checkpoint_loads_and_the_next_attempt_completes(
         data = tmp_path / str(at)
         first = make_request(data, data / "ckpt" / "step_1", OLD)
         run(client, first)
-        notes = first.path / "huggingface" / "notes.txt"
+        notes = Path(first.path) / "huggingface" / "notes.txt"
         if foreign:
             notes.write_text("mine")
-        path = first.path if same_path else data / "ckpt" / "step_2"
+        path = Path(first.path) if same_path else data / "ckpt" / "step_2"
         second = make_request(data, path, NEW, remove_previous=True, step=2)
         child = processes.Process(target=publish_until_killed, args=(redis_url, second, at))
         child.start()
@@ -130,7 +130,7 @@ def test_killed_anywhere_a_checkpoint_loads_and_the_next_attempt_completes(
         run(client, second.model_copy(update={"attempt": 2}))
         assert [found.path for found in published([data / "ckpt"])] == [str(path)]
         assert loads(path, NEW) and leftovers(data) == []
-        others = [file for file in first.path.rglob("*") if file.is_file() and not same_path]
+        others = [file for file in Path(first.path).rglob("*") if file.is_file() and not same_path]
         assert others == ([notes] if foreign else [])
         shutil.rmtree(data)
     assert at > 15
@@ -142,7 +142,7 @@ def test_the_manifest_says_what_the_checkpoint_is(tmp_path: Path) -> None:
         tmp_path, tmp_path / "a" / "b" / "step_1", fingerprint="0123456789abcdef"
     )
     manifest = publish(request, lambda: None)
-    fields = json.loads((request.path / "manifest.json").read_bytes())
+    fields = json.loads((Path(request.path) / "manifest.json").read_bytes())
     assert {
         name: fields[name]
         for name in ("schema_version", "kind", "identifier", "step", "seq", "world_size")
@@ -160,7 +160,9 @@ def test_the_manifest_says_what_the_checkpoint_is(tmp_path: Path) -> None:
         "0123456789abcdef",
     )
     there = {
-        str(path.relative_to(request.path)) for path in request.path.rglob("*") if path.is_file()
+        str(path.relative_to(request.path))
+        for path in Path(request.path).rglob("*")
+        if path.is_file()
     }
     assert {entry.name for entry in manifest.files} | {"manifest.json"} == there
     assert all(describe(request.path, entry.name) == entry for entry in manifest.files)
@@ -262,7 +264,7 @@ def test_another_file_system_gets_a_copy(tmp_path: Path, other_file_system: Path
     """Same result as a rename: whole, verified, nothing left behind on either side."""
     request = make_request(tmp_path, other_file_system / "ckpt", NEW)
     publish(request, lambda: None)
-    assert loads(request.path, NEW) and leftovers(tmp_path, other_file_system) == []
+    assert loads(Path(request.path), NEW) and leftovers(tmp_path, other_file_system) == []
 
 
 def test_without_an_exchange_two_renames_do(
@@ -477,16 +479,19 @@ def test_a_folder_that_others_use_is_not_replaced(tmp_path: Path) -> None:
     """The refusal names what is in the way; the former checkpoint and all else stay."""
     first = make_request(tmp_path, tmp_path / "z", OLD)
     publish(first, lambda: None)
-    put_others_into(first.path)
-    before = {path: path.read_bytes() for path in first.path.rglob("*") if path.is_file()}
+    folder = Path(first.path)
+    put_others_into(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     request = make_request(tmp_path, tmp_path / "z", NEW)
     with pytest.raises(
         ServiceError,
         match=r"PATH_REFUSED.*\(\.hf\.v1, hf, huggingface/notes\.txt\); choose another path",
     ):
         publish(request, lambda: None)
-    assert {path: path.read_bytes() for path in first.path.rglob("*") if path.is_file()} == before
-    assert loads(first.path, OLD) and not list(tmp_path.glob(".z*"))
+    assert {
+        path: path.read_bytes() for path in Path(first.path).rglob("*") if path.is_file()
+    } == before
+    assert loads(Path(first.path), OLD) and not list(tmp_path.glob(".z*"))
 
 
 def test_what_comes_while_a_checkpoint_is_prepared_stays(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -154,7 +153,7 @@ class LatestCheckpoint(BaseModel):
     ``group_created_at`` tells the group from a later one of that name. ``order`` is the save's.
     """
 
-    path: Path
+    path: str
     step: int
     job_id: str
     group_created_at: float

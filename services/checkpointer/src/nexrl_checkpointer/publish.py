@@ -35,8 +35,8 @@ _COPIED_BYTES = 8 << 20
 class PublishRequest(BaseModel):
     """The second half of a save, as rank 0 hands it over in the job's params.
 
-    ``staging`` and ``path`` are absolute; ``result`` is merged into what the caller of the save
-    gets.
+    ``staging`` is absolute, and so is ``path``, which may be of any storage; ``result`` is merged
+    into what the caller of the save gets.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -46,7 +46,7 @@ class PublishRequest(BaseModel):
     order: int = 0
     identifier: str
     staging: Path
-    path: Path
+    path: str
     step: int
     seq: int
     kind: Literal["sharded"]
@@ -68,7 +68,8 @@ class PublishRequest(BaseModel):
             message = f"the publish request is malformed: {error.errors()[0]['msg']}"
             raise ServiceError("INTERNAL", message) from None
         expected = staging_folder(data, job.id)
-        if request.staging.resolve() != expected.resolve() or not request.path.is_absolute():
+        absolute = request.path.startswith("/") or "://" in request.path
+        if request.staging.resolve() != expected.resolve() or not absolute:
             message = f"{request.staging} is not the staging folder of job {job.id}"
             raise ServiceError("INTERNAL", message)
         return request

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import posixpath
 
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.records import LatestCheckpoint
@@ -56,8 +57,8 @@ def _remove(previous: LatestCheckpoint, request: PublishRequest) -> None:
     That of its folder; of its manifest alone where others put something into the folder, which
     stays. So does what cannot be removed: the new one is safe.
     """
-    path = str(previous.path)
-    aside = sibling(path, f".{previous.path.name}.old-{request.job_id}")
+    path = previous.path
+    aside = sibling(path, f".{posixpath.basename(path)}.old-{request.job_id}")
     hidden = f".{MANIFEST}.old-{request.job_id}"
     storage = at(path)
     try:
@@ -92,7 +93,8 @@ def _remove_files(folder: str, record: str) -> None:
 def _removable(previous: LatestCheckpoint, request: PublishRequest) -> Manifest | None:
     """Only what this service published there for this group, and nothing that holds the new one."""
     there = at(previous.path).look(previous.path)
-    if there is None or there.kind == "link" or request.path.is_relative_to(previous.path):
+    inside = f"{request.path}/".startswith(f"{previous.path}/")
+    if there is None or there.kind == "link" or inside:
         return None
     try:
         manifest = read_manifest(previous.path)

@@ -131,7 +131,7 @@ class Checkpointer:
 def _result(request: PublishRequest, manifest: Manifest) -> dict[str, object]:
     return {
         **request.result,
-        "path": str(request.path),
+        "path": request.path,
         "global_step": manifest.step,
         "kind": manifest.kind,
         "nbytes": manifest.nbytes,
