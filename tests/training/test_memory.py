@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from nexrl_worker.agent.launcher import how_it_ended, oom_kills, wait_status
+from nexrl_host.processes import how_it_ended, oom_kills, wait_status
 from nexrl_worker.training import Engine
 from nexrl_worker.training.batch.plan import PlanSettings, make_plan
 from nexrl_worker.training.errors import DoesNotFit, InvalidValue

@@ -12,7 +12,7 @@ import pytest
 from nexrl_contract import names
 from nexrl_contract.records import Share
 from nexrl_ledger import Fenced
-from nexrl_worker.agent import lifecycle as watch
+from nexrl_worker.agent import upkeep
 
 from tests.helpers.agent import START_S, Agents
 from tests.helpers.lossy_redis import LosesReplies
@@ -115,7 +115,7 @@ def test_what_destroyed_groups_leave_is_bounded(
 ) -> None:
     """No state, and logs of the last few; a living group, or one that Redis does not know, keeps
     its state."""
-    monkeypatch.setattr(watch, "LOGS_KEPT", 2)
+    monkeypatch.setattr(upkeep, "LOGS_KEPT", 2)
     own = agents.data / ".nexrl"
     for days, name in enumerate(["living", "last", "last-but-one", "earlier", "old", "earliest"]):
         if name != "old":
@@ -130,7 +130,7 @@ def test_what_destroyed_groups_leave_is_bounded(
             os.utime(path, times=(time.time() - days * 24 * 3600,) * 2)
     (own / "groups" / ".gone-half").mkdir()
 
-    watch.clear_destroyed(agents.ledger, agents.data, [])
+    upkeep.clear_destroyed(agents.ledger, agents.data, [])
     assert sorted(path.name for path in (own / "groups").iterdir()) == ["living", "old"]
     assert sorted(path.name for path in (own / "logs" / "groups").iterdir()) == [
         "last",
@@ -138,8 +138,8 @@ def test_what_destroyed_groups_leave_is_bounded(
         "living",
     ]
 
-    monkeypatch.setattr(watch, "LOGS_KEPT_S", 1.5 * 24 * 3600)
-    watch.clear_destroyed(agents.ledger, agents.data, [])
+    monkeypatch.setattr(upkeep, "LOGS_KEPT_S", 1.5 * 24 * 3600)
+    upkeep.clear_destroyed(agents.ledger, agents.data, [])
     assert sorted(path.name for path in (own / "logs" / "groups").iterdir()) == ["last", "living"]
 
 

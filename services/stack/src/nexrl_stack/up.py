@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 
 import redis
 import requests
@@ -13,17 +18,20 @@ from nexrl_host.machine import lack_of_room
 from nexrl_ledger import Ledger, connect, redis_fault
 
 from nexrl_stack import embedded_redis
-from nexrl_stack.data_folder import Refused, forget, locked
-from nexrl_stack.running import running_operations
 from nexrl_stack.services import STOP_LIMIT_S, StackSettings, stack_services
 from nexrl_stack.supervisor import Supervisor
 
 Tell = Callable[[str], None]
+_LOCK = "lock"
 _POLL_S = 0.1
 _NOTE_EVERY_S = 15.0
 _PROBE_S = 2.0
 _BROKEN_STOP_S = 60.0
 _IMPATIENT = "a second Ctrl-C stops at once and loses what has not been saved"
+
+
+class Refused(Exception):
+    """The stack cannot start as it was asked to; the message says what to do."""
 
 
 def run_stack(settings: StackSettings, *, fresh: bool, ready: Tell, say: Tell) -> None:
@@ -75,7 +83,7 @@ def _keep(supervisor: Supervisor, settings: StackSettings, ready: Tell, say: Tel
     if supervisor.watch(_Readiness(settings, redis_url, supervisor, say), every_s=_POLL_S):
         ready(service_url(settings.host, settings.port))
         supervisor.watch()
-    running = running_operations(redis_url)
+    running = partial(running_operations, Ledger(connect(redis_url)))
     doing = running()
     say(
         f"stopping; waiting at most {STOP_LIMIT_S // 60} min for {doing}; {_IMPATIENT}"
@@ -180,3 +188,63 @@ def _bind(host: str, port: int) -> int:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(address)
         return int(probe.getsockname()[1])
+
+
+@contextmanager
+def locked(own_folder: Path) -> Iterator[None]:
+    """Hold ``own_folder``; raises Refused when a running stack has it. The kernel frees it however
+    the holder ends."""
+    try:
+        own_folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(own_folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise Refused(
+            f"the data folder {own_folder.parent} cannot be written ({error.strerror}); give "
+            "another --data"
+        ) from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refused(_in_use(own_folder.parent, os.read(lock, 32).decode().strip())) from None
+        with suppress(OSError):  # on a full disk; only the message for a second `nexrl up` needs it
+            os.truncate(lock, 0)
+            os.write(lock, str(os.getpid()).encode())
+        yield
+    finally:
+        os.close(lock)
+
+
+def forget(own_folder: Path) -> None:
+    """Delete what earlier runs left, but no checkpoint: those lie outside. Call it while holding
+    the lock."""
+    for entry in own_folder.iterdir():
+        if entry.name == _LOCK:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _in_use(data: Path, holder: str) -> str:
+    process = f" (process {holder})" if holder else ""
+    return (
+        f"the data folder {data} is in use by another `nexrl up`{process}; stop it or give "
+        "another --data"
+    )
+
+
+def running_operations(ledger: Ledger) -> str:
+    """``student: update_actor, 83 s so far``, empty where nothing runs or Redis is away."""
+    try:
+        groups = [group for group in ledger.groups.living() if group.running_job is not None]
+        jobs = [ledger.job(str(group.running_job)) for group in groups]
+    except redis.exceptions.RedisError:
+        return ""
+    now = time.time()
+    return "; ".join(
+        f"{job.identifier}: {job.operation}, {now - (job.started_at or now):.0f} s so far"
+        for job in jobs
+        if job is not None
+    )

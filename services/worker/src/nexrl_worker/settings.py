@@ -13,6 +13,8 @@ from nexrl_contract.names import DEFAULT_REDIS_URL
 from nexrl_host.machine import CPU_SLOTS, visible_gpus
 from nexrl_host.processes import log_limit
 
+from nexrl_worker.channel import Channel
+
 _DEFAULT_STOP_LIMIT_S = 50  # within the stop_grace_period of docker-compose.yml
 
 
@@ -103,9 +105,9 @@ class GroupFolders:
     identifier: str
 
     @property
-    def run(self) -> Path:
-        """Files between agent and ranks of one incarnation."""
-        return self.data / ".nexrl" / "groups" / self.identifier / "run"
+    def channel(self) -> Channel:
+        """Between the agent and the ranks of the present incarnation."""
+        return Channel(self.state.with_name("run"))
 
     @property
     def state(self) -> Path:
@@ -121,29 +123,6 @@ class GroupFolders:
     def logs(self) -> Path:
         """One log a rank."""
         return self.data / ".nexrl" / "logs" / "groups" / self.identifier
-
-    @property
-    def stop_request(self) -> Path:
-        """The agent asks the ranks to stop after the current operation."""
-        return self.run / "stop"
-
-    @property
-    def destroyed(self) -> Path:
-        """Rank 0 tells the agent which ``destroy`` job ended the group."""
-        return self.run / "destroyed.json"
-
-    @property
-    def refused(self) -> Path:
-        """Why no rank can run the group's models, as an error's body."""
-        return self.run / "refused.json"
-
-    def pid(self, rank: int) -> Path:
-        """A rank's process id."""
-        return self.run / f"rank{rank}.pid"
-
-    def error(self, rank: int) -> Path:
-        """What killed a rank, in its own words."""
-        return self.run / f"rank{rank}.error.json"
 
 
 def _integer(name: str, default: int) -> int:

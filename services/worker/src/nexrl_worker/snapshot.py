@@ -4,8 +4,11 @@ torch."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import NamedTuple
+
+from nexrl_worker.settings import GroupFolders
 
 SNAPSHOT_FILE = "suspended.json"
 
@@ -32,16 +35,21 @@ class Snapshot(NamedTuple):
 def read_snapshot(folder: Path) -> Snapshot:
     """What the state in ``folder`` contains; nothing where there is none."""
     try:
-        kept = Snapshot(**json.loads((folder / SNAPSHOT_FILE).read_text()))
-        return kept._replace(lost=tuple(kept.lost))
-    except FileNotFoundError:
+        snapshot = Snapshot(**json.loads((folder / SNAPSHOT_FILE).read_text()))
+    except (FileNotFoundError, NotADirectoryError):
         return Snapshot()
+    return snapshot._replace(lost=tuple(snapshot.lost))
+
+
+def forget_snapshot(folders: GroupFolders) -> None:
+    """Remove what a clean stop kept: it belongs to a group that is no more."""
+    for folder in (folders.state, folders.new_state):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def lost_operations(count: int) -> str:
     """How a cause says what went with a group's processes, and what to do."""
     return (
         f"{count} finished operations that changed the weights went with its processes (now "
-        "rolled_back); "
-        "destroy the group, initialise it again and load a checkpoint"
+        "rolled_back); destroy the group, initialise it again and load a checkpoint"
     )

@@ -1,154 +1,171 @@
-"""The processes of one incarnation of a group: torchrun and its ranks, how they start, and what is
-known when they end."""
+"""How the ranks of a group are started, watched and ended; what only one host can know of them."""
 
 from __future__ import annotations
 
-import fcntl
 import json
+import logging
 import os
 import select
-import shutil
-import signal
-import socket
-import struct
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from nexrl_contract.records import GroupRecord
-from nexrl_host.processes import die_with_parent, memory_groups
-from nexrl_storage import at
+from nexrl_host.processes import (
+    die_with_parent,
+    how_it_ended,
+    oom_kills,
+    signal_name,
+    wait_status,
+)
 
 from nexrl_worker.settings import AgentSettings, GroupFolders
 
 _LOG_TAIL_BYTES = 2000
 _LAST_WORDS_S = 0.2
 _LAST_STATUS_S = 1.0
+_KILLED_S = 5.0
 _LONGEST_CAUSE = 1000
-# Linux 6.15: _IOWR(0xFF, 11, struct pidfd_info of 64 bytes), whose mask asks for, and then has, the
-# wait status.
-_PIDFD_GET_INFO, _PIDFD_INFO_BYTES, _PIDFD_INFO_EXIT, _STATUS_AT = 0xC040FF0B, 64, 1 << 3, 60
+_log = logging.getLogger(__name__)
 
 
-class Failure(NamedTuple):
-    """Why a group's processes ended, and the rank that began it where that is known."""
+class Slots:
+    """The agent's slots: GPUs by index or by UUID, or a number of CPU ranks.
 
-    cause: str
-    rank: int | None
+    The agent's main thread takes them, the groups' threads give them back.
+    """
+
+    def __init__(self, total: int, gpus: tuple[str, ...]) -> None:
+        self._lock = threading.Lock()
+        self._total = total
+        self._free = total
+        self._order = gpus
+        self._gpus = list(gpus[:total])
+
+    @property
+    def free(self) -> int:
+        """Slots that no group holds. It only grows until the main thread takes some."""
+        return self._free
+
+    def take(self, count: int) -> tuple[str, ...]:
+        """Reserve ``count`` slots; the GPUs that come with them, none on CPU."""
+        with self._lock:
+            assert count <= self._free
+            self._free -= count
+            taken, self._gpus = tuple(self._gpus[:count]), self._gpus[count:]
+            return taken
+
+    def give_back(self, count: int, gpus: tuple[str, ...]) -> None:
+        """The inverse of :meth:`take`."""
+        with self._lock:
+            self._free += count
+            self._gpus = sorted([*self._gpus, *gpus], key=self._order.index)
+
+    def shortage(self, count: int, agent: str) -> str:
+        """Why a group of ``count`` ranks waits."""
+        return f"{count} slots: {self._free} of {self._total} are free on agent {agent}"
 
 
-class GroupProcess:
-    """Start it from the agent's main thread: the children die with the thread that forked them.
-    Raises OSError."""
+class Exit(NamedTuple):
+    """How the processes of a group ended: ``cause`` None after a stop or a destroy, else why, and
+    the rank that began it where that is known."""
+
+    cause: str | None = None
+    rank: int | None = None
+
+
+class Launcher(Protocol):
+    """The processes of one incarnation of a group, on whichever hosts they run.
+
+    One thread makes all calls. It asks the ranks to stop by way of the channel.
+    """
+
+    def start(self) -> None:
+        """Start the ranks, and for a new group the check of its models. Raises OSError."""
+
+    @property
+    def checked(self) -> bool:
+        """Whether that check has ended: what it has to say stands in the channel."""
+
+    def poll(self) -> Exit | None:
+        """None while the ranks live. One that died is enough for an exit with its cause."""
+
+    def kill(self) -> None:
+        """End every process; none is left on return. May be repeated."""
+
+
+class LocalTorchrun:
+    """All ranks on this host, under one torchrun. They die with the thread that started them."""
 
     def __init__(
         self, settings: AgentSettings, group: GroupRecord, epoch: int, gpus: tuple[str, ...]
     ) -> None:
-        self.identifier = group.identifier
-        self.world_size = group.world_size
-        self.epoch = epoch
-        self.gpus = gpus
-        self.folders = GroupFolders(settings.data, group.identifier)
-        if not group.initialised:
-            self.forget_state()  # of a former group of that name
-        at(self.folders.run).remove(self.folders.run, recursive=True)
-        self.folders.run.mkdir(parents=True)
-        self.folders.logs.mkdir(parents=True, exist_ok=True)
-        environment = _environment(settings, group, epoch, gpus)
-        self._torchrun = self._start(_torchrun(group.world_size), environment, "torchrun.log")
+        self._identifier = group.identifier
+        self._world_size = group.world_size
+        self._checks = not group.initialised
+        self._folders = GroupFolders(settings.data, group.identifier)
+        self._environment = _environment(settings, group, epoch, gpus)
+        self._torchrun: subprocess.Popen[bytes] | None = None
         self._check: subprocess.Popen[bytes] | None = None
-        if not group.initialised:
-            environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-            self._check = self._start(
-                [sys.executable, "-m", "nexrl_worker.rank.model_folder"], environment, "check.log"
-            )
-        self._watched: dict[int, int] = {}
+        self._pidfds: dict[int, int] = {}
         self._oom_kills = oom_kills()
-        self._ended_because: str | None = None
+
+    def start(self) -> None:
+        """See :class:`Launcher`."""
+        self._folders.logs.mkdir(parents=True, exist_ok=True)
+        self._torchrun = self._run(
+            _torchrun(self._world_size, "nexrl_worker.rank"), self._environment, "torchrun.log"
+        )
+        if self._checks:
+            on_cpu = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+            self._check = self._run(
+                ["-m", "nexrl_worker.rank.model_folder"], self._environment | on_cpu, "check.log"
+            )
 
     @property
     def checked(self) -> bool:
-        """Whether it is known by now if the group's models can be run: `refusal` says so."""
+        """See :class:`Launcher`."""
         return self._check is None or self._check.poll() is not None
 
-    @property
-    def refusal(self) -> dict[str, Any] | None:
-        """The error of a group whose models no rank can run."""
-        return _read(self.folders.refused)
-
-    def poll_failure(self) -> Failure | None:
-        """Set once a rank or torchrun has died without being asked to."""
+    def poll(self) -> Exit | None:
+        """See :class:`Launcher`. A pidfd tells of a dead rank at once, torchrun only later."""
+        assert self._torchrun is not None
         code = self._torchrun.poll()
         if code == 0:
-            return None
-        dead = [rank for rank, descriptor in self._descriptors().items() if _ended(descriptor)]
+            return Exit()
+        dead = [rank for rank, pidfd in self._watched().items() if _readable(pidfd, 0)]
         if not dead and code is None:
             return None
-        if dead and code is None and self._clean_exit_under_way():
+        # Race: after a stop or a destroy a rank may be gone and torchrun not yet. Ranks leave only
+        # after the channel has said so, therefore whoever sees the rank gone sees the message.
+        channel = self._folders.channel
+        if code is None and (channel.stop_asked or channel.destroyed_by is not None):
             return None
-        return self._cause(dead, code)
-
-    @property
-    def ended_cleanly(self) -> bool:
-        """Every rank returned after a stop or a destroy."""
-        return self._torchrun.poll() == 0
-
-    def destroy_job(self) -> str | None:
-        """The ``destroy`` job that ended the group, None when it was something else."""
-        try:
-            return str(json.loads(self.folders.destroyed.read_text())["job_id"])
-        except (FileNotFoundError, ValueError):
-            return None
-
-    def forget_state(self) -> None:
-        """Remove what a clean stop kept: it belongs to a group that is no more."""
-        for folder in (self.folders.state, self.folders.new_state):
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def request_stop(self) -> None:
-        """Ask the ranks to end after the current operation, keeping their state."""
-        self.folders.stop_request.touch()
-
-    def wait(self, timeout_s: float) -> bool:
-        """Whether torchrun has ended within ``timeout_s``."""
-        try:
-            self._torchrun.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
-
-    def end(self, cause: str) -> None:
-        """Begin to kill it for a reason that only the caller knows; whoever watches it sees the end
-        with that cause."""
-        self._ended_because = cause
-        self._torchrun.kill()
+        return self._exit(dead, code)
 
     def kill(self) -> None:
-        """End torchrun at once; its ranks die with it."""
-        if self._check is not None:
-            self._check.kill()
-            self._check.wait()
-        self._torchrun.kill()
-        self._torchrun.wait()
-        for descriptor in self._descriptors().values():
-            select.select([descriptor], [], [], 5.0)
-        self.close()
+        """See :class:`Launcher`. The ranks die with torchrun."""
+        if self._torchrun is None:
+            return
+        for process in (self._check, self._torchrun):
+            if process is not None:
+                process.kill()
+                process.wait()
+        for pidfd in self._watched().values():
+            _readable(pidfd, _KILLED_S)
+            os.close(pidfd)
+        self._pidfds.clear()
 
-    def close(self) -> None:
-        """Give the descriptors back."""
-        for descriptor in self._watched.values():
-            os.close(descriptor)
-        self._watched.clear()
-
-    def _start(
-        self, command: list[str], environment: dict[str, str], log: str
+    def _run(
+        self, arguments: list[str], environment: dict[str, str], log: str
     ) -> subprocess.Popen[bytes]:
-        with (self.folders.logs / log).open("ab") as output:
+        with (self._folders.logs / log).open("ab") as output:
             return subprocess.Popen(
-                command,
+                [sys.executable, *arguments],
                 env=environment,
                 stdout=output,
                 stderr=output,
@@ -156,134 +173,48 @@ class GroupProcess:
                 preexec_fn=die_with_parent,
             )
 
-    def _clean_exit_under_way(self) -> bool:
-        return self.folders.destroyed.exists() or self.folders.stop_request.exists()
+    def _watched(self) -> dict[int, int]:
+        """A pidfd for each rank that has told its process id; readable once the rank has ended."""
+        if hasattr(os, "pidfd_open"):
+            for rank in self._pidfds.keys() ^ range(self._world_size):
+                # Race: a rank may end before it is watched. Its pid is not another's yet, since
+                # torchrun has not waited for it; torchrun's own exit tells of it otherwise.
+                with suppress(ProcessLookupError):
+                    if (pid := self._folders.channel.pid(rank)) is not None:
+                        self._pidfds[rank] = os.pidfd_open(pid)
+        return self._pidfds
 
-    def _descriptors(self) -> dict[int, int]:
-        """A pidfd for each rank that has told its process id: it becomes readable when the rank
-        ends."""
-        if not hasattr(os, "pidfd_open"):
-            return {}
-        for rank in range(self.world_size):
-            if rank not in self._watched:
-                try:
-                    self._watched[rank] = os.pidfd_open(int(self.folders.pid(rank).read_text()))
-                except (FileNotFoundError, ProcessLookupError, ValueError):
-                    continue
-        return self._watched
-
-    def _cause(self, dead: list[int], code: int | None) -> Failure:
-        """The rank that began it: one that died without a word was killed, and its peers only lost
-        their connection to it."""
-        if self._ended_because is not None:
-            return Failure(self._ended_because, None)
-        time.sleep(_LAST_WORDS_S)
-        words = {
-            rank: said
-            for rank in range(self.world_size)
-            if (said := _read(self.folders.error(rank))) is not None
-        }
-        silent = [rank for rank in dead if rank not in words]
+    def _exit(self, dead: list[int], code: int | None) -> Exit:
+        """A rank without a message was killed; the others failed because it vanished: blame it."""
+        time.sleep(_LAST_WORDS_S)  # race: a rank that is dying may be writing its message
+        failures = self._folders.channel.failures(self._world_size)
+        silent = [rank for rank in dead if rank not in failures]
         if silent:
             how = how_it_ended(self._status(silent[0]), oom_kills() - self._oom_kills)
-            log = f"see its log (nexrl logs {self.identifier})"
-            return Failure(f"rank {silent[0]} {how} without a message; {log}", silent[0])
-        if words:
-            rank, first = min(words.items(), key=lambda item: float(item[1]["time"]))
-            return Failure(f"rank {rank}: {first['message']}"[:_LONGEST_CAUSE], rank)
-        tail = _tail(self.folders.logs / "torchrun.log")
-        return Failure(f"the launcher ended with {_exit_text(code)}: {tail}"[:_LONGEST_CAUSE], None)
+            log = f"see its log (nexrl logs {self._identifier})"
+            return Exit(f"rank {silent[0]} {how} without a message; {log}", silent[0])
+        if failures:
+            rank, first = min(failures.items(), key=lambda item: item[1].at)
+            return Exit(f"rank {rank}: {first.message}"[:_LONGEST_CAUSE], rank)
+        how = f"exit code {code}" if code is None or code > 0 else f"signal {signal_name(-code)}"
+        tail = _last_line(self._folders.logs / "torchrun.log")
+        return Exit(f"the launcher ended with {how}: {tail}"[:_LONGEST_CAUSE])
 
     def _status(self, rank: int) -> int | None:
-        """The wait status of a rank that has ended, as soon as the launcher has waited for it; None
-        where it is not told."""
+        """The wait status of a rank that has ended, as soon as torchrun has waited for it; None
+        where the kernel does not tell."""
         deadline = time.monotonic() + _LAST_STATUS_S
-        while (status := wait_status(self._watched[rank])) is None and time.monotonic() < deadline:
+        while (status := wait_status(self._pidfds[rank])) is None and time.monotonic() < deadline:
             time.sleep(_LAST_WORDS_S / 4)
         return status
 
 
-def how_it_ended(status: int | None, oom_kills: int) -> str:
-    """In words, by the wait status and what the kernel killed meanwhile for want of memory, see
-    `oom_kills`."""
-    if status is None:
-        return "was killed or crashed"
-    if not os.WIFSIGNALED(status):
-        return f"ended with exit code {os.waitstatus_to_exitcode(status)}"
-    number = os.WTERMSIG(status)
-    if number == signal.SIGKILL and oom_kills > 0:
-        return (
-            f"was killed by SIGKILL, out of memory (the kernel has killed {oom_kills} for want of "
-            "memory since the group began),"
-        )
-    verb = (
-        "was killed by"
-        if number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-        else "crashed with"
-    )
-    return f"{verb} {signal_name(number)}"
-
-
-def signal_name(number: int) -> str:
-    """SIGKILL, or `signal 34` where it has no name."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
-
-
-def oom_kills(root: Path = Path("/")) -> int:
-    """How many processes the kernel has killed for want of memory, in this process's control group:
-    its ranks are in it, too.
-
-    Where no control group counts, on the host, others' included; 0 where that does not say either.
-    """
-    names = {2: "memory.events", 1: "memory.oom_control"}
-    counters = [folder / names[version] for version, folder in memory_groups(root)]
-    for counter in (*counters, root / "proc/vmstat"):
-        with suppress(OSError):
-            for line in counter.read_text().splitlines():
-                if line.startswith("oom_kill "):
-                    return int(line.split()[1])
-    return 0
-
-
-def wait_status(descriptor: int) -> int | None:
-    """Of a process that is another's child and has been waited for; None before, and where the
-    kernel is too old to tell."""
-    info = bytearray(_PIDFD_INFO_BYTES)
-    struct.pack_into("Q", info, 0, _PIDFD_INFO_EXIT)
-    try:
-        fcntl.ioctl(descriptor, _PIDFD_GET_INFO, info)
-    except OSError:
-        return _zombie_status(descriptor)
-    has: int = struct.unpack_from("Q", info)[0]
-    status: int = struct.unpack_from("i", info, _STATUS_AT)[0]
-    return status if has & _PIDFD_INFO_EXIT else _zombie_status(descriptor)
-
-
-def _zombie_status(descriptor: int) -> int | None:
-    """The wait status of a process that nobody has waited for yet."""
-    try:
-        lines = Path(f"/proc/self/fdinfo/{descriptor}").read_text().splitlines()
-        pid = next(line.split()[1] for line in lines if line.startswith("Pid:"))
-        state, *_, status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (OSError, StopIteration):
-        return None
-    return int(status) if state == "Z" else None
-
-
-def _torchrun(world_size: int) -> list[str]:
+def _torchrun(world_size: int, module: str) -> list[str]:
+    """Its own rendezvous finds a free port, and does not let go of it before the ranks have met."""
     return [
-        *(
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nnodes=1",
-            f"--nproc-per-node={world_size}",
-        ),
-        *("--master-addr=127.0.0.1", f"--master-port={_free_port()}", "--max-restarts=0"),
-        *("-m", "nexrl_worker.rank"),
+        *("-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={world_size}"),
+        *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"),
+        *("--max-restarts=0", "-m", module),
     ]
 
 
@@ -305,7 +236,7 @@ def _environment(
     }
     threads = max(1, (os.cpu_count() or 1) // group.world_size)
     return {
-        # nvidia-smi's numbers; CUDA's own begin with the fastest
+        # The driver's numbers; CUDA's own begin with the fastest
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         **os.environ,
         "NEXRL_GROUP": json.dumps(document),
@@ -322,29 +253,12 @@ def _environment(
     }
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _readable(descriptor: int, timeout_s: float) -> bool:
+    return bool(select.select([descriptor], [], [], timeout_s)[0])
 
 
-def _ended(descriptor: int) -> bool:
-    return bool(select.select([descriptor], [], [], 0)[0])
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        return {**json.loads(path.read_text()), "time": path.stat().st_mtime}
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-
-
-def _tail(path: Path) -> str:
+def _last_line(path: Path) -> str:
     with path.open("rb") as log:
         log.seek(max(0, path.stat().st_size - _LOG_TAIL_BYTES))
         lines = log.read().decode(errors="replace").strip().splitlines()
     return lines[-1] if lines else "no output"
-
-
-def _exit_text(code: int | None) -> str:
-    return f"signal {signal_name(-code)}" if code is not None and code < 0 else f"exit code {code}"

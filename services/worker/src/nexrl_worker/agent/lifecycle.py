@@ -1,249 +1,358 @@
-"""One group under watch: from the start of its processes to their end, and what the ledger is told
-of it."""
+"""The life of a group at its agent, as one state machine; docs/states.md draws it."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import shutil
+import threading
 import time
-from collections.abc import Callable, Collection
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
+import redis
 from nexrl_contract import names
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.operations import DESTROY
-from nexrl_contract.records import GroupRecord, JobRecord
+from nexrl_contract.records import GroupRecord, JobRecord, Share
 from nexrl_ledger import Fenced, Ledger, until_redis
 from nexrl_payloads import PayloadStore
 
-from nexrl_worker.agent.launcher import Failure, GroupProcess
-from nexrl_worker.snapshot import lost_operations, read_snapshot
+from nexrl_worker.agent.launcher import Exit, Launcher, LocalTorchrun, Slots
+from nexrl_worker.settings import AgentSettings, GroupFolders
+from nexrl_worker.snapshot import forget_snapshot, lost_operations, read_snapshot
 
-WATCH_S = 0.1
+POLL_S = 0.1
 RENEW_S = 5.0
-LOGS_KEPT = 20
-LOGS_KEPT_S = 7 * 24 * 3600.0
-_GONE = ".gone-"  # no identifier begins so
 _log = logging.getLogger(__name__)
 
 
-class GroupWatch:
-    """Runs in a thread of its own. However it ends, the processes are gone and ``release`` was
-    called once."""
+class State(Enum):
+    """Where a group stands at its agent. The ledger says ``up`` or ``ready`` for READY, and
+    ``starting`` for SUSPENDED, which is the promise to come back."""
+
+    RESUMING = "the agent is back, and looks at what it held"
+    STARTING = "processes start, and the ranks have not met"
+    READY = "the ranks serve the group's queue"
+    STOPPING = "the ranks were asked to end after their operation and to keep their state"
+    SUSPENDED = "the ranks are gone, their state is on disk"
+    DOWN = "the ranks are lost, and with them what the state on disk does not contain"
+    DESTROYED = "nothing is left of the group"
+    REPLACED = "another incarnation took its place; the ledger hears nothing of this one"
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What the groups of one agent share."""
+
+    settings: AgentSettings
+    address: str
+    ledger: Ledger
+    store: PayloadStore
+    slots: Slots
+
+
+class Lifecycle:
+    """One group. The agent's main thread calls the public methods; from :meth:`start` on the group
+    moves in a thread of its own.
+
+    However that thread ends, the processes are gone, and ``released`` was called once.
+    """
 
     def __init__(
         self,
-        ledger: Ledger,
-        store: PayloadStore,
-        process: GroupProcess,
+        host: Host,
+        group: GroupRecord,
         placement: JobRecord | None,
-        release: Callable[[GroupProcess], None],
+        released: Callable[[Lifecycle], None],
     ) -> None:
-        self._ledger = ledger
-        self._store = store
-        self._process = process
+        self.identifier = group.identifier
+        self.world_size = group.world_size
+        self.state = State.RESUMING if placement is None else State.STARTING
+        self._host = host
+        self._ledger = host.ledger
+        self._group = group
+        self._epoch = group.epoch
         self._unanswered = placement
-        self._release = release
-        self._ended = False
+        self._renew_at = time.monotonic() + RENEW_S
+        self._released = released
+        self._folders = GroupFolders(host.settings.data, group.identifier)
+        self._channel = self._folders.channel
+        self._launcher: Launcher | None = None
+        self._holds_slots = False
+        self._gpus: tuple[str, ...] = ()
+        self._stop_by: float | None = None
+        self._thread = threading.Thread(
+            target=self._run, name=f"group-{group.identifier}", daemon=True
+        )
 
-    def run(self) -> None:
-        """Watch until the group's processes have ended; never raises."""
+    # --- RESUMING -> STARTING, DOWN or DESTROYED ---
+
+    @property
+    def whole(self) -> bool:
+        """Whether the state on disk holds every step that the group has finished."""
+        snapshot = read_snapshot(self._folders.state)
+        return snapshot.accounts_for(self._group.seq, self._group.epoch)
+
+    def resume(self) -> State:
+        """The agent was away. May be repeated while Redis is; raises Fenced when replaced."""
+        group, groups = self._group, self._ledger.groups
+        kept = read_snapshot(self._folders.state).seq
+        job = self._ledger.job(group.running_job) if group.running_job else None
+        if job is not None and not job.final:
+            if job.operation == DESTROY:
+                groups.mark_destroyed(self.identifier, group.epoch)
+                return self._moved(State.DESTROYED)
+            cause = "the agent stopped while this ran; whether it took effect is not known"
+            self._ledger.finish(job, error=self._failed(cause))
+        if not self.whole:
+            self._begin_epoch()
+            cause = f"its processes were killed: {lost_operations(group.seq - kept)}"
+            groups.mark_down(self.identifier, self._epoch, cause, kept=kept)
+            return self._moved(State.DOWN)
+        if group.seq > kept:
+            # Gradients that awaited optim_step ended with the ranks. Before the new epoch begins:
+            # the snapshot excuses them for the incarnation that dropped them alone.
+            lost = groups.roll_back(self.identifier, group.epoch, kept)
+            self._group = group.model_copy(update={"seq": kept})
+            _log.warning("gradients.lost identifier=%s forward_backwards=%d", self.identifier, lost)
+        self._unanswered = self._ledger.claim(
+            names.AGENT_QUEUE, job_id=group.placement_job or "-", stale_before=time.time()
+        )
+        return self._moved(State.STARTING)
+
+    # --- STARTING -> READY, STOPPING or an end ---
+
+    def begin(self) -> None:
+        """Begin a new epoch and take the slots; raises Fenced when the group is gone."""
+        self._begin_epoch()
+        self._gpus = self._host.slots.take(self.world_size)
+        self._holds_slots = True
+
+    def _begin_epoch(self) -> None:
+        """A new incarnation, all of whose ranks are this agent's."""
+        agent, host = self._host.settings.name, self._host.address
+        placement = [Share(agent=agent, slots=self.world_size, host=host)]
+        self._epoch = self._ledger.groups.start_epoch(self.identifier, placement)
+
+    def start(self) -> None:
+        """Start the thread, from which the group may be released at once."""
+        self._thread.start()
+
+    def _starting(self) -> State:
+        launcher = LocalTorchrun(self._host.settings, self._group, self._epoch, self._gpus)
         try:
-            refusal = self._await_up() if self._unanswered is not None else None
-            if refusal is not None:
-                self._turn_away(refusal)
-            else:
-                self._conclude(self._await_end())
+            if not self._group.initialised:
+                forget_snapshot(self._folders)  # of a former group of that name
+            self._channel.clear()
+            launcher.start()
+        except OSError as error:
+            launcher.kill()
+            cause = f"could not be started on agent {self._host.settings.name}: {error}"
+            return self._down(self._let_go(), f"its processes {cause}")
+        self._launcher = launcher
+        while (ended := launcher.poll()) is None:
+            # Race: the check tells its verdict and ends. Asked in this order, a check that has
+            # ended has told; the other way round a refusal between the two lines would be missed.
+            checked = launcher.checked
+            if (refusal := self._channel.refusal) is not None:
+                _log.warning("group.refused identifier=%s %s", self.identifier, refusal["message"])
+                refusal["identifier"] = self.identifier
+                return self._destroyed(self._let_go(), None, refusal)
+            with suppress(redis.exceptions.RedisError):  # the next look tries again
+                if checked and (met := self._met()) is not None:
+                    self._answer(result=met)
+                    return State.READY
+            # A stop waits for the check: a group that it refuses must not be kept.
+            if self._stop_by is not None and (checked or time.monotonic() >= self._stop_by):
+                return State.STOPPING
+            self._pause()
+        return self._ended(ended)
+
+    def _met(self) -> dict[str, Any] | None:
+        """What ``initialize_worker`` answers once the ranks have met, None before."""
+        group = self._ledger.groups.get(self.identifier)
+        if group is None or group.epoch != self._epoch or group.state not in ("up", "ready"):
+            return None
+        shown = {name: getattr(group, name) for name in ("role", "world_size", "ignored")}
+        return {**shown, "already": False}
+
+    # --- READY -> STOPPING or an end ---
+
+    def _ready(self) -> State:
+        assert self._launcher is not None
+        while (ended := self._launcher.poll()) is None:
+            if self._stop_by is not None:
+                return State.STOPPING
+            self._pause()
+        return self._ended(ended)
+
+    # --- STOPPING -> SUSPENDED, or another end ---
+
+    def stop(self, deadline: float) -> None:
+        """End the ranks after their operation, at the latest at that monotonic time."""
+        self._stop_by = deadline  # written once, here; the group's own thread looks each POLL_S
+
+    def join(self, timeout_s: float) -> bool:
+        """Whether the group has come to an end within ``timeout_s``."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _stopping(self) -> State:
+        assert self._launcher is not None and self._stop_by is not None
+        while (ended := self._launcher.poll()) is None:
+            if time.monotonic() >= self._stop_by:
+                return self._ended(Exit(self._overdue()))
+            if not self._channel.stop_asked:
+                try:
+                    self._channel.ask_to_stop()
+                except OSError as error:  # a full disk: the next look tries again
+                    _log.error("group.unstoppable identifier=%s %s", self.identifier, error)
+            self._pause()
+        return self._ended(ended)
+
+    def _overdue(self) -> str:
+        what = "its operation or the saving of its state"
+        with suppress(redis.exceptions.RedisError):
+            group = self._ledger.groups.get(self.identifier)
+            running = group.running_job if group is not None else None
+            job = self._ledger.job(running) if running is not None else None
+            what = job.operation if job is not None else "the saving of its state"
+        limit_s = self._host.settings.stop_limit_s
+        return f"the service was stopped, and {what} had not ended {limit_s} s later"
+
+    # --- the ends: processes gone, slots free, ledger told, placement answered ---
+
+    def _ended(self, ended: Exit) -> State:
+        """What the end of the processes means for the group, and for those who wait for it."""
+        destroyed = self._channel.destroyed_by is not None
+        doomed = self._let_go()
+        if ended.cause is not None:
+            destroyed = destroyed or any(job.operation == DESTROY for job in doomed)
+        if destroyed:
+            return self._destroyed(doomed, ended.cause)
+        if ended.cause is not None:
+            return self._down(doomed, ended.cause, ended.rank)
+        return self._suspended()
+
+    def _let_go(self) -> list[JobRecord]:
+        """What waits in the group's queue, once its processes are gone and its slots are free."""
+        self._release()
+        # Race: the end of a group empties its queue, so this is read before. A job that comes in
+        # between fails with the others; its payload stays for the janitor.
+        return until_redis(lambda: self._ledger.waiting(names.train_queue(self.identifier)))
+
+    def _suspended(self) -> State:
+        met = until_redis(self._met)  # before its state says something else
+        until_redis(
+            lambda: self._ledger.groups.update(self.identifier, self._epoch, state="starting")
+        )
+        if met is not None:
+            until_redis(lambda: self._answer(result=met))
+        self._close([], self._not_started(None))
+        return State.SUSPENDED
+
+    def _destroyed(
+        self, doomed: list[JobRecord], cause: str | None, refusal: dict[str, Any] | None = None
+    ) -> State:
+        """``refusal`` is what whoever waits for the placement is told."""
+        forget_snapshot(self._folders)
+        until_redis(
+            lambda: self._ledger.groups.mark_destroyed(self.identifier, self._epoch, cause=cause)
+        )
+        self._close(doomed, refusal or self._not_started(cause))
+        return State.DESTROYED
+
+    def _down(self, doomed: list[JobRecord], cause: str, rank: int | None = None) -> State:
+        kept = read_snapshot(self._folders.state).seq
+        group = until_redis(lambda: self._ledger.groups.get(self.identifier))
+        if group is not None and group.seq > kept:
+            cause += f"; {lost_operations(group.seq - kept)}"
+        _log.error("group.down identifier=%s epoch=%d %s", self.identifier, self._epoch, cause)
+        until_redis(
+            lambda: self._ledger.groups.mark_down(
+                self.identifier, self._epoch, cause, rank=rank, kept=kept
+            )
+        )
+        self._close(doomed, self._not_started(cause))
+        return State.DOWN
+
+    def _close(self, doomed: list[JobRecord], error: dict[str, Any]) -> None:
+        until_redis(lambda: self._answer(error=error))
+        for job in doomed:
+            if job.payload is not None:
+                try:
+                    self._host.store.delete(job.payload.id)
+                except ServiceError as refused:  # the janitor will find it
+                    _log.warning("payload.kept job_id=%s %s", job.id, refused)
+
+    # --- what moves it ---
+
+    def _run(self) -> None:
+        """From STARTING to an end; never raises."""
+        try:
+            while (step := _STEPS.get(self.state)) is not None:
+                self._moved(step(self))
         except Fenced as error:
-            _log.warning("group.fenced identifier=%s %s", self._process.identifier, error)
+            _log.warning("group.fenced identifier=%s %s", self.identifier, error)
+            self._moved(State.REPLACED)
         except Exception as error:
-            _log.exception("group.lost identifier=%s", self._process.identifier)
-            self._give_up(error)
+            _log.exception("group.lost identifier=%s", self.identifier)
+            self._give_up(f"the agent could not watch it any more: {type(error).__name__}: {error}")
         finally:
-            self._end()
+            self._release()
 
-    def _await_up(self) -> dict[str, Any] | None:
-        """Answer the placement job as soon as the ranks have met; the error of models that none of
-        them can run."""
-        renewed = time.monotonic()
-        while not self._process.ended_cleanly and self._process.poll_failure() is None:
-            checked = self._process.checked  # before its word is looked for
-            if (refusal := self._process.refusal) is not None:
-                return refusal
-            group = until_redis(lambda: self._ledger.groups.get(self._process.identifier))
-            if (
-                checked
-                and group is not None
-                and group.epoch == self._process.epoch
-                and group.state in ("up", "ready")
-            ):
-                self._answer(result=_placed(group))
-                return None
-            if time.monotonic() - renewed > RENEW_S:
-                self._renew()
-                renewed = time.monotonic()
-            time.sleep(WATCH_S)
-        return None
-
-    def _turn_away(self, refusal: dict[str, Any]) -> None:
-        """The group is gone as if it had been destroyed, so that its name is free for other
-        settings."""
-        identifier, epoch = self._process.identifier, self._process.epoch
-        self._end()
-        doomed = until_redis(lambda: self._ledger.waiting(names.train_queue(identifier)))
-        self._process.forget_state()
-        until_redis(lambda: self._ledger.groups.mark_destroyed(identifier, epoch))
-        _log.warning(
-            "group.refused identifier=%s epoch=%d %s", identifier, epoch, refusal["message"]
-        )
-        self._answer(error={**refusal, "identifier": identifier})
-        self._drop_payloads(doomed)
-
-    def _await_end(self) -> Failure | None:
-        """Why the processes ended, None after a stop or a destroy."""
-        while not self._process.ended_cleanly:
-            if (failure := self._process.poll_failure()) is not None:
-                return failure
-            time.sleep(WATCH_S)
-        return None
-
-    def _conclude(self, failure: Failure | None) -> None:
-        """Slots are free before anybody hears of the end; the placement is answered after the
-        group's state is true."""
-        identifier, epoch = self._process.identifier, self._process.epoch
-        destroy = self._process.destroy_job()
-        self._end()
-        doomed = until_redis(lambda: self._ledger.waiting(names.train_queue(identifier)))
-        if destroy is None and failure is not None:
-            destroy = next((job.id for job in doomed if job.operation == DESTROY), None)
-        cause = failure.cause if failure is not None else None
-        if destroy is not None:
-            self._process.forget_state()
-            until_redis(lambda: self._ledger.groups.mark_destroyed(identifier, epoch, cause=cause))
-            _log.info("group.destroyed identifier=%s epoch=%d", identifier, epoch)
-        elif failure is not None:
-            kept = read_snapshot(self._process.folders.state).seq
-            cause = failure.cause + self._lost(kept)
-            _log.error("group.down identifier=%s epoch=%d %s", identifier, epoch, cause)
-            until_redis(
-                lambda: self._ledger.groups.mark_down(
-                    identifier, epoch, cause, rank=failure.rank, kept=kept
-                )
-            )
-        else:
-            until_redis(lambda: self._ledger.groups.update(identifier, epoch, state="starting"))
-            doomed = []
-        self._refuse(cause or "the ranks were stopped before they had met")
-        self._drop_payloads(doomed)
-
-    def _lost(self, kept: int) -> str:
-        """How a cause says what only the dead ranks held; empty where nothing was lost."""
-        group = until_redis(lambda: self._ledger.groups.get(self._process.identifier))
-        return (
-            "" if group is None or group.seq <= kept else f"; {lost_operations(group.seq - kept)}"
-        )
-
-    def _give_up(self, error: Exception) -> None:
-        self._end()
-        cause = f"the agent could not watch it any more: {type(error).__name__}: {error}"
+    def _give_up(self, cause: str) -> None:
+        self._release()
+        self._moved(State.DOWN)
         try:
-            until_redis(
-                lambda: self._ledger.groups.mark_down(
-                    self._process.identifier, self._process.epoch, cause
-                )
-            )
-            self._refuse(cause)
+            until_redis(lambda: self._ledger.groups.mark_down(self.identifier, self._epoch, cause))
+            self._close([], self._not_started(cause))
         except Exception:
-            _log.exception("group.unreported identifier=%s", self._process.identifier)
+            _log.exception("group.unreported identifier=%s", self.identifier)
 
-    def _refuse(self, cause: str) -> None:
-        message = f"the group did not start: {cause}"
-        self._answer(
-            error=ServiceError(
-                "OPERATION_FAILED", message, identifier=self._process.identifier
-            ).body()
-        )
+    def _moved(self, state: State) -> State:
+        """Every change of state stands in the agent's log."""
+        moved = f"{self.state.name.lower()}->{state.name.lower()}"
+        _log.info("group.moved identifier=%s epoch=%d %s", self.identifier, self._epoch, moved)
+        self.state = state
+        return state
+
+    def _pause(self) -> None:
+        """Until the next look; meanwhile nobody takes the placement for abandoned."""
+        time.sleep(POLL_S)
+        if self._unanswered is not None and time.monotonic() >= self._renew_at:
+            with suppress(redis.exceptions.RedisError):
+                self._ledger.renew(self._unanswered)
+                self._renew_at = time.monotonic() + RENEW_S
+
+    def _release(self) -> None:
+        """The processes are gone, then the slots are free; may be repeated."""
+        if self._launcher is not None:
+            self._launcher.kill()
+        if self._holds_slots:
+            self._holds_slots = False
+            self._host.slots.give_back(self.world_size, self._gpus)
+            self._released(self)
+
+    def _failed(self, cause: str) -> dict[str, Any]:
+        return ServiceError("OPERATION_FAILED", cause, identifier=self.identifier).body()
+
+    def _not_started(self, cause: str | None) -> dict[str, Any]:
+        why = cause or "the ranks were stopped before they had met"
+        return self._failed(f"the group did not start: {why}")
 
     def _answer(self, **ending: Any) -> None:
         """End the placement job, if it has not ended."""
-        if (placement := self._unanswered) is not None:
-            until_redis(lambda: self._ledger.finish(placement, **ending))
+        if self._unanswered is not None:
+            self._ledger.finish(self._unanswered, **ending)
             self._unanswered = None
 
-    def _renew(self) -> None:
-        if (placement := self._unanswered) is not None:
-            until_redis(lambda: self._ledger.renew(placement))
 
-    def _drop_payloads(self, jobs: list[JobRecord]) -> None:
-        for job in jobs:
-            if job.payload is not None:
-                try:
-                    self._store.delete(job.payload.id)
-                except ServiceError as error:  # the janitor will find it
-                    _log.warning("payload.kept job_id=%s %s", job.id, error)
-
-    def _end(self) -> None:
-        if not self._ended:
-            self._ended = True
-            self._process.kill()
-            self._release(self._process)
-
-
-def _placed(group: GroupRecord) -> dict[str, Any]:
-    """The result of ``initialize_worker``."""
-    return {
-        "role": group.role,
-        "world_size": group.world_size,
-        "ignored": group.ignored,
-        "already": False,
-    }
-
-
-def clear_staging(ledger: Ledger, data: Path) -> None:
-    """Remove what saves that have ended left in staging: their ranks died before they could hand
-    over."""
-    for folder in (data / ".nexrl" / "staging").glob("*"):
-        job = ledger.job(folder.name)
-        if job is None or job.final:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def clear_destroyed(ledger: Ledger, data: Path, running: Collection[str]) -> None:
-    """Remove what destroyed groups left: their state at once, logs beyond the last ``LOGS_KEPT``
-    groups or after a week.
-
-    A state is removed only where Redis itself says that its group was destroyed, not where it knows
-    nothing.
-    """
-    for folder in (data / ".nexrl" / "groups").glob("*"):
-        group = None if folder.name in running else ledger.groups.get(folder.name)
-        if folder.name.startswith(_GONE) or (group is not None and group.state == "destroyed"):
-            _remove_aside(folder)
-    logs = list((data / ".nexrl" / "logs" / "groups").glob("*"))
-    living = {
-        *ledger.groups.identifiers(),
-        *running,
-    }  # read after the folders, or a new group's would be taken for an old one
-    ended = [(_last_written(folder), folder) for folder in logs if folder.name not in living]
-    for number, (written, folder) in enumerate(sorted(ended, reverse=True)):
-        if number >= LOGS_KEPT or time.time() - written > LOGS_KEPT_S:
-            _remove_aside(folder)
-
-
-def _remove_aside(folder: Path) -> None:
-    """At once for whoever makes a folder of that name: another agent may have been given the next
-    group."""
-    aside = folder if folder.name.startswith(_GONE) else folder.with_name(_GONE + folder.name)
-    with contextlib.suppress(OSError):
-        folder.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _last_written(folder: Path) -> float:
-    """Seconds since the epoch; 0 for what is being removed."""
-    if not folder.name.startswith(_GONE):
-        with contextlib.suppress(OSError):
-            return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
-    return 0.0
+_STEPS: dict[State, Callable[[Lifecycle], State]] = {
+    State.STARTING: Lifecycle._starting,
+    State.READY: Lifecycle._ready,
+    State.STOPPING: Lifecycle._stopping,
+}
+"""What a group does in each state, until the next; the others are ends."""

@@ -3,18 +3,17 @@ agent."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
 
 from nexrl_host.processes import die_with_parent
 from nexrl_ledger import Fenced
 
+from nexrl_worker.channel import Channel
 from nexrl_worker.settings import GroupFolders, RankSettings
 
 EXIT_FAILED = 75
@@ -32,7 +31,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     folders = GroupFolders(settings.data, settings.identifier)
     _log_to(folders.logs / f"rank{settings.rank}.log")
-    folders.pid(settings.rank).write_text(str(os.getpid()))
+    folders.channel.tell_pid(settings.rank)
     try:
         # Not earlier: torch takes seconds to load, and a launcher that dies meanwhile must take
         # this process along.
@@ -44,7 +43,7 @@ def main() -> None:
         os._exit(EXIT_FENCED)
     except BaseException as error:
         _log.exception("rank.failed")
-        _leave_word(folders.error(settings.rank), settings.rank, error)
+        _tell_failure(folders.channel, settings.rank, error)
         os._exit(EXIT_FAILED)
     os._exit(0)
 
@@ -67,17 +66,12 @@ def _log_to(path: Path) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
 
 
-def _leave_word(path: Path, rank: int, error: BaseException) -> None:
+def _tell_failure(channel: Channel, rank: int, error: BaseException) -> None:
     from nexrl_worker.training.observe.costs import is_out_of_memory
 
     short = "out of memory: " if is_out_of_memory(error) else ""
-    words: dict[str, Any] = {
-        "rank": rank,
-        "message": f"{short}{type(error).__name__}: {error}",
-        "trace": traceback.format_exc(),
-    }
-    path.write_text(json.dumps(words))
+    message = f"{short}{type(error).__name__}: {error}"
+    channel.tell_failure(rank, message, traceback.format_exc())
 
 
-if __name__ == "__main__":
-    main()
+main()

@@ -55,7 +55,7 @@ class Consumer:
         self._saving = (
             True  # until the ledger says that no save of the group is with the checkpointer
         )
-        self._folders = GroupFolders(settings.data, settings.identifier)
+        self._channel = GroupFolders(settings.data, settings.identifier).channel
         self._ledger = Ledger(connect(settings.redis_url))
         self._queue = train_queue(settings.identifier)
         self._consumer = QueueConsumer(
@@ -70,11 +70,11 @@ class Consumer:
         when it was replaced."""
         state = {"state": "ready", "initialised": True} if ready else {"state": "up"}
         until_redis(lambda: self._update(**state, info=self._info(), heartbeat=time.time()))
-        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+        threading.Thread(target=self._keep_heard, name="heartbeat", daemon=True).start()
         self._consumer.run()
 
     def _wake(self) -> None:
-        if self._folders.stop_request.exists():
+        if self._channel.stop_asked:
             self._control.broadcast({"do": "stop", "seq": self._seq})
             self._operations.suspend(self._seq)
             self._consumer.stop()
@@ -82,7 +82,7 @@ class Consumer:
             self._drain()
 
     def _drain(self) -> None:
-        while not self._consumer.stopping and not self._folders.stop_request.exists():
+        while not self._consumer.stopping and not self._channel.stop_asked:
             save = self._save_being_published()
             job = self._claim(held=AFTER_SAVES if save else ())
             if job is not None:
@@ -125,7 +125,7 @@ class Consumer:
     def _run(self, job: JobRecord) -> None:
         if job.operation == DESTROY:
             # First the file: the agent must not take a rank that goes for one that died.
-            self._folders.destroyed.write_text(json.dumps({"job_id": job.id}))
+            self._channel.tell_destroyed(job.id)
             self._control.broadcast({"do": "destroy"})
             self._consumer.stop()
             return
@@ -177,7 +177,7 @@ class Consumer:
                 return
             _log.error("result.lost job_id=%s %s", job.id, error)
             result, payload = {"metrics": {}, "meta_info": {"result_lost": error.message}}, None
-        if job.operation == "init_model":
+        if OPERATIONS[job.operation].changes == "group":  # it has its model now
             until_redis(lambda: self._update(state="ready", initialised=True, info=self._info()))
         self._finish(
             job, result=result, result_payload=payload, seq=self._seq if outcome.applied else None
@@ -222,7 +222,7 @@ class Consumer:
     def _info(self) -> dict[str, Any]:
         return {**self._operations.info(), "host": socket.gethostname(), "pid": os.getpid()}
 
-    def _beat(self) -> None:
+    def _keep_heard(self) -> None:
         """Says that the process lives, also while an operation runs; on a connection of its own."""
         ledger = Ledger(connect(self._settings.redis_url))
         while True:

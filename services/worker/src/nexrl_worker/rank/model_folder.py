@@ -105,9 +105,7 @@ def main() -> None:
     try:
         check_models(group["role"], group["config"])
     except ServiceError as error:
-        word = GroupFolders(Path(group["data"]), group["identifier"]).refused
-        word.with_suffix(".new").write_text(json.dumps(error.body()))
-        word.with_suffix(".new").rename(word)
+        GroupFolders(Path(group["data"]), group["identifier"]).channel.tell_refused(error.body())
     os._exit(0)  # the process group's threads have nothing to say
 
 
