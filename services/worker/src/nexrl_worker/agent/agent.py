@@ -19,7 +19,7 @@ from nexrl_host.processes import rotate_logs
 from nexrl_ledger import Fenced, Ledger, QueueConsumer, connect
 from nexrl_payloads import open_store
 
-from nexrl_worker.agent.launcher import Slots
+from nexrl_worker.agent.launcher import LocalTorchrun, Slots
 from nexrl_worker.agent.lifecycle import Host, Lifecycle, State
 from nexrl_worker.agent.upkeep import clear_destroyed, clear_staging
 from nexrl_worker.settings import AgentSettings, GroupFolders
@@ -42,6 +42,7 @@ class Agent:
             self._ledger,
             open_store(settings.payloads),
             Slots(settings.slots, settings.gpus),
+            LocalTorchrun,
         )
         self._lives: dict[str, Lifecycle] = {}
         """Groups that hold slots, by name."""

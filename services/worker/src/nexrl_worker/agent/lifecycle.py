@@ -19,7 +19,7 @@ from nexrl_contract.records import GroupRecord, JobRecord, Share
 from nexrl_ledger import Fenced, Ledger, until_redis
 from nexrl_payloads import PayloadStore
 
-from nexrl_worker.agent.launcher import Exit, Launcher, LocalTorchrun, Slots
+from nexrl_worker.agent.launcher import Exit, Launcher, Slots
 from nexrl_worker.settings import AgentSettings, GroupFolders
 from nexrl_worker.snapshot import forget_snapshot, lost_operations, read_snapshot
 
@@ -51,6 +51,8 @@ class Host:
     ledger: Ledger
     store: PayloadStore
     slots: Slots
+    launcher: Callable[[AgentSettings, GroupRecord, int, tuple[str, ...]], Launcher]
+    """Makes what starts the ranks of a group in an epoch, on those GPUs."""
 
 
 class Lifecycle:
@@ -141,7 +143,8 @@ class Lifecycle:
         self._thread.start()
 
     def _starting(self) -> State:
-        launcher = LocalTorchrun(self._host.settings, self._group, self._epoch, self._gpus)
+        host = self._host
+        launcher = host.launcher(host.settings, self._group, self._epoch, self._gpus)
         try:
             if not self._group.initialised:
                 forget_snapshot(self._folders)  # of a former group of that name
@@ -149,7 +152,7 @@ class Lifecycle:
             launcher.start()
         except OSError as error:
             launcher.kill()
-            cause = f"could not be started on agent {self._host.settings.name}: {error}"
+            cause = f"could not be started on agent {host.settings.name}: {error}"
             return self._down(self._let_go(), f"its processes {cause}")
         self._launcher = launcher
         while (ended := launcher.poll()) is None:

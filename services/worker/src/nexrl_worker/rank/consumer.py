@@ -8,6 +8,7 @@ import os
 import socket
 import threading
 import time
+from dataclasses import asdict
 from typing import Any
 
 import redis
@@ -52,9 +53,7 @@ class Consumer:
         self._store = store
         self._seq = seq
         self._in_doubt = False
-        self._saving = (
-            True  # until the ledger says that no save of the group is with the checkpointer
-        )
+        self._saving = True  # until the ledger says that the checkpointer has no save of the group
         self._channel = GroupFolders(settings.data, settings.identifier).channel
         self._ledger = Ledger(connect(settings.redis_url))
         self._queue = train_queue(settings.identifier)
@@ -88,10 +87,10 @@ class Consumer:
             if job is not None:
                 self._run(job)
             elif save and (waiting := self._ledger.waiting(self._queue)):
+                # Race: the save may be published between the two looks; the next one claims then.
                 if waiting[0].operation in AFTER_SAVES:
-                    self._ledger.explain_wait(
-                        waiting[0].id, f"the checkpointer, which has yet to publish save {save}"
-                    )
+                    reason = f"the checkpointer, which has yet to publish save {save}"
+                    self._ledger.explain_wait(waiting[0].id, reason)
                 time.sleep(SAVE_POLL_S)
             else:
                 return
@@ -101,15 +100,14 @@ class Consumer:
         if not self._saving:
             return None
         handed_over = self._ledger.waiting(names.CHECKPOINT_QUEUE)
-        save = next(
-            (job.id for job in handed_over if job.identifier == self._settings.identifier), None
-        )
-        self._saving = save is not None
-        return save
+        saves = [job.id for job in handed_over if job.identifier == self._settings.identifier]
+        self._saving = bool(saves)
+        return saves[0] if saves else None
 
     def _claim(self, held: tuple[str, ...]) -> JobRecord | None:
-        """The head of the queue, if it is not ``held``. After an error, which may have been a lost
-        reply, a running head is what we had claimed."""
+        """The head of the queue, if it is not ``held``."""
+        # Race: Redis may have made the claim and lost the reply. After an error a running head is
+        # therefore ours, for nobody else claims from this queue in this epoch.
         stale_before = time.time() + 1 if self._in_doubt else None
         self._in_doubt = True
         job = self._ledger.claim(
@@ -124,48 +122,28 @@ class Consumer:
 
     def _run(self, job: JobRecord) -> None:
         if job.operation == DESTROY:
-            # First the file: the agent must not take a rank that goes for one that died.
+            # Race: ranks leave one after another, and the agent looks at any time. Told first, it
+            # takes none of them for one that died.
             self._channel.tell_destroyed(job.id)
             self._control.broadcast({"do": "destroy"})
             self._consumer.stop()
             return
         started = time.perf_counter()
-        request = Request(
-            job.id,
-            job.operation,
-            job.params,
-            self._seq,
-            job.payload.id if job.payload else None,
-            job.payload.checksum if job.payload else None,
-            job.ignored,
-        )
-        self._control.broadcast({"do": "run", "request": _as_json(request)})
+        request = Request.of(job, self._seq)
+        self._control.broadcast({"do": "run", "request": asdict(request)})
         try:
             outcome = self._operations.run(request)
         except Refused as error:
             self._fail(job, error)
         else:
             self._conclude(job, outcome)
-        _log.info(
-            "job.ended job_id=%s operation=%s elapsed_s=%.3f",
-            job.id,
-            job.operation,
-            time.perf_counter() - started,
-        )
+        elapsed_s = time.perf_counter() - started
+        _log.info("job.ended job_id=%s operation=%s %.3f s", job.id, job.operation, elapsed_s)
 
     def _conclude(self, job: JobRecord, outcome: Outcome) -> None:
         if outcome.publish is not None:
-            publish = outcome.publish
             self._saving = True
-            epoch = self._settings.epoch
-            until_redis(
-                lambda: self._ledger.hand_over(
-                    job,
-                    names.CHECKPOINT_QUEUE,
-                    epoch=epoch,
-                    params={**publish, "seq": self._seq},
-                )
-            )
+            self._hand_over(job, {**outcome.publish, "seq": self._seq})
             return
         if outcome.applied:
             self._seq += 1
@@ -181,6 +159,12 @@ class Consumer:
             until_redis(lambda: self._update(state="ready", initialised=True, info=self._info()))
         self._finish(
             job, result=result, result_payload=payload, seq=self._seq if outcome.applied else None
+        )
+
+    def _hand_over(self, job: JobRecord, params: dict[str, Any]) -> None:
+        epoch = self._settings.epoch
+        until_redis(
+            lambda: self._ledger.hand_over(job, names.CHECKPOINT_QUEUE, epoch=epoch, params=params)
         )
 
     def _stored(
@@ -224,10 +208,10 @@ class Consumer:
 
     def _keep_heard(self) -> None:
         """Says that the process lives, also while an operation runs; on a connection of its own."""
-        ledger = Ledger(connect(self._settings.redis_url))
+        groups = Ledger(connect(self._settings.redis_url)).groups
         while True:
             try:
-                ledger.groups.update(
+                groups.update(
                     self._settings.identifier, self._settings.epoch, heartbeat=time.time()
                 )
             except redis.exceptions.RedisError:
@@ -235,7 +219,3 @@ class Consumer:
             except Fenced:  # the main thread hears of it, too
                 return
             time.sleep(HEARTBEAT_S)
-
-
-def _as_json(request: Request) -> dict[str, Any]:
-    return {name: getattr(request, name) for name in Request.__slots__}

@@ -16,7 +16,6 @@ from nexrl_worker.rank.request import Refused, as_service_error
 
 Answer = TypeVar("Answer")
 _IDLE_LIMIT = timedelta(days=7)
-_MAX_ERROR_BYTES = 4096
 _MAX_DIMS = 3
 _DTYPES = (torch.float32, torch.int64)
 
@@ -30,21 +29,20 @@ class ControlGroup:
         self.size = dist.get_world_size()
         self._group = dist.new_group(backend="gloo", timeout=_IDLE_LIMIT)
 
-    def broadcast(self, message: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Rank 0's message, on every rank; JSON, because nothing that crosses a process is
-        unpickled."""
-        if self.size == 1:
-            assert message is not None
-            return message
-        length = torch.zeros(1, dtype=torch.int64)
-        if self.rank == 0:
-            data = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
-            length[0] = data.numel()
-        dist.broadcast(length, src=0, group=self._group)
-        if self.rank != 0:
-            data = torch.empty(int(length[0]), dtype=torch.uint8)
-        dist.broadcast(data, src=0, group=self._group)
-        return dict(json.loads(data.numpy().tobytes()))
+    def broadcast(self, message: dict[str, Any] | None = None, src: int = 0) -> dict[str, Any]:
+        """The message of rank ``src``, on every rank; JSON, because nothing that crosses a process
+        is unpickled."""
+        text = json.dumps(message, default=str).encode()
+        if self.size > 1:
+            length = torch.tensor([len(text)])
+            dist.broadcast(length, src=src, group=self._group)
+            mine = self.rank == src
+            data = torch.frombuffer(bytearray(text), dtype=torch.uint8) if mine else None
+            if data is None:
+                data = torch.empty(int(length[0]), dtype=torch.uint8)
+            dist.broadcast(data, src=src, group=self._group)
+            text = data.numpy().tobytes()
+        return dict(json.loads(text))
 
     def vote(self, act: Callable[[], Answer]) -> Answer:
         """Run a *local* ``act`` on every rank and vote: its answer, or on all ranks the first
@@ -59,11 +57,12 @@ class ControlGroup:
             answer = act()
         except Exception as caught:
             error = as_service_error(caught, self.rank)
-        fine = torch.tensor([error is None], dtype=torch.int32)
+        first = torch.tensor([self.size if error is None else self.rank])
         if self.size > 1:
-            dist.all_reduce(fine, op=dist.ReduceOp.MIN, group=self._group)
-        if not fine.item():
-            raise self._first_error(error)
+            dist.all_reduce(first, op=dist.ReduceOp.MIN, group=self._group)
+        if (failed := int(first[0])) < self.size:
+            body = error.body() if error is not None else None
+            raise Refused.from_body(self.broadcast(body, src=failed))
         return answer  # type: ignore[return-value] # act() returned it
 
     def decide(self, act: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -79,21 +78,6 @@ class ControlGroup:
         if "error" in message:
             raise Refused.from_body(message["error"])
         return dict(message["made"])
-
-    def _first_error(self, mine: ServiceError | None) -> Refused:
-        text = json.dumps(mine.body() if mine else None, default=str).encode()
-        if self.size == 1:
-            return Refused.from_body(json.loads(text))
-        if mine is not None and len(text) > _MAX_ERROR_BYTES:
-            # One character takes up to 12 bytes, and every rank must send as many bytes as the
-            # others.
-            short = ServiceError(mine.code, mine.message[: _MAX_ERROR_BYTES // 16], rank=self.rank)
-            text = json.dumps(short.body()).encode()
-        data = torch.frombuffer(bytearray(text.ljust(_MAX_ERROR_BYTES)), dtype=torch.uint8)
-        every = [torch.empty_like(data) for _ in range(self.size)]
-        dist.all_gather(every, data, group=self._group)
-        bodies = (json.loads(one.numpy().tobytes()) for one in every)
-        return Refused.from_body(next(body for body in bodies if body is not None))
 
     def gather_lengths(self, mine: list[int]) -> list[list[int]] | None:
         """Rank 0 gets every rank's list of integers, in rank order; the others None."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import logging
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from nexrl_contract.errors import ServiceError
+from nexrl_contract.records import JobRecord
 from nexrl_storage.protocol import no_space
 
 from nexrl_worker.training.errors import InvalidValue
@@ -28,6 +29,12 @@ class Request:
     payload: str | None = None
     checksum: str | None = None
     ignored: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, job: JobRecord, seq: int) -> Self:
+        """What the ranks need of a job."""
+        payload, checksum = (job.payload.id, job.payload.checksum) if job.payload else (None, None)
+        return cls(job.id, job.operation, job.params, seq, payload, checksum, job.ignored)
 
 
 @dataclass(frozen=True, slots=True)
