@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self, TypeAlias
 
+from nexrl_contract.errors import ServiceError
 from tensor_codec import Header
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ Rows: TypeAlias = slice | Sequence[int] | None
 
 RESULT_SUFFIX = ".result"
 """Payloads whose id ends so are results: they are swept by ``result_age_s``."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +176,13 @@ class PayloadStore(ABC):
     @abstractmethod
     def delete(self, payload_id: str) -> None:
         """Remove the payload and its parts, if there are any; tensors already read stay valid."""
+
+    def discard(self, payload_id: str) -> None:
+        """Delete what nobody needs any more; where that fails, the janitor will find it."""
+        try:
+            self.delete(payload_id)
+        except ServiceError as error:
+            _log.warning("payload.kept id=%s %s", payload_id, error)
 
     @abstractmethod
     def sweep(self, in_use: set[str], *, result_age_s: float, upload_age_s: float) -> list[str]:

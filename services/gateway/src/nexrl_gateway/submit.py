@@ -3,7 +3,6 @@ submit once."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import time
@@ -169,10 +168,7 @@ class _Submission:
             raise
         job = self.submit(pending)
         if pending.own_payload:
-            with contextlib.suppress(
-                ServiceError
-            ):  # the job is there: the janitor takes them later
-                self.services.store.delete(batch.payload)
+            self.services.store.discard(batch.payload)
         return job
 
     def _from_parts(self, batch: PartsDocument, same: str) -> PendingJob:

@@ -285,10 +285,7 @@ class Lifecycle:
         until_redis(lambda: self._answer(error=error))
         for job in doomed:
             if job.payload is not None:
-                try:
-                    self._host.store.delete(job.payload.id)
-                except ServiceError as refused:  # the janitor will find it
-                    _log.warning("payload.kept job_id=%s %s", job.id, refused)
+                self._host.store.discard(job.payload.id)
 
     # --- what moves it ---
 

@@ -17,8 +17,8 @@ from nexrl_worker.rank.request import Request
 from nexrl_worker.rank.rows import PayloadRows
 from nexrl_worker.training.batch.plan import Plan
 from nexrl_worker.training.engine import Engine
-from nexrl_worker.training.prepare import Prepared
 from nexrl_worker.training.micro_batch_loop import Parts
+from nexrl_worker.training.prepare import Prepared
 
 
 @dataclass(frozen=True, slots=True)

@@ -195,10 +195,7 @@ class Consumer:
     def _finish(self, job: JobRecord, **ending: Any) -> None:
         until_redis(lambda: self._ledger.finish(job, epoch=self._settings.epoch, **ending))
         if job.payload is not None:
-            try:
-                self._store.delete(job.payload.id)
-            except ServiceError as error:  # the janitor will find it
-                _log.warning("payload.kept job_id=%s %s", job.id, error)
+            self._store.discard(job.payload.id)
 
     def _update(self, **fields: Any) -> None:
         self._ledger.groups.update(self._settings.identifier, self._settings.epoch, **fields)
