@@ -21,11 +21,11 @@ from nexrl_contract.operations import OPERATIONS
 from nexrl_host.processes import die_with_parent
 from nexrl_payloads import PayloadStore, open_store
 from nexrl_payloads.file_store import FileStore
+from nexrl_worker.rank.batches import PayloadRows
 from nexrl_worker.rank.consumer import Consumer
 from nexrl_worker.rank.control_group import ControlGroup
 from nexrl_worker.rank.main import follow
 from nexrl_worker.rank.request import Outcome, Request
-from nexrl_worker.rank.rows import PayloadRows
 from nexrl_worker.settings import RankSettings
 from nexrl_worker.training.batch.layout import Layout
 from nexrl_worker.training.batch.micro_batch import BatchReader

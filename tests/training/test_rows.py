@@ -11,7 +11,7 @@ import torch
 from nexrl_contract.errors import ServiceError
 from nexrl_contract.operations import OPERATIONS
 from nexrl_payloads import open_store
-from nexrl_worker.rank.rows import PayloadRows
+from nexrl_worker.rank.batches import PayloadRows
 from tensor_codec import encode
 
 IDS = torch.arange(8 * 6).reshape(8, 6)

@@ -12,7 +12,7 @@ import pytest
 from nexrl_contract import names
 from nexrl_contract.records import Share
 from nexrl_ledger import Fenced
-from nexrl_worker.agent import upkeep
+from nexrl_worker.agent import agent as upkeep
 
 from tests.helpers.agent import START_S, Agents
 from tests.helpers.lossy_redis import LosesReplies
