@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nexrl_storage.files import remove_folder
+from nexrl_storage import at
 
 
 class RankFailure(NamedTuple):
@@ -30,7 +30,7 @@ class Channel:
 
     def clear(self) -> None:
         """The agent, before a rank starts: nothing has been told. Raises OSError."""
-        remove_folder(self._folder)
+        at(self._folder).remove(self._folder, recursive=True)
         self._folder.mkdir(parents=True)
 
     # --- the agent tells the ranks ---
