@@ -10,7 +10,7 @@ import psutil
 import pytest
 import redis
 
-from tests.helpers.servers import RedisServer
+from tests.helpers.servers import RedisServer, wait_until
 
 # The tests ask for more ranks than a machine has GPUs, and for the bits of a CPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -24,7 +24,12 @@ def no_process_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     """After the last test nothing runs that works in a folder of the tests or for one."""
     folder = tmp_path_factory.getbasetemp()
     yield
-    assert [process for process in psutil.process_iter() if _works_below(folder, process)] == []
+
+    def left() -> list[psutil.Process]:
+        return [process for process in psutil.process_iter() if _works_below(folder, process)]
+
+    # What a test has killed takes its children along, a moment later.
+    wait_until(lambda: not left(), 10, "the end of the tests' processes")
 
 
 def _works_below(folder: Path, process: psutil.Process) -> bool:

@@ -49,10 +49,29 @@ def agents(
     agents = Agents(data, redis_server.url)
     agents.ledger.client.flushall()
     agents.start(redis_server.url)
-    agents.ready(models / "tiny", world_size=2, ref={"model": {"path": str(models / "small")}})
+    begin_group(agents, models)
     yield agents
     agents.stop(signal.SIGKILL)
     agents.ledger.client.close()
+
+
+def begin_group(agents: Agents, models: Path) -> None:
+    agents.ready(models / "tiny", world_size=2, ref={"model": {"path": str(models / "small")}})
+
+
+def end_group(agents: Agents) -> None:
+    agents.ended(agents.submit("destroy"))
+    wait_until(lambda: agents.free() == 2, 20, "the slots")
+
+
+@pytest.fixture
+def without_group(agents: Agents, models: Path) -> Iterator[Agents]:
+    """The agent while its group is away; afterwards the group of all tests is there again."""
+    end_group(agents)
+    yield agents
+    if agents.free() < 2:
+        end_group(agents)
+    begin_group(agents, models)
 
 
 def refused(agents: Agents, job: JobRecord, code: str) -> str:
@@ -188,17 +207,16 @@ def _sign(folder: Path) -> None:
 
 
 def test_a_family_that_cannot_be_run_is_refused_while_the_ranks_start(
-    agents: Agents, models: Path
+    without_group: Agents, models: Path
 ) -> None:
     """The answer to initialize_worker says so; name and slots are free, and a group of that name
     starts."""
+    agents = without_group
     (models / "bert").mkdir()
     BertConfig(vocab_size=64, hidden_size=16, num_attention_heads=2).save_pretrained(
         models / "bert"
     )
     shutil.copy(models / "tiny" / "model.safetensors", models / "bert")
-    agents.ended(agents.submit("destroy"))
-    wait_until(lambda: agents.free() == 2, 20, "the slots")
 
     ended = agents.ended(agents.place(models / "bert"))
 
@@ -208,13 +226,14 @@ def test_a_family_that_cannot_be_run_is_refused_while_the_ranks_start(
     )
     assert "bert" in ended.error["message"] and "\n" not in ended.error["message"]
     assert (agents.group().state, agents.free(), agents.ranks()) == ("destroyed", 2, [])
-    agents.ready(models / "tiny", world_size=2)
 
 
-def test_a_model_that_one_rank_cannot_read_is_refused_by_all(agents: Agents, models: Path) -> None:
+def test_a_model_that_one_rank_cannot_read_is_refused_by_all(
+    without_group: Agents, models: Path
+) -> None:
     """The rows that the file lacks are the second rank's. The group can be destroyed like any
     other."""
-    agents.ended(agents.submit("destroy"))
+    agents = without_group
     assert agents.ended(agents.place(models / "short", world_size=2)).state == "finished"
 
     ended = agents.ended(agents.submit("init_model"))
