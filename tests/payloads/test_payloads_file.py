@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import stat
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from nexrl_contract.errors import ServiceError
-from nexrl_payloads import PayloadStore, open_store
+from nexrl_payloads import PayloadStore, files, open_store
 from nexrl_payloads.file_parts import STEP
 
 from tests.helpers.payloads import frame, send_part, some_bytes, url_of
@@ -263,6 +264,32 @@ def test_a_folder_that_went_away(file_store: PayloadStore, folder: Path) -> None
                 attempt()
             assert (error.value.code, error.value.retryable) == ("STORE_UNAVAILABLE", passes)
         folder.touch()
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_a_part_that_a_disk_did_not_keep_is_sent_again(
+    n: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was renamed to what counts before the disk refused: what is refused must not count."""
+    store, parts = (
+        open_store(url_of(folder), fsync=True),
+        [some_bytes(4096, seed=i) for i in (1, 2)],
+    )
+    if n == 1:
+        send_part(store, "a", 0, parts[0])
+
+    def refuse(_: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(files, "sync_folder", refuse)
+        with pytest.raises(ServiceError):
+            send_part(store, "a", n, parts[n])
+    for number in range(n, 2):
+        send_part(store, "a", number, parts[number])
+
+    store.assemble("a", 2)
+    assert (folder / "a").read_bytes() == b"".join(parts)
 
 
 def test_fsync_changes_no_bytes(folder: Path) -> None:

@@ -16,7 +16,7 @@ from itertools import pairwise
 
 import xxhash
 from nexrl_contract.errors import ServiceError
-from tensor_codec import Header, header_length
+from tensor_codec import PREFIX_BYTES, Header, header_length
 
 PIECE = 1024 * 1024
 """Bytes of one piece of a stream."""
@@ -162,7 +162,7 @@ class BlockChecksums:
             data = read(start, end)
             self.check(block, data)
             head += data
-            if end >= header_length(head):
+            if end >= PREFIX_BYTES and end >= header_length(head):
                 break
         return head
 

@@ -102,8 +102,14 @@ class FileParts:
                 check_same(self.payload_id, n, known, part)
                 return
             # A crash between these two leaves bytes that do not count and are written over.
-            file.publish(self._data(n), fsync=self.fsync)
-            replace_file(self._record(n, part), table, fsync=self.fsync)
+            try:
+                file.publish(self._data(n), fsync=self.fsync)
+                replace_file(self._record(n, part), table, fsync=self.fsync)
+            except BaseException:  # it may have its name already, and must not count
+                self._record(n, part).unlink(missing_ok=True)
+                if file.fd < 0:
+                    self._data(n).unlink(missing_ok=True)
+                raise
             file.close()
 
     def assemble(self, count: int) -> StoredPayload:
