@@ -49,9 +49,14 @@ def fill(folder: Path, number: int, identifier: str = "student") -> None:
     write_manifest(folder, record)
 
 
-def test_a_reader_sees_one_whole_version_at_every_moment(tmp_path: Path) -> None:
+@pytest.mark.parametrize("swaps", [True, False], ids=["a swap", "renames alone"])
+def test_a_reader_sees_one_whole_version_at_every_moment(
+    tmp_path: Path, swaps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While versions fly by, the path is never missing, and who resolves it once reads files of one
-    version."""
+    version; also on a file system that cannot swap two names, such as NFS."""
+    if not swaps:
+        monkeypatch.setattr(durable, "_exchange", lambda *_: False)
     target = Versions(tmp_path / "sync", "student")
     put(target, 0)
     current, stop, seen, mixed = [0], threading.Event(), set(), []

@@ -101,6 +101,9 @@ def _put(new: Path, path: Path, replace: bool) -> str | None:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
     if _exchange(new, path):
         return str(new)
+    if new.is_symlink() and path.is_symlink():
+        os.replace(new, path)  # one step everywhere: the weight-sync link is never missing
+        return None
     aside = new.with_name(f"{new.name}.old")
     os.rename(path, aside)
     # Here ``path`` is missing; whoever comes now finds the former one under its hidden name.

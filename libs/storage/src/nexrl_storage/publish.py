@@ -109,7 +109,12 @@ class Replacement(Generic[AnyCheckpoint]):
             try:
                 record = self.record(folder)
                 if isinstance(record, Manifest) and record.job_id != self._token:
-                    self._retire(folder)  # what was here before: this or its removal was killed
+                    # What was here before: this or its removal was killed. Between the two renames
+                    # of a storage that cannot swap nothing replaced it, and it goes back.
+                    if self._storage.look(self.path) is None:
+                        self._storage.move(folder, self.path)
+                    else:
+                        self._retire(folder)
                 else:
                     self._storage.remove(folder, recursive=True)
             except OSError as error:
@@ -138,10 +143,6 @@ class Replacement(Generic[AnyCheckpoint]):
         """``former`` was at the path until now. What others put into it in the last moment goes
         back to its place, or stays under a name that no later save takes."""
         try:
-            if self._storage.look(self.path) is None:
-                # Killed between the two renames of a storage that cannot swap: nothing replaced it.
-                self._storage.move(former, self.path)
-                return
             record = self.record(former)
             names = file_names(record) if record is not None else []
             if self._attempts:
