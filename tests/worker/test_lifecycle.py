@@ -107,6 +107,23 @@ def test_ranks_that_end_unasked_take_the_group_down_with_their_cause(placed: Pla
     assert "rank 1 was killed" in str(placed.told().error)
 
 
+def test_an_end_is_told_although_the_processes_cannot_be_looked_at(
+    placed: Placed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the agent has no descriptor left: slots and name must not be lost with it."""
+
+    def kill() -> None:
+        placed.launcher.killed = True
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(placed.launcher, "kill", kill)
+    placed.launcher.ended = Exit("rank 1 was killed", 1)
+
+    placed.reaches(State.DOWN)
+
+    assert (placed.group.state, placed.group.cause) == ("down", "rank 1 was killed")
+
+
 def test_a_stop_suspends_a_group_whose_ranks_leave_in_time(placed: Placed) -> None:
     """It is `starting` for everybody until the agent is back; its placement had been answered."""
     placed.meet()

@@ -37,7 +37,7 @@ class Channel:
 
     def ask_to_stop(self) -> None:
         """End after the current operation and keep the state. Raises OSError, on a full disk."""
-        self._tell("stop", None)
+        self._path("stop").touch()  # no content: a full disk takes a name, and no block
 
     @property
     def stop_asked(self) -> bool:

@@ -51,6 +51,8 @@ class Agent:
         )
         self._lives: dict[str, Lifecycle] = {}
         """Groups that hold slots, by name."""
+        self._begun: list[Lifecycle] = []
+        """Those whose threads may still run: an end is told after the slots are free."""
         self._heartbeat_at = 0.0
         self._consumer = QueueConsumer(
             settings.redis_url,
@@ -66,8 +68,10 @@ class Agent:
         # Not heard before it has resumed its groups: one that cannot is not there.
         self._consumer.until_redis(self._resume_groups)
         self._consumer.until_redis(self._heartbeat)
-        self._consumer.run()
-        self._stop_groups()
+        try:
+            self._consumer.run()
+        finally:  # also where this thread fails: the groups need not lose their weights with it
+            self._stop_groups()
         with suppress(redis.exceptions.RedisError):
             self._ledger.agents.sign_off(self._settings.name)
 
@@ -135,6 +139,7 @@ class Agent:
         life.begin()
         self._lives[life.identifier] = life
         life.start()  # race: it may end and release the group before this returns
+        self._begun = [*(one for one in self._begun if not one.join(0)), life]
         self._show_slots()
 
     def _refuse(self, placement: JobRecord) -> None:
@@ -179,12 +184,12 @@ class Agent:
 
     def _stop_groups(self) -> None:
         """Every group ends after its current operation and keeps its state for the next start."""
-        lives = list(self._lives.values())
+        lives = [life for life in self._begun if not life.join(0)]
         deadline = time.monotonic() + self._settings.stop_limit_s
         for life in lives:
             life.stop(deadline)
         for life in lives:
-            while life.identifier in self._lives and not life.join(HEARTBEAT_S):
+            while self._lives.get(life.identifier) is life and not life.join(HEARTBEAT_S):
                 self._show_slots()  # nobody may take the groups for lost meanwhile
         for life in lives:
             life.join(REPORT_END_S)  # Redis may be away, and the end unsaid

@@ -158,8 +158,10 @@ class Lifecycle:
         while (ended := launcher.poll()) is None:
             # Race: the check tells its verdict and ends. Asked in this order, a check that has
             # ended has told; the other way round a refusal between the two lines would be missed.
-            checked = launcher.checked
-            if (refusal := self._channel.refusal) is not None:
+            # Who was answered long ago is not told: that group came up with these models once.
+            answered = self._unanswered is None
+            checked = answered or launcher.checked
+            if not answered and (refusal := self._channel.refusal) is not None:
                 _log.warning("group.refused identifier=%s %s", self.identifier, refusal["message"])
                 refusal["identifier"] = self.identifier
                 return self._destroyed(self._let_go(), None, refusal)
@@ -329,8 +331,12 @@ class Lifecycle:
 
     def _release(self) -> None:
         """The processes are gone, then the slots are free; may be repeated."""
-        if self._launcher is not None:
-            self._launcher.kill()
+        launcher, self._launcher = self._launcher, None
+        if launcher is not None:
+            try:
+                launcher.kill()
+            except Exception:  # what is left dies with this thread; the end must be told
+                _log.exception("group.kill_failed identifier=%s", self.identifier)
         if self._holds_slots:
             self._holds_slots = False
             self._host.slots.give_back(self.world_size, self._gpus)
