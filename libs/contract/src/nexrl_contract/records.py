@@ -129,6 +129,15 @@ class GroupRecord(Record):
     info: dict[str, Any] = {}
     created_at: float = 0.0
 
+    @classmethod
+    def from_hash(cls, fields: dict[str, str]) -> Self:
+        """Of 0.1.0's first form, too: its one agent stood under ``agent`` and ``nodes``."""
+        if "placement" not in fields and (agent := fields.get("agent")):
+            host = next(iter(json.loads(fields.get("nodes", "[]"))), "")
+            share = {"agent": agent, "slots": int(fields["world_size"]), "host": host}
+            fields = {**fields, "placement": json.dumps([share])}
+        return super().from_hash(fields)
+
     @property
     def leader(self) -> str | None:
         """The agent that leads the present incarnation; None before the first."""

@@ -106,6 +106,8 @@ class QueueConsumer:
             try:
                 # A new name each time: RQ refuses one whose last owner has not signed off.
                 _Worker(self, f"{self._name}-{uuid.uuid4().hex[:8]}").work(logging_level="WARNING")
+                if not self.stopping:  # RQ has logged what ended it, and Redis may refuse again
+                    time.sleep(0.5)
             except redis.exceptions.RedisError:
                 time.sleep(0.5)
                 # RQ calls nothing while Redis takes no worker's name, and it may be this call that

@@ -119,6 +119,9 @@ async def _repeat(
         except (redis.exceptions.RedisError, ServiceError) as error:
             forget()
             _log.warning("%s.failed error=%s", name, error)
+        except Exception:  # one record that cannot be read must not end the looking for good
+            forget()
+            _log.exception("%s.failed", name)
         await asyncio.sleep(period_s)
 
 

@@ -203,12 +203,13 @@ class LostGroups:
     def _is_silent(self, group: GroupRecord, heard: set[str]) -> bool:
         quiet_s = time.time() - (group.heartbeat or group.created_at)
         alive = group.state in ("starting", "up", "ready")
-        return alive and bool(group.unheard(heard)) and quiet_s > self._patience_s
+        away = not group.placement or bool(group.unheard(heard))
+        return alive and away and quiet_s > self._patience_s
 
     def _end(self, group: GroupRecord, heard: set[str]) -> bool:
         if self._silent.seconds((group.identifier, group.epoch)) < self._patience_s:
             return False
-        silent = ", ".join(group.unheard(heard))
+        silent = ", ".join(group.unheard(heard)) or "(none is known)"
         cause = (
             f"agent {silent} has not been heard for {self._patience_s:g} s; its ranks and "
             "their weights are taken for lost"
