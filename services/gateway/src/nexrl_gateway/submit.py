@@ -309,7 +309,7 @@ def admit(group: GroupRecord | None, operation: Operation) -> None:
         message = f"group {name!r} is {group.state}; wait for initialize_worker to end"
     elif group.role not in operation.roles:
         code, roles = "ROLE_UNSUPPORTED", ", ".join(operation.roles)
-        message = f"{operation.name} is for {roles} groups; {name!r} is a {group.role}"
+        message = f"{operation.name} is for {roles} groups; the role of {name!r} is {group.role}"
     elif operation.needs_model and group.state != "ready":
         message = f"group {name!r} has no model yet; call init_model first"
     else:

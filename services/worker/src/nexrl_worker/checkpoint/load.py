@@ -36,7 +36,6 @@ class TensorReader(Protocol):
     shapes: dict[str, tuple[int, ...]]
 
     def has(self, name: str) -> bool: ...
-    def check(self, name: str) -> None: ...
     def read(self, name: str, offset: int, length: int) -> Tensor: ...
     def close(self) -> None: ...
 
@@ -138,7 +137,8 @@ class LoadPlan:
             if (found := reader.shapes[name]) != tuple(shape):
                 reason = f"{name} has shape {list(found)}, the model's has {list(shape)}"
                 raise invalid(f"{self.folder}: {reason}", tensor=name)
-            reader.check(name)
+            if isinstance(reader, ShardReader):
+                reader.check(name)
         for name in others if whole else ():
             if not name.startswith(OPTIMIZER_PREFIX):
                 reason = f"{name}, for which the group's {architecture} has no place"

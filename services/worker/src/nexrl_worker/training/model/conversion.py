@@ -43,7 +43,6 @@ class FolderTensors(Protocol):
     dtypes: dict[str, str]
 
     def has(self, name: str) -> bool: ...
-    def check(self, name: str) -> None: ...
     def read(self, name: str, offset: int, length: int) -> Tensor: ...
     def close(self) -> None: ...
 
@@ -128,11 +127,6 @@ class ConvertingReader:
     def has(self, name: str) -> bool:
         """Whether the folder has what the tensor is made of."""
         return name in self.shapes
-
-    def check(self, name: str) -> None:
-        """Open what the tensor is made of; raises what the folder's reader does."""
-        for source, _ in self._conversion.groups[self._group_of[name]].sources:
-            self._folder.check(source)
 
     def read(self, name: str, offset: int, length: int) -> Tensor:
         """Rows `offset:offset + length` along dim 0 (all of a 0-dim tensor)."""

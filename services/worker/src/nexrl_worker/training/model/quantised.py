@@ -131,9 +131,6 @@ class Dequantised:
         """Whether the folder holds the tensor."""
         return name in self.shapes
 
-    def check(self, name: str) -> None:
-        """Every file is open."""
-
     def read(self, name: str, offset: int, length: int) -> Tensor:
         """Rows `offset:offset + length` along dim 0 (all of a 0-dim tensor)."""
         if name in self._pairs:

@@ -122,11 +122,6 @@ class Account:
         """Whether the folder has the model's tensor."""
         return name in self.shapes
 
-    def check(self, name: str) -> None:
-        """Open what the tensor is made of."""
-        if name not in self._kept:
-            self._reader.check(self._same.get(name, name))
-
     def read(self, name: str, offset: int, length: int) -> Tensor:
         """Rows `offset:offset + length` along dim 0 (all of a 0-dim tensor)."""
         if name in self._zeros:

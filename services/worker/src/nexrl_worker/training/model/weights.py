@@ -76,9 +76,6 @@ class FolderReader:
         """Whether the folder holds the tensor."""
         return name in self.shapes
 
-    def check(self, name: str) -> None:
-        """Every file is open."""
-
     def read(self, name: str, offset: int, length: int) -> Tensor:
         """Rows `offset:offset + length` along dim 0 (all of a 0-dim tensor), in the file's
         dtype."""
