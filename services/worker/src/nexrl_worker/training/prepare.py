@@ -81,7 +81,7 @@ class Prepared:
         """Whether a second model, the frozen reference, would take part."""
         if self.loss is not None:
             return self.loss.uses_kl and "ref_log_prob" not in self.checked.names
-        return self.operation.name == "compute_ref_log_prob"
+        return "ref_log_prob" in self.operation.answers
 
     @property
     def dropping(self) -> Correction | None:
