@@ -143,20 +143,6 @@ def test_what_destroyed_groups_leave_is_bounded(
     assert sorted(path.name for path in (own / "logs" / "groups").iterdir()) == ["last", "living"]
 
 
-def test_an_agent_with_too_few_slots_for_its_groups_says_so_and_keeps_their_state(
-    agents: Agents, redis_url: str, model: Path
-) -> None:
-    agents.start(redis_url)
-    agents.ready(model, world_size=2)
-    assert agents.stop() == 0
-
-    assert agents.start(redis_url, slots=1).wait(START_S) == 1
-
-    assert "need 2 slots" in agents.log.read_text()
-    agents.start(redis_url, slots=2)
-    wait_until(lambda: agents.group().state == "ready", START_S, "the group")
-
-
 def test_a_placement_left_behind_by_a_former_group_does_not_place_the_next_one(
     agents: Agents, redis_url: str, model: Path
 ) -> None:

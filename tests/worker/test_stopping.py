@@ -163,10 +163,11 @@ def test_a_stop_waits_for_an_operation_and_keeps_what_it_did(
     assert read_snapshot(agents.data / ".nexrl" / "groups" / "student" / "state").seq == 1
 
 
-def test_an_agent_without_the_slots_for_its_groups_is_never_heard(
+def test_an_agent_without_the_slots_for_its_groups_is_never_heard_and_keeps_their_state(
     agents: Agents, redis_url: str, model: Path
 ) -> None:
-    """It says what it needs and ends before anybody takes it for ready."""
+    """It says what it needs and ends before anybody takes it for ready; with enough slots the
+    group comes back."""
     begin(agents, redis_url, model)
     assert agents.stop() == 0
     assert agents.ledger.agents.heard() == []
@@ -181,6 +182,8 @@ def test_an_agent_without_the_slots_for_its_groups_is_never_heard(
     heard.close()
     agents.ledger.client.config_set("notify-keyspace-events", "")
     assert [message["type"] for message in messages if message] == ["psubscribe"]
+    agents.start(redis_url, slots=2)
+    wait_until(lambda: agents.group().state == "ready", START_S, "the group")
 
 
 def test_an_operation_ends_although_redis_took_no_writes_when_it_did(
