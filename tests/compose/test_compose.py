@@ -257,3 +257,4 @@ def test_down_leaves_nothing(stack: ComposeStack) -> None:
 
     assert stack.left() == {"containers": [], "networks": [], "volumes": []}
     assert os.path.isdir(stack.data / ".nexrl")
+    stack.up()  # for the tests that come after it
