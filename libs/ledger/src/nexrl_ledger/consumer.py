@@ -106,14 +106,13 @@ class QueueConsumer:
             try:
                 # A new name each time: RQ refuses one whose last owner has not signed off.
                 _Worker(self, f"{self._name}-{uuid.uuid4().hex[:8]}").work(logging_level="WARNING")
-                if not self.stopping:  # RQ has logged what ended it, and Redis may refuse again
-                    time.sleep(0.5)
             except redis.exceptions.RedisError:
-                time.sleep(0.5)
                 # RQ calls nothing while Redis takes no worker's name, and it may be this call that
                 # learns of a stop.
                 with contextlib.suppress(redis.exceptions.RedisError):
                     self.wake()
+            if not self.stopping:  # Redis is away, or refuses what RQ or on_wake wants of it
+                time.sleep(0.5)
         if self._failure is not None:
             raise self._failure
 
