@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
-import psutil
 import pytest
 import redis
 
-from tests.helpers.servers import RedisServer, wait_until
+from tests.helpers.servers import RedisServer, wait_until, working_below
 
 # The tests ask for more ranks than a machine has GPUs, and for the bits of a CPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -25,21 +23,8 @@ def no_process_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     folder = tmp_path_factory.getbasetemp()
     yield
 
-    def left() -> list[psutil.Process]:
-        return [process for process in psutil.process_iter() if _works_below(folder, process)]
-
     # What a test has killed takes its children along, a moment later.
-    wait_until(lambda: not left(), 10, "the end of the tests' processes")
-
-
-def _works_below(folder: Path, process: psutil.Process) -> bool:
-    try:
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return False
-        places = (process.cwd(), process.environ().get("NEXRL_DATA", "/"))
-    except psutil.Error:
-        return False
-    return any(Path(place).is_relative_to(folder) for place in places)
+    wait_until(lambda: not working_below(folder), 10, "the end of the tests' processes")
 
 
 @pytest.fixture(scope="session")

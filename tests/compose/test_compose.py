@@ -16,7 +16,8 @@ from nexrl_client import create_train_service_client
 from nexrl_client.errors import NexRLError
 from torch import Tensor
 
-from tests.helpers.docker import IMAGE_TAG, ComposeStack, docker, require_engine, until
+from tests.helpers.docker import IMAGE_TAG, ComposeStack, docker, require_engine
+from tests.helpers.servers import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.docker, pytest.mark.timeout(1200)]
 
@@ -237,7 +238,7 @@ def test_a_group_comes_back_with_its_weights(stack: ComposeStack, trained: Train
     stack.up()
 
     client = _client(stack)
-    until(lambda: _state(client) == "ready", 180, "the group after the restart")
+    wait_until(lambda: _state(client) == "ready", 180, "the group after the restart")
     again = client.compute_log_prob(trained.batch)["batch"]["old_log_probs"]
     torch.testing.assert_close(again, trained.after, atol=1e-6, rtol=0)
     assert client.update_actor(trained.batch)["metrics"]["actor/grad_norm"] > 0

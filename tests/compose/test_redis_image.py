@@ -14,8 +14,9 @@ from nexrl_contract import names
 from nexrl_contract.records import GroupRecord, Share
 from nexrl_ledger import Fenced, Ledger, QueueConsumer, connect
 
-from tests.helpers.docker import require_engine, until
+from tests.helpers.docker import require_engine
 from tests.helpers.records import new_job
+from tests.helpers.servers import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.docker]
 GROUP = "student"
@@ -34,7 +35,7 @@ def image_url() -> Iterator[str]:
 
     with DockerContainer("redis:7.2-bookworm").with_exposed_ports(6379) as container:
         url = f"redis://{container.get_container_host_ip()}:{container.get_exposed_port(6379)}/0"
-        until(lambda: _answers(url), 30, "the Redis container")
+        wait_until(lambda: _answers(url), 30, "the Redis container")
         yield url
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.helpers.servers import free_port, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE_TAG = "test"
@@ -38,18 +38,6 @@ def _engine_missing() -> str | None:
     return None
 
 
-def until(look: Callable[[], Any], timeout_s: float, what: str, every_s: float = 0.2) -> Any:
-    """The first true value of ``look``; fails with what it saw last."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        seen = look()
-        if seen:
-            return seen
-        if time.monotonic() > deadline:
-            pytest.fail(f"{what} did not come within {timeout_s} s; last seen: {seen!r}")
-        time.sleep(every_s)
-
-
 class ComposeStack:
     """The services of ``docker-compose.yml`` under a project name of their own, on a free port and
     a folder of their own."""
@@ -63,9 +51,7 @@ class ComposeStack:
         self.uid, self.gid = (os.getuid(), os.getgid()) if os.getuid() else (1000, 1000)
         if os.getuid() == 0:
             os.chown(data, self.uid, self.gid)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
+        self.port = free_port()
         self.project = f"nexrl-test-{os.getpid()}-{self.port}"
         self.url = f"http://127.0.0.1:{self.port}"
         self._env = {
@@ -109,7 +95,7 @@ class ComposeStack:
         scales = [f"--scale={name}={count}" for name, count in self.scale.items() if count > 1]
         self.compose("up", "-d", "--no-build", *scales, timeout_s=UP_LIMIT_S)
         try:
-            until(self._healthy, UP_LIMIT_S, "health of every container", every_s=0.5)
+            wait_until(self._healthy, UP_LIMIT_S, "health of every container", every_s=0.5)
         except BaseException:
             pytest.fail(f"not every container became healthy: {self.health()}\n{self.logs()}")
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
 import pytest
 import redis
 from nexrl_host.processes import die_with_parent
@@ -26,9 +27,12 @@ def free_port() -> int:
 
 
 def wait_until(
-    look: Callable[[], Seen], timeout_s: float = 10.0, what: str = "the condition"
+    look: Callable[[], Seen],
+    timeout_s: float = 10.0,
+    what: str = "the condition",
+    every_s: float = 0.01,
 ) -> Seen:
-    """The first true value of ``look``, polled each 10 ms; fails with what it saw last."""
+    """The first true value of ``look``, asked every ``every_s``; fails with what it saw last."""
     deadline = time.monotonic() + timeout_s
     while True:
         seen = look()
@@ -36,7 +40,25 @@ def wait_until(
             return seen
         if time.monotonic() > deadline:
             pytest.fail(f"{what} did not come within {timeout_s} s; last seen: {seen!r}")
-        time.sleep(0.01)
+        time.sleep(every_s)
+
+
+def working_below(folder: Path) -> list[psutil.Process]:
+    """The processes that work in ``folder``, or on a data folder in it.
+
+    Redis rewrites its command line and environment, but it works in its folder.
+    """
+    return [process for process in psutil.process_iter() if _works_below(folder, process)]
+
+
+def _works_below(folder: Path, process: psutil.Process) -> bool:
+    try:
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        data = Path(process.environ().get("NEXRL_DATA", "/"))
+        return data.is_relative_to(folder) or Path(process.cwd()).is_relative_to(folder)
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False
 
 
 class RedisServer:

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import requests
 
-from tests.helpers.servers import wait_until
+from tests.helpers.servers import wait_until, working_below
 
 START_S = 60.0
 STOP_S = 75.0
@@ -65,17 +65,7 @@ class Stack:
 
     def processes(self) -> list[psutil.Process]:
         """Everything that runs on the data folder, besides ``nexrl up`` itself."""
-        return [process for process in psutil.process_iter() if self._is_ours(process)]
-
-    def _is_ours(self, process: psutil.Process) -> bool:
-        try:
-            if process.pid == self.process.pid or process.status() == psutil.STATUS_ZOMBIE:
-                return False
-            # Redis rewrites its command line and environment, but it works in its folder.
-            ours = process.environ().get("NEXRL_DATA") == str(self.data)
-            return ours or Path(process.cwd()).is_relative_to(self.data / ".nexrl")
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            return False
+        return [each for each in working_below(self.data) if each.pid != self.process.pid]
 
     def running(self, module: str) -> list[psutil.Process]:
         """Those whose command line contains ``module``."""
